@@ -1,0 +1,44 @@
+"""Package metadata, read from settings.ini so that each fact stands in one place."""
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="], interpolation=None)
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+
+def requirements(*jobs: str) -> list[str]:
+    return [r for job in jobs for r in shlex.split(cfg[f"{job}_requirements"])]
+
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    keywords=cfg["keywords"],
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+    ],
+    packages=find_packages(include=["product_recs", "product_recs.*"]),
+    python_requires=f">={cfg['min_python']}",
+    install_requires=requirements("serve", "train"),
+    extras_require={job: requirements(job) for job in ("jobs", "sample", "dev")},
+    entry_points={
+        "console_scripts": [cfg["console_scripts"]],
+        "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
+)
