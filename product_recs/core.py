@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Columns', 'ProductRecsError', 'IngestError', 'FeatureError', 'TrainError', 'BundleError', 'project_root',
-           'resolve_path', 'Settings', 'IdTable', 'atomic_write', 'atomic_folder', 'write_metrics', 'one_blas_thread']
+           'resolve_path', 'Settings', 'IdTable', 'atomic_write', 'atomic_folder', 'locked', 'write_metrics',
+           'one_blas_thread']
 
 # %% ../nbs/00_core.ipynb #48d99c1b
 import json
@@ -161,12 +162,34 @@ def atomic_folder(
         os.chmod(temporary, 0o755)
         for file in temporary.rglob("*"): _fsync(file)
         _fsync(temporary)
-        if path.exists(): os.rename(path, old)
-        os.rename(temporary, path)
+        _take_name(temporary, path, old)
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+def _take_name(temporary:Path, path:Path, old:Path):
+    "Rename a folder over another one, also where a second process does the same at this moment."
+    while True:
+        try: return os.rename(temporary, path)
+        except OSError:
+            # the name is taken by a folder that holds files: move that one aside and try again
+            if not path.is_dir(): raise
+            shutil.rmtree(old, ignore_errors=True)
+            try: os.rename(path, old)
+            except FileNotFoundError: pass
+
+# %% ../nbs/00_core.ipynb #b336bd16
+@contextmanager
+def locked(
+    path:Path # the lock file, made where it is missing
+)->Iterator[None]:
+    "Run the block while no other process runs one under the same lock."
+    import fcntl
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 # %% ../nbs/00_core.ipynb #ed83a85c
 def write_metrics(
@@ -175,11 +198,8 @@ def write_metrics(
     metrics:dict,        # what JSON can hold
 )->Path:                 # the `metrics.json`
     "Set the section `job` of `metrics.json`, leaving the other sections as they are."
-    import fcntl
     path = resolve_path(report_dir)/"metrics.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(".metrics.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path.with_name(".metrics.lock")):
         sections = json.loads(path.read_text()) if path.exists() else {}
         sections[job] = metrics
         return atomic_write(path, json.dumps(sections, indent=2, sort_keys=True, default=str) + "\n")
