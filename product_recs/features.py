@@ -7,8 +7,8 @@ __all__ = ['EVENT_WEIGHTS', 'QUANTITY', 'WEIGHTING', 'SNAPSHOTS', 'bm25', 'choos
            'item_attributes', 'build_features', 'open_features', 'ensure_features']
 
 # %% ../nbs/02_features.ipynb #7fb21f6b
-import hashlib
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
