@@ -113,7 +113,7 @@ def is_blank(
     expression:str # SQL, VARCHAR
 )->str:            # SQL, BOOLEAN
     "SQL that is true where a text stands for no value."
-    return f"coalesce(lower(trim({expression}, ' \t')) IN ({', '.join(quoted(word) for word in BLANKS)}), true)"
+    return f"coalesce(regexp_full_match({expression}, '(?i)[ \\t]*({'|'.join(BLANKS)})[ \\t]*'), true)"
 
 def whole_text(
     expression:str # SQL, a number
