@@ -224,7 +224,9 @@ def _connect(folder:Path, memory_limit:str):
     config = {"memory_limit": memory_limit, "temp_directory": str(folder/"spill")}
     try: con = duckdb.connect(str(folder/"work.duckdb"), config=config)
     except duckdb.Error as error: raise IngestError(f"memory_limit={memory_limit!r} is refused: {str(error).splitlines()[0]} Write it like \"2GB\".") from None
-    con.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = true; SET enable_progress_bar_print = false")
+    con.execute("SET TimeZone = 'UTC'")
+    try: con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false") # so that it tells its progress
+    except duckdb.Error: pass # in Jupyter it wants ipywidgets: there the bar shows the seconds only
     con.execute(TABLES)
     return con
 
