@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from .bundle import load_csr, load_table, save_csr, save_table
+from .bundle import load_csr, load_table, save_csr
 from .core import FeatureError, IdTable, atomic_folder, locked, resolve_path
 from .ingest import ensure_ingested
 

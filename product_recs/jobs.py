@@ -8,7 +8,6 @@ __all__ = ['STEPS', 'JobError', 'declared_parameters', 'assign', 'Step', 'run_st
 # %% ../nbs/07_jobs.ipynb #f91395ef
 import difflib
 import json
-import os
 import time
 from dataclasses import dataclass
 from datetime import datetime

@@ -1,0 +1,65 @@
+# make run     set up, write the real sample, run the pipeline on it, recommend for one household
+# make serve   set up, train on the small sample if no model is live, serve on http://127.0.0.1:8000
+# make test    set up, run every check
+# make lab     JupyterLab on the notebooks
+# make data    write the real sample to data/complete_journey
+
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help run serve test lab data export notebooks readme bench-overhead clean
+
+help:
+	@sed -n 's/^# \(make.*\)/\1/p' Makefile
+
+# the environment is made again only when what it is made from has changed
+.venv/.ready: settings.ini setup.py pyproject.toml
+	@echo "Setting up .venv (a minute or two, once) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "product_recs needs Python 3.10 or newer; name one with make PYTHON=python3.11")'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[jobs,sample,dev]'
+	@touch $@
+
+data/complete_journey/interactions.csv: .venv/.ready nbs/00_sample.ipynb
+	@$(BIN)/product-recs data
+
+data: data/complete_journey/interactions.csv
+
+run: data
+	@$(BIN)/product-recs run --name complete_journey --file examples/complete_journey.yaml
+	@echo
+	@$(BIN)/product-recs recommend 1
+
+models/current:
+	@$(MAKE) --no-print-directory .venv/.ready
+	@$(BIN)/product-recs run --name sample
+
+serve: .venv/.ready models/current
+	@$(BIN)/product-recs serve
+
+lab: .venv/.ready
+	@$(BIN)/jupyter lab --notebook-dir=nbs
+
+export: .venv/.ready
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+
+# the committed notebooks carry their outputs, so that they can be read without running them
+notebooks: .venv/.ready
+	@cd nbs && for notebook in *.ipynb; do ../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace $$notebook || exit 1; done
+	@$(MAKE) --no-print-directory export readme
+
+readme: .venv/.ready
+	@$(BIN)/python tools/make_readme.py
+
+test: .venv/.ready
+	@$(BIN)/python tools/check_export.py
+	@$(BIN)/python tools/check_notebooks.py
+	@$(BIN)/ruff check product_recs tools tests setup.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
+	@$(BIN)/pytest -q tests
+
+bench-overhead: .venv/.ready
+	@$(BIN)/python benchmarks/overhead.py
+
+clean:
+	rm -rf .venv build dist *.egg-info reports models data/processed data/complete_journey
