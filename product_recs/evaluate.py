@@ -103,15 +103,14 @@ def _list_figures(items:np.ndarray, k:Sequence[int], model:Recommender, categori
 def _figures(hits:Hits, lists:dict, shown:dict, candidates:np.ndarray, resamples:int, seed:int)->list[dict]:
     "Rows of the table for one model and task."
     cuts = list(shown)
-    columns = {(name, cut): hits.metric(name, cut) for name in METRICS for cut in cuts}
-    spread = interval(bootstrap_means(np.column_stack(list(columns.values())), resamples, seed))
-    rows = [dict(metric=name, k=cut, value=values.mean(), low=low, high=high, users=len(values))
-            for ((name, cut), values), low, high in zip(columns.items(), *spread)]
-    for (name, cut), values in lists.items():
-        values = values[~np.isnan(values)] # lists too short to have the figure
-        if not len(values): continue
-        low, high = interval(bootstrap_means(values, resamples, seed))
-        rows.append(dict(metric=name, k=cut, value=values.mean(), low=low, high=high, users=len(values)))
+    columns = {(name, cut): hits.metric(name, cut) for name in METRICS for cut in cuts} | lists
+    columns = {key: values[~np.isnan(values)] for key, values in columns.items()} # NaN: the list is too short to have the figure
+    rows = []
+    for size in sorted({len(values) for values in columns.values()} - {0}, reverse=True): # one bootstrap for all of the same users
+        alike = {key: values for key, values in columns.items() if len(values) == size}
+        spread = interval(bootstrap_means(np.column_stack(list(alike.values())), resamples, seed))
+        rows += [dict(metric=name, k=cut, value=values.mean(), low=low, high=high, users=size)
+                 for ((name, cut), values), low, high in zip(alike.items(), *spread)]
     for name, figure in (("coverage", coverage), ("gini", gini)):
         rows += [dict(metric=name, k=cut, value=figure(shown[cut], candidates), low=np.nan, high=np.nan, users=len(hits.rows))
                  for cut in cuts]
