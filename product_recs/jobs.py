@@ -106,6 +106,10 @@ def _claim(reports:Path):
         raise JobError(f"{reports}: a run of this name is going on; wait for it, or choose another --name") from None
     return lock
 
+def _from_root(path:Path)->str:
+    "A path as a parameter: relative to the project where it lies inside."
+    return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
+
 def _metrics(reports:Path)->dict:
     path = reports/"metrics.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -129,7 +133,7 @@ def run(
         steps, version = [Step(step) for step in STEPS], None
         try:
             for number, step in enumerate(STEPS):
-                own = {"run": name, "report_dir": str(reports), "models_dir": str(models), "publish_bundle": False, "version": version or ""}
+                own = {"run": name, "report_dir": _from_root(reports), "models_dir": _from_root(models), "publish_bundle": False, "version": version or ""}
                 declared = declared_parameters(root/"nbs")[step]
                 steps[number] = run_step(step, per_step[step] | {key: value for key, value in own.items() if key in declared}, reports, root, progress)
                 version = version or _metrics(reports).get("03_train", {}).get("version")
@@ -156,11 +160,18 @@ def _summarise(result:RunResult, parameters:dict, started:datetime)->None:
         error=failed.error if failed else None, version=result.version, facts=[(key, f"{value:,}") for key, value in facts if value is not None], tasks=tasks, columns=columns, parameters=parameters))
 
 def _tables(records:list[dict])->tuple[dict[str, list[dict]], list[str]]:
-    "The evaluation's records (task, model, metric, k, value) as one table a task."
+    "The evaluation's records (task, model, metric, k, value, low, high, users) as one table a task."
     tasks, columns = {}, []
     for record in records:
+        if record["metric"] not in _SHOWN: continue
         column = f"{record['metric']}@{record['k']}"
         if column not in columns: columns.append(column)
         rows = tasks.setdefault(record["task"].replace("_", " "), {})
-        rows.setdefault(record["model"], {"model": record["model"]})[column] = record["value"]
-    return {task: list(rows.values()) for task, rows in tasks.items()}, columns[:8]
+        rows.setdefault(record["model"], {"model": record["model"]})[column] = {key: record[key] for key in ("value", "low", "high", "users") if record.get(key) is not None}
+    for rows in tasks.values():
+        for column in columns:
+            cells = [row[column] for row in rows.values() if column in row]
+            for cell in cells: cell["best"] = cell["value"] == max(other["value"] for other in cells)
+    return {task: list(rows.values()) for task, rows in tasks.items()}, columns
+
+_SHOWN = ("ndcg", "recall", "map", "mrr", "hit_rate", "coverage") # of the metrics, on the index

@@ -20,12 +20,21 @@ def _last_state(text:str)->str:
     "What a terminal would show in the end of text that rewrites its lines."
     return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
 
+def _merged(outputs:list)->list:
+    "Outputs with neighbouring pieces of one stream joined: a progress bar arrives in a hundred of them."
+    merged = []
+    for output in outputs:
+        if output.output_type == "stream" and merged and merged[-1].output_type == "stream" and merged[-1].name == output.name: merged[-1].text += output.text
+        else: merged.append(output)
+    for output in merged:
+        if output.output_type == "stream": output.text = _last_state(output.text)
+    return merged
+
 def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
     "Merge streams, keep the last state of progress bars, mark the cells that open and close the fold."
     cells = notebook.cells = [cell for cell in notebook.cells if cell.source.strip() and "#| hide" not in cell.source and "#| default_exp" not in cell.source]
     for cell in cells:
-        for output in cell.get("outputs", []):
-            if output.output_type == "stream": output.text = _last_state(output.text)
+        if cell.cell_type == "code": cell.outputs = _merged(cell.outputs)
         # papermill's own note on a failure repeats what the failing cell says
         if "papermill-error-cell-tag" in cell.metadata.get("tags", []): cell.metadata["skip"] = True
     headings = [number for number, cell in enumerate(cells) if cell.cell_type == "markdown" and re.match(r"#+ Run\b", cell.source)]
@@ -39,7 +48,7 @@ def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
 # %% ../nbs/07_reports.ipynb #f20582d7
 STYLE = """
 :root { --ink: #1f2933; --soft: #52606d; --line: #dde3e9; --accent: #2f6db5; --good: #1a7f4b; --bad: #b42318; --paper: #ffffff; }
-body, body.jp-Notebook { background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "Liberation Sans", sans-serif; margin: 0; padding: 0; overflow: auto; }
+body, body.jp-Notebook { background: var(--paper); color: var(--ink); font: 16px/1.55 "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; margin: 0; padding: 0; overflow: auto; }
 main { max-width: 940px; margin: 0 auto; padding: 24px 20px 64px; display: block; }
 h1 { font-size: 1.8rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2rem; }
 a { color: var(--accent); }
@@ -109,7 +118,9 @@ _INDEX = """<!DOCTYPE html>
 <td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
 <td>{% if step.html %}<a href="{{ step.name }}.ipynb">ipynb</a>{% endif %}</td></tr>{% endfor %}</tbody></table>
 {% for task, rows in tasks.items() %}<h2>{{ task }}</h2><table><thead><tr><th>model</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in rows %}<tr><td>{{ row.model }}</td>{% for name in columns %}<td>{{ '%.4f' | format(row[name]) if row[name] is defined else '' }}</td>{% endfor %}</tr>{% endfor %}</tbody></table>{% endfor %}
+{% for row in rows %}<tr><td>{{ row.model }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best %}<b>{% endif %}{{ '%.3f' | format(row[name].value) }}{% if row[name].best %}</b>{% endif %}
+{%- if loop.first and row[name].low is defined %} <small>({{ '%.3f' | format(row[name].low) }} to {{ '%.3f' | format(row[name].high) }})</small>{% endif %}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table>
+<p><small>{{ rows[0][columns[0]].users if rows[0][columns[0]] else '' }} users; in brackets the 95 % bootstrap interval, in bold the largest value. Definitions are in 04_evaluate.</small></p>{% endfor %}
 {% if parameters %}<h2>Parameters given</h2><table class="text"><tbody>{% for name, value in parameters.items() %}<tr><td><code>{{ name }}</code></td><td>{{ value }}</td></tr>{% endfor %}</tbody></table>{% endif %}
 <p><a href="metrics.json">metrics.json</a> has every figure.</p></main></body></html>
 """
