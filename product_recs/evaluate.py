@@ -52,6 +52,7 @@ class Task:
     exclude_seen: bool
     left_out: dict      # users that cannot be judged: without a past, without a relevant item
 
+# %% ../nbs/04_evaluate.ipynb #4e7a4918
 def make_task(
     past:Snapshot,
     future:csr_matrix,  # (n_users, n_items) interactions after the snapshot
@@ -100,6 +101,7 @@ def _list_figures(items:np.ndarray, k:Sequence[int], model:Recommender, categori
         else: columns["diversity (cosine)", cut] = cosine_diversity(some, cut, seen)
     return columns
 
+# %% ../nbs/04_evaluate.ipynb #cc173831
 def _figures(hits:Hits, lists:dict, shown:dict, candidates:np.ndarray, resamples:int, seed:int)->list[dict]:
     "Rows of the table for one model and task."
     cuts = list(shown)

@@ -56,6 +56,7 @@ class Hits:
             raise ValueError(f"k must be from 1 to the length of the lists, {self.hits.shape[1]}, not {k}")
         return METRICS[name](self.hits, self.relevant, k)
 
+# %% ../nbs/04_metrics.ipynb #20c8765a
 def find_hits(
     items:np.ndarray,   # (m, K) int32 ranked lists, best first, -1 at the end where there are fewer items
     targets:csr_matrix, # (m, n_items); an entry above 0 is relevant
@@ -119,6 +120,7 @@ def ndcg(
     discount = 1/np.log2(np.arange(2, k + 2))
     return hits[:, :k] @ discount/np.cumsum(discount)[np.minimum(relevant, k) - 1]
 
+# %% ../nbs/04_metrics.ipynb #5d50e0bd
 def average_precision(
     hits:np.ndarray,     # (n, K) bool
     relevant:np.ndarray, # (n,) relevant items, at least 1
