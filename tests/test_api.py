@@ -50,17 +50,17 @@ def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N)):
 class Server:
     """`serve` in a process of its own, on a free port, with its standard output in a file."""
 
-    def __init__(self, folder, models_dir, workers=1, python=sys.executable, **settings):
+    def __init__(self, folder, models_dir, workers=1, command=None, **settings):
         self.stdout, self.stderr = folder / "stdout.log", folder / "stderr.log"
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         settings = {"models_dir": models_dir, "port": self.port, **settings}
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
         environment |= {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in settings.items()}
-        if python == sys.executable:
-            environment["PYTHONPATH"] = str(ROOT)
+        if command is None:
+            command, environment["PYTHONPATH"] = [sys.executable, "-c", f"from product_recs.api import serve; serve(workers={workers})"], str(ROOT)
         self.process = subprocess.Popen(
-            [python, "-c", f"from product_recs.api import serve; serve(workers={workers})"], cwd=folder, env=environment,
+            command, cwd=folder, env=environment,
             stdin=subprocess.DEVNULL, stdout=self.stdout.open("w"), stderr=self.stderr.open("w"),
         )
 

@@ -1,0 +1,55 @@
+# Two stages: the first one trains a model from the committed sample, the second one serves it.
+# Training code, notebooks and build tools stay in the first.
+
+FROM python:3.11-slim AS build
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+
+# implicit is compiled with OpenMP; serving does not need it
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
+
+# what serving needs, and nothing else: the list stands in settings.ini; pip itself stays outside
+COPY settings.ini ./
+RUN python -c "import configparser, shlex; c = configparser.ConfigParser(delimiters=['='], interpolation=None); c.read('settings.ini'); \
+print(*shlex.split(c['DEFAULT']['serve_requirements']), sep='\n')" > /tmp/serve.txt \
+ && python -m venv --without-pip /opt/venv \
+ && pip --python /opt/venv/bin/python install -r /tmp/serve.txt
+
+COPY setup.py pyproject.toml README.md LICENSE ./
+COPY product_recs product_recs
+RUN pip wheel --no-deps --wheel-dir /tmp/wheels .
+
+# the whole pipeline, from the committed log to a published bundle
+RUN python -m venv /opt/train && /opt/train/bin/pip install "$(echo /tmp/wheels/*.whl)[jobs]"
+COPY nbs nbs
+COPY data data
+RUN /opt/train/bin/product-recs run --name sample
+
+# last, so that a change of the code keeps the layers of the requirements; tests of libraries are of no use in service
+RUN pip --python /opt/venv/bin/python install --no-deps /tmp/wheels/*.whl \
+ && find /opt/venv/lib -type d -path '*/site-packages/*' \( -name tests -o -name include \) -prune -exec rm -rf {} +
+
+
+FROM python:3.11-slim
+LABEL org.opencontainers.image.title="product_recs" \
+      org.opencontainers.image.description="Top-N recommendations over HTTP from a trained model" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.source="https://github.com/product-recs/product_recs"
+
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /app --shell /usr/sbin/nologin app
+WORKDIR /app
+COPY --from=build /opt/venv /opt/venv
+# a folder mounted here is served instead
+COPY --from=build /src/models /app/models
+
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PRODUCT_RECS_HOST=0.0.0.0 \
+    PRODUCT_RECS_PORT=8000 \
+    PRODUCT_RECS_MODELS_DIR=/app/models
+USER 10001:10001
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['PRODUCT_RECS_PORT'] + '/health/ready', timeout=2)"]
+CMD ["product-recs", "serve"]

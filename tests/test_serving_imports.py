@@ -1,0 +1,58 @@
+"""The service needs its own few requirements and nothing else: no training, no tables, no notebooks."""
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from test_api import Server, publish_board
+
+ROOT = Path(__file__).resolve().parents[1]
+UNWANTED = ("implicit", "pandas", "papermill", "nbdev", "nbconvert", "nbformat", "jupyter", "IPython", "ipykernel", "matplotlib", "sqlalchemy", "pyarrow")
+
+
+def test_the_service_imports_nothing_of_training_or_notebooks():
+    program = "import sys, product_recs.api; print(*sorted(sys.modules), sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    modules = run.stdout.split()
+    assert "product_recs.inference" in modules
+    assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
+    assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in ("api", "bundle", "core", "inference", "ranking", "web")}
+
+
+def test_importing_the_service_does_no_work(tmp_path):
+    program = "import threading, product_recs.api, os; print(threading.active_count(), os.listdir('.'))"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "PRODUCT_RECS_PORT": "not a number", "PRODUCT_RECS_MODELS_DIR": "/nowhere"}
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    assert run.stdout.split() == ["1", "[]"]
+
+
+@pytest.fixture(scope="module")
+def serving_venv(tmp_path_factory):
+    """An environment with what settings.ini calls the requirements of serving, and the project itself without its own."""
+    folder = tmp_path_factory.mktemp("serving")
+    source, home = folder / "source", folder / "venv"
+    source.mkdir()
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__"))
+    settings = ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    venv.create(home, with_pip=True)
+    pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, *shlex.split(settings["DEFAULT"]["serve_requirements"])], check=True, timeout=600)
+    subprocess.run([*pip, "--no-deps", str(source)], check=True, timeout=600)
+    return home
+
+
+def test_the_requirements_of_serving_are_enough(serving_venv, tmp_path):
+    listed = subprocess.run([serving_venv / "bin/python", "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True, timeout=60)
+    installed = {line.split("==")[0].lower() for line in listed.stdout.split()}
+    assert installed.isdisjoint({u.lower() for u in UNWANTED}) and "fastapi" in installed
+    publish_board(tmp_path / "models")
+    with Server(tmp_path, tmp_path / "models", command=[serving_venv / "bin/product-recs", "serve"]) as server:
+        assert server.get("/recommend/1?n=1")[2] == {"user_id": 1, "recommendations": [101]}
+        assert server.get("/similar/101?n=1&detail=true")[0] == server.get("/docs")[0] == server.get("/health/ready")[0] == 200
