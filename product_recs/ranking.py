@@ -27,26 +27,33 @@ def top_n(
     "The best `n` items of each row, best first; of equal scores the lower row number."
     m, n_items = scores.shape
     _mask(scores, exclude, candidates)
-    np.nan_to_num(scores, copy=False, nan=-np.inf, posinf=np.finfo(scores.dtype).max, neginf=-np.inf)
+    items, best = np.full((m, n), -1, np.int32), np.full((m, n), -np.inf, np.float32)
     kept = min(n, n_items)
-    items = np.full((m, n), -1, np.int32)
-    best = np.full((m, n), -np.inf, np.float32)
     if not m or not kept: return items, best
-    part = np.argpartition(-scores, kept - 1, axis=1)[:, :kept] if kept < n_items else np.tile(np.arange(n_items), (m, 1))
-    part.sort(axis=1)
-    value = np.take_along_axis(scores, part, axis=1)
-    order = np.argsort(-value, axis=1, kind="stable")
-    items[:, :kept] = np.take_along_axis(part, order, axis=1)
-    best[:, :kept] = np.take_along_axis(value, order, axis=1)
-    if kept < n_items: _mend_ties(scores, items[:, :kept], best[:, :kept])
-    items[np.isneginf(best)] = -1
+    threshold = np.maximum(_nth_best(scores, kept), np.finfo(np.float32).min) # what was masked stays below
+    above, ahead = _by_row(scores > threshold, kept)
+    order = np.lexsort((above[1], -scores[above[:2]], above[0]))
+    row, item = above[0][order], above[1][order]
+    place = np.arange(len(row)) - np.repeat(np.cumsum(ahead) - ahead, ahead)
+    items[row, place], best[row, place] = item, scores[row, item]
+    tied, _ = _by_row(scores == threshold, kept - ahead)
+    place = ahead[tied[0]] + tied[2]
+    items[tied[0], place], best[tied[0], place] = tied[1], scores[tied[:2]]
     return items, best
 
-def _mend_ties(scores:np.ndarray, items:np.ndarray, best:np.ndarray)->None:
-    "Rank again, in place, the rows where an item outside the list ties with its last place."
-    last = best[:, -1:]
-    tied = np.flatnonzero((np.count_nonzero(scores >= last, axis=1) > items.shape[1]) & ~np.isneginf(last[:, 0]))
-    for row in tied:
-        ahead = np.flatnonzero(scores[row] >= last[row, 0])
-        ahead = ahead[np.argsort(-scores[row, ahead], kind="stable")][:items.shape[1]]
-        items[row], best[row] = ahead, scores[row, ahead]
+def _nth_best(scores:np.ndarray, n:int)->np.ndarray:
+    "The n-th best score of each row, (m, 1); scores that are no numbers become minus infinity."
+    def partition(): return np.partition(scores, scores.shape[1] - n, axis=1)[:, scores.shape[1] - n:]
+    tail = partition()
+    if np.isnan(tail).any(): # NaN sorts last, so if there is one it is here
+        scores[np.isnan(scores)] = -np.inf
+        tail = partition()
+    return tail[:, :1]
+
+def _by_row(mask:np.ndarray, most:int|np.ndarray)->tuple[tuple, np.ndarray]:
+    "Row, column and place in the row of the first `most` entries of each row of a mask; and how many that is."
+    row, column = np.divmod(np.flatnonzero(mask), mask.shape[1])
+    count = np.bincount(row, minlength=len(mask))
+    place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    keep = place < (most if np.isscalar(most) else most[row])
+    return (row[keep], column[keep], place[keep]), np.minimum(count, most)
