@@ -127,9 +127,11 @@ def _documented(description:str, *statuses:int)->dict:
     def header(text:str)->dict: return {"description": text, "schema": {"type": "string"}}
     headers = {"X-Model-Version": header("version of the model that answered"), "X-Recommendation-Source": header("the rung that answered"),
                "X-Recommendation-Shortfall": header("only where there are fewer than n: why"), "X-Request-ID": header("the request's id in the log")}
-    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    schema, details = Problem.model_json_schema(), {404: "there is no item 999 in the model", 422: "n: Input should be greater than or equal to 1", 503: "no model is live"}
+    example = {status: {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": details[status], "instance": "/path/of/the/request"} for status in statuses}
+    if 422 in example: example[422]["errors"] = [{"in": "query", "field": "n", "message": "Input should be greater than or equal to 1"}]
     return {200: {"description": description, "headers": headers}} | {
-        status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
+        status: {"description": HTTPStatus(status).phrase, "content": {"application/problem+json": {"schema": schema, "example": example[status]}}} for status in statuses}
 
 def _add_answers(app:FastAPI, live:Model, settings:Settings)->None:
     "/recommend and /similar."
