@@ -54,6 +54,7 @@ readme: .venv/.ready
 test: .venv/.ready
 	@$(BIN)/python tools/check_export.py
 	@$(BIN)/python tools/check_notebooks.py
+	@$(BIN)/python tools/make_readme.py --check
 	@$(BIN)/ruff check product_recs tools tests setup.py
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/pytest -q tests

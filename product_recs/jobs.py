@@ -166,7 +166,7 @@ def _tables(records:list[dict])->tuple[dict[str, list[dict]], list[str]]:
         if record["metric"] not in _SHOWN: continue
         column = f"{record['metric']}@{record['k']}"
         if column not in columns: columns.append(column)
-        rows = tasks.setdefault(record["task"].replace("_", " "), {})
+        rows = tasks.setdefault(record["task"], {})
         rows.setdefault(record["model"], {"model": record["model"]})[column] = {key: record[key] for key in ("value", "low", "high", "users") if record.get(key) is not None}
     for rows in tasks.values():
         for column in columns:

@@ -105,7 +105,7 @@ def to_html(
 
 # %% ../nbs/07_reports.ipynb #6faef5a8
 _INDEX = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ run }}</title><style>{{ style }}
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ run }}</title><style>{{ style | safe }}
 .facts { display: flex; flex-wrap: wrap; gap: 12px; padding: 0; } .facts div { border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem; min-width: 120px; }
 .facts b { display: block; font-size: 1.4rem; } .facts span { color: var(--soft); font-size: .85rem; } .ok { color: var(--good); } .no { color: var(--bad); }</style></head><body><main>
 <h1>{{ run }}</h1>
@@ -117,7 +117,7 @@ _INDEX = """<!DOCTYPE html>
 {% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.name }}</a>{% else %}{{ step.name }}{% endif %}</td>
 <td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
 <td>{% if step.html %}<a href="{{ step.name }}.ipynb">ipynb</a>{% endif %}</td></tr>{% endfor %}</tbody></table>
-{% for task, rows in tasks.items() %}<h2>{{ task }}</h2><table><thead><tr><th>model</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for task, rows in tasks.items() %}<h2>{{ headings.get(task, task) }}</h2><table><thead><tr><th>model</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr><td>{{ row.model }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best %}<b>{% endif %}{{ '%.3f' | format(row[name].value) }}{% if row[name].best %}</b>{% endif %}
 {%- if loop.first and row[name].low is defined %} <small>({{ '%.3f' | format(row[name].low) }} to {{ '%.3f' | format(row[name].high) }})</small>{% endif %}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table>
 <p><small>{{ rows[0][columns[0]].users if rows[0][columns[0]] else '' }} users; in brackets the 95 % bootstrap interval, in bold the largest value. Definitions are in 04_evaluate.</small></p>{% endfor %}
@@ -125,10 +125,12 @@ _INDEX = """<!DOCTYPE html>
 <p><a href="metrics.json">metrics.json</a> has every figure.</p></main></body></html>
 """
 
+_HEADINGS = {"discovery": "Discovery: items that are new to the user", "next_purchase": "Next purchase: any item, repeat buying counts"}
+
 def write_index(
     folder:Path, # of the run's reports
     facts:dict,  # run, started, seconds, steps, failed, error, version, facts, tasks, columns, parameters
 )->Path:         # the index.html
     "Write the page that summarises a run."
-    page = Environment(autoescape=True).from_string(_INDEX).render(style=STYLE, **facts)
+    page = Environment(autoescape=True).from_string(_INDEX).render(style=STYLE, headings=_HEADINGS, **facts)
     return atomic_write(folder/"index.html", page)
