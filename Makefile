@@ -45,7 +45,7 @@ export: .venv/.ready
 
 # the committed notebooks carry their outputs, so that they can be read without running them
 notebooks: .venv/.ready
-	@cd nbs && for notebook in *.ipynb; do ../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace $$notebook || exit 1; done
+	@cd nbs && export IN_TEST=1 && for notebook in *.ipynb; do ../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace $$notebook || exit 1; done
 	@$(MAKE) --no-print-directory export readme
 
 readme: .venv/.ready
