@@ -45,7 +45,7 @@ export: .venv/.ready
 
 # the committed notebooks carry their outputs, so that they can be read without running them
 notebooks: .venv/.ready
-	@cd nbs && export IN_TEST=1 && for notebook in *.ipynb; do ../$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace $$notebook || exit 1; done
+	@$(BIN)/python tools/run_notebooks.py
 	@$(MAKE) --no-print-directory export readme
 
 readme: .venv/.ready
@@ -61,6 +61,7 @@ test: .venv/.ready
 
 bench-overhead: .venv/.ready
 	@$(BIN)/python benchmarks/overhead.py
+	@$(BIN)/python benchmarks/serving.py
 
 clean:
 	rm -rf .venv build dist *.egg-info reports models data/processed data/complete_journey

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from .core import one_blas_thread
+from .core import implicit_module, one_blas_thread
 from .features import Snapshot
 from .ranking import top_n
 
@@ -116,7 +116,7 @@ class ItemCosine(Recommender):
         self.neighbours, self.num_threads = neighbours, num_threads
 
     def _fit(self, snapshot):
-        from implicit.nearest_neighbours import ItemItemRecommender
+        ItemItemRecommender = implicit_module("nearest_neighbours").ItemItemRecommender
         unit = csr_matrix(snapshot.confidence, dtype=np.float64, copy=True) # features are mapped read-only
         length = np.sqrt(np.bincount(unit.indices, unit.data**2, minlength=unit.shape[1]))
         unit.data /= length[unit.indices] # now an inner product of two columns is their cosine

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['Columns', 'ProductRecsError', 'IngestError', 'FeatureError', 'TrainError', 'BundleError', 'project_root',
            'resolve_path', 'Settings', 'IdTable', 'atomic_write', 'atomic_folder', 'locked', 'write_metrics',
-           'one_blas_thread']
+           'one_blas_thread', 'implicit_module']
 
 # %% ../nbs/00_core.ipynb #48d99c1b
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from pydantic import Field
@@ -210,3 +213,12 @@ def one_blas_thread()->Iterator[None]:
     "Hold BLAS to one thread inside the block; every other thread pool is left alone."
     from threadpoolctl import threadpool_limits
     with threadpool_limits(limits=1, user_api="blas"): yield
+
+# %% ../nbs/00_core.ipynb #9c60fec6
+def implicit_module(
+    name:str,    # such as `cpu.als`
+)->ModuleType:
+    "Import a module of `implicit` without its warning about missing notebook widgets."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        return import_module(f"implicit.{name}")

@@ -7,7 +7,6 @@ __all__ = ['ALS_DEFAULTS', 'AlsModel', 'fit_als', 'train_bundle', 'ensure_bundle
 
 # %% ../nbs/03_train.ipynb #c9184ff4
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +15,10 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from .bundle import current_version, publish, write_bundle
-from .core import TrainError, locked, one_blas_thread, resolve_path
+from .core import TrainError, implicit_module, locked, one_blas_thread, resolve_path
 from .features import Features, ensure_features
 
 # %% ../nbs/03_train.ipynb #9fcfc4e7
-with warnings.catch_warnings():
-    # implicit asks for notebook progress bars at import and warns where there are no widgets; ours are plain text
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    from implicit.cpu.als import AlternatingLeastSquares
-
 ALS_DEFAULTS = {"factors": 64, "regularization": 20.0, "alpha": 1.0, "iterations": 15, "seed": 0}
 
 @dataclass(frozen=True)
@@ -63,6 +57,7 @@ def fit_als(
     _check(confidence, {**parameters, "num_threads": num_threads, "loss_every": loss_every})
     takes_loss = lambda iteration: loss_every > 0 and (iteration % loss_every == 0 or iteration == iterations)
     losses = []
+    AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares # before BLAS is held: it loads a BLAS of its own
     with one_blas_thread(), tqdm(total=iterations, desc="ALS", unit="iteration", disable=not progress) as bar:
         model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, random_state=seed,
                                         num_threads=num_threads, calculate_training_loss=takes_loss(1))

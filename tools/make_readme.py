@@ -11,6 +11,7 @@ from nbconvert import MarkdownExporter
 
 root = Path(__file__).resolve().parent.parent
 notebook = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
+notebook.metadata["language_info"] = {"name": "python"}  # of the code fences
 notebook.cells = [cell for cell in notebook.cells if "#| hide" not in cell.source]
 text, _ = MarkdownExporter().from_notebook_node(notebook)
 text = re.sub(r"\]\((?!https?:|#|\.\./)([^)]+)\)", r"](nbs/\1)", text).replace("](../", "](")
