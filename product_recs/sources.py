@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -275,7 +276,7 @@ def read_source(
     for number, path in enumerate(find_files(source)):
         shown = shown_path(path)
         with file_errors(shown), open(path, "rb"): before = path.stat()
-        here, columns = lambda sql: load(number, sql), lambda names: match(names, shown)
+        here, columns = partial(load, number), lambda names, shown=shown: match(names, shown)
         form = file_format(path)
         if form == "parquet": read = read_parquet_file(path, here, columns, ids, con, keep_types)
         elif form == "json": read = read_json_file(path, here, columns, ids, con, folder, encoding)

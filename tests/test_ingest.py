@@ -339,7 +339,7 @@ def test_too_many_rejects(write, tmp_path):
 
 def test_glob_of_many_kinds(write, take, tmp_path):
     write(HEADER + GOOD, "a-1.csv")
-    write(gzip.compress("item_id;user_id\n104;4\n;5\n".encode()), "a-2.csv.gz")
+    write(gzip.compress(b"item_id;user_id\n104;4\n;5\n"), "a-2.csv.gz")
     write('{"user_id": 6, "item_id": 106}\n', "a-3.jsonl")
     kept, bad, ledger = take(tmp_path/"a-*")
     assert users(kept) == [1, 2, 3, 4, 6] and bad == [(3, "item_id", "", "blank id")]
