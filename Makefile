@@ -1,4 +1,5 @@
 # make run     set up, write the real sample, run the pipeline on it, recommend for one household
+#              TUNE=1: search the parameters first, for MINUTES=5
 # make serve   set up, train on the small sample if no model is live, serve on http://127.0.0.1:8000
 # make test    set up, run every check
 # make lab     JupyterLab on the notebooks
@@ -25,8 +26,12 @@ data/complete_journey/interactions.csv: .venv/.ready nbs/00_sample.ipynb
 
 data: data/complete_journey/interactions.csv
 
+MINUTES ?= 5
 run: data
-	@$(BIN)/product-recs run --name complete_journey --file examples/complete_journey.yaml
+ifdef TUNE
+	@$(BIN)/product-recs tune --name complete_journey --file examples/complete_journey.yaml --minutes $(MINUTES)
+endif
+	@$(BIN)/product-recs run --name complete_journey --file examples/complete_journey.yaml $(if $(TUNE),--file data/processed/complete_journey/best_discovery.yaml)
 	@echo
 	@$(BIN)/product-recs recommend 1
 

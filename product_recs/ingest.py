@@ -9,6 +9,7 @@ __all__ = ['REMEDIES', 'DEFAULT_SOURCE', 'DEFAULT_PRODUCTS', 'Ledger', 'open_led
 import fcntl
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -289,6 +290,7 @@ def ingest(
         finally: con.close()
         with _locked(out.with_name(f".{out.name}.lock")), atomic_folder(out) as final:
             for file in result.iterdir(): file.rename(final/file.name)
+            for study in out.glob("tune.db"): shutil.copy2(study, final) # a search of parameters belongs to a fingerprint, and goes on if it is the same
     return ledger
 
 # %% ../nbs/01_ingest.ipynb #dde2ca20

@@ -9,9 +9,8 @@ __all__ = ['PLAIN', 'FEATURE_NAMES', 'weightings', 'weigh', 'alpha_for', 'distin
 # %% ../nbs/10_weights.ipynb #1e3c76b1
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 
 import duckdb
@@ -153,13 +152,24 @@ def _row(name:str, values:np.ndarray, plain:np.ndarray, resamples:int, seed:int)
     return {"name": name, "ndcg": float(values.mean()), "low": float(low), "high": float(high), "by_seed": values.mean(1).tolist(),
             "difference": against.difference, "difference_low": against.low, "difference_high": against.high, "probability": against.probability}
 
-# %% ../nbs/10_weights.ipynb #abd90dbe
+
+def _climb(places:int, judge:Callable, value:Callable, tasks:Sequence[str])->set[int]:
+    "Judge the middle places of a ladder, then the neighbours of each task's best, until none is left to judge."
+    tried, wanted = set(), {(places - 1)//2, places//2}
+    while wanted:
+        for place in sorted(wanted): judge(place)
+        tried |= wanted
+        best = {max(tried, key=lambda place: value(task, place)) for task in tasks}
+        wanted = {place for top in best for place in (top - 1, top + 1) if 0 <= place < places} - tried
+    return tried
+
+# %% ../nbs/10_weights.ipynb #0bd5684e
 def compare_weightings(
     features:Features,
     candidates:Mapping[str, dict]|None=None, # name -> parameters; None: `weightings()`; `counts` must be among them
     *,
     tasks:Sequence[str]=tuple(TASKS),
-    strengths:Sequence[float]=(1, 4, 16),    # mean weight of an observed pair
+    strengths:Sequence[float]=(0.25, 1, 4, 16), # mean weight of an observed pair, ascending; those that lead to the best are tried
     seeds:Sequence[int]=(0, 1),              # of ALS
     factors:int=32, regularization:float=ALS_DEFAULTS["regularization"], iterations:int=10, # of ALS
     max_users:int=1000,                      # judge a sample of so many; 0: all
@@ -185,20 +195,23 @@ def compare_weightings(
         for task in work: values[task, name, strength, seed] = user_ndcg(past, model.user_factors, model.item_factors, work[task], cut_off)
 
     with tqdm(total=len(names)*len(strengths), unit=" fits", desc="weightings", disable=not progress, mininterval=1, file=sys.stdout) as bar:
-        for name, strength in product(names, strengths):
-            judge(name, strength, seeds[0])
-            bar.update()
-        best = {(task, name): max(strengths, key=lambda s: values[task, name, s, seeds[0]].mean()) for task in work for name in names}
+        tried = {}
+        for name in names:
+            judge_place = lambda place, name=name: judge(name, strengths[place], seeds[0])
+            tried[name] = _climb(len(strengths), judge_place, lambda task, place, name=name: values[task, name, strengths[place], seeds[0]].mean(), work)
+            bar.total -= len(strengths) - len(tried[name])
+            bar.update(len(tried[name]))
+        best = {(task, name): max((strengths[place] for place in tried[name]), key=lambda s: values[task, name, s, seeds[0]].mean()) for task in work for name in names}
         further = [(name, strength, seed) for name, strength in sorted({(name, strength) for (_, name), strength in best.items()}) for seed in seeds[1:]]
         bar.total += len(further)
         for fit in further:
             judge(*fit)
             bar.update()
     rows = {task: _rows(task, names, best, values, seeds, snapshots, bootstrap) for task in work}
-    screen = [{"task": task, "name": name, "strength": strength, "ndcg": float(values[task, name, strength, seeds[0]].mean())} for task in work for name in names for strength in strengths]
+    screen = [{"task": task, "name": name, "strength": strength, "ndcg": float(values[task, name, strength, seeds[0]].mean())} for task in work for name in names for strength in (strengths[place] for place in sorted(tried[name]))]
     facts = {"settings": lab_settings(features, candidates, tasks=tasks, strengths=strengths, seeds=seeds, factors=factors, regularization=regularization, iterations=iterations,
                                       max_users=max_users, cut_off=cut_off, bootstrap=bootstrap),
-             "users": {name: len(task.rows) for name, task in work.items()}, "fits": len(names)*len(strengths) + len(further)}
+             "users": {name: len(task.rows) for name, task in work.items()}, "fits": sum(map(len, tried.values())) + len(further)}
     return Lab(rows, screen, candidates, {name: other for name, other in same.items() if name != other}, facts)
 
 # %% ../nbs/10_weights.ipynb #1ce8aeb9
