@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPACE', 'ALS_NAMES', 'IMPLICIT_DEFAULTS', 'PROJECT_DEFAULTS', 'power_of_two', 'continued_fit', 'on_plateau',
-           'own_weighting', 'choose_candidates', 'Problem', 'pose', 'starting_points', 'as_trial', 'open_study',
-           'finished', 'search', 'best_parameters', 'on_test', 'tuned_sentence']
+           'own_weighting', 'choose_candidates', 'Problem', 'pose', 'starting_points', 'as_trial', 'guesses',
+           'open_study', 'finished', 'search', 'best_parameters', 'on_test', 'tuned_sentence']
 
 # %% ../nbs/11_tune.ipynb #83d65e7c
 import hashlib
@@ -33,7 +33,7 @@ from .train import ALS_DEFAULTS, _int32, fit_als
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
 
 # %% ../nbs/11_tune.ipynb #f8ed9fe3
-SPACE = {"factors": (8, 256), "regularization": (0.01, 1000.0), "strength": (0.1, 100.0)} # all on log scales
+SPACE = {"factors": (8, 256), "strength": (0.1, 100.0), "lambda": (0.01, 300.0)} # all on log scales
 ALS_NAMES = ("factors", "regularization", "alpha", "iterations")
 IMPLICIT_DEFAULTS = {"factors": 100, "regularization": 0.01, "alpha": 1.0, "iterations": 15}
 PROJECT_DEFAULTS = {name: ALS_DEFAULTS[name] for name in ALS_NAMES}
@@ -143,8 +143,16 @@ def as_trial(
     snapshot = weigh(features, {"own": own})["own"]
     name = distinct({**problem.snapshots, "own": snapshot}, problem.candidates | {"own": own})["own"]
     if name == "own": raise ProductRecsError(f"{own} is none of the candidates {list(problem.candidates)}")
-    return {"factors": point["factors"], "regularization": float(point["regularization"]), "weighting": name,
-            "strength": float(point["alpha"]*snapshot.confidence.data.mean(dtype=np.float64))}
+    strength = float(point["alpha"]*snapshot.confidence.data.mean(dtype=np.float64))
+    return {"factors": point["factors"], "strength": strength, "lambda": point["regularization"]/strength, "weighting": name}
+
+def guesses(
+    problem:Problem,
+    first:Mapping[str, dict], # of `as_trial`, the last is the best informed
+)->list[dict]:                # parameters of trials
+    "Trials to make before any is drawn: the last starting point with more factors, and with a smaller lambda."
+    last = list(first.values())[-1]
+    return [last | {"factors": number} for number in (128, 256) if last["factors"] < number <= problem.max_factors] + [last | {"lambda": last["lambda"]/5}]
 
 # %% ../nbs/11_tune.ipynb #5dea01dc
 def _draw(trial:Trial, problem:Problem)->dict:
@@ -152,10 +160,10 @@ def _draw(trial:Trial, problem:Problem)->dict:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Fixed parameter") # yours may lie outside of the ranges
         number = trial.suggest_int("factors", SPACE["factors"][0], problem.max_factors, log=True)
-        strength, regularization = (trial.suggest_float(name, *SPACE[name], log=True) for name in ("strength", "regularization"))
+        strength, relative = (trial.suggest_float(name, *SPACE[name], log=True) for name in ("strength", "lambda"))
         weighting = trial.suggest_categorical("weighting", list(problem.candidates))
     return {"weighting": weighting, "factors": number if "origin" in trial.user_attrs else min(power_of_two(number), problem.max_factors),
-            "regularization": float(f"{regularization:.4g}"), "alpha": alpha_for(problem.snapshots[weighting].confidence, strength)}
+            "regularization": float(f"{relative*strength:.4g}"), "alpha": alpha_for(problem.snapshots[weighting].confidence, strength)}
 
 def _attempt(study:optuna.Study, problem:Problem, deadline:float)->FrozenTrial:
     "Ask for a trial, make it, tell what it was worth."
@@ -186,6 +194,8 @@ def open_study(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     return optuna.create_study(storage=f"sqlite:///{Path(file).absolute()}", study_name=problem.study_name, direction="maximize", load_if_exists=True,
                                pruner=optuna.pruners.MedianPruner(n_startup_trials=5))
+
+_DRAWN_AT_RANDOM = 10 # the starting points and guesses count
 
 @contextmanager
 def _alone(file:Path)->Iterator[None]:
@@ -218,15 +228,16 @@ def search(
     study, file = open_study(file, problem), Path(file)
     with _alone(file), tqdm(total=max_trials, unit=" trials", desc=problem.task.name, disable=not progress, mininterval=0, file=sys.stdout) as bar:
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)): study.tell(trial.number, state=TrialState.FAIL) # of a process that was killed
-        there = {trial.user_attrs["origin"]: trial.params or trial.system_attrs.get("fixed_params") for trial in study.get_trials(
-            deepcopy=False, states=(TrialState.COMPLETE, TrialState.WAITING)) if "origin" in trial.user_attrs}
-        for name, parameters in first.items():
-            if there.get(name) != parameters: study.enqueue_trial(parameters, user_attrs={"origin": name, "iterations": iterations[name]})
+        there = [(trial.user_attrs.get("origin"), trial.params or trial.system_attrs.get("fixed_params")) for trial in study.get_trials(
+            deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING))]
+        for name, parameters in [*first.items(), *((None, guess) for guess in guesses(problem, first))]:
+            attributes = {"origin": name, "iterations": iterations[name]} if name else {}
+            if (name, parameters) not in there: study.enqueue_trial(parameters, user_attrs=attributes)
         before, end = len(finished(study)), time.monotonic() + 60*budget_minutes
         while (made := len(finished(study)) - before) < max_trials:
-            waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting and made and time.monotonic() > end: break
-            study.sampler = optuna.samplers.TPESampler(seed=(problem.seed*1_000_003 + before + made) % 2**32, multivariate=True)
+            must = any("origin" in trial.user_attrs for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+            if not must and made and time.monotonic() > end: break
+            study.sampler = optuna.samplers.TPESampler(seed=(problem.seed*1_000_003 + before + made) % 2**32, multivariate=True, n_startup_trials=_DRAWN_AT_RANDOM)
             trial = _attempt(study, problem, end if made else math.inf)
             if trial.state == TrialState.FAIL: break
             bar.set_postfix_str(f"best NDCG@{problem.cut_off} {study.best_value:.4f}, {max(0, end - time.monotonic())/60:.1f} min left", refresh=False)
