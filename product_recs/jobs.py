@@ -98,7 +98,7 @@ class RunResult:
 def _no_use(step:str, reports:Path)->str|None:
     "Why a step has nothing to do; None where it has."
     features = _metrics(reports).get("02_features", {})
-    if step == "04_evaluate" and features and not features.get("split"): return "nothing to judge by: without timestamps, or in a log of a day, there is no later period to test on"
+    if step == "04_evaluate" and features.get("split") == {}: return "nothing to judge by: without timestamps, or in a log of a day, there is no later period to test on"
 
 def _claim(reports:Path):
     "The open lock file of a run; held until it is closed, refused where another run holds it."
