@@ -43,7 +43,7 @@ serve: .venv/.ready models/current
 	@$(BIN)/product-recs serve
 
 lab: .venv/.ready
-	@$(BIN)/jupyter lab --notebook-dir=nbs
+	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
 export: .venv/.ready
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'save_csr', 'load_array', 'load_csr', 'save_table', 'load_table', 'write_bundle', 'Bundle', 'read_manifest',
-           'verify_files', 'open_bundle', 'current_version', 'publish', 'annotate', 'list_versions', 'remove_bundle']
+           'verify_files', 'open_bundle', 'current_version', 'publish', 'annotate', 'list_versions', 'version_of',
+           'remove_bundle']
 
 # %% ../nbs/00_bundle.ipynb #b1ee8642
 import hashlib
@@ -257,6 +258,15 @@ def list_versions(
 )->list[str]: # oldest first
     "Names of the complete bundles in a folder."
     return sorted(path.parent.name for path in Path(models_dir).glob("[!.]*/manifest.json"))
+
+def version_of(
+    models_dir:Path,
+    fingerprint:str, # of ingested interactions
+)->str|None:         # None where no bundle was made from them
+    "The live version if it was made from these interactions, else the newest one that was."
+    versions = [version for version in list_versions(models_dir) if read_manifest(Path(models_dir)/version)["data"].get("fingerprint") == fingerprint]
+    live = current_version(models_dir)
+    return live if live in versions else versions[-1] if versions else None
 
 def remove_bundle(
     models_dir:Path,

@@ -8,6 +8,7 @@ __all__ = ['NOT_A_CANDIDATE', 'SEEN', 'DENIED', 'Recommendations', 'UnknownItem'
 
 # %% ../nbs/05_inference.ipynb #7cd89d26
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -262,4 +263,4 @@ def recommend_all(
 def _bar(steps:range, progress:bool)->Iterable:
     if not progress: return steps
     from tqdm import tqdm
-    return tqdm(steps, desc="recommend", unit="block")
+    return tqdm(steps, desc="recommend", unit="block", file=sys.stdout)

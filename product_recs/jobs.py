@@ -55,9 +55,9 @@ def assign(
 class Step:
     "What became of one notebook."
     name: str
-    status: str = "not run" # done | failed | not run
+    status: str = "not run" # done | failed | skipped | not run
     seconds: float = 0.0
-    error: str|None = None  # name and message of the exception
+    error: str|None = None  # name and message of the exception, or why it was skipped
     html: str|None = None   # file name of its report
 
 class _Bars:
@@ -108,6 +108,11 @@ class RunResult:
         "The step that failed, if any."
         return next((step for step in self.steps if step.status == "failed"), None)
 
+def _no_use(step:str, reports:Path)->str|None:
+    "Why a step has nothing to do; None where it has."
+    features = _metrics(reports).get("02_features", {})
+    if step == "04_evaluate" and features.get("split") == {}: return "nothing to judge by: without timestamps, or in a log of a day, there is no later period to test on"
+
 def _claim(reports:Path):
     "The open lock file of a run; held until it is closed, refused where another run holds it."
     import fcntl
@@ -157,6 +162,9 @@ def run(
         steps, version = [Step(step) for step in STEPS], None
         try:
             for number, step in enumerate(STEPS):
+                if why := _no_use(step, reports):
+                    steps[number] = Step(step, "skipped", error=why)
+                    continue
                 own = {"run": name, "report_dir": _from_root(reports), "models_dir": _from_root(models), "publish_bundle": False, "version": version or ""}
                 declared = declared_parameters(root/"nbs")[step]
                 steps[number] = run_step(step, per_step[step] | {key: value for key, value in own.items() if key in declared}, reports, root, progress)
@@ -164,7 +172,7 @@ def run(
                 if steps[number].status == "failed": break
             else: publish(models, version)
         finally:
-            live = all(step.status == "done" for step in steps)
+            live = all(step.status in ("done", "skipped") for step in steps)
             if version and not live and version in list_versions(models): remove_bundle(models, version)
             result = RunResult(name, reports, steps, version if live else None, _metrics(reports))
             _summarise(result, parameters, started)
@@ -199,7 +207,7 @@ def tune(
 def _summarise(result:RunResult, parameters:dict, started:datetime, section:str="run")->None:
     "Write a section of metrics.json, and the index."
     seconds, failed = (datetime.now() - started).total_seconds(), result.failed
-    status = "succeeded" if all(step.status == "done" for step in result.steps) else "failed"
+    status = "succeeded" if all(step.status in ("done", "skipped") for step in result.steps) else "failed"
     write_metrics(result.reports, section, {"name": result.name, "parameters": parameters, "seconds": round(seconds, 1), "version": result.version, "status": status,
         "steps": {step.name: {"status": step.status, "seconds": round(step.seconds, 1), "error": step.error} for step in result.steps}})
     result.metrics = metrics = _metrics(result.reports)

@@ -117,7 +117,7 @@ _INDEX = """<!DOCTYPE html>
 {% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{% endfor %}</div>{% endif %}
 <h2>Steps</h2><table class="text"><thead><tr><th>report</th><th>result</th><th>seconds</th><th>notebook</th></tr></thead><tbody>
 {% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.name }}</a>{% else %}{{ step.name }}{% endif %}</td>
-<td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
+<td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}{% if step.status == 'skipped' %}: {{ step.error }}{% endif %}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
 <td>{% if step.html %}<a href="{{ step.name }}.ipynb">ipynb</a>{% endif %}</td></tr>{% endfor %}</tbody></table>
 {% for task, rows in tasks.items() %}<h2>{{ headings.get(task, task) }}</h2><table><thead><tr><th>model</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr><td>{{ row.model }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best %}<b>{% endif %}{{ '%.3f' | format(row[name].value) }}{% if row[name].best %}</b>{% endif %}

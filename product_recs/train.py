@@ -6,6 +6,7 @@
 __all__ = ['ALS_DEFAULTS', 'AlsModel', 'fit_als', 'train_bundle', 'ensure_bundle']
 
 # %% ../nbs/03_train.ipynb #c9184ff4
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from .bundle import current_version, publish, write_bundle
+from .bundle import current_version, publish, read_manifest, version_of, write_bundle
 from .core import TrainError, implicit_module, locked, one_blas_thread, resolve_path
 from .features import Features, ensure_features
 
@@ -58,7 +59,7 @@ def fit_als(
     takes_loss = lambda iteration: loss_every > 0 and (iteration % loss_every == 0 or iteration == iterations)
     losses = []
     AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares # before BLAS is held: it loads a BLAS of its own
-    with one_blas_thread(), tqdm(total=iterations, desc="ALS", unit="iteration", disable=not progress) as bar:
+    with one_blas_thread(), tqdm(total=iterations, desc="ALS", unit="iteration", disable=not progress, file=sys.stdout) as bar:
         model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, random_state=seed,
                                         num_threads=num_threads, calculate_training_loss=takes_loss(1))
         def after(iteration, seconds, loss): # iteration counts from 0
@@ -84,7 +85,7 @@ def _int32(matrix:csr_matrix)->csr_matrix:
 def train_bundle(
     features:Features,
     models_dir:str|Path="models", # folder of bundles, relative to the project root
-    publish_it:bool=True,         # make it the live version
+    publish_it:bool|str="auto",   # make it the live version; "auto": unless a model of another run is live
     **parameters,                 # of `fit_als`
 )->tuple[str, AlsModel]:          # version, and the fitted model
     "Fit ALS to everything known and write it as a bundle."
@@ -92,14 +93,19 @@ def train_bundle(
     path = write_bundle(resolve_path(models_dir), user_factors=model.user_factors, item_factors=model.item_factors, seen=features.all.confidence,
         users=features.users, items=features.items, user_columns=features.user_columns, item_columns=features.item_columns,
         algorithm="implicit.als", parameters={**model.parameters, "features": features.parameters},
-        data={"fingerprint": features.fingerprint, **features.split}, metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)})
-    if publish_it: publish(resolve_path(models_dir), path.name)
+        data={"run": features.interactions.name, "fingerprint": features.fingerprint, **features.split}, metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)})
+    if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)): publish(path.parent, path.name)
     return path.name, model
+
+def _live_run(models_dir:Path)->str|None:
+    "Run that the live model is of; None where nothing is live."
+    live = current_version(models_dir)
+    return read_manifest(models_dir/live)["data"].get("run", "") if live else None
 
 def ensure_bundle(
     run:str="sample",             # features in data/processed/<run>, made where they are missing
     models_dir:str|Path="models",
-)->str:                           # version of the live bundle
-    "The live version; where there is none, one is trained with the defaults and published."
-    folder = resolve_path(models_dir)
-    with locked(folder/".train.lock"): return current_version(folder) or train_bundle(ensure_features(run), folder)[0]
+)->str:                           # version
+    "A version made from this run's interactions, the live one if it was; where there is none, one is trained with the defaults."
+    folder, features = resolve_path(models_dir), ensure_features(run)
+    with locked(folder/".train.lock"): return version_of(folder, features.fingerprint) or train_bundle(features, folder, progress=False)[0]

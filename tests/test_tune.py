@@ -23,25 +23,26 @@ QUICK = "max_trials: 4\nmax_factors: 16\nmax_iterations: 10\nhalf_lives: [30]\ns
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    "A project that was tuned twice, with what each call said."
+    "A project that was tuned twice, by the command and by papermill, with what each said."
     root = fresh_project(tmp_path_factory.mktemp("tune"))
     (root/"quick.yaml").write_text(QUICK)
     said = []
-    for minutes in ("3", "4"):
-        done = call(root, "product-recs", "tune", "--name", "sample", "-f", "quick.yaml", "--minutes", minutes, "--quiet")
+    papermill = ("papermill", "nbs/11_tune.ipynb", "reports/again.ipynb", "-f", "tune.yaml", "-p", "budget_minutes", "4")
+    (root/"tune.yaml").write_text("".join(line + "\n" for line in QUICK.splitlines() if line.split(":")[0] in ("max_trials", "max_factors", "max_iterations", "max_users", "test_seeds", "bootstrap")))
+    for command in (("product-recs", "tune", "--name", "sample", "-f", "quick.yaml", "--minutes", "3", "--quiet"), papermill):
+        done = call(root, *command)
         assert done.returncode == 0, done.stderr
         said.append((done.stdout, json.loads((root/"reports"/"sample"/"metrics.json").read_text())))
     return root, said
 
 
 def test_a_second_call_goes_on(tuned):
-    _, ((_, first), (out, second)) = tuned
+    _, ((out, first), (_, second)) = tuned
     a, b = (metrics["11_tune"]["tasks"]["discovery"] for metrics in (first, second))
     assert (a["earlier_trials"], a["trials"], b["earlier_trials"], b["trials"]) == (0, 4, 4, 8) and a["study"] == b["study"]
     assert [metrics["11_tune"]["parameters"]["budget_minutes"] for metrics in (first, second)] == [3, 4]
     assert b["validation_ndcg"] >= a["validation_ndcg"] >= max(a["starting_points"].values()) and len(a["starting_points"]) >= 2
-    assert b["sentence"] in out and "best_discovery.yaml" in out
-    assert first["10_weights"]["rows"] == second["10_weights"]["rows"]
+    assert a["sentence"] in out and "best_discovery.yaml" in out
 
 
 def test_the_answer_runs_and_the_reports_stay(tuned):
