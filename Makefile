@@ -1,5 +1,5 @@
 # make run     set up, write the real sample, run the pipeline on it, recommend for one household
-#              TUNE=1: search the parameters first, for MINUTES=5
+# make run TUNE=1   the same, with parameters that are searched first, for MINUTES=5
 # make serve   set up, train on the small sample if no model is live, serve on http://127.0.0.1:8000
 # make test    set up, run every check
 # make lab     JupyterLab on the notebooks
