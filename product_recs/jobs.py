@@ -8,6 +8,7 @@ __all__ = ['STEPS', 'TUNE_STEPS', 'JobError', 'declared_parameters', 'assign', '
 # %% ../nbs/07_jobs.ipynb #f91395ef
 import difflib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class _Bars:
     def __init__(self, terminal): self.terminal = terminal
     def write(self, text:str):
         bar = text.rsplit("\r", 1)[-1].strip() if "\r" in text else ""
-        if bar: self.terminal.write(f"\r\033[K{bar[:110]}") # the line is cleared first: another bar stands there
+        if bar: self.terminal.write(f"\r\033[K{bar[:shutil.get_terminal_size().columns - 1]}") # the line is cleared first: another bar stands there
     def flush(self): self.terminal.flush()
 
 def run_step(

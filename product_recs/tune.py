@@ -227,7 +227,8 @@ def search(
     "Go on with a study until the time or the number of trials is used up."
     if not budget_minutes > 0 or not max_trials >= 1: raise ProductRecsError(f"budget_minutes={budget_minutes!r} must be above 0 and max_trials={max_trials!r} at least 1")
     study, file = open_study(file, problem), Path(file)
-    with _alone(file), tqdm(total=max_trials, unit=" trials", desc=problem.task.name, disable=not progress, mininterval=0, file=sys.stdout) as bar:
+    with _alone(file), tqdm(total=max_trials, desc=problem.task.name, bar_format="{desc} {n_fmt}/{total_fmt} trials |{bar:12}| [{elapsed}{postfix}]",
+                           disable=not progress, mininterval=0, file=sys.stdout) as bar:
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)): study.tell(trial.number, state=TrialState.FAIL) # of a process that was killed
         there = [(trial.user_attrs.get("origin"), trial.params or trial.system_attrs.get("fixed_params")) for trial in study.get_trials(
             deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING))]
@@ -290,8 +291,10 @@ def tuned_sentence(
 )->str:
     "What tuning bought."
     tuned, others = rows[0], rows[1:]
-    head = f"{task.replace('_', ' ').capitalize()}: tuned ALS reaches NDCG@{cut_off} {tuned['ndcg']:.4f} ({tuned['low']:.4f} to {tuned['high']:.4f}) on the test period, {tuned['users']:,} users, {len(tuned['by_seed'])} seeds. "
+    head = f"{task.replace('_', ' ').capitalize()}: tuned ALS reaches NDCG@{cut_off} {tuned['ndcg']:.4f} ({tuned['low']:.4f} to {tuned['high']:.4f}) on the test period, {tuned['users']:,} users, {len(tuned['by_seed'])} seed{'s'*(len(tuned['by_seed']) > 1)}. "
     likely = lambda p: f"more than {1 - 1/resamples:.1%}" if p == 1 else f"less than {1/resamples:.1%}" if p == 0 else f"{p:.1%}"
     word = lambda row: "better than" if row["lead_low"] > 0 else "worse than" if row["lead_high"] < 0 else "not clearly different from"
+    same = [row["name"] for row in others if row["lead"] == row["lead_low"] == row["lead_high"] == 0]
+    if same: head += f"The search found nothing better than {same[0]}. "
     return head + "; ".join(f"{word(row)} {row['name']} ({row['ndcg']:.4f}): {row['lead']:+.4f}, 95 % interval {row['lead_low']:+.4f} to {row['lead_high']:+.4f}, probability of being better {likely(row['probability'])}"
-                            for row in others).capitalize() + "."
+                            for row in others if row["name"] not in same).capitalize() + "."
