@@ -59,11 +59,12 @@ def _answer(bundle, answer, as_json:bool, head:str, **facts)->str:
 def _recommend(options)->str:
     "`product-recs recommend USER`"
     from product_recs.bundle import open_bundle
-    from product_recs.inference import Recommender, recommend
+    from product_recs.inference import Recommender, next_purchase, recommend
     bundle = open_bundle(resolve_path(options.models_dir))
     user = bundle.users.parse(options.user)
-    answer = recommend(Recommender(bundle), user, options.n, exclude_seen=not options.include_seen)
-    text = _answer(bundle, answer, options.json, f"Recommended for {user}", user_id=user)
+    if options.task == "next_purchase": answer = next_purchase(Recommender(bundle), user, options.n)
+    else: answer = recommend(Recommender(bundle), user, options.n, exclude_seen=not options.include_seen)
+    text = _answer(bundle, answer, options.json, f"{'Next purchases of' if options.task == 'next_purchase' else 'Recommended for'} {user}", user_id=user)
     row = bundle.users.row(user)
     if options.json or row is None: return text
     history = bundle.seen[row]
@@ -141,7 +142,9 @@ def _parser()->argparse.ArgumentParser:
         ask.add_argument("-n", type=int, default=10, help="how many items (default: 10)")
         ask.add_argument("--json", action="store_true", help="print JSON")
         ask.add_argument("--models-dir", default=None, **models)
-        if what == "user": ask.add_argument("--include-seen", action="store_true", help="also items that the user has had")
+        if what == "user":
+            ask.add_argument("--include-seen", action="store_true", help="also items that the user has had")
+            ask.add_argument("--task", choices=("discovery", "next_purchase"), default="discovery", help="new items, or what the user most likely takes next (default: discovery)")
     serve = verb("serve", _serve, "serve recommendations over HTTP", "serve --host 0.0.0.0 --workers 2")
     serve.add_argument("--host", help="address to bind (default: 127.0.0.1, or PRODUCT_RECS_HOST)")
     serve.add_argument("--port", type=int, help="port to bind (default: 8000, or PRODUCT_RECS_PORT)")
