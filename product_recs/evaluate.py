@@ -139,10 +139,10 @@ class Evaluation:
 
     def best(self,
         task:str, metric:str, k:int,
-        without:str="", # a model that is not asked for
+        without:str|Sequence[str]="", # a model that is not asked for, or several
     )->str:
         "Name of the best model; the first of equals."
-        models = [model for (of, model) in self.hits if of == task and model != without]
+        models = [model for (of, model) in self.hits if of == task and model not in ([without] if isinstance(without, str) else without)]
         return max(models, key=lambda model: self.value(task, model, metric, k))
 
     def compare(self,
@@ -228,18 +228,20 @@ def verdict(
     metric:str="ndcg",
     k:int=10,
     resamples:int=1000,
+    without:Sequence[str]=(),      # models that it is not compared with
+    rivals:str="the best baseline",# what the sentence calls the best of the others
 )->tuple[str, dict]: # a sentence, and the same as figures
     "Compare a model with the best of the others."
-    rival = evaluation.best(task, metric, k, without=model)
+    rival = evaluation.best(task, metric, k, without=[model, *without])
     result = evaluation.compare(task, model, rival, metric, k, resamples)
     name = f"{METRIC_NAMES[metric]}@{k}"
     likely = f"{result.probability:.1%}"
     if result.probability in (0, 1): likely = f"more than {1 - 1/resamples:.1%}" if result.probability else f"less than {1/resamples:.1%}"
     proof = (f"95 % interval of the difference {result.low:+.4f} to {result.high:+.4f}, probability that {model} is better {likely}, "
              f"{result.users:,} users")
-    if result.low > 0: says = f"{model} beats {rival}, the best baseline, by {result.difference:.4f} {name}"
+    if result.low > 0: says = f"{model} beats {rival}, {rivals}, by {result.difference:.4f} {name}"
     elif result.high < 0: says = f"{rival} beats {model} by {-result.difference:.4f} {name}"
-    else: says = f"no clear winner between {model} and {rival}, the best baseline: {result.difference:+.4f} {name}"
+    else: says = f"no clear winner between {model} and {rival}, {rivals}: {result.difference:+.4f} {name}"
     figures = {"task": task, "model": model, "baseline": rival, "metric": metric, "k": k, **result._asdict()}
     return f"{task.replace('_', ' ').capitalize()}: {says} ({proof}).", figures
 
