@@ -19,6 +19,7 @@ from .ranking import top_n
 class Recommender:
     "A model that scores all items for a block of users; a new one overrides `_fit` and `score`."
     name = "recommender"
+    tasks = None # the tasks that it is made for; None: all
 
     def fit(self,
         snapshot:Snapshot, # what is known of the past
@@ -35,6 +36,12 @@ class Recommender:
     )->np.ndarray:       # (m, n_items) float32, a fresh array that the caller may overwrite
         "Scores of all items for these users."
         raise NotImplementedError
+
+    def reseeded(self,
+        seed:int,
+    )->"Recommender|None": # None: there is nothing random in it
+        "The same model, not fitted yet, with other random numbers."
+        return None
 
     def _fit(self, snapshot:Snapshot)->None:
         "What a model learns beyond the popularity of the items."
@@ -143,6 +150,10 @@ class ALS(Recommender):
     def _fit(self, snapshot):
         from product_recs.train import fit_als
         self.model = fit_als(snapshot.confidence, **self.parameters)
+
+    def reseeded(self, seed:int)->"ALS":
+        "The same model with other random numbers."
+        return ALS(**self.parameters | {"seed": seed})
 
     def score(self, rows:np.ndarray)->np.ndarray:
         "Inner products of factors: one matrix product."

@@ -125,6 +125,7 @@ class Evaluation:
     table: pd.DataFrame         # task, model, metric, k, value, low, high, users, seed, split
     tasks: dict[str, Task]
     hits: dict[tuple, Hits]     # (task, model) -> hits of its users, in the order of the task's rows
+    found: dict[tuple, np.ndarray] # (task, model) -> item of each hit, user by user, best first
     shown: dict[tuple, np.ndarray] # (task, model, k) -> times each item was shown
     seconds: pd.DataFrame       # model, fit, and a column per task
     facts: dict                 # seed, split, period, users, candidates, cold shares, left out
@@ -138,10 +139,10 @@ class Evaluation:
 
     def best(self,
         task:str, metric:str, k:int,
-        without:str="", # a model that is not asked for
+        without:str|Sequence[str]="", # a model that is not asked for, or several
     )->str:
         "Name of the best model; the first of equals."
-        models = [model for (of, model) in self.hits if of == task and model != without]
+        models = [model for (of, model) in self.hits if of == task and model not in ([without] if isinstance(without, str) else without)]
         return max(models, key=lambda model: self.value(task, model, metric, k))
 
     def compare(self,
@@ -175,18 +176,18 @@ def evaluate(
     if not names or len(set(names)) < len(names):
         raise EvaluateError(f"models need names of their own: {', '.join(names) or 'there are none'}")
     work = {name: make_task(past, future, name, max_users, seed) for name in tasks}
-    rows, hits, shown, seconds = [], {}, {}, []
-    lists = len(models)*sum(len(task.rows) for task in work.values())
+    rows, hits, found, shown, seconds = [], {}, {}, {}, []
+    lists = sum(len(task.rows) for model in models for task in _tasks_of(model, work).values())
     with tqdm(total=lists, unit=" lists", disable=not progress, delay=2, mininterval=2, file=sys.stdout) as bar:
         for model in models:
             bar.set_description(model.name, refresh=False)
-            seconds.append(_one_model(model, past, work, k, categories, block, bootstrap, seed, bar.update, rows, hits, shown))
+            seconds.append(_one_model(model, past, work, k, categories, block, bootstrap, seed, bar.update, rows, hits, found, shown))
     table = pd.DataFrame(rows)[["task", "model", "metric", "k", "value", "low", "high", "users"]].assign(seed=seed, split=split)
     facts = {"seed": seed, "split": split, "period": period, "bootstrap": bootstrap,
              "catalogue": future.shape[1], "candidates": int(models[0].candidates.sum()), **cold_shares(past, future),
              "users": {name: len(task.rows) for name, task in work.items()},
              "left_out": {name: task.left_out for name, task in work.items()}}
-    return Evaluation(table, work, hits, shown, pd.DataFrame(seconds), facts)
+    return Evaluation(table, work, hits, found, shown, pd.DataFrame(seconds), facts)
 
 # %% ../nbs/04_evaluate.ipynb #c1c17a9d
 def _cut_offs(k)->list[int]:
@@ -195,16 +196,21 @@ def _cut_offs(k)->list[int]:
     if wrong or not len(k): raise EvaluateError(f"k must be a list of whole numbers from 1, not {k!r}")
     return sorted({int(cut) for cut in k})
 
-def _one_model(model, past, work, k, categories, block, bootstrap, seed, advance, rows, hits, shown)->dict:
-    "Fit one model, rank for each task, and add to `rows`, `hits` and `shown`; gives back the seconds."
+def _tasks_of(model, work)->dict:
+    "The tasks that a model is made for."
+    return {name: task for name, task in work.items() if model.tasks is None or name in model.tasks}
+
+def _one_model(model, past, work, k, categories, block, bootstrap, seed, advance, rows, hits, found_items, shown)->dict:
+    "Fit one model, rank for each of its tasks, and add to `rows`, `hits`, `found_items` and `shown`; gives back the seconds."
     start = perf_counter()
     model.fit(past)
     spent = {"model": model.name, "fit": perf_counter() - start}
-    for name, task in work.items():
+    for name, task in _tasks_of(model, work).items():
         start = perf_counter()
         items, _ = recommend(model, task.rows, k[-1], task.exclude_seen, block, advance)
         spent[name] = perf_counter() - start
         found = hits[name, model.name] = find_hits(items, task.targets)
+        found_items[name, model.name] = items[found.hits] # every user of a task has a relevant item, so rows agree
         counts = {cut: exposure(items, cut, len(model.candidates)) for cut in k}
         shown.update({(name, model.name, cut): times for cut, times in counts.items()})
         for row in _figures(found, _list_figures(items, k, model, categories, seed), counts, model.candidates, bootstrap, seed):
@@ -222,18 +228,20 @@ def verdict(
     metric:str="ndcg",
     k:int=10,
     resamples:int=1000,
+    without:Sequence[str]=(),      # models that it is not compared with
+    rivals:str="the best baseline",# what the sentence calls the best of the others
 )->tuple[str, dict]: # a sentence, and the same as figures
     "Compare a model with the best of the others."
-    rival = evaluation.best(task, metric, k, without=model)
+    rival = evaluation.best(task, metric, k, without=[model, *without])
     result = evaluation.compare(task, model, rival, metric, k, resamples)
     name = f"{METRIC_NAMES[metric]}@{k}"
     likely = f"{result.probability:.1%}"
     if result.probability in (0, 1): likely = f"more than {1 - 1/resamples:.1%}" if result.probability else f"less than {1/resamples:.1%}"
     proof = (f"95 % interval of the difference {result.low:+.4f} to {result.high:+.4f}, probability that {model} is better {likely}, "
              f"{result.users:,} users")
-    if result.low > 0: says = f"{model} beats {rival}, the best baseline, by {result.difference:.4f} {name}"
+    if result.low > 0: says = f"{model} beats {rival}, {rivals}, by {result.difference:.4f} {name}"
     elif result.high < 0: says = f"{rival} beats {model} by {-result.difference:.4f} {name}"
-    else: says = f"no clear winner between {model} and {rival}, the best baseline: {result.difference:+.4f} {name}"
+    else: says = f"no clear winner between {model} and {rival}, {rivals}: {result.difference:+.4f} {name}"
     figures = {"task": task, "model": model, "baseline": rival, "metric": metric, "k": k, **result._asdict()}
     return f"{task.replace('_', ' ').capitalize()}: {says} ({proof}).", figures
 
