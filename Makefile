@@ -8,7 +8,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench-overhead clean
+.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-scale clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -67,6 +67,10 @@ test: .venv/.ready
 bench-overhead: .venv/.ready
 	@$(BIN)/python benchmarks/overhead.py
 	@$(BIN)/python benchmarks/serving.py
+
+# memory and time of the evaluation, at 20,000 and 100,000 users
+bench-scale: .venv/.ready
+	@$(BIN)/python benchmarks/evaluate_scale.py
 
 clean:
 	rm -rf .venv build dist *.egg-info reports models data/processed data/complete_journey

@@ -88,16 +88,27 @@ def cold_shares(
             "cold_users": float(future.data[~users].sum(dtype=np.float64))/total}
 
 # %% ../nbs/04_evaluate.ipynb #963a2ca7
+def _parts(n:int, size:int=50_000)->list[slice]:
+    "Slices of at most `size` users, so that what is made on the way stays small."
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+def _hits(items:np.ndarray, targets:csr_matrix)->Hits:
+    "`find_hits`, part by part; every user of a task has a relevant item, so that none is left out."
+    found = [find_hits(items[part], targets[part]) for part in _parts(len(items))]
+    hits, relevant = (np.concatenate([getattr(part, name) for part in found]) for name in ("hits", "relevant"))
+    return Hits(hits, relevant, np.arange(len(relevant)), 0)
+
 def _list_figures(items:np.ndarray, k:Sequence[int], model:Recommender, categories:np.ndarray|None, seed:int)->dict:
     "Novelty and diversity per user: (metric, k) -> array."
     seen = model.snapshot.counts
     active = int((np.diff(seen.indptr) > 0).sum())
-    columns = {("novelty", cut): novelty(items, cut, model.popularity, active) for cut in k}
+    in_parts = lambda figure, items, *given: np.concatenate([figure(items[part], *given) for part in _parts(len(items))])
+    columns = {("novelty", cut): in_parts(novelty, items, cut, model.popularity, active) for cut in k}
     some = items
     if categories is None and len(items) > 2000:
         some = items[np.random.default_rng(seed).choice(len(items), 2000, replace=False)]
     for cut in (c for c in k if c > 1):
-        if categories is not None: columns["diversity (category)", cut] = category_diversity(some, cut, categories)
+        if categories is not None: columns["diversity (category)", cut] = in_parts(category_diversity, some, cut, categories)
         else: columns["diversity (cosine)", cut] = cosine_diversity(some, cut, seen)
     return columns
 
@@ -209,8 +220,8 @@ def _one_model(model, past, work, k, categories, block, bootstrap, seed, advance
         start = perf_counter()
         items, _ = recommend(model, task.rows, k[-1], task.exclude_seen, block, advance)
         spent[name] = perf_counter() - start
-        found = hits[name, model.name] = find_hits(items, task.targets)
-        found_items[name, model.name] = items[found.hits] # every user of a task has a relevant item, so rows agree
+        found = hits[name, model.name] = _hits(items, task.targets)
+        found_items[name, model.name] = items[found.hits]
         counts = {cut: exposure(items, cut, len(model.candidates)) for cut in k}
         shown.update({(name, model.name, cut): times for cut, times in counts.items()})
         for row in _figures(found, _list_figures(items, k, model, categories, seed), counts, model.candidates, bootstrap, seed):
