@@ -7,7 +7,7 @@ from all of train, rank all items minus the user's train items, mean over the us
 of test items, NDCG@20 is binary with its ideal cut at 20. Items that only the test knows count as missed.
 
 --validate judges on a tenth of each user's train items (seeded, rounded) instead of the test: choose
-parameters there, and only there. The figures go to standard output and to a Markdown and a JSON file in --out.
+parameters there, and only there. The table goes to standard output and to a Markdown file in --out, the figures to a JSON file beside it.
 """
 import argparse
 import json
@@ -144,20 +144,22 @@ def main() -> None:
     shape = (*train.shape, train.nnz, targets.nnz)
     if options.validate:
         train, targets = hold_out(train)
-    snapshot, results = snapshot_of(train), []
+    snapshot, results, left_out = snapshot_of(train), [], []
     for name in (bar := tqdm(names, unit="model")):
         bar.set_postfix_str(name)
         model, parameters = models[name]
         try:
             results.append({**judge(model, snapshot, targets), "parameters": parameters})
         except ProductRecsError as error:
-            bar.write(f"{name} is left out: {error}")
+            left_out.append(f"{name} is left out: {error}")
+            bar.write(left_out[-1], file=sys.stderr)
             continue
-        bar.write(f"{name:14s} Recall@20 {results[-1]['recall']:.4f}  NDCG@20 {results[-1]['ndcg']:.4f}  {results[-1]['train_seconds']:.0f} s")
+        bar.write(f"{name:14s} Recall@20 {results[-1]['recall']:.4f}  NDCG@20 {results[-1]['ndcg']:.4f}  {results[-1]['train_seconds']:.0f} s", file=sys.stderr)
     if not results:
         sys.exit("no model could be fitted")
     judged_by = "a tenth of train, held out" if options.validate else "test"
     table = markdown(results, (*train.shape, train.nnz, targets.nnz), judged_by, shape == GOWALLA and not options.validate)
+    table += "".join(f"\n{line}\n" for line in left_out)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out/f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
     stem.with_suffix(".md").write_text(table, encoding="utf-8")
