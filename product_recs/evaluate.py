@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from .baselines import Recommender, recommend
-from .bundle import current_version, read_manifest
+from .bundle import current_version, read_manifest, version_of
 from .core import ProductRecsError, resolve_path
 from .features import Features, Snapshot
 from .metrics import (METRICS, Comparison, Hits, bootstrap_means, category_diversity, cosine_diversity, coverage,
@@ -259,11 +259,12 @@ def verdict(
 # %% ../nbs/04_evaluate.ipynb #939406a4
 def judged_parameters(
     models_dir:str="models", # folder of the bundles
-    version:str="",          # "": the live one
+    version:str="",          # "": the live one, or the newest, of these interactions
+    fingerprint:str|None=None, # of the interactions; None: whatever is live
 )->tuple[dict, str]:         # arguments of `fit_als`, and the version they are from ("": no bundle, defaults)
     "Training parameters of a bundle."
     from product_recs.train import ALS_DEFAULTS
     folder = resolve_path(models_dir)
-    version = version or current_version(folder) or ""
+    version = version or (version_of(folder, fingerprint) if fingerprint else current_version(folder)) or ""
     found = read_manifest(folder/version)["parameters"] if version else {}
     return {name: found.get(name, default) for name, default in ALS_DEFAULTS.items()}, version
