@@ -92,7 +92,7 @@ def _plain(values:np.ndarray)->np.ndarray:
     "DuckDB's masked array as a plain one: NaN, NaT or None where masked."
     if not isinstance(values, np.ma.MaskedArray): return values
     if not values.mask.any(): return values.data
-    if values.dtype.kind == "M": return values.filled(np.datetime64("NaT"))
+    if values.dtype.kind == "M": return values.filled(np.datetime64("NaT", np.datetime_data(values.dtype)[0]))
     if values.dtype.kind not in "bO": return values.astype(np.float64).filled(np.nan)
     plain = values.data.astype(object)
     plain[values.mask] = None

@@ -8,7 +8,10 @@ __all__ = ['read_parameters', 'main']
 # %% ../nbs/08_cli.ipynb #1f0c5194
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from .core import ProductRecsError, Settings, resolve_path
@@ -33,7 +36,7 @@ def read_parameters(
         path = resolve_path(file)
         try: loaded = _yaml(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error: raise ProductRecsError(f"{path}: cannot be read ({error})") from None
-        if not isinstance(loaded, dict): raise ProductRecsError(f"{path}: expected lines of `name: value`")
+        if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded): raise ProductRecsError(f"{path}: expected lines of `name: value`")
         parameters |= loaded
     return parameters | {name: "" if value == "" else _yaml(value, f"-p {name}") for name, value in pairs}
 
@@ -93,7 +96,7 @@ def _run(options)->str:
     where = f"Reports: {result.reports/'index.html'}"
     if result.failed:
         raise JobError(f"{result.failed.name} failed: {result.failed.error}\nNo model was published. {where.replace('index', result.failed.name) if result.failed.html else where}")
-    return f"Model {result.version} is live in {resolve_path(options.models_dir)}\n{where}"
+    return f"Model {result.version} is live in {resolve_path(options.models_dir)}; a service that is running keeps its model until it is started again\n{where}"
 
 def _tune(options)->str:
     "`product-recs tune`"
@@ -184,7 +187,7 @@ def _parser()->argparse.ArgumentParser:
     serve = verb("serve", _serve, "serve recommendations over HTTP", "serve --host 0.0.0.0 --workers 2")
     serve.add_argument("--host", help="address to bind (default: 127.0.0.1, or PRODUCT_RECS_HOST)")
     serve.add_argument("--port", type=int, help="port to bind (default: 8000, or PRODUCT_RECS_PORT)")
-    serve.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    serve.add_argument("--workers", type=int, choices=range(1, 65), default=1, metavar="N", help="processes, 1 to 64 (default: 1)")
     serve.add_argument("--models-dir", default=None, **models)
     data = verb("data", _data, "write the Complete Journey sample as CSV", "data --out data/complete_journey")
     data.add_argument("--out", default="data/complete_journey", metavar="FOLDER", help="where to write (default: data/complete_journey)")
@@ -196,13 +199,19 @@ def main(
 )->int:                                # exit code: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted
     "The command `product-recs`."
     options = _parser().parse_args(arguments)
+    # a container or a job runner ends a process with SIGTERM; it deserves the same clean-up as Ctrl-C (a server has its own way to stop)
+    if options.function is not _serve and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if hasattr(options, "models_dir") and options.models_dir is None: options.models_dir = Settings().models_dir
         text = options.function(options)
-        if text: print(text)
+        if text: print(text, flush=True)
         return 0
     except ProductRecsError as error: print(f"product-recs: {error}", file=sys.stderr)
     except ImportError as error: print(f"product-recs: {error}; this verb needs an extra: pip install 'product-recs[jobs]'", file=sys.stderr)
+    except BrokenPipeError: # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error: print(f"product-recs: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
     except ValueError as error:
         if type(error).__name__ != "ValidationError": raise
         for wrong in error.errors(): print(f"product-recs: setting {'.'.join(map(str, wrong['loc']))}={wrong['input']!r}: {wrong['msg']}", file=sys.stderr)
