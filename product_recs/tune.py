@@ -193,9 +193,10 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     return optuna.create_study(storage=f"sqlite:///{Path(file).absolute()}", study_name=problem.study_name, direction="maximize", load_if_exists=True,
-                               pruner=optuna.pruners.MedianPruner(n_startup_trials=5))
+                               pruner=optuna.pruners.PercentilePruner(_KEPT_PERCENT, n_startup_trials=5))
 
 _DRAWN_AT_RANDOM = 10 # the starting points and guesses count
+_KEPT_PERCENT = 66.0  # of the complete trials are above the line below which a trial is cut short
 
 @contextmanager
 def _alone(file:Path)->Iterator[None]:
