@@ -8,6 +8,7 @@ __all__ = ['Recommender', 'recommend', 'Popularity', 'RecentPopularity', 'BuyAga
 
 # %% ../nbs/04_baselines.ipynb #a0fbdd44
 from collections.abc import Callable
+from copy import copy
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -41,8 +42,14 @@ class Recommender:
     def reseeded(self,
         seed:int,
     )->"Recommender|None": # None: there is nothing random in it
-        "The same model, not fitted yet, with other random numbers."
-        return None
+        "The same model, not fitted yet, with another `seed`, which is an attribute or one of the `parameters`."
+        mine = vars(self)
+        if "seed" not in mine and "seed" not in mine.get("parameters", {}): return None
+        again = copy(self)
+        again.__dict__.pop("snapshot", None)
+        if "seed" in mine: again.seed = seed
+        else: again.parameters = mine["parameters"] | {"seed": seed}
+        return again
 
     def _fit(self, snapshot:Snapshot)->None:
         "What a model learns beyond the popularity of the items."
@@ -154,15 +161,11 @@ class ALS(Recommender):
     def __init__(self,
         **parameters, # factors, regularization, alpha, iterations, seed, num_threads
     ):
-        self.parameters = {"progress": False} | parameters
+        self.parameters = {"progress": False, "seed": 0} | parameters
 
     def _fit(self, snapshot):
         from product_recs.train import fit_als
         self.model = fit_als(snapshot.confidence, **self.parameters)
-
-    def reseeded(self, seed:int)->"ALS":
-        "The same model with other random numbers."
-        return ALS(**self.parameters | {"seed": seed})
 
     def score(self, rows:np.ndarray)->np.ndarray:
         "Inner products of factors: one matrix product."

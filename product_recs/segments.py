@@ -132,6 +132,8 @@ def over_seeds(
 )->pd.DataFrame: # task, model, metric, k, seeds, mean, sd, lowest, highest
     "The figures of the models with something random in them, over several seeds."
     rows = []
+    if isinstance(seeds, str) or any(isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) for seed in seeds):
+        raise EvaluateError(f"seeds must be a list of whole numbers, such as [0, 1, 2], not {seeds!r}")
     for seed in seeds:
         made = [again for model in models if (again := model.reseeded(int(seed))) is not None]
         if not made: break
