@@ -4,11 +4,12 @@
 # make test    set up, run every check
 # make lab     JupyterLab on the notebooks
 # make data    write the real sample to data/complete_journey
+# make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
 
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench-overhead clean
+.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-scale bench-quality clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -60,13 +61,22 @@ test: .venv/.ready
 	@$(BIN)/python tools/check_export.py
 	@$(BIN)/python tools/check_notebooks.py
 	@$(BIN)/python tools/make_readme.py --check
-	@$(BIN)/ruff check product_recs tools tests setup.py
+	@$(BIN)/ruff check product_recs tools tests benchmarks setup.py
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/pytest -q tests
 
 bench-overhead: .venv/.ready
 	@$(BIN)/python benchmarks/overhead.py
 	@$(BIN)/python benchmarks/serving.py
+
+# memory and time of the evaluation, at 20,000 and 100,000 users
+bench-scale: .venv/.ready
+	@$(BIN)/python benchmarks/evaluate_scale.py
+
+# OPTIONS go to the script, such as OPTIONS="--models als,blend --factors 256"
+bench-quality: .venv/.ready
+	@test -n "$(DATA)" || { echo "name the folder with train.parquet and test.parquet: make bench-quality DATA=folder" >&2; exit 2; }
+	@$(BIN)/python benchmarks/quality.py "$(DATA)" $(OPTIONS)
 
 clean:
 	rm -rf .venv build dist *.egg-info reports models data/processed data/complete_journey

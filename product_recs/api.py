@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from datetime import date, datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import FastAPI, Path as PathParameter, Query, Request
@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from . import __version__
 from .bundle import Bundle, open_bundle
 from .core import BundleError, IdTable, ProductRecsError, Settings, one_blas_thread, resolve_path
-from .inference import Recommendations, Recommender, recommend, similar_items
+from .inference import Recommendations, Recommender, next_purchase, recommend, similar_items
 from .web import Problem, RequestLog, http_problem, known_problem, log_to_stdout, parameter_problem
 
 # %% ../nbs/06_api.ipynb #9a6cfed0
@@ -63,7 +63,7 @@ class RankedItem(BaseModel):
     "One item of a detailed answer."
     rank: int = Field(description="1 is the best")
     item_id: int | str
-    score: float = Field(description="comparable inside one answer only; for source `popular` the number of users, for `similar` the cosine")
+    score: float = Field(description="comparable inside one answer only; for source `popular` the number of users, for `similar` the cosine, for `next_purchase` log odds")
     title: str | None = Field(description="null where the products file has none")
     attributes: dict[str, Any] = Field(description="popularity, first and last seen, and every other column of the products file")
 
@@ -137,15 +137,16 @@ def _add_answers(app:FastAPI, live:Model, settings:Settings)->None:
     "/recommend and /similar."
     N = Annotated[int, Query(ge=1, le=settings.max_n, description="how many items", examples=[10])]
     Detail = Annotated[bool, Query(description="also say rank, score, title and attributes of each item")]
+    Task = Annotated[Literal["discovery", "next_purchase"], Query(description="`discovery`: items new to the user; `next_purchase`: what the user most likely takes next, own items included")]
     Id = lambda example, text: Annotated[str, PathParameter(description=text, openapi_examples={"sample": {"value": example}})]
     n_default = min(settings.default_n, settings.max_n)
 
     @app.get("/recommend/{user_id}", response_model=RecommendationList | DetailedRecommendationList, tags=["recommendations"],
              summary="The best items for a user", responses=_documented("Best first; an unknown user gets what is popular.", 422, 503))
-    async def recommend_user(user_id:Id("1", "an unknown user is answered too"), n:N=n_default, detail:Detail=False):
+    async def recommend_user(user_id:Id("1", "an unknown user is answered too"), n:N=n_default, detail:Detail=False, task:Task="discovery"):
         model = live.get()
         user = _id(model.bundle.users, user_id)
-        answer = recommend(model, user, n)
+        answer = (next_purchase if task == "next_purchase" else recommend)(model, user, n)
         return _respond(model, answer, detail, user_id=user, recommendations=answer.items)
 
     @app.get("/similar/{item_id}", response_model=SimilarList | DetailedSimilarList, tags=["recommendations"],

@@ -92,7 +92,7 @@ def _plain(values:np.ndarray)->np.ndarray:
     "DuckDB's masked array as a plain one: NaN, NaT or None where masked."
     if not isinstance(values, np.ma.MaskedArray): return values
     if not values.mask.any(): return values.data
-    if values.dtype.kind == "M": return values.filled(np.datetime64("NaT"))
+    if values.dtype.kind == "M": return values.filled(np.datetime64("NaT", np.datetime_data(values.dtype)[0]))
     if values.dtype.kind not in "bO": return values.astype(np.float64).filled(np.nan)
     plain = values.data.astype(object)
     plain[values.mask] = None
@@ -127,6 +127,9 @@ def write_bundle(
     algorithm:str, parameters:dict,   # how the factors were made
     data:dict,                        # fingerprint and span of the interactions
     metrics:dict,                     # what is known of the model's quality so far
+    counts:csr_matrix|None=None,      # structure of `seen`: interactions of each pair; None: not kept
+    age_days:csr_matrix|None=None,    # structure of `seen`: days from the pair's last one to the end of the data
+    blend:dict|None=None,             # weights for the next purchase, or {"missing": why there are none}
     version:str|None=None,            # default: UTC time and a hash of the factors
 )->Path:                              # models_dir/<version>, complete and not yet live
     "Write a whole bundle; `publish` makes it live."
@@ -139,12 +142,14 @@ def write_bundle(
     with atomic_folder(path) as folder:
         for name, array in arrays.items(): np.save(folder/f"{name}.npy", array, allow_pickle=False)
         save_csr(folder, "seen", seen.astype(np.float32, copy=False))
+        for name, matrix in {"seen_counts": counts, "seen_age_days": age_days}.items():
+            if matrix is not None: np.save(folder/f"{name}.npy", _values(matrix, seen, name), allow_pickle=False)
         save_table(folder/"users.parquet", {"user_id": users.ids, **user_columns})
         save_table(folder/"items.parquet", {"item_id": items.ids, **item_columns})
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
         manifest = {"format": FORMAT, "version": version, "created_at": created.isoformat(timespec="seconds"), "algorithm": algorithm,
                     "parameters": parameters, "data": data, "shape": {"users": len(users), "items": len(items), "factors": user_factors.shape[1], "seen": int(seen.nnz)},
-                    "dtype": "float32", "libraries": _libraries(), "metrics": metrics, "files": files}
+                    "dtype": "float32", "libraries": _libraries(), "metrics": metrics, "blend": blend, "files": files}
         (folder/"manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n")
     return path
 
@@ -154,6 +159,12 @@ def _check_shapes(user_factors, item_factors, seen_shape, n_users:int, n_items:i
     found = {"user_factors": user_factors.shape, "item_factors": item_factors.shape, "seen": tuple(seen_shape)}
     for name, shape in expected.items():
         if found[name] != shape: raise BundleError(f"{where}: {name} has shape {found[name]}, but {n_users} users and {n_items} items need {shape}")
+
+def _values(matrix:csr_matrix, seen:csr_matrix, name:str)->np.ndarray:
+    "Values of a matrix that has the structure of `seen`."
+    if matrix.shape != seen.shape or not (np.array_equal(matrix.indptr, seen.indptr) and np.array_equal(matrix.indices, seen.indices)):
+        raise BundleError(f"{name} must have the structure of the seen matrix: the same pairs in the same order")
+    return np.asarray(matrix.data, np.float32)
 
 def _valid_version(version:str)->str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", version) or version == "current":
@@ -173,6 +184,8 @@ class Bundle:
     items: IdTable
     user_columns: dict[str, np.ndarray] # popularity, first_seen, last_seen, attributes
     item_columns: dict[str, np.ndarray] # likewise, and what the products file told
+    counts: csr_matrix|None = None      # structure of `seen`: interactions of each pair; None in a bundle without them
+    age_days: csr_matrix|None = None    # structure of `seen`: days from the pair's last one to the end of the data
 
     @property
     def version(self)->str:
@@ -224,7 +237,19 @@ def open_bundle(
         if array.dtype != np.float32 or array.ndim != 2: raise BundleError(f"{path/name}.npy: {array.ndim}-dimensional {array.dtype}, expected a float32 matrix")
     seen = load_csr(path, "seen", shape)
     _check_shapes(user_factors, item_factors, seen.shape, *shape, where=str(path))
-    return Bundle(path, manifest, user_factors, item_factors, seen, IdTable(users.pop("user_id")), IdTable(items.pop("item_id")), users, items)
+    return Bundle(path, manifest, user_factors, item_factors, seen, IdTable(users.pop("user_id")), IdTable(items.pop("item_id")), users, items,
+                  *(_optional(path, name, seen, manifest) for name in ("seen_counts", "seen_age_days")))
+
+def _optional(path:Path, name:str, seen:csr_matrix, manifest:dict)->csr_matrix|None:
+    "A matrix on the structure of `seen`; None where the bundle does not have it."
+    if f"{name}.npy" not in manifest["files"]: return None
+    values = load_array(path/f"{name}.npy")
+    if values.shape != seen.data.shape or values.dtype != np.float32:
+        raise BundleError(f"{path/name}.npy: {values.dtype} of shape {values.shape}, expected float32 of shape {seen.data.shape}")
+    matrix = csr_matrix(seen.shape, dtype=np.float32)
+    matrix.indptr, matrix.indices, matrix.data = seen.indptr, seen.indices, values
+    matrix.has_sorted_indices = matrix.has_canonical_format = True
+    return matrix
 
 # %% ../nbs/00_bundle.ipynb #aa14508c
 def current_version(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_A_CANDIDATE', 'SEEN', 'DENIED', 'Recommendations', 'UnknownItem', 'checked_n', 'is_available', 'candidate_items',
-           'Recommender', 'recommend', 'similar_items', 'block_rows', 'top_rows', 'recommend_many', 'recommend_all']
+           'Recommender', 'recommend', 'similar_items', 'next_purchase', 'block_rows', 'top_rows', 'recommend_many',
+           'recommend_all']
 
 # %% ../nbs/05_inference.ipynb #7cd89d26
 import os
@@ -21,6 +22,7 @@ import numpy as np
 from .bundle import Bundle
 from .core import ProductRecsError
 from .ranking import top_n
+from .signals import BlendError, Signals, read_weights, score_users
 
 # %% ../nbs/05_inference.ipynb #6f5db027
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Recommendations:
     "Items for one user, or items like one item; best first."
     items: list              # external ids, the customer's own `int` or `str`
     scores: list             # a float for each item; comparable inside one list only
-    source: str              # the rung that answered: `personalised`, `popular`; `similar` for items like an item
+    source: str              # the rung that answered: `personalised`, `next_purchase`, `popular`; `similar` for items like an item
     shortfall: str|None=None # why there are fewer than asked; None when there are not
 
     def __len__(self): return len(self.items)
@@ -101,7 +103,16 @@ class Recommender:
     def prepare(self)->"Recommender": # itself
         "Compute now what the first recommendation would."
         for name in ("candidates", "_blocked", "_popularity"): getattr(self, name)
+        try: self.signals.prepare()
+        except BlendError: pass # said to whoever asks for a next purchase
         return self
+
+    @cached_property
+    def signals(self)->Signals:
+        "What speaks for a next purchase; a `BlendError` where the bundle has no blend."
+        weights = read_weights(self.bundle.manifest.get("blend"))
+        if self.bundle.counts is None or self.bundle.age_days is None: raise BlendError("this model has weights for the next purchase and no history for them; train again")
+        return Signals(self.user_factors, self.item_factors, self.bundle.counts, self.bundle.age_days, weights)
 
     @cached_property
     def norms(self)->np.ndarray: # (n_items,) float32
@@ -177,6 +188,25 @@ def similar_items(
     ruled_out = [(NOT_A_CANDIDATE, model._blocked), ("asked about", np.array([row]))]
     if deny: ruled_out.append((DENIED, _rows(model.bundle.items, deny)))
     return _pick(model, scores, n, "similar", ruled_out, allow)
+
+# %% ../nbs/05_inference.ipynb #ed9d1b6e
+def next_purchase(
+    model:Recommender,
+    user:int|str,            # external id; an unknown one is answered too
+    n:int=10,                # how many items
+    *,
+    exclude_seen:bool=False, # True: only items that are new to the user
+    deny:Iterable=(),        # external ids that must not come
+    allow:Iterable|None=None, # external ids, of which all must be; None: no such limit
+)->Recommendations:          # scores are log odds
+    "The `n` items that the user most likely takes next, their own or new; a `BlendError` where the bundle has no blend."
+    n, row, signals = checked_n(n), model.bundle.users.row(user), model.signals
+    known = row is not None and model.indptr[row + 1] > model.indptr[row]
+    scores = score_users(signals, np.array([row]))[0] if known else model._popularity.copy()
+    ruled_out = [(NOT_A_CANDIDATE, model._blocked)]
+    if exclude_seen and known: ruled_out.append((SEEN, model.indices[model.indptr[row]:model.indptr[row + 1]]))
+    if deny: ruled_out.append((DENIED, _rows(model.bundle.items, deny)))
+    return _pick(model, scores, n, "next_purchase" if known else "popular", ruled_out, allow)
 
 # %% ../nbs/05_inference.ipynb #e398b418
 def block_rows(

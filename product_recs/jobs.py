@@ -6,6 +6,7 @@
 __all__ = ['STEPS', 'TUNE_STEPS', 'JobError', 'declared_parameters', 'assign', 'Step', 'run_step', 'RunResult', 'run', 'tune']
 
 # %% ../nbs/07_jobs.ipynb #f91395ef
+import ast
 import difflib
 import json
 import shutil
@@ -23,7 +24,7 @@ from .reports import to_html, write_index
 # %% ../nbs/07_jobs.ipynb #89e9ba21
 STEPS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference")
 TUNE_STEPS = ("01_ingest", "02_features", "10_weights", "11_tune")
-_SET_BY_RUN = ("run", "report_dir", "publish_bundle", "version")
+_SET_BY_RUN = {"run": "--name", "report_dir": "--name", "models_dir": "--models-dir", "publish_bundle": "nothing", "version": "nothing"} # and the option to use instead
 
 class JobError(ProductRecsError):
     "A run could not start, or one of its steps failed."
@@ -45,11 +46,21 @@ def assign(
     "Give each step the parameters that it declares; refuse a name that nobody declares."
     known = {name for step in declared.values() for name in step} - set(_SET_BY_RUN)
     for name in parameters:
-        if name in _SET_BY_RUN: raise JobError(f"{name!r} is set by the run itself; use --name for the name of the run")
+        if name in _SET_BY_RUN: raise JobError(f"{name!r} is set by the run itself; use {_SET_BY_RUN[name]} instead")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise JobError(f"no notebook has a parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f"\nKnown: {', '.join(sorted(known))}")
+        default = next(names[name] for names in declared.values() if name in names).split("  ")[0]
+        if wrong := _wrong_type(parameters[name], default): raise JobError(f"{name}={parameters[name]!r}: must be {wrong}, such as the default {default}")
     return {step: {name: value for name, value in parameters.items() if name in names} for step, names in declared.items()}
+
+def _wrong_type(value, default:str)->str|None:
+    "What a value should be, judging by the default as it is written in the notebook; None where it fits."
+    try: kind = type(ast.literal_eval(default))
+    except (ValueError, SyntaxError): return None
+    rules = {bool: (bool, "true or false"), int: ((int, float), "a number"), float: ((int, float), "a number"), list: (list, "a list"), dict: (dict, "names with values")}
+    if kind not in rules or (isinstance(value, rules[kind][0]) and (kind is bool or not isinstance(value, bool))): return None
+    return rules[kind][1]
 
 # %% ../nbs/07_jobs.ipynb #c107f9d0
 @dataclass
@@ -117,8 +128,10 @@ def _no_use(step:str, reports:Path)->str|None:
 def _claim(reports:Path):
     "The open lock file of a run; held until it is closed, refused where another run holds it."
     import fcntl
-    reports.mkdir(parents=True, exist_ok=True)
-    lock = open(reports/".lock", "w")
+    try:
+        reports.mkdir(parents=True, exist_ok=True)
+        lock = open(reports/".lock", "w")
+    except OSError as error: raise JobError(f"{reports}: cannot be written ({error.strerror})") from None
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
@@ -170,6 +183,7 @@ def run(
                 declared = declared_parameters(root/"nbs")[step]
                 steps[number] = run_step(step, per_step[step] | {key: value for key, value in own.items() if key in declared}, reports, root, progress)
                 version = version or _metrics(reports).get("03_train", {}).get("version")
+                if step == "04_evaluate" and (steps[number].error or "").startswith("NothingToJudge"): steps[number].status = "skipped"
                 if steps[number].status == "failed": break
             else: publish(models, version)
         finally:

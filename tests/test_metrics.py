@@ -1,4 +1,4 @@
-"""The metrics against two implementations that share no code with them: one in plain Python, and NIST's trec_eval."""
+"""The metrics against three implementations that share no code with them: one in plain Python, NIST's trec_eval, and scikit-learn."""
 import math
 
 import numpy as np
@@ -96,6 +96,39 @@ def test_parity_with_trec_eval(case):
             scaled = theirs[f"map_cut_{k}"]*hits.relevant[at]/min(k, hits.relevant[at])
             assert hits.metric("map", k)[at] == pytest.approx(scaled, abs=1e-6), ("map", k, user)
         assert hits.metric("mrr", lists.shape[1])[at] == pytest.approx(theirs["recip_rank"], abs=1e-6), user
+
+
+def with_scikit_learn(ranked, relevant, k):
+    """The metrics of one user by scikit-learn, which scores items instead of taking lists.
+    Items it is not shown must not fill up a short list: k irrelevant ones stand between the list and the rest."""
+    sk = pytest.importorskip("sklearn.metrics")
+    shown = [item for item in ranked if item >= 0]
+    rest = sorted(relevant - set(shown))
+    truth = np.array([item in relevant for item in shown] + [False]*(k + 1) + [True]*len(rest))
+    score = -np.arange(len(truth), dtype=float)
+    chosen = (np.arange(len(truth)) < min(k, len(shown)))
+    top, most = truth[:min(k, len(shown))], min(k, len(relevant))
+    first = np.zeros(len(truth), bool)
+    if top.any(): first[top.argmax()] = True
+    found = int(top.sum())
+    recall = sk.recall_score(truth, chosen)
+    return {"ndcg": sk.ndcg_score([truth], [score], k=k, ignore_ties=True), "recall": recall, "recall_capped": recall*len(relevant)/most,
+            "precision": sk.precision_score(truth, chosen, zero_division=0)*chosen.sum()/k, # theirs divides by the length of the list
+            "hit_rate": float(sk.jaccard_score(truth, chosen) > 0),
+            "map": sk.average_precision_score(top, score[:len(top)])*found/most if found else 0.0, # theirs divides by what was found
+            "mrr": sk.label_ranking_average_precision_score([first], [score]) if found else 0.0}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parity_with_scikit_learn(case):
+    lists, targets = CASES[case]()
+    hits = metrics.find_hits(lists, targets)
+    assert set(metrics.METRICS) == set(with_scikit_learn([0], {0}, 1)), "a metric that scikit-learn has not judged"
+    if not len(hits.rows): return
+    for k in (1, 3, 10):
+        theirs = [with_scikit_learn(lists[row].tolist(), set(targets[row].indices.tolist()), k) for row in hits.rows[:12]] # it takes milliseconds a user
+        for name in metrics.METRICS:
+            np.testing.assert_allclose(hits.metric(name, k)[:12], [t[name] for t in theirs], atol=1e-6, err_msg=f"{name}@{k}")
 
 
 def test_lists_alone_against_plain_python():

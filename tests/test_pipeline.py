@@ -151,7 +151,7 @@ from product_recs.train import train_bundle
 features = ensure_features("sample")
 print("ready", flush=True)
 for seed in range(10_000):
-    version, _ = train_bundle(features, Path(sys.argv[1]), factors=4, iterations=1, seed=seed, progress=False)
+    version, _ = train_bundle(features, Path(sys.argv[1]), blend=False, factors=4, iterations=1, seed=seed, progress=False)
     print(version, flush=True)
 """
 

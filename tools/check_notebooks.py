@@ -40,7 +40,7 @@ def only_holds_data(node: ast.stmt) -> bool:
     if not isinstance(node, ast.ClassDef):
         return False
     marks = {child.id for base in (*node.decorator_list, *node.bases) for child in ast.walk(base) if isinstance(child, ast.Name)}
-    return bool(marks & {"dataclass", "BaseModel", "NamedTuple"}) and not any(isinstance(child, ast.FunctionDef) and not child.decorator_list for child in node.body)
+    return (bool(marks & {"dataclass", "BaseModel", "NamedTuple"}) or any(mark.endswith("Error") for mark in marks)) and not any(isinstance(child, ast.FunctionDef) and not child.decorator_list for child in node.body)
 
 
 def public_names(tree: ast.Module) -> dict[str, ast.stmt]:

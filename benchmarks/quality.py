@@ -1,0 +1,171 @@
+"""How good are this project's models on a public train/test pair, beside the published figures?
+
+    python benchmarks/quality.py FOLDER [--models weighted-als,blend] [--factors 512] [--validate] [--out benchmarks/results]
+
+FOLDER holds train.parquet and test.parquet with the columns user_id and item_id, no times. Protocol of the LightGCN papers: learn
+from all of train, rank all items minus the user's train items, mean over the users with test items; Recall@20 divides by the number
+of test items, NDCG@20 is binary with its ideal cut at 20. Items that only the test knows count as missed.
+
+--validate judges on a tenth of each user's train items (seeded, rounded) instead of the test: choose
+parameters there, and only there. The table goes to standard output and to a Markdown file in --out, the figures to a JSON file beside it.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import csr_matrix
+from tqdm import tqdm
+
+from product_recs.baselines import ALS, ItemCosine, Popularity, Recommender, recommend
+from product_recs.core import ProductRecsError
+from product_recs.features import Snapshot
+from product_recs.metrics import bootstrap_means, find_hits, interval
+from product_recs.models import BPR, EASE, EASE_MOST, ItemBM25, ItemGraph, ScoreBlend, WeightedALS
+
+K = 20
+# Recall@20, NDCG@20 as published for the split of the LightGCN paper of Gowalla (29,858 users, 40,981 items, 1,027,370 pairs)
+BARS = "BARS leaderboard, gowalla_m1"
+PUBLISHED = [("ItemPop", 0.0416, 0.0317, BARS), ("ItemCF", 0.1570, 0.1214, BARS), ("MF-BPR", 0.1627, 0.1378, BARS), ("SLIM", 0.1699, 0.1382, BARS),
+             ("YoutubeDNN", 0.1754, 0.1473, BARS), ("EASE", 0.1765, 0.1467, BARS), ("LightGCN", 0.1820, 0.1547, BARS),
+             ("LightGCN", 0.1830, 0.1554, "README of UltraGCN"), ("GF-CF", 0.1849, 0.1518, BARS), ("UltraGCN", 0.1862, 0.1580, BARS), ("SimpleX", 0.1872, 0.1557, BARS)]
+GOWALLA = (29_858, 40_981, 810_128, 217_242)
+
+
+def read_pairs(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        sys.exit(f"{path}: the file is missing; name a folder with train.parquet and test.parquet (make bench-quality DATA=folder)")
+    pairs = pd.read_parquet(path)
+    if missing := {"user_id", "item_id"} - set(pairs.columns):
+        sys.exit(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(map(str, pairs.columns))}")
+    pairs = pairs[["user_id", "item_id"]].drop_duplicates()
+    if pairs.empty or pairs.isna().any(axis=None):
+        sys.exit(f"{path}: {'no rows' if pairs.empty else 'ids are missing in some rows'}")
+    return pairs
+
+
+def read(folder: Path) -> tuple[csr_matrix, csr_matrix]:
+    "Train and test as matrices over the ids of both, in ascending order of id."
+    train, test = (read_pairs(folder/f"{name}.parquet") for name in ("train", "test"))
+    users, items = (np.unique(np.concatenate([train[column], test[column]])) for column in ("user_id", "item_id"))
+
+    def matrix(pairs: pd.DataFrame) -> csr_matrix:
+        at = np.searchsorted(users, pairs.user_id), np.searchsorted(items, pairs.item_id)
+        return csr_matrix((np.ones(len(pairs), np.float32), at), shape=(len(users), len(items)))
+    return matrix(train), matrix(test)
+
+
+def hold_out(train: csr_matrix, share: float = 0.1, seed: int = 0) -> tuple[csr_matrix, csr_matrix]:
+    "Part `share` of each user's items, drawn by `seed`: what is left, and what is held out."
+    size = np.diff(train.indptr)
+    user = np.repeat(np.arange(train.shape[0]), size)
+    order = np.lexsort((np.random.default_rng(seed).random(train.nnz), user))
+    place = np.empty(train.nnz, np.int64)
+    place[order] = np.arange(train.nnz) - np.repeat(train.indptr[:-1], size)
+    held = place < np.round(size*share)[user]
+    return tuple(csr_matrix((train.data[part], (user[part], train.indices[part])), shape=train.shape) for part in (~held, held))
+
+
+def snapshot_of(train: csr_matrix) -> Snapshot:
+    ages = train.copy()
+    ages.data = np.zeros_like(train.data)
+    return Snapshot(until=None, confidence=train, counts=train, age_days=ages)
+
+
+def all_models(options: argparse.Namespace) -> dict:
+    "Key of the command line -> (model, its parameters as the table prints them)."
+    als = dict(factors=options.factors, alpha=options.alpha, regularization=options.regularization, iterations=options.iterations, seed=options.seed)
+    bm25, bpr = dict(neighbours=100, k1=1.2, b=0.75), dict(factors=128, learning_rate=0.05, regularization=0.01, iterations=200, num_threads=0)
+    powers = dict(user_power=options.user_power, item_power=options.item_power)
+    graph = dict(neighbours=options.neighbours, from_power=0.4, user_power=0.6, to_power=0.3)
+    weighted, walks = WeightedALS(**powers, **als), ItemGraph(**graph)
+    share = options.blend
+    return {"popularity": (Popularity(), {}), "cosine": (ItemCosine(100), {"neighbours": 100}), "bm25": (ItemBM25(**bm25), bm25), "bpr": (BPR(**bpr), bpr),
+            "graph": (walks, graph), "als": (ALS(**als), als), "weighted-als": (weighted, {**powers, **als}),
+            "blend": (ScoreBlend([weighted, walks], [share, 1 - share]), {"weights": [share, round(1 - share, 3)]}),
+            "ease": (EASE(options.ease_regularization, options.ease_max_items), {"regularization": options.ease_regularization})}
+
+
+def judge(model: Recommender, train: Snapshot, targets: csr_matrix) -> dict:
+    "Fit, rank and measure one model."
+    started = time.perf_counter()
+    model.fit(train)
+    seconds = time.perf_counter() - started
+    rows = np.flatnonzero(np.diff(targets.indptr))
+    with tqdm(total=len(rows), desc=model.name, unit=" lists", mininterval=1, leave=False) as bar:
+        hits = find_hits(recommend(model, rows, K, advance=bar.update)[0], targets[rows])
+    found = np.column_stack([hits.metric(name, K) for name in ("recall", "ndcg")])
+    low, high = interval(bootstrap_means(found, 1000, 0))
+    return {"model": model.name, "recall": found[:, 0].mean(), "ndcg": found[:, 1].mean(), "low": low.tolist(), "high": high.tolist(),
+            "train_seconds": seconds, "total_seconds": time.perf_counter() - started, "users": len(rows)}
+
+
+def as_text(parameters: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in parameters.items()) or "none"
+
+
+def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: bool) -> str:
+    "Ours and, where they are of the same split, the published ones, by ascending NDCG."
+    rows = [(r["recall"], r["ndcg"], f"**{r['model']}**", f"{r['train_seconds']:.1f}", f"{as_text(r['parameters'])}") for r in results]
+    if with_published:
+        rows += [(recall, ndcg, name, "", source) for name, recall, ndcg, source in PUBLISHED]
+    lines = [f"{shape[0]:,} users, {shape[1]:,} items, {shape[2]:,} pairs in train, {shape[3]:,} judged by ({judged_by}); {results[0]['users']:,} users.",
+             "Models of this project are bold.", "", "| model | Recall@20 | NDCG@20 | training, seconds | parameters, or source |", "|---|---|---|---|---|"]
+    lines += [f"| {name} | {recall:.4f} | {ndcg:.4f} | {seconds} | {note} |" for recall, ndcg, name, seconds, note in sorted(rows, key=lambda row: row[:2])]
+    half = max((high - low)/2 for r in results for low, high in zip(r["low"], r["high"]))
+    return "\n".join(lines) + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--models", default="popularity,cosine,bm25,graph,als,weighted-als,blend", help="by commas; also bpr and ease (default: %(default)s)")
+    parser.add_argument("--validate", action="store_true", help="judge on a held-out tenth of train, to choose parameters")
+    parser.add_argument("--factors", type=int, default=512)
+    parser.add_argument("--alpha", type=float, default=20.0)
+    parser.add_argument("--regularization", type=float, default=20.0)
+    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--user-power", type=float, default=0.3, help="of weighted ALS")
+    parser.add_argument("--item-power", type=float, default=0.3, help="of weighted ALS")
+    parser.add_argument("--neighbours", type=int, default=300, help="of the item graph")
+    parser.add_argument("--blend", type=float, default=0.6, help="weight of weighted ALS in the blend; the item graph has the rest")
+    parser.add_argument("--ease-regularization", type=float, default=300.0)
+    parser.add_argument("--ease-max-items", type=int, default=20_000, help=f"at most {EASE_MOST:,}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent/"results")
+    options = parser.parse_args()
+    models, names = all_models(options), options.models.split(",")
+    if unknown := [name for name in names if name not in models]:
+        parser.error(f"--models: unknown {', '.join(unknown)}; there are {', '.join(models)}")
+    train, targets = read(options.folder)
+    shape = (*train.shape, train.nnz, targets.nnz)
+    if options.validate:
+        train, targets = hold_out(train)
+    snapshot, results, left_out = snapshot_of(train), [], []
+    for name in (bar := tqdm(names, unit="model")):
+        bar.set_postfix_str(name)
+        model, parameters = models[name]
+        try:
+            results.append({**judge(model, snapshot, targets), "parameters": parameters})
+        except ProductRecsError as error:
+            left_out.append(f"{name} is left out: {error}")
+            bar.write(left_out[-1], file=sys.stderr)
+            continue
+        bar.write(f"{name:14s} Recall@20 {results[-1]['recall']:.4f}  NDCG@20 {results[-1]['ndcg']:.4f}  {results[-1]['train_seconds']:.0f} s", file=sys.stderr)
+    if not results:
+        sys.exit("no model could be fitted")
+    judged_by = "a tenth of train, held out" if options.validate else "test"
+    table = markdown(results, (*train.shape, train.nnz, targets.nnz), judged_by, shape == GOWALLA and not options.validate)
+    table += "".join(f"\n{line}\n" for line in left_out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = options.out/f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
+    stem.with_suffix(".md").write_text(table, encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{table}\nWritten to {stem}.md and {stem.name}.json")
+
+
+if __name__ == "__main__":
+    main()
