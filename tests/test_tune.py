@@ -49,7 +49,7 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
     root, (_, (_, metrics)) = tuned
     best = yaml.safe_load((root/"data/processed/sample/best_discovery.yaml").read_text())
     assert best == metrics["11_tune"]["tasks"]["discovery"]["best"] == yaml.safe_load((root/"reports/sample/best_discovery.yaml").read_text())
-    (root/"yours.yaml").write_text("factors: 3\nbootstrap: 100\n")
+    (root/"yours.yaml").write_text("factors: 3\nbootstrap: 100\nblend: false\n")
     done = call(root, "product-recs", "run", "--name", "sample", "-f", "yours.yaml", "-f", "data/processed/sample/best_discovery.yaml", "--quiet")
     assert done.returncode == 0, done.stderr
     parameters = open_bundle(root/"models").manifest["parameters"]
