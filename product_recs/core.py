@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 from pydantic import Field
@@ -80,6 +81,17 @@ class Settings(BaseSettings):
     default_n: int = Field(10, ge=1, description="recommendations when the request names no n")
     max_n: int = Field(100, ge=1, description="most recommendations that one request may ask for")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least severe log line")
+    database_url: str = Field("sqlite:///data/feedback.db", description="feedback store, a SQLAlchemy URL; a SQLite path is relative to the project root; empty: none")
+    impressions: float = Field(1.0, ge=0, le=1, description="share of the answers that the store keeps as impressions")
+    auth: Literal["auto", "on", "off"] = Field("auto", description="are API keys required? auto: where the host is no loopback address")
+    api_keys_file: Path = Field(Path("api_keys.json"), description="hashed API keys; relative to the project root")
+    rate_limit: float = Field(0, ge=0, description="requests a second for each key, in all workers together; 0: no limit")
+    max_body_bytes: int = Field(1_000_000, ge=1000, description="largest request body")
+    max_batch: int = Field(1000, ge=1, description="most events or users in one request")
+    cors_origins: list[str] = Field([], description="web origins that may call the service from a browser, as JSON")
+    cache_size: int = Field(20_000, ge=0, description="answers that each worker keeps; 0: none")
+    watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model")
+    workers: int = Field(1, ge=1, description="processes that serve")
 
 # %% ../nbs/00_core.ipynb #889ca290
 class IdTable:
