@@ -14,7 +14,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from product_recs.bundle import current_version, previous_versions, publish, write_bundle
-from product_recs.core import BundleError, IdTable
+from product_recs.core import BundleError, IdTable, atomic_write
 from product_recs.inference import Recommender, recommend
 from product_recs.live import LiveModel, Reload, rollback
 
@@ -105,12 +105,12 @@ def test_a_bundle_damaged_in_any_file_is_refused_and_the_old_model_answers(model
     path = write(models, "v2", 12)
     if name == "manifest.json":
         (path / name).write_text((path / name).read_text()[:-100])
-        (models / "current").write_text("v2\n")
+        atomic_write(models / "current", "v2\n")
     else:
         flip(path / name)
         with pytest.raises(BundleError):
             publish(models, "v2")
-        (models / "current").write_text("v2\n")
+        atomic_write(models / "current", "v2\n")
     assert until(lambda: live.refused is not None)
     assert live.refused.version == "v2" and name in live.refused.error
     assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
@@ -123,7 +123,7 @@ def test_a_broken_bundle_is_tried_once_and_again_when_asked(models, live):
     content = (path / "item_factors.npy").read_bytes()
     live.listen(results.append)
     flip(path / "item_factors.npy")
-    (models / "current").write_text("v2\n")
+    atomic_write(models / "current", "v2\n")
     assert until(lambda: results)
     time.sleep(0.2)  # twenty looks
     assert [result.status for result in results] == ["refused"]
@@ -135,9 +135,10 @@ def test_a_broken_bundle_is_tried_once_and_again_when_asked(models, live):
 @pytest.mark.parametrize("content", [b"", b"..", b"v9\n", b"v1\x00", b"\xff\xfe", None])
 def test_whatever_stands_in_current_the_model_goes_on(models, live, content):
     current = models / "current"
-    current.unlink()
-    if content is not None:
-        current.write_bytes(content)
+    if content is None:
+        current.unlink()
+    else:
+        atomic_write(current, content)
     assert until(lambda: live.refused is not None) and live.refused.error
     assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
     write(models, "v2", 12)
