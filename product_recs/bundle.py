@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'save_csr', 'load_array', 'load_csr', 'save_table', 'load_table', 'write_bundle', 'Bundle', 'read_manifest',
-           'verify_files', 'open_bundle', 'current_version', 'publish', 'annotate', 'list_versions', 'version_of',
-           'remove_bundle']
+           'verify_files', 'open_bundle', 'current_version', 'previous_versions', 'publish', 'annotate',
+           'list_versions', 'version_of', 'remove_bundle']
 
 # %% ../nbs/00_bundle.ipynb #b1ee8642
 import hashlib
@@ -167,7 +167,7 @@ def _values(matrix:csr_matrix, seen:csr_matrix, name:str)->np.ndarray:
     return np.asarray(matrix.data, np.float32)
 
 def _valid_version(version:str)->str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", version) or version == "current":
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", version) or version in ("current", "previous"):
         raise BundleError(f"{version!r} is no version name: letters, digits, '.', '_' and '-' only")
     return version
 
@@ -261,14 +261,30 @@ def current_version(
     except (OSError, UnicodeDecodeError) as error: raise BundleError(f"{Path(models_dir)/'current'}: cannot be read ({error})") from None
     return _valid_version(name)
 
+def previous_versions(
+    models_dir:Path,
+)->list[str]: # latest first; only those whose folder is still there
+    "Versions that were live before the one that is."
+    try: names = (Path(models_dir)/"previous").read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError): return []
+    live, there = current_version(models_dir), set(list_versions(models_dir))
+    return [name for name in names if name != live and name in there]
+
 def publish(
     models_dir:Path,
-    version:str, # a complete bundle in `models_dir`
+    version:str,       # a complete bundle in `models_dir`
+    previous:list[str]|None=None, # what to go back to from there, latest first; None: the version that was live, and its own
 )->None:
     "Make a version the live one, after comparing its files with its manifest."
-    verify_files(Path(models_dir)/_valid_version(version))
-    atomic_write(Path(models_dir)/"current", version + "\n")
+    models_dir = Path(models_dir)
+    verify_files(models_dir/_valid_version(version))
+    live, before = current_version(models_dir), previous_versions(models_dir)
+    if previous is None: previous = before if live in (None, version) else [live, *before]
+    if kept := [name for name in previous if name != version][:10]: atomic_write(models_dir/"previous", "\n".join(kept) + "\n")
+    else: (models_dir/"previous").unlink(missing_ok=True)
+    atomic_write(models_dir/"current", version + "\n")
 
+# %% ../nbs/00_bundle.ipynb #64387a11
 def annotate(
     path:Path,    # folder of a bundle
     metrics:dict, # added to the manifest's metrics

@@ -1,0 +1,245 @@
+"""Models change while they answer: real bundles, published and broken on disk, while threads and processes read."""
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+
+from product_recs.bundle import current_version, previous_versions, publish, write_bundle
+from product_recs.core import BundleError, IdTable, atomic_write
+from product_recs.inference import Recommender, recommend
+from product_recs.live import LiveModel, Reload, rollback
+
+ROOT = Path(__file__).resolve().parents[1]
+ITEMS = 2000
+
+
+def write(models_dir, version, best):
+    """A model that recommends item `best` to its one user."""
+    factors = np.full((ITEMS, 8), 0.01, np.float32)
+    factors[best - 1] = 1
+    seen = csr_matrix(([1.0], ([0], [0])), shape=(1, ITEMS))
+    return write_bundle(
+        models_dir, user_factors=np.ones((1, 8)), item_factors=factors, seen=seen, users=IdTable([7]), items=IdTable(range(1, ITEMS + 1)),
+        user_columns={}, item_columns={"popularity": np.ones(ITEMS, int)}, algorithm="by hand", parameters={}, data={}, metrics={}, version=version,
+    )
+
+
+def live_model(models_dir, **options):
+    return LiveModel(models_dir, lambda bundle: Recommender(bundle).prepare(), watch_seconds=0.01, **options)
+
+
+def until(condition, seconds=15):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.005)
+    return condition()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.fixture
+def models(tmp_path):
+    write(tmp_path, "v1", 11)
+    publish(tmp_path, "v1")
+    return tmp_path
+
+
+@pytest.fixture
+def live(models):
+    live = live_model(models)
+    live.start()
+    yield live
+    live.stop()
+
+
+def test_threads_that_answer_never_see_a_mixture_or_an_error(models, live):
+    """Each answer is the one of the model that it names, through twelve swaps, while old folders are deleted."""
+    expected, wrong, counts, end = {"v1": 11}, [], {}, threading.Event()
+
+    def ask():
+        while not end.is_set():
+            model = live.get()
+            try:
+                item, version = recommend(model, 7, 1).items[0], model.bundle.version
+            except Exception as error:
+                wrong.append(error)
+                return
+            if expected[version] != item:
+                wrong.append((version, item))
+            counts[version] = counts.get(version, 0) + 1
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    versions = ["v1"]
+    for k in range(2, 14):
+        version, expected[f"v{k}"] = f"v{k}", 10 + k
+        write(models, version, 10 + k)
+        publish(models, version)
+        versions.append(version)
+        assert until(lambda: live.version == versions[-1]), live.refused
+        if k > 3:
+            shutil.rmtree(models / f"v{k - 2}")
+        assert until(lambda: counts.get(versions[-1])), "nobody was answered by the new model"
+    end.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and set(counts) == set(versions)
+
+
+@pytest.mark.parametrize("name", ["item_factors.npy", "user_factors.npy", "seen_indices.npy", "seen_data.npy", "items.parquet", "users.parquet", "manifest.json"])
+def test_a_bundle_damaged_in_any_file_is_refused_and_the_old_model_answers(models, live, name):
+    path = write(models, "v2", 12)
+    if name == "manifest.json":
+        (path / name).write_text((path / name).read_text()[:-100])
+        atomic_write(models / "current", "v2\n")
+    else:
+        flip(path / name)
+        with pytest.raises(BundleError):
+            publish(models, "v2")
+        atomic_write(models / "current", "v2\n")
+    assert until(lambda: live.refused is not None)
+    assert live.refused.version == "v2" and name in live.refused.error
+    assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+    publish(models, "v1")
+    assert until(lambda: live.refused is None) and live.version == "v1"
+
+
+def test_a_broken_bundle_is_tried_once_and_again_when_asked(models, live):
+    path, results = write(models, "v2", 12), []
+    content = (path / "item_factors.npy").read_bytes()
+    live.listen(results.append)
+    flip(path / "item_factors.npy")
+    atomic_write(models / "current", "v2\n")
+    assert until(lambda: results)
+    time.sleep(0.2)  # twenty looks
+    assert [result.status for result in results] == ["refused"]
+    (path / "item_factors.npy").write_bytes(content)
+    assert live.reload() == Reload("reloaded", "v2") and live.refused is None
+    assert live.reload() == Reload("unchanged", "v2") and len(results) == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"..", b"v9\n", b"v1\x00", b"\xff\xfe", None])
+def test_whatever_stands_in_current_the_model_goes_on(models, live, content):
+    current = models / "current"
+    if content is None:
+        current.unlink()
+    else:
+        atomic_write(current, content)
+    assert until(lambda: live.refused is not None) and live.refused.error
+    assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+    write(models, "v2", 12)
+    current.unlink(missing_ok=True)
+    publish(models, "v2")
+    assert until(lambda: live.version == "v2") and live.refused is None
+
+
+def test_the_first_model_is_taken_up_while_waiting(tmp_path):
+    live = live_model(tmp_path / "models")
+    live.start()
+    try:
+        with pytest.raises(BundleError, match="no model is live"):
+            live.get()
+        write(tmp_path / "models", "v1", 11)
+        publish(tmp_path / "models", "v1")
+        assert until(lambda: live.version == "v1") and recommend(live.get(), 7, 1).items == [11]
+    finally:
+        live.stop()
+
+
+def test_a_worker_that_starts_while_current_is_broken_answers_as_the_others(models):
+    path = write(models, "v2", 12)
+    publish(models, "v2")
+    flip(path / "seen_data.npy")
+    live = live_model(models)
+    live.start()
+    try:
+        assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+        assert live.refused.version == "v2" and "seen_data.npy" in live.refused.error
+    finally:
+        live.stop()
+
+
+def test_a_folder_without_one_usable_model_says_why(models, caplog):
+    flip(models / "v1" / "item_factors.npy")
+    live = live_model(models)
+    with caplog.at_level(logging.ERROR, "product_recs.live"), pytest.raises(BundleError, match=r"item_factors\.npy.*sha256"):
+        live.get()
+    assert "there is no other" in caplog.text
+
+
+def test_a_reader_in_another_process_sees_every_version_whole(models, tmp_path):
+    """A process that is told nothing but the folder prints each version with its item."""
+    program = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from product_recs.inference import Recommender, recommend
+from product_recs.live import LiveModel
+live = LiveModel({str(models)!r}, lambda bundle: Recommender(bundle).prepare(), 0.005)
+live.listen(lambda result: print(result.status, result.version, recommend(live.get(), 7, 1).items[0], flush=True))
+live.start()
+time.sleep(60)
+"""
+    output = tmp_path / "reader.log"
+    with output.open("w") as file:
+        reader = subprocess.Popen([sys.executable, "-c", program], stdout=file, env={**os.environ, "PRODUCT_RECS_ROOT": str(tmp_path)})
+    try:
+        assert until(lambda: output.read_text() == "reloaded v1 11\n", 30), output.read_text()
+        for k in range(2, 6):
+            write(models, f"v{k}", 10 + k)
+            publish(models, f"v{k}")
+            line = f"reloaded v{k} {10 + k}\n"
+            assert until(lambda line=line: line in output.read_text()), output.read_text()
+        assert rollback(models) == "v4" and until(lambda: output.read_text().endswith("reloaded v4 14\n"))
+    finally:
+        reader.send_signal(signal.SIGKILL)
+        reader.wait()
+    assert "refused" not in output.read_text()
+
+
+def test_history_of_publishing(models):
+    assert previous_versions(models) == []
+    for k in range(2, 15):
+        write(models, f"v{k}", 11)
+        publish(models, f"v{k}")
+    assert previous_versions(models) == [f"v{k}" for k in range(13, 3, -1)], "ten are remembered"
+    assert rollback(models) == "v13" and rollback(models) == "v12", "the second step goes further back, not forward"
+    shutil.rmtree(models / "v11")
+    assert rollback(models) == "v10", "a deleted version is passed over"
+    flip(models / "v9" / "item_factors.npy")
+    with pytest.raises(BundleError, match="sha256"):
+        rollback(models)
+    assert current_version(models) == "v10" and rollback(models, "v8") == "v8"
+    publish(models, "v8")
+    assert previous_versions(models) == ["v7", "v6", "v5", "v4"], "publishing the live version again changes nothing"
+
+
+def test_command_goes_back(models):
+    write(models, "v2", 12)
+    publish(models, "v2")
+    program = "import sys; from product_recs.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*arguments):
+        return subprocess.run([*command, *arguments, "--models-dir", str(models)], capture_output=True, text=True, env=environment, timeout=60)
+
+    assert [line.split()[:2] for line in run("models").stdout.splitlines()] == [["live", "v2"], ["-1", "v1"]]
+    back = run("rollback")
+    assert back.returncode == 0 and current_version(models) == "v1" and "v1 is live again" in back.stdout
+    again = run("rollback")
+    assert again.returncode == 1 and "no earlier version" in again.stderr and current_version(models) == "v1"
+    assert run("rollback", "v2").returncode == 0 and current_version(models) == "v2"
