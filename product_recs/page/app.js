@@ -1,0 +1,830 @@
+// The page of the service: plain DOM, no library, no request to anywhere else.
+// Titles and names come from the customer's data: they are written as text nodes only, never as markup.
+
+const N = 12;                        // fills rows of 2, 3 and 4 cards
+const EVERY = 5000;                  // milliseconds between two looks at the live figures
+const $ = id => document.getElementById(id);
+const calm = matchMedia("(prefers-reduced-motion: reduce)");
+
+// ---------------------------------------------------------------------------------------------- words
+
+const RUNGS = [
+  ["personalised", "Personal", "From everything this person has had, newest feedback included."],
+  ["session", "This visit", "There is no history to learn from, so what is in the basket decides."],
+  ["content", "Alike", "Nothing is known of these items' buyers, so their kind decides."],
+  ["segment", "Group", "What is popular with people of the same group, or in the same category."],
+  ["popular", "Popular", "Nothing is known of this person yet, so this is what most people take."],
+];
+const NEXT = "What this person most likely takes next: taste and habit together, own items included.";
+const wordsOf = source => source === "next_purchase" ? NEXT : (RUNGS.find(([name]) => name === source) ?? [])[2] ?? `Answered by “${source}”.`;
+const RUNG_NAMES = {next_purchase: "Next purchase", similar: "Similar items", ...Object.fromEntries(RUNGS.map(([name, short]) => [name, short]))};
+const RULES = {
+  "already seen": "this person has had it already",
+  "denied": "it is marked as not interesting",
+  "not available or without interactions": "it is not available, or nobody has had it yet",
+};
+const SIGNALS = {
+  taste: "Taste", popularity: "Popular over the years", recent_popularity: "Popular lately", own: "Had it before", count: "How often",
+  recency: "How recently", count_recency: "Often and recently", repeat: "Something people buy again", intercept: "Starting point",
+};
+const STATUS = {401: "A key is needed", 403: "Not allowed", 404: "Not found", 413: "Too large", 422: "Not understood", 429: "Too many requests", 500: "A fault in the service", 503: "Not ready"};
+
+const number = new Intl.NumberFormat("en");
+const percent = new Intl.NumberFormat("en", {style: "percent", maximumFractionDigits: 0});
+const relative = new Intl.RelativeTimeFormat("en", {numeric: "auto"});
+const dayOf = date => date.toLocaleDateString("en", {day: "numeric", month: "short", year: "numeric"});
+const plural = (n, one, many = one + "s") => `${number.format(n)} ${n === 1 ? one : many}`;
+
+// "BAKED BREAD/BUNS" is how a till writes; a page does not shout
+function tidy(text) {
+  if (text === null || text === undefined || text === "") return "";
+  const string = String(text);
+  return string.length > 3 && string === string.toUpperCase() && /\p{L}/u.test(string) ? string[0] + string.slice(1).toLowerCase() : string;
+}
+const nameOf = item => item.title || `Item ${item.item_id}`;
+const categoryOf = item => tidy(item.category ?? item.attributes?.category);
+
+// a time without a zone is a time of the data, which has none: shown as it stands
+function moment(text) {
+  const date = new Date(text);
+  return text && !Number.isNaN(date.getTime()) ? date : null;
+}
+function ago(date) {
+  const seconds = (date.getTime() - Date.now()) / 1000;
+  if (seconds > -45) return "just now";
+  for (const [unit, size] of [["day", 86400], ["hour", 3600], ["minute", 60]])
+    if (-seconds >= size) return -seconds > 60 * 86400 ? dayOf(date) : relative.format(Math.round(seconds / size), unit);
+  return "a minute ago";
+}
+function duration(seconds) {
+  if (seconds < 1) return `${seconds < .01 ? (seconds * 1000).toFixed(1) : Math.round(seconds * 1000)} ms`;
+  return `${seconds.toFixed(1)} s`;
+}
+
+// ---------------------------------------------------------------------------------------------- small tools
+
+// an id above 2**53 must come back as it was
+const reading = (key, value, context) => typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(context?.source ?? "") ? BigInt(context.source) : value;
+const writing = (key, value) => typeof value !== "bigint" ? value : JSON.rawJSON ? JSON.rawJSON(String(value)) : Number(value);
+const keyOf = id => `${typeof id === "string" ? "s" : "n"}:${id}`;
+
+function h(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "on") for (const [event, does] of Object.entries(value)) element.addEventListener(event, does);
+    else if (name === "class") element.className = value;
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter(child => child !== null && child !== undefined && child !== false));
+  return element;
+}
+function vector(tag, attributes, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+function hash(text) {
+  let found = 2166136261;
+  for (const letter of String(text)) found = Math.imul(found ^ letter.codePointAt(0), 16777619);
+  return (found ^ found >>> 15) >>> 0;
+}
+
+// ---------------------------------------------------------------------------------------------- tiles: a picture where there is none
+
+const SHAPES = [
+  k => [["circle", {cx: 30 + k % 30, cy: 20, r: 46}], ["circle", {cx: 132, cy: 92 - k % 20, r: 40}]],
+  k => [["path", {d: `M-10 ${78 - k % 18}C30 ${40 + k % 12} 60 ${104 - k % 14} 100 70S150 44 172 64V110H-10Z`}]],
+  k => [0, 1, 2, 3].map(i => ["path", {d: `M${-60 + i * 62 + k % 20} 110L${10 + i * 62 + k % 20} -10h26L${-34 + i * 62 + k % 20} 110Z`}]),
+  k => [["path", {d: "M0 0H80A80 100 0 0 1 0 100Z"}], ["circle", {cx: 136 - k % 16, cy: 76, r: 20 + k % 14}]],
+  k => [0, 1, 2].flatMap(y => [0, 1, 2, 3, 4].map(x => ["circle", {cx: 16 + x * 32, cy: 17 + y * 33, r: 4 + (k >> (x + y)) % 8}])),
+  k => [["path", {d: `M160 0V100H${62 + k % 30}Z`}], ["circle", {cx: 26, cy: 18 + k % 20, r: 24}]],
+];
+function initials(text) {
+  const words = String(text).match(/[\p{L}\p{N}]+/gu) ?? ["•"];
+  return ((words[0][0] ?? "") + (words[1]?.[0] ?? words[0][1] ?? "")).toUpperCase();
+}
+function tile(item) {
+  const category = categoryOf(item), k = hash(item.item_id);
+  const shapes = SHAPES[hash(category + "shape" + k % 3) % SHAPES.length](k % 97);
+  const picture = vector("svg", {viewBox: "0 0 160 100", preserveAspectRatio: "xMidYMid slice"}, ...shapes.map(([tag, attributes]) => vector(tag, attributes)));
+  return h("span", {class: `tile tone-${hash(category || keyOf(item.item_id)) % 12}`, "aria-hidden": "true"}, picture, h("span", {}, initials(nameOf(item))));
+}
+
+// ---------------------------------------------------------------------------------------------- asking the service
+
+class Problem extends Error {
+  constructor(status, detail, wait = null) { super(detail); Object.assign(this, {status, wait}); }
+  get title() { return this.status === 0 ? "The service does not answer" : STATUS[this.status] ?? `The service answered ${this.status}`; }
+  get isDown() { return [0, 502, 503, 504].includes(this.status); }
+}
+
+const stored = {
+  get(name) { try { return JSON.parse(sessionStorage.getItem(`product_recs.${name}`), reading); } catch { return null; } },
+  set(name, value) { try { sessionStorage.setItem(`product_recs.${name}`, JSON.stringify(value, writing)); } catch { /* private mode: kept for this view only */ } },
+  drop(name) { try { sessionStorage.removeItem(`product_recs.${name}`); } catch { /* likewise */ } },
+};
+let apiKey = stored.get("key");
+
+async function ask(path, {method = "GET", body, signal} = {}) {
+  const headers = {Accept: "application/json, text/plain;q=.5"};
+  if (apiKey) headers.Authorization = `Bearer ${apiKey}`;
+  if (body !== undefined) headers["Content-Type"] = "application/json";
+  let answer, text;
+  try {
+    answer = await fetch(path, {method, headers, signal, cache: "no-store", body: body === undefined ? undefined : JSON.stringify(body, writing)});
+    text = await answer.text();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem(0, "no connection to it could be made");
+  }
+  const json = (answer.headers.get("content-type") ?? "").includes("json");
+  let data = text;
+  if (json) try { data = JSON.parse(text, reading); } catch { throw new Problem(answer.status || 500, "its answer cannot be read"); }
+  if (!answer.ok) throw new Problem(answer.status, (json && data.detail) || answer.statusText || "no reason is given", Number(answer.headers.get("retry-after")) || null);
+  return data;
+}
+const part = text => encodeURIComponent(text);
+const eventKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, "0")).join("");
+
+// ---------------------------------------------------------------------------------------------- state
+
+const state = {
+  who: null,            // id as text; null: a guest
+  id: null,             // the same as the service writes it, a number or a text
+  task: "discovery",
+  basket: new Map(),    // key -> item
+  hidden: new Map(),
+  answer: null,         // last list
+  model: null,
+  sheet: [],            // items looked at, last one open
+  allHistory: false,
+};
+const place = () => state.who === null ? "guest" : `person.${state.who}`;
+function remember() { stored.set(place(), {basket: [...state.basket.values()], hidden: [...state.hidden.values()]}); }
+function recall() {
+  const found = stored.get(place()) ?? {};
+  state.basket = new Map((found.basket ?? []).map(item => [keyOf(item.item_id), item]));
+  state.hidden = new Map((found.hidden ?? []).map(item => [keyOf(item.item_id), item]));
+}
+const brief = item => ({item_id: item.item_id, title: item.title ?? null, category: item.category ?? item.attributes?.category ?? null});
+
+// ---------------------------------------------------------------------------------------------- saying things
+
+function say(text) {
+  const line = h("p", {}, text);
+  $("toasts").append(line);
+  while ($("toasts").children.length > 2) $("toasts").firstChild.remove();
+  setTimeout(() => line.remove(), 7000);
+}
+function fault(error, again) {
+  return h("div", {class: "problem", role: "alert"}, h("p", {}, h("strong", {}, error.title), sentence(error.message)),
+    again && h("div", {class: "row"}, h("button", {type: "button", class: "quiet", on: {click: again}}, "Try again")));
+}
+const sentence = text => text ? text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".") : "";
+
+// what every failed question has in common; true where nothing more is to be said
+function failed(error) {
+  if (error.name === "AbortError") return true;
+  if (!(error instanceof Problem)) { console.error(error); return false; }
+  if (error.status === 401) { askForKey(error.message); return true; }
+  if (error.isDown) { goDown(error); return true; }
+  return false;
+}
+
+// a service that is down is asked again and again, ever less often
+const down = {timer: null, tries: 0, at: 0};
+function goDown(error) {
+  if (down.timer) return;
+  $("down-title").textContent = error.title + ".";
+  $("down-detail").textContent = sentence(error.message) + " This page tries again by itself.";
+  $("down").hidden = false;
+  wait(error.wait);
+}
+function wait(seconds) {
+  down.at = Date.now() + 1000 * Math.min(seconds ?? 30, 2 ** Math.min(++down.tries, 4));
+  clearInterval(down.timer);
+  down.timer = setInterval(() => {
+    const left = Math.ceil((down.at - Date.now()) / 1000);
+    $("down-when").textContent = left > 0 ? `in ${left} s` : "now…";
+    if (left <= 0) { clearInterval(down.timer); tryAgain(); }
+  }, 250);
+}
+async function tryAgain() {
+  try { await ask("health/ready"); } catch (error) {
+    if (error.isDown) { $("down-detail").textContent = sentence(error.message) + " This page tries again by itself."; return wait(error.wait); }
+  }
+  clearInterval(down.timer);
+  Object.assign(down, {timer: null, tries: 0});
+  $("down").hidden = true;
+  say("The service answers again.");
+  loadAll();
+}
+
+function askForKey(detail) {
+  const given = Boolean(apiKey);
+  $("key-heading").textContent = given ? "The key was not accepted" : "This service asks for a key";
+  openKey(sentence(detail));
+}
+function openKey(detail) {
+  const opened = $("key").hidden;
+  $("key").hidden = false;
+  $("key-detail").textContent = detail;
+  $("key-clear").hidden = !apiKey;
+  if (opened) { $("key-input").focus(); }
+}
+
+// ---------------------------------------------------------------------------------------------- the list
+
+let listing = null, latest = Promise.resolve();
+function loadList(change = null) {
+  listing?.abort();
+  listing = new AbortController();
+  latest = fetchList(listing.signal, change);
+  return latest;
+}
+async function fetchList(signal, change) {
+  $("recs").setAttribute("aria-busy", "true");
+  if (!state.answer) skeletons();
+  const started = performance.now();
+  try {
+    const answer = state.who === null ? await askForGuest(signal) : await ask(`recommend/${part(state.who)}?n=${N}&detail=true&task=${state.task}`, {signal});
+    if (signal.aborted) return;
+    if (state.who !== null) state.id = answer.user_id;
+    showList(answer, performance.now() - started, change);
+    if (state.model && answer.model_version !== state.model.version) loadModel();
+  } catch (error) {
+    if (signal.aborted) return;
+    if (error instanceof Problem || !error.name) clearList();
+    if (!failed(error)) $("recs-state").replaceChildren(fault(error, () => loadList()));
+    else if (error.isDown || error.status === 401) $("recs-state").replaceChildren(emptyBox("No recommendations for now", error.status === 401 ? "They need an API key." : "They come as soon as the service answers."));
+  } finally {
+    if (!signal.aborted) $("recs").removeAttribute("aria-busy");
+  }
+}
+async function askForGuest(signal) {
+  const events = [...state.basket.values()].map(item => ({item_id: item.item_id, event: "cart", quantity: 1}));
+  const body = {n: N, task: state.task, events, detail: true};
+  if (state.hidden.size) body.filters = {deny: [...state.hidden.values()].map(item => item.item_id)};
+  return (await ask("recommend", {method: "POST", body, signal})).results[0];
+}
+function skeletons() {
+  $("recs-state").replaceChildren();
+  $("rung").hidden = true;
+  $("list").replaceChildren(...Array.from({length: 6}, () => h("li", {class: "skeleton", "aria-hidden": "true"})));
+}
+function clearList() { state.answer = null; $("list").replaceChildren(); $("rung").hidden = true; }
+const emptyBox = (title, text) => h("div", {class: "big-empty"}, h("strong", {}, title), text);
+
+function showList(answer, milliseconds, change) {
+  const before = state.answer && change ? new Set(state.answer.items.map(item => keyOf(item.item_id))) : null;
+  state.answer = answer;
+  showRung(answer, milliseconds);
+  const fresh = before ? answer.items.filter(item => !before.has(keyOf(item.item_id))) : [];
+  showCards(answer.items, new Set(fresh.map(item => keyOf(item.item_id))));
+  const states = [];
+  if (!answer.items.length) states.push(emptyBox("Nothing to recommend", answer.shortfall ? sentence(answer.shortfall) : "No item is left."));
+  else if (answer.shortfall) states.push(h("p", {class: "notice"}, sentence(answer.shortfall)));
+  $("recs-state").replaceChildren(...states);
+  if (change) say(`${change} ${fresh.length ? plural(fresh.length, "new recommendation") + "." : "The recommendations stay the same."}`);
+}
+function showRung(answer, milliseconds) {
+  const on = answer.source === "next_purchase" ? "personalised" : answer.source;
+  $("ladder").replaceChildren(...RUNGS.map(([name, short]) => h("li", name === on ? {class: "on", "aria-current": "step"} : {}, name === on && answer.source === "next_purchase" ? "Personal: next purchase" : short)));
+  $("rung-words").textContent = wordsOf(answer.source);
+  $("answered").textContent = `${plural(answer.items.length, "item")} in ${Math.max(1, Math.round(milliseconds))} ms`;
+  $("rung").hidden = false;
+  $("lead").textContent = state.who === null && !state.basket.size ? "Nothing is known of a guest. Put something into the basket and the list follows." : state.who === null ? "Known only by what is in the basket." : $("lead").textContent;
+}
+
+function showCards(items, fresh) {
+  const list = $("list"), old = new Map(), focus = focusedCard(list);
+  for (const card of list.children) if (card.dataset.key) old.set(card.dataset.key, [card, card.getBoundingClientRect()]);
+  list.replaceChildren(...items.map((item, at) => card(item, at + 1, fresh.has(keyOf(item.item_id)))));
+  if (focus) refocus(list, focus);
+  if (calm.matches || document.hidden) return;
+  for (const now of list.children) {
+    const [, from] = old.get(now.dataset.key) ?? [], to = now.getBoundingClientRect();
+    if (from && (from.top !== to.top || from.left !== to.left))
+      now.animate([{transform: `translate(${from.left - to.left}px, ${from.top - to.top}px)`}, {transform: "none"}], {duration: 420, easing: "cubic-bezier(.2,.8,.2,1)"});
+    else if (!from) now.animate([{opacity: 0, transform: "scale(.96)"}, {opacity: 1, transform: "none"}], {duration: 320, easing: "ease-out"});
+  }
+}
+// the focus stays where it was: on the same item, else on the one that took its place
+function focusedCard(list) {
+  const card = document.activeElement?.closest?.("li");
+  if (!card || card.parentElement !== list) return null;
+  return {key: card.dataset.key, at: [...list.children].indexOf(card), act: document.activeElement.dataset.act};
+}
+function refocus(list, {key, at, act}) {
+  const card = [...list.children].find(card => card.dataset.key === key) ?? list.children[Math.min(at, list.children.length - 1)];
+  (card?.querySelector(`[data-act="${act}"]`) ?? $("recs-heading")).focus({preventScroll: true});
+}
+
+function card(item, rank, isFresh) {
+  const inside = state.basket.has(keyOf(item.item_id)), name = nameOf(item);
+  return h("li", {"data-key": keyOf(item.item_id)},
+    tile(item),
+    h("span", {class: "rank", "aria-hidden": "true"}, String(rank)),
+    isFresh && h("span", {class: "fresh"}, "New"),
+    h("div", {class: "what"},
+      h("h3", {}, h("button", {type: "button", class: "open", "data-act": "open", "aria-haspopup": "dialog", on: {click: () => openSheet(item)}}, name)),
+      categoryOf(item) && h("p", {class: "category"}, categoryOf(item)),
+      reason(item)),
+    h("div", {class: "acts"},
+      inside
+        ? h("button", {type: "button", class: "add", "data-act": "add", "aria-label": `Remove from basket: ${name}`, on: {click: () => remove(item)}}, "Remove from basket")
+        : h("button", {type: "button", class: "add", "data-act": "add", "aria-label": `Add to basket: ${name}`, on: {click: () => add(item)}}, "Add to basket"),
+      h("button", {type: "button", class: "icon", "data-act": "deny", "aria-label": `Not interested: ${name}`, title: "Not interested", on: {click: () => deny(item)}}, cross())));
+}
+const cross = () => vector("svg", {viewBox: "0 0 24 24", "aria-hidden": "true"}, vector("path", {d: "M6 6l12 12M18 6L6 18"}));
+
+function reason(item) {
+  const because = (item.reasons ?? []).filter(one => one.contribution === undefined || one.contribution === null || one.contribution > 0);
+  const own = because.find(one => keyOf(one.item_id) === keyOf(item.item_id));
+  if (own && state.answer?.source === "next_purchase") return h("p", {class: "reason"}, "Because you had it before");
+  const [first, second] = because.filter(one => one !== own);
+  if (first) return h("p", {class: "reason"}, "Because you had ", h("b", {}, nameOf(first)), second && [" and ", h("b", {}, nameOf(second))].flat());
+  if (own) return h("p", {class: "reason"}, "Because you had it before");
+  const words = {popular: "Popular with everybody", segment: "Popular with people like you", content: "Of the same kind"}[state.answer?.source];
+  return words ? h("p", {class: "reason"}, words) : null;
+}
+
+// ---------------------------------------------------------------------------------------------- feedback
+
+let saving = Promise.resolve();
+// one after the other, so that an undo cannot overtake what it undoes
+function tell(event, item) {
+  const who = state.who;
+  if (who === null) return Promise.resolve();
+  const key = eventKey();
+  saving = saving.catch(() => {}).then(async () => {
+    if (state.id === null) await latest;
+    if (state.id === null || state.who !== who) throw new Problem(409, "the person changed before it was saved");
+    const answer = await ask("events", {method: "POST", body: {events: [{user_id: state.id, item_id: item.item_id, event, quantity: 1, key}]}});
+    const refused = answer.results?.find(result => result.status === "rejected");
+    if (refused) throw new Problem(422, refused.error);
+  });
+  return saving;
+}
+async function change(does, undoes, sends, words) {
+  const who = place();
+  does(); remember(); showBasket();
+  try { for (const [event, item] of sends) await tell(event, item); } catch (error) {
+    if (who === place()) { undoes(); remember(); showBasket(); }
+    if (error.status === 401) askForKey(error.message);
+    say(`Not saved. ${error.title ?? "Error"}: ${sentence(error.message)}`);
+    return;
+  }
+  if (who !== place()) return;
+  await loadList(words);
+  if (state.who !== null) loadHistory();
+}
+function add(item) {
+  const key = keyOf(item.item_id), was = state.hidden.get(key);
+  return change(() => { state.hidden.delete(key); state.basket.set(key, brief(item)); },
+    () => { state.basket.delete(key); if (was) state.hidden.set(key, was); },
+    [...(was ? [["undeny", item]] : []), ["cart", item]], `${nameOf(item)} is in the basket.`);
+}
+// a known person's event is kept for good: what takes it back is "not interested"
+function remove(item) {
+  if (state.who !== null) return deny(item, `${nameOf(item)} is out of the basket and marked as not interesting.`);
+  const key = keyOf(item.item_id), was = state.basket.get(key);
+  return change(() => state.basket.delete(key), () => state.basket.set(key, was), [], `${nameOf(item)} is out of the basket.`);
+}
+function deny(item, words = `${nameOf(item)} will not come again.`) {
+  const key = keyOf(item.item_id), was = state.basket.get(key);
+  return change(() => { state.basket.delete(key); state.hidden.set(key, brief(item)); },
+    () => { state.hidden.delete(key); if (was) state.basket.set(key, was); }, [["deny", item]], words);
+}
+function undeny(item) {
+  const key = keyOf(item.item_id);
+  return change(() => state.hidden.delete(key), () => state.hidden.set(key, brief(item)), [["undeny", item]], `${nameOf(item)} may come again.`);
+}
+
+// lines of a side list; the focus moves to the next line, or to the heading, where its line is gone
+function line(item, detail, ...buttons) {
+  return h("li", {"data-key": keyOf(item.item_id)}, tile(item),
+    h("div", {class: "text"}, h("button", {type: "button", class: "open", "data-act": "open", "aria-haspopup": "dialog", on: {click: () => openSheet(item)}}, nameOf(item)), detail && h("span", {class: "category"}, detail)),
+    ...buttons);
+}
+function fill(list, lines, heading) {
+  const focus = focusedCard(list);
+  list.replaceChildren(...lines);
+  if (focus) lines.length ? refocus(list, focus) : heading.focus({preventScroll: true});
+}
+const small = (text, label, click) => h("button", {type: "button", class: "quiet small", "data-act": "do", "aria-label": label, on: {click}}, text);
+
+function showBasket() {
+  const items = [...state.basket.values()].reverse(), hidden = [...state.hidden.values()].reverse();
+  fill($("basket-list"), items.map(item => line(item, categoryOf(item), small("Remove", `Remove from basket: ${nameOf(item)}`, () => remove(item)))), $("basket-heading"));
+  fill($("hidden-list"), hidden.map(item => line(item, categoryOf(item), small("Undo", `Undo not interested: ${nameOf(item)}`, () => undeny(item)))), $("basket-heading"));
+  $("basket-count").textContent = items.length ? plural(items.length, "item") : "";
+  $("basket-empty").hidden = items.length > 0;
+  $("hidden-block").hidden = hidden.length === 0;
+  $("dock").hidden = false;
+  $("dock").textContent = items.length ? `Basket · ${items.length}` : "Basket";
+  showFound();
+}
+
+// ---------------------------------------------------------------------------------------------- search
+
+const search = {timer: null, abort: null, items: null, error: null, query: ""};
+function lookFor(query) {
+  clearTimeout(search.timer);
+  search.abort?.abort();
+  search.query = query.trim();
+  if (!search.query) { search.items = search.error = null; return showFound(); }
+  search.timer = setTimeout(async () => {
+    search.abort = new AbortController();
+    try {
+      const {items} = await ask(`items?query=${part(search.query)}&limit=8`, {signal: search.abort.signal});
+      Object.assign(search, {items, error: null});
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      Object.assign(search, {items: null, error: failed(error) ? null : error});
+    }
+    showFound();
+  }, 200);
+}
+function showFound() {
+  const box = $("found");
+  if (search.error) return box.replaceChildren(h("p", {}, `${search.error.title}. ${sentence(search.error.message)}`));
+  if (!search.items) return box.replaceChildren();
+  if (!search.items.length) return box.replaceChildren(h("p", {}, `No item has “${search.query}” in its name.`));
+  const focus = box.contains(document.activeElement) ? focusedCard(box.querySelector("ul")) : null;
+  const list = h("ul", {class: "lines", "aria-label": "Items found"}, search.items.map(item => line(item, categoryOf(item),
+    state.basket.has(keyOf(item.item_id)) ? h("span", {class: "badge"}, "In basket") : small("Add", `Add to basket: ${nameOf(item)}`, () => add(item)))));
+  box.replaceChildren(h("p", {class: "hide"}, plural(search.items.length, "item") + " found"), list);
+  if (focus) refocus(list, {...focus, act: list.children[focus.at]?.querySelector("[data-act=do]") ? focus.act : "open"});
+}
+
+// ---------------------------------------------------------------------------------------------- history
+
+let remembering = null;
+async function loadHistory() {
+  remembering?.abort();
+  if (state.who === null) return showHistory(null);
+  remembering = new AbortController();
+  const {signal} = remembering;
+  if (!state.history) $("history-state").replaceChildren(h("p", {class: "empty waiting"}, "Loading…"));
+  try {
+    const answer = await ask(`users/${part(state.who)}/history?limit=50`, {signal});
+    if (!signal.aborted) showHistory(answer);
+  } catch (error) {
+    if (signal.aborted) return;
+    showHistory(null);
+    $("history-state").replaceChildren(...(failed(error) ? [h("p", {class: "empty"}, "Not known for now.")] : [fault(error, loadHistory)]));
+  }
+}
+function showHistory(answer) {
+  state.history = answer;
+  const all = answer?.history ?? [], shown = state.allHistory ? all : all.slice(0, 6);
+  $("history-state").replaceChildren(...(all.length ? [] : [h("p", {class: "empty"}, state.who === null ? "A guest has none." : "Nothing is known of this person. What goes into the basket is remembered.")]));
+  fill($("history-list"), shown.map(item => line(item, historyWords(item))), $("history-heading"));
+  $("history-count").textContent = all.length ? (all.length >= 50 ? "last 50" : plural(all.length, "item")) : "";
+  $("history-foot").hidden = state.who === null;
+  $("history-more").hidden = all.length <= 6;
+  $("history-more").textContent = state.allHistory ? "Show fewer" : `Show all ${all.length}`;
+  $("history-more").setAttribute("aria-expanded", String(state.allHistory));
+  if (state.who !== null && answer) $("lead").textContent = answer.known ? `Has ${all.length >= 50 ? "50 or more items" : plural(all.length, "item")} in the history${lastTime(all)}.` : all.length ? "New to the model, known by this feedback alone." : "The model does not know this person, so it shows what is popular.";
+}
+function lastTime(all) {
+  const date = moment(all[0]?.last);
+  return date ? `, the last ${ago(date) === dayOf(date) ? "on " + dayOf(date) : ago(date)}` : "";
+}
+function historyWords(item) {
+  const date = moment(item.last), words = [];
+  if (item.interactions > 1) words.push(`${number.format(Math.round(item.interactions))} times`);
+  if (date) words.push(ago(date));
+  if (categoryOf(item)) words.push(categoryOf(item));
+  const text = words.join(" · ");
+  return item.origin === "feedback" ? h("span", {}, h("span", {class: "badge"}, item.event ? tidy(item.event) : "New"), text) : text;
+}
+
+// ---------------------------------------------------------------------------------------------- one item
+
+function openSheet(item) {
+  state.sheet = [item];
+  showSheet();
+  if (!$("sheet").open) $("sheet").showModal();
+  $("sheet-title")?.focus();
+}
+function closeSheet() { $("sheet").close(); }
+function showSheet() {
+  const item = state.sheet.at(-1), body = $("sheet-body"), waiting = text => h("p", {class: "muted waiting"}, text);
+  $("sheet-back").hidden = state.sheet.length < 2;
+  const facts = h("section", {"aria-label": "Facts"}), why = h("section", {"aria-labelledby": "why-title"}, h("h3", {id: "why-title"}, "Why, or why not"), waiting("Asking…"));
+  const alike = h("section", {"aria-labelledby": "alike-title"}, h("h3", {id: "alike-title"}, "Similar items"), waiting("Asking…"));
+  const acts = h("div", {class: "row"});
+  body.replaceChildren(
+    h("div", {class: "sheet-head"}, tile(item), h("div", {}, h("h2", {id: "sheet-title", tabindex: "-1"}, nameOf(item)), h("p", {class: "category"}, categoryOf(item)))),
+    acts, why, alike, facts);
+  const renew = () => sheetActs(acts, item, renew);
+  renew();
+  explain(item, why);
+  similar(item, alike);
+  describe(item, facts);
+  $("sheet").scrollTop = 0;
+}
+function sheetActs(acts, item, renew) {
+  const key = keyOf(item.item_id), focused = acts.contains(document.activeElement);
+  const does = (act, again) => async () => { await act(item); if (state.sheet.at(-1) === item) { renew(); again?.(); } };
+  const redo = () => { const section = $("why-title")?.parentElement; if (section) explain(item, section); };
+  acts.replaceChildren(
+    state.basket.has(key) ? h("button", {type: "button", class: "quiet", on: {click: does(remove, redo)}}, "Remove from basket") : h("button", {type: "button", class: "primary", on: {click: does(add, redo)}}, "Add to basket"),
+    state.hidden.has(key) ? h("button", {type: "button", class: "quiet", on: {click: does(undeny, redo)}}, "Undo “not interested”") : h("button", {type: "button", class: "quiet", on: {click: does(deny, redo)}}, "Not interested"));
+  if (focused) acts.firstChild.focus();
+}
+function body(section, ...children) { section.replaceChildren(section.firstElementChild, ...children.filter(Boolean)); }
+
+async function explain(item, section) {
+  if (state.who === null) return explainToGuest(item, section);
+  try {
+    const found = await ask(`explain/${part(state.who)}/${part(item.item_id)}?task=${state.task}`);
+    const signals = signalRows(found.signals);
+    body(section, verdict(found), h("p", {class: "muted small"}, wordsOf(found.source)),
+      found.why?.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What speaks for it, from the past"), bars(whyRows(found))),
+      signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)));
+  } catch (error) { body(section, failed(error) ? h("p", {class: "muted"}, "Not known for now.") : fault(error, () => explain(item, section))); }
+}
+function verdict({rank, candidates, rule, recommended}) {
+  const place = rank ? `number ${number.format(rank)}${candidates ? ` of ${number.format(candidates)}` : ""}` : null;
+  if (rule) return h("p", {class: "verdict no"}, h("strong", {}, "Left out: "), `${RULES[rule] ?? rule}.${place ? ` Otherwise it would be ${place}.` : ""}`);
+  if (!place) return h("p", {class: "verdict no"}, recommended ? "It may be recommended." : "It is not recommended.");
+  return rank <= N ? h("p", {class: "verdict"}, h("strong", {}, "Recommended: "), `${place}.`) : h("p", {class: "verdict no"}, h("strong", {}, "Not among the first. "), `It is ${place}; the list shows the best ${N}.`);
+}
+function whyRows(found) {
+  const rows = found.why.map(one => [nameOf(one), one.contribution, typeof one.share === "number" ? percent.format(one.share) : one.contribution?.toFixed(3)]);
+  const total = found.why.reduce((sum, one) => sum + one.contribution, 0) + (found.other ?? 0);
+  if (Math.abs(found.other ?? 0) > 1e-9) rows.push(["Everything else", found.other, total ? percent.format(found.other / total) : ""]);
+  return rows;
+}
+function signalRows(signals) {
+  return Object.entries(signals ?? {}).map(([name, value]) => [SIGNALS[name] ?? tidy(name.replaceAll("_", " ")), typeof value === "number" ? value : value?.contribution])
+    .filter(([, value]) => typeof value === "number" && Math.abs(value) > 1e-4).map(([name, value]) => [name, value, (value > 0 ? "+" : "−") + Math.abs(value).toFixed(2)]);
+}
+function explainToGuest(item, section) {
+  const at = state.answer?.items.findIndex(one => keyOf(one.item_id) === keyOf(item.item_id)) ?? -1, inside = state.basket.has(keyOf(item.item_id));
+  if (at < 0) return body(section, h("p", {class: "verdict no"}, inside ? "Left out: it is in the basket already." : state.hidden.has(keyOf(item.item_id)) ? "Left out: it is marked as not interesting." : `Not among the best ${N} for this guest.`));
+  const reasons = state.answer.items[at].reasons ?? [];
+  body(section, h("p", {class: "verdict"}, h("strong", {}, "Recommended: "), `number ${at + 1} of this list.`), h("p", {class: "muted small"}, wordsOf(state.answer.source)),
+    reasons.length > 0 && bars(reasons.map(one => [nameOf(one), one.contribution, one.contribution?.toFixed(3) ?? ""])));
+}
+// rows: name, value, text
+function bars(rows) {
+  const most = Math.max(...rows.map(([, value]) => Math.abs(value)), 1e-12);
+  return h("ul", {class: "bars"}, rows.map(([name, value, text]) => {
+    const fillIn = h("i", {});
+    fillIn.style.setProperty("--part", `${(100 * Math.abs(value) / most).toFixed(1)}%`);
+    return h("li", value < 0 ? {class: "minus"} : {}, h("span", {}, name), h("span", {class: "value"}, text), h("span", {class: "track", "aria-hidden": "true"}, fillIn));
+  }));
+}
+async function similar(item, section) {
+  try {
+    const {items, shortfall} = await ask(`similar/${part(item.item_id)}?n=6&detail=true`);
+    body(section, items.length ? h("ul", {class: "lines", "aria-label": "Similar items"}, items.map(one => {
+      const row = line(one, categoryOf(one));
+      row.querySelector(".open").replaceWith(h("button", {type: "button", class: "open", on: {click: () => { state.sheet.push(one); showSheet(); $("sheet-title").focus(); }}}, nameOf(one)));
+      return row;
+    })) : h("p", {class: "muted"}, sentence(shortfall ?? "none is known")));
+  } catch (error) { body(section, failed(error) ? h("p", {class: "muted"}, "Not known for now.") : fault(error, () => similar(item, section))); }
+}
+const ATTRIBUTES = {popularity: "People who had it", first_seen: "First seen", last_seen: "Last seen"};
+async function describe(item, section) {
+  try {
+    const found = await ask(`items/${part(item.item_id)}`);
+    const rows = Object.entries(found.attributes ?? {}).filter(([, value]) => value !== null && value !== "").slice(0, 12);
+    section.replaceChildren(h("h3", {}, "Facts"), h("dl", {class: "attributes"},
+      [["Id", String(item.item_id)], ...rows.map(([name, value]) => [ATTRIBUTES[name] ?? tidy(name.replaceAll("_", " ").toUpperCase()), fact(value)]), ["Available", found.available === false ? "No" : "Yes"]]
+        .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))));
+  } catch (error) { if (!failed(error) && error.status !== 404) section.replaceChildren(fault(error, () => describe(item, section))); }
+}
+function fact(value) {
+  if (typeof value === "string" && /^\d{4}-\d\d-\d\dT/.test(value) && moment(value)) return dayOf(moment(value));
+  if (typeof value === "number") return number.format(value);
+  return typeof value === "boolean" ? (value ? "Yes" : "No") : tidy(value);
+}
+
+// ---------------------------------------------------------------------------------------------- the model, and live figures
+
+const figure = (name, value, wide) => h("div", wide ? {class: "wide"} : {}, h("dt", {}, name), h("dd", {}, value));
+
+async function loadModel() {
+  try {
+    const model = state.model = await ask("model");
+    const made = moment(model.created_at), {starts, ends} = model.data ?? {}, shape = model.shape ?? {};
+    $("model-chip").hidden = false;
+    $("model-chip").textContent = made ? `Model trained ${ago(made)}` : `Model ${model.version}`;
+    $("model-body").replaceChildren(h("dl", {class: "figures"},
+      figure("people", number.format(shape.users ?? 0)), figure("items", number.format(shape.items ?? 0)),
+      figure("person and item pairs", number.format(shape.seen ?? 0)), figure("trained", made ? ago(made) : "unknown"),
+      moment(starts) && figure("learned from", `${dayOf(moment(starts))} to ${dayOf(moment(ends))}`, true),
+      figure("version", model.version, true)),
+      ...modelNotes(model));
+  } catch (error) {
+    if (!failed(error)) $("model-body").replaceChildren(fault(error, loadModel));
+    else if (!state.model) $("model-body").replaceChildren(h("p", {class: "empty"}, "Not known for now."));
+  }
+}
+function modelNotes(model) {
+  const notes = [], quality = model.metrics?.evaluation ?? {};
+  const next = quality["next_purchase_hit_rate@10 (blend)"] ?? quality["next_purchase_hit_rate@10"], found = quality["discovery_hit_rate@10"];
+  if (typeof next === "number" && typeof found === "number")
+    notes.push(`Tested on the weeks after ${quality.split ? dayOf(moment(quality.split)) : "its training"}: of ten next purchases proposed, at least one was bought by ${percent.format(next)} of the people; of ten new items, by ${percent.format(found)}.`);
+  if (model.data?.run === "complete_journey") notes.push("Sample data: grocery purchases with dates shifted to 2017, described as simulated. Good for looking, not for business conclusions.");
+  const refused = model.refused && (Array.isArray(model.refused) ? model.refused.at(-1) : model.refused);
+  if (refused) notes.push(`A newer model${refused.version ? `, ${refused.version},` : ""} was refused: ${sentence(String(refused.error ?? refused))}`);
+  return notes.map(text => h("p", {class: "note"}, text));
+}
+
+function samples(text) {
+  const found = [];
+  for (const row of text.split("\n")) {
+    const [, name, inner, value] = /^([A-Za-z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)/.exec(row) ?? [];
+    if (name) found.push({name, labels: Object.fromEntries([...(inner ?? "").matchAll(/(\w+)="((?:\\.|[^"\\])*)"/g)].map(([, label, text]) => [label, text.replace(/\\(.)/g, "$1")])), value: Number(value.replace("Inf", "Infinity"))});
+  }
+  return found;
+}
+// the value below which a share of the observations lies, as Prometheus computes it
+function quantile(share, buckets) {
+  const sums = new Map();
+  for (const {labels, value} of buckets) sums.set(labels.le, (sums.get(labels.le) ?? 0) + value);
+  const steps = [...sums].map(([le, count]) => [le === "+Inf" ? Infinity : Number(le), count]).sort((a, b) => a[0] - b[0]);
+  const total = steps.at(-1)?.[1] ?? 0, wanted = share * total;
+  if (!total) return null;
+  let [low, below] = [0, 0];
+  for (const [le, count] of steps) {
+    if (count >= wanted) return {seconds: le === Infinity ? low : low + (le - low) * (wanted - below) / Math.max(count - below, 1e-12), beyond: le === Infinity};
+    [low, below] = [le, count];
+  }
+  return null;
+}
+const ofAnswers = ({labels}) => /^\/(recommend|similar|popular|explain)/.test(labels.route ?? labels.path ?? "");
+
+async function loadFigures() {
+  try {
+    const all = samples(await ask("metrics")), named = name => all.filter(sample => sample.name.endsWith(name));
+    const requests = named("http_requests_total"), total = rows => rows.reduce((sum, {value}) => sum + value, 0);
+    const buckets = named("http_request_duration_seconds_bucket").filter(ofAnswers);
+    const show = q => q ? (q.beyond ? "over " : "") + duration(q.seconds) : "–";
+    const faults = total(requests.filter(({labels}) => /^5/.test(labels.status ?? labels.code ?? "")));
+    $("live-body").replaceChildren(
+      h("dl", {class: "figures"},
+        figure("answers given", number.format(total(requests.filter(ofAnswers)))), figure("faults", number.format(faults)),
+        figure("half are faster than", show(quantile(.5, buckets))), figure("95 of 100 are faster than", show(quantile(.95, buckets)))),
+      h("p", {class: "note"}, "Since the service started, measured inside it: recommendations, similar items and explanations."));
+    showRungs(named("recommendations_total"));
+  } catch (error) {
+    if (error.status === 404) error = new Problem(404, "this service offers no figures");
+    const words = failed(error) ? "Not known for now." : `${error.title}. ${sentence(error.message)}`;
+    for (const id of ["live-body", "rungs-body"]) $(id).replaceChildren(h("p", {class: "empty"}, words));
+  }
+}
+function showRungs(rows) {
+  const counts = new Map();
+  for (const {labels, value} of rows) counts.set(labels.source ?? "?", (counts.get(labels.source ?? "?") ?? 0) + value);
+  const sum = [...counts.values()].reduce((a, b) => a + b, 0), order = [...counts].filter(([, value]) => value > 0).sort((a, b) => b[1] - a[1]);
+  $("rungs-body").replaceChildren(order.length ? bars(order.map(([name, value]) => [RUNG_NAMES[name] ?? name, value, `${number.format(value)} · ${percent.format(value / sum)}`])) : h("p", {class: "empty"}, "No recommendation was asked for yet."));
+}
+setInterval(() => { if (!document.hidden && $("live").checked && !down.timer && $("key").hidden) loadFigures(); }, EVERY);
+
+// ---------------------------------------------------------------------------------------------- who
+
+async function loadPeople() {
+  try {
+    const {users, total} = await ask("users?limit=20");
+    $("people").replaceChildren(...users.map(id => h("option", {value: String(id)})));
+    $("samples").replaceChildren(...users.slice(0, 7).map(id => h("button", {type: "button", class: "chip", "data-person": String(id), on: {click: () => go(String(id))}}, String(id))));
+    $("person-note").textContent = total ? `${plural(total, "person is", "people are")} known. Anybody else is answered too.` : "Nobody is known yet.";
+    mark();
+    return users;
+  } catch (error) { failed(error); return []; }
+}
+function mark() {
+  $("guest").setAttribute("aria-pressed", String(state.who === null));
+  for (const chip of $("samples").children) chip.setAttribute("aria-pressed", String(chip.dataset.person === state.who));
+}
+
+function address() {
+  const words = new URLSearchParams(location.hash.slice(1));
+  return {who: words.has("user") && words.get("user") !== "" ? words.get("user") : null, guest: words.has("guest"), task: words.get("task") === "next_purchase" ? "next_purchase" : "discovery", empty: !words.has("user") && !words.has("guest")};
+}
+const link = (who, task) => "#" + (who === null ? "guest" : `user=${part(who)}`) + (task === "discovery" ? "" : `&task=${task}`);
+function go(who, task = state.task, {replace = false} = {}) {
+  const target = link(who, task);
+  if (target !== location.hash) history[replace ? "replaceState" : "pushState"](null, "", target);
+  follow();
+}
+function follow() {
+  const {who, task} = address(), other = who !== state.who || !state.started;
+  Object.assign(state, {who, task, started: true});
+  document.querySelector(`#tasks input[value="${task}"]`).checked = true;
+  if (other) {
+    if ($("sheet").open) closeSheet();
+    Object.assign(state, {id: null, answer: null, history: null, allHistory: false});
+    recall();
+    showBasket();
+    $("eyebrow").textContent = who === null ? "Recommendations for" : "Recommendations for person";
+    $("title").textContent = who ?? "A guest";
+    document.title = `${who === null ? "A guest" : who} · Recommendations`;
+    $("person").value = who ?? "";
+    $("lead").textContent = "";
+    mark();
+    showHistory(null);
+    loadHistory();
+  }
+  loadList();
+}
+async function loadAll() {
+  loadModel();
+  loadFigures();
+  const people = loadPeople();
+  if (state.started) { loadHistory(); return loadList(); }
+  if (!address().empty) return follow();
+  // nobody is named in the address: somebody who is known shows most
+  skeletons();
+  const [first] = await people;
+  if (!state.started) go(first === undefined ? null : String(first), address().task, {replace: true});
+}
+
+// ---------------------------------------------------------------------------------------------- forgetting
+
+async function forget() {
+  const who = state.who;
+  $("ask-problem").hidden = true;
+  $("ask-yes").disabled = true;
+  try {
+    const {events_deleted: deleted} = await ask(`users/${part(who)}`, {method: "DELETE"});
+    stored.drop(`person.${who}`);
+    $("ask").close();
+    if (state.who !== who) return;
+    state.basket.clear(); state.hidden.clear();
+    state.history = state.answer = null;
+    showBasket();
+    say(`Person ${who} is forgotten. ${plural(deleted ?? 0, "event was", "events were")} deleted.`);
+    $("title").focus();
+    await Promise.all([loadList(), loadHistory()]);
+  } catch (error) {
+    if (error.status === 401) { $("ask").close(); return askForKey(error.message); }
+    $("ask-problem").hidden = false;
+    $("ask-problem").textContent = `Not forgotten. ${error.title}: ${sentence(error.message)}`;
+  } finally { $("ask-yes").disabled = false; }
+}
+
+// ---------------------------------------------------------------------------------------------- what a person does
+
+const on = (id, event, does) => $(id).addEventListener(event, does);
+const toHeading = id => { $(id).focus({preventScroll: true}); $(id).scrollIntoView({behavior: calm.matches ? "auto" : "smooth", block: "start"}); };
+
+on("skip", "click", event => { event.preventDefault(); toHeading("recs-heading"); });
+on("person-form", "submit", event => {
+  event.preventDefault();
+  const text = $("person").value.trim();
+  if (!text) return $("person").focus();
+  if (text === "." || text === "..") return say("A dot alone cannot be asked for here.");
+  go(text);
+});
+on("person", "focus", () => $("person").select());
+on("guest", "click", () => go(null));
+on("tasks", "change", event => go(state.who, event.target.value));
+on("search-form", "submit", event => { event.preventDefault(); lookFor($("search").value); });
+on("search", "input", () => lookFor($("search").value));
+on("history-more", "click", () => { state.allHistory = !state.allHistory; showHistory(state.history); });
+on("model-chip", "click", () => toHeading("facts-heading"));
+on("dock", "click", () => toHeading("basket-heading"));
+on("live", "change", () => { if ($("live").checked) loadFigures(); });
+on("down-retry", "click", () => { clearInterval(down.timer); tryAgain(); });
+on("key-open", "click", () => { if (!$("key").hidden) return $("key-input").focus(); $("key-heading").textContent = "API key"; openKey(apiKey ? "A key is in use." : "Only needed where the service asks for one."); });
+on("key-close", "click", () => { $("key").hidden = true; $("key-open").focus(); });
+on("key-clear", "click", () => { apiKey = null; stored.drop("key"); $("key-input").value = ""; $("key").hidden = true; $("key-open").focus(); say("The key is forgotten."); loadAll(); });
+on("key-form", "submit", event => {
+  event.preventDefault();
+  const given = $("key-input").value.trim();
+  if (!given) return $("key-input").focus();
+  apiKey = given;
+  stored.set("key", given);
+  $("key-input").value = "";
+  $("key").hidden = true;
+  $("title").focus({preventScroll: true});
+  loadAll();
+});
+on("forget", "click", () => {
+  $("ask-title").textContent = `Forget person ${state.who}?`;
+  $("ask-text").textContent = "Everything that the service keeps of this person is deleted, and the model no longer uses what it learned from them. This cannot be undone.";
+  $("ask-problem").hidden = true;
+  $("ask").showModal();
+  $("ask-no").focus();
+});
+on("ask-no", "click", () => $("ask").close());
+on("ask-yes", "click", forget);
+on("sheet-close", "click", closeSheet);
+on("sheet-back", "click", () => { state.sheet.pop(); showSheet(); $("sheet-title").focus(); });
+on("sheet", "click", event => { if (event.target === $("sheet")) closeSheet(); });
+// where the item's card went away meanwhile, the focus goes to the list
+on("sheet", "close", () => { state.sheet = []; if (document.activeElement === document.body) $("recs-heading").focus({preventScroll: true}); });
+addEventListener("popstate", follow);
+addEventListener("hashchange", () => { const {who, task} = address(); if (!state.started || who !== state.who || task !== state.task) follow(); });
+
+loadAll();
