@@ -67,12 +67,12 @@ _FITS = {TEXT: lambda value: isinstance(value, str), YES_NO: lambda value: isins
          TIME: lambda value: isinstance(value, (str, date))}
 
 # %% ../nbs/05_filters.ipynb #b8c4ab9e
-def _value(kind:str, name:str, value):
+def _value(kind:str, name:str, value, rule:str="where"):
     "A wanted value as the codes have it."
     try:
         if _FITS[kind](value): return _time(value) if kind == TIME else value
     except ValueError: pass # a text that is no time
-    raise ProductRecsError(f"where: column {name!a} holds {kind}, and {value!r} is none of these")
+    raise ProductRecsError(f"{rule}: column {name!a} holds {kind}, and {value!r} is none of these")
 
 def _inside(values:np.ndarray, name:str, ends:dict)->np.ndarray:
     "Which values lie in a range."
@@ -131,6 +131,15 @@ class Attributes:
         flags = np.zeros(len(table) + 1, bool) # the last one is for code -1
         flags[[table[value] for value in map(_plain, values) if value in table]] = True
         return flags[codes]
+
+    def code(self,
+        name:str,          # of a column
+        value,             # of the column's kind
+        rule:str="where",  # the rule that asks
+    )->int:                # -2 where no row has the value
+        "The code of one value."
+        wanted = _value(self.kind(name, rule), name, value, rule)
+        return self.coded(name)[1].get(_plain(wanted), -2)
 
 # %% ../nbs/05_filters.ipynb #fedafd78
 _NO = {"false", "f", "0", "0.0", "no", "n"}
