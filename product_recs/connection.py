@@ -23,7 +23,7 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from .core import locked, resolve_path
-from .records import CLOCK, METADATA, StoreError
+from .records import CLOCK, StoreError
 
 # %% ../nbs/06_connection.ipynb #43547c06
 def store_url(
