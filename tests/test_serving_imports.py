@@ -11,7 +11,7 @@ import pytest
 from test_api import Server, publish_board
 
 ROOT = Path(__file__).resolve().parents[1]
-UNWANTED = ("implicit", "pandas", "papermill", "nbdev", "nbconvert", "nbformat", "jupyter", "IPython", "ipykernel", "matplotlib", "sqlalchemy", "pyarrow")
+UNWANTED = ("implicit", "pandas", "papermill", "nbdev", "nbconvert", "nbformat", "jupyter", "IPython", "ipykernel", "matplotlib", "pyarrow")
 
 
 def test_the_service_imports_nothing_of_training_or_notebooks():
@@ -21,6 +21,14 @@ def test_the_service_imports_nothing_of_training_or_notebooks():
     assert "product_recs.inference" in modules
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
     assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in ("api", "bundle", "core", "filters", "inference", "ranking", "signals", "web")}
+
+
+def test_the_feedback_store_needs_only_what_the_service_has():
+    program = "import sys, product_recs.store, product_recs.changes; print(*sorted(sys.modules), sep='\\n')"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    modules = run.stdout.split()
+    assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
+    assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in ("changes", "connection", "core", "events", "records", "store")}
 
 
 def test_importing_the_service_does_no_work(tmp_path):
