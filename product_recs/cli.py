@@ -125,6 +125,12 @@ def _serve(options)->str:
     serve(Settings(**given), workers=options.workers)
     return ""
 
+def _data(options)->str:
+    "`product-recs data`"
+    from product_recs.sample import write_complete_journey
+    return f"Written to {write_complete_journey(options.out)}"
+
+# %% ../nbs/08_cli.ipynb #fd59262e
 def _models(options)->str:
     "`product-recs models`"
     from product_recs.live import version_lines
@@ -138,10 +144,36 @@ def _rollback(options)->str:
     before = current_version(resolve_path(options.models_dir))
     return f"Model {rollback(options.models_dir, options.version)} is live again, {before} is not; services that watch this folder take it up within a second"
 
-def _data(options)->str:
-    "`product-recs data`"
-    from product_recs.sample import write_complete_journey
-    return f"Written to {write_complete_journey(options.out)}"
+def _keys(options)->str:
+    "`product-recs keys`"
+    from product_recs.security import add_key, list_keys, remove_key
+    file = options.file or Settings().api_keys_file
+    if options.action == "add":
+        key = add_key(file, options.name, options.scope)
+        print(f"Key {options.name} with scope {options.scope} is added to {resolve_path(file)}. It is shown this once:", file=sys.stderr)
+        return key
+    if options.action == "remove":
+        remove_key(file, options.name)
+        return f"Key {options.name} is removed; services refuse it within a second"
+    keys = list_keys(file)
+    width = max((len(key.name) for key in keys), default=0)
+    return "\n".join(f"{key.name:<{width}}  {key.scope:<5}  added {key.created_at}" for key in keys) or f"No key in {resolve_path(file)}"
+
+# %% ../nbs/08_cli.ipynb #d5930b47
+def _add_operation_verbs(verb, models:dict)->None:
+    "`models`, `rollback` and `keys`."
+    there = verb("models", _models, "list the models: which is live, which were before, the newest first", "models --models-dir models")
+    back = verb("rollback", _rollback, "make the model that was live before the live one again", "rollback, or: product-recs rollback 20260101T120000-0a1b2c3d")
+    back.add_argument("version", nargs="?", help="the version to go to (default: the one that was live before; a second call goes one further back)")
+    for what in (there, back): what.add_argument("--models-dir", default=None, **models)
+    keys = verb("keys", _keys, "add, list and remove API keys of the service", "keys add shop --scope read")
+    actions = keys.add_subparsers(title="actions", required=True, dest="action", metavar="ACTION")
+    for name, text, example in (("add", "make a key, print it once and keep its hash", "keys add shop --scope write"), ("list", "list the keys: name, scope and when they were added", "keys list"),
+                                ("remove", "remove a key; services refuse it within a second", "keys remove shop")):
+        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: product-recs {example}")
+        if name != "list": action.add_argument("name", help="whose key it is, such as the program that sends it")
+        if name == "add": action.add_argument("--scope", choices=("read", "write", "admin"), default="read", help="read: ask; write: also send events and delete users; admin: also reload the model (default: read)")
+        action.add_argument("--file", metavar="FILE", help="file of the keys (default: api_keys.json, or PRODUCT_RECS_API_KEYS_FILE)")
 
 # %% ../nbs/08_cli.ipynb #5a7411ce
 _EXAMPLES = """examples:
@@ -156,6 +188,7 @@ _EXAMPLES = """examples:
   product-recs evaluate --compare current 20260101T120000-0a1b2c3d
   product-recs models                                what is there, what is live, what was
   product-recs rollback                              back to the model before
+  product-recs keys add shop --scope read            an API key, shown once
   product-recs serve --port 9000 --workers 2
 """
 
@@ -199,10 +232,7 @@ def _parser()->argparse.ArgumentParser:
     judge.add_argument("--json", action="store_true", help="print JSON")
     judge.add_argument("--quiet", action="store_true", help="no progress bars")
     judge.add_argument("--models-dir", default=None, **models)
-    there = verb("models", _models, "list the models: which is live, which were before, the newest first", "models --models-dir models")
-    back = verb("rollback", _rollback, "make the model that was live before the live one again", "rollback, or: product-recs rollback 20260101T120000-0a1b2c3d")
-    back.add_argument("version", nargs="?", help="the version to go to (default: the one that was live before; a second call goes one further back)")
-    for what in (there, back): what.add_argument("--models-dir", default=None, **models)
+    _add_operation_verbs(verb, models)
     serve = verb("serve", _serve, "serve recommendations over HTTP", "serve --host 0.0.0.0 --workers 2")
     serve.add_argument("--host", help="address to bind (default: 127.0.0.1, or PRODUCT_RECS_HOST)")
     serve.add_argument("--port", type=int, help="port to bind (default: 8000, or PRODUCT_RECS_PORT)")
