@@ -141,6 +141,7 @@ class RequestLog:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
         started, inner, id = time.perf_counter(), _inner_scope(scope), _request_id(scope["headers"])
+        inner["request_id"] = id.decode() # for whoever logs more of this request
         line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "request_id": id.decode(), "method": scope["method"],
                 "route": None, "status": None, "ms": None, "model_version": None, "source": None}
 
