@@ -98,6 +98,11 @@ class _Training(_Feedback):
             seq = rows[-1].seq
 
 # %% ../nbs/06_store.ipynb #7a1b8774
+def _is_id(user)->bool:
+    try: checked_id(user, "user_id")
+    except FeedbackError: return False
+    return True
+
 class Store(_Training):
     "The feedback of users, in a SQLite file or a PostgreSQL database; safe to share between threads."
     def set_availability(self,
@@ -122,9 +127,9 @@ class Store(_Training):
     def add_impressions(self,
         impressions:Sequence[Impression],
     )->int: # how many were kept
-        "Keep answers; those from before a user was forgotten are dropped."
+        "Keep answers, but for those from before a user was forgotten, and those of a user id that no store takes."
         rows = [dict(at=to_micros(one.at), request_id=one.request_id, user_id=None if one.user_id is None else to_text(one.user_id), model_version=one.model_version,
-                     source=one.source, items=list(one.items)) for one in impressions]
+                     source=one.source, items=list(one.items)) for one in impressions if one.user_id is None or _is_id(one.user_id)]
         if not rows: return 0
         with self.transaction("add_impressions", write=True) as connection:
             tick(connection)
