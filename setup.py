@@ -34,7 +34,7 @@ setup(
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
     ],
     packages=find_packages(include=["product_recs", "product_recs.*"]),
-    package_data={"product_recs": ["migrations/*.py", "migrations/versions/*.py"]},
+    package_data={"product_recs": ["migrations/*.py", "migrations/versions/*.py", "page/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("serve", "train"),
     extras_require={job: requirements(job) for job in ("jobs", "sample", "dev")},

@@ -25,7 +25,7 @@ from .foldin import Person, person
 from .inference import Recommendations, Recommender, popular_items, similar_items, top_rows
 from .ladder import Request, answer, prepared, score_request
 from .live import LiveModel, Reload
-from .monitor import ServiceMetrics
+from .monitor import Metrics
 from .store import Store, StoreError
 
 # %% ../nbs/06_service.ipynb #28d4172e
@@ -109,7 +109,7 @@ class Service:
     def __init__(self,
         settings:Settings,
     ):
-        self.settings, self.metrics = settings, ServiceMetrics()
+        self.settings, self.metrics = settings, Metrics()
         self.store = Store(settings.database_url) if settings.database_url else None
         self.changes = Changes(self.store) if self.store else None
         self.impressions = ImpressionLog(self.store, settings.impressions) if self.store and settings.impressions else None

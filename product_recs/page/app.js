@@ -102,8 +102,8 @@ const SHAPES = [
   k => [["path", {d: `M160 0V100H${62 + k % 30}Z`}], ["circle", {cx: 26, cy: 18 + k % 20, r: 24}]],
 ];
 function initials(text) {
-  const words = String(text).match(/[\p{L}\p{N}]+/gu) ?? ["•"];
-  return ((words[0][0] ?? "") + (words[1]?.[0] ?? words[0][1] ?? "")).toUpperCase();
+  const words = String(text).split(",")[0].match(/\p{L}[\p{L}\p{N}]*/gu) ?? String(text).match(/[\p{L}\p{N}]+/gu) ?? ["•"];
+  return words[1] ? (words[0][0] + words[1][0]).toUpperCase() : words[0][0].toUpperCase() + (words[0][1] ?? "").toLowerCase();
 }
 function tile(item) {
   const category = categoryOf(item), k = hash(item.item_id);
@@ -254,6 +254,7 @@ async function fetchList(signal, change) {
     if (state.who !== null) state.id = answer.user_id;
     showList(answer, performance.now() - started, change);
     if (state.model && answer.model_version !== state.model.version) loadModel();
+    loadFigures();
   } catch (error) {
     if (signal.aborted) return;
     if (error instanceof Problem || !error.name) clearList();
@@ -291,7 +292,7 @@ function showList(answer, milliseconds, change) {
 }
 function showRung(answer, milliseconds) {
   const on = answer.source === "next_purchase" ? "personalised" : answer.source;
-  $("ladder").replaceChildren(...RUNGS.map(([name, short]) => h("li", name === on ? {class: "on", "aria-current": "step"} : {}, name === on && answer.source === "next_purchase" ? "Personal: next purchase" : short)));
+  $("ladder").replaceChildren(...RUNGS.map(([name, short]) => h("li", name === on ? {class: "on", "aria-current": "step"} : {}, name === on && answer.source === "next_purchase" ? "Next purchase" : short)));
   $("rung-words").textContent = wordsOf(answer.source);
   $("answered").textContent = `${plural(answer.items.length, "item")} in ${Math.max(1, Math.round(milliseconds))} ms`;
   $("rung").hidden = false;
@@ -549,11 +550,12 @@ async function explain(item, section) {
       signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)));
   } catch (error) { body(section, failed(error) ? h("p", {class: "muted"}, "Not known for now.") : fault(error, () => explain(item, section))); }
 }
-function verdict({rank, candidates, rule, recommended}) {
+function verdict(found) {
+  const {rank, candidates, rule} = found, at = state.answer?.items.findIndex(one => keyOf(one.item_id) === keyOf(found.item_id)) ?? -1;
   const place = rank ? `number ${number.format(rank)}${candidates ? ` of ${number.format(candidates)}` : ""}` : null;
-  if (rule) return h("p", {class: "verdict no"}, h("strong", {}, "Left out: "), `${RULES[rule] ?? rule}.${place ? ` Otherwise it would be ${place}.` : ""}`);
-  if (!place) return h("p", {class: "verdict no"}, recommended ? "It may be recommended." : "It is not recommended.");
-  return rank <= N ? h("p", {class: "verdict"}, h("strong", {}, "Recommended: "), `${place}.`) : h("p", {class: "verdict no"}, h("strong", {}, "Not among the first. "), `It is ${place}; the list shows the best ${N}.`);
+  if (rule) return h("p", {class: "verdict no"}, h("strong", {}, "Left out: "), `${RULES[rule] ?? rule}.${place ? ` By its score alone it is ${place}.` : ""}`);
+  if (at >= 0) return h("p", {class: "verdict"}, h("strong", {}, "Recommended: "), `number ${at + 1} of this list.${place && rank !== at + 1 ? ` By its score alone it is ${place}; what is before it is left out.` : ""}`);
+  return h("p", {class: "verdict no"}, h("strong", {}, "Not in the list. "), place ? `By its score it is ${place}; the list shows the best ${N} that may be shown.` : "Its score is not known.");
 }
 function whyRows(found) {
   const rows = found.why.map(one => [nameOf(one), one.contribution, typeof one.share === "number" ? percent.format(one.share) : one.contribution?.toFixed(3)]);
@@ -619,7 +621,7 @@ async function loadModel() {
     $("model-chip").textContent = made ? `Model trained ${ago(made)}` : `Model ${model.version}`;
     $("model-body").replaceChildren(h("dl", {class: "figures"},
       figure("people", number.format(shape.users ?? 0)), figure("items", number.format(shape.items ?? 0)),
-      figure("person and item pairs", number.format(shape.seen ?? 0)), figure("trained", made ? ago(made) : "unknown"),
+      figure("person and item pairs", number.format(shape.seen ?? 0)), figure("trained", made ? ago(made) : "unknown", true),
       moment(starts) && figure("learned from", `${dayOf(moment(starts))} to ${dayOf(moment(ends))}`, true),
       figure("version", model.version, true)),
       ...modelNotes(model));
@@ -679,7 +681,8 @@ async function loadFigures() {
   } catch (error) {
     if (error.status === 404) error = new Problem(404, "this service offers no figures");
     const words = failed(error) ? "Not known for now." : `${error.title}. ${sentence(error.message)}`;
-    for (const id of ["live-body", "rungs-body"]) $(id).replaceChildren(h("p", {class: "empty"}, words));
+    $("live-body").replaceChildren(h("p", {class: "empty"}, words));
+    $("rungs-body").replaceChildren();
   }
 }
 function showRungs(rows) {
@@ -696,7 +699,7 @@ async function loadPeople() {
   try {
     const {users, total} = await ask("users?limit=20");
     $("people").replaceChildren(...users.map(id => h("option", {value: String(id)})));
-    $("samples").replaceChildren(...users.slice(0, 7).map(id => h("button", {type: "button", class: "chip", "data-person": String(id), on: {click: () => go(String(id))}}, String(id))));
+    $("samples").replaceChildren(...users.slice(0, 5).map(id => h("button", {type: "button", class: "chip", "data-person": String(id), on: {click: () => go(String(id))}}, String(id))));
     $("person-note").textContent = total ? `${plural(total, "person is", "people are")} known. Anybody else is answered too.` : "Nobody is known yet.";
     mark();
     return users;
@@ -726,9 +729,8 @@ function follow() {
     Object.assign(state, {id: null, answer: null, history: null, allHistory: false});
     recall();
     showBasket();
-    $("eyebrow").textContent = who === null ? "Recommendations for" : "Recommendations for person";
-    $("title").textContent = who ?? "A guest";
-    document.title = `${who === null ? "A guest" : who} · Recommendations`;
+    $("title").textContent = who === null ? "A guest" : `Person ${who}`;
+    document.title = `${$("title").textContent} · Recommendations`;
     $("person").value = who ?? "";
     $("lead").textContent = "";
     mark();
@@ -739,7 +741,6 @@ function follow() {
 }
 async function loadAll() {
   loadModel();
-  loadFigures();
   const people = loadPeople();
   if (state.started) { loadHistory(); return loadList(); }
   if (!address().empty) return follow();
