@@ -161,13 +161,15 @@ def test_every_list_is_the_one_of_the_reference(question):
 def test_what_is_known_decides_the_rung(question):
     model, request = question
     bundle = model.bundle
-    events = [*request.state.events, *request.session]
-    in_hand = [row for event in events if (row := bundle.items.row(event.item_id)) is not None]
+    trained, who = trained_row(model, request) is not None, person(model, request.user, request.state, request.session)
+    in_hand = [event.item_id for event in (*request.state.events, *request.session) if bundle.items.row(event.item_id) is not None]
     source = answer(model, request).source
-    if trained_row(model, request) is None and not in_hand: assert source in ("content", "segment", "popular")
-    if any(bundle.item_factors[row].any() for row in in_hand) and trained_row(model, request) is None: assert source != "popular" or person(model, request.user, request.state, request.session).vector is None
-    if trained_row(model, request) is not None and not in_hand: assert source in ("personalised", "next_purchase")
-    if source == "session": assert in_hand
+    tells = bool(in_hand) and bool((who.confidence @ model.item_factors[who.items]).any()) # else the items say nothing, or take each other back
+    if trained and not in_hand: assert source == ("personalised" if request.task == "discovery" else "next_purchase")
+    elif trained: assert tells == (source in ("personalised", "next_purchase"))
+    else: assert tells == (source == "session")
+    if source == "content": assert len(who.items)
+    if request.state.forgotten: assert source not in ("personalised", "next_purchase")
 
 
 @CALM
