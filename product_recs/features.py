@@ -35,12 +35,16 @@ def bm25(
     "Weigh a user-item matrix by BM25, users as documents and items as terms (Robertson and Zaragoza 2009, eq. 3.15)."
     users = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
     total = np.asarray(matrix.sum(axis=1)).ravel()
-    active = total > 0
-    length = 1 - b + b * total / (total[active].mean() if active.any() else 1)
+    length = 1 - b + b * total / (_mean_total(matrix) or 1)
     buyers = np.bincount(matrix.indices, minlength=matrix.shape[1])
-    rarity = np.log1p((active.sum() - buyers + 0.5) / (buyers + 0.5))
+    rarity = np.log1p(((total > 0).sum() - buyers + 0.5) / (buyers + 0.5))
     data = matrix.data * (k1 + 1) / (k1 * length[users] + matrix.data) * rarity[matrix.indices]
     return csr_matrix((data.astype(np.float32), matrix.indices, matrix.indptr), shape=matrix.shape)
+
+def _mean_total(matrix:csr_matrix)->float:
+    "Mean of the sums of the rows that are not empty; 0 where all are."
+    total = np.asarray(matrix.sum(axis=1)).ravel()
+    return float(total[total > 0].mean()) if (total > 0).any() else 0.0
 
 # %% ../nbs/02_features.ipynb #88205719
 def choose_split(
@@ -125,6 +129,7 @@ class Features:
     item_columns: dict         # popularity (number of users), first_seen, last_seen, attributes
     path: Path                 # of this artifact
     interactions: Path         # folder of the ingested interactions
+    mean_total: float|None=None # mean sum of a user in `all` before BM25, which a later event needs; None: another weighting
 
 def item_attributes(
     features:Features,
@@ -193,18 +198,18 @@ def build_features(
          duckdb.connect(f"{spill}/pairs.db", config={"memory_limit": memory_limit, "temp_directory": spill}) as database:
         database.execute(f"CREATE VIEW interactions AS SELECT * FROM {_file(log)}")
         split = choose_split(database, parameters["validation_from"], parameters["test_from"])
-        _write_matrices(database, folder, interactions, split, parameters)
+        mean_total = _write_matrices(database, folder, interactions, split, parameters)
         fingerprint = json.loads((interactions/"ledger.json").read_text())["fingerprint"]
         sizes = {table: database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("users", "items")}
         (folder/"features.json").write_text(json.dumps({"parameters": parameters, "split": split, "fingerprint": fingerprint,
-            "interactions": str(interactions), **sizes}, indent=2) + "\n")
+            "interactions": str(interactions), "mean_total": mean_total, **sizes}, indent=2) + "\n")
     return open_features(out)
 
 # %% ../nbs/02_features.ipynb #40bfaefc
 SNAPSHOTS = {"train": "validation_from", "train_validation": "test_from", "all": None} # name and the moment in the split that ends it
 
-def _write_matrices(database, folder:Path, interactions:Path, split:dict, parameters:dict)->None:
-    "Id tables, snapshots and targets, as files in `folder`."
+def _write_matrices(database, folder:Path, interactions:Path, split:dict, parameters:dict)->float|None:
+    "Id tables, snapshots and targets, as files in `folder`; returns the mean total of a user where BM25 needs it."
     for name in ("all", "train_validation", "train"):
         until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
         database.execute(f"CREATE OR REPLACE TABLE pairs AS {_pairs_sql(until, split.get('ends'), parameters)}")
@@ -214,13 +219,16 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
             shape = tuple(database.execute("SELECT (SELECT count(*) FROM users), (SELECT count(*) FROM items)").fetchone())
             if not all(shape): raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and min_item_users={parameters['min_item_users']}; lower them")
         pairs = _fetch_rows(database, "pairs")
-        confidence = _weigh(_csr(pairs, "confidence", shape), parameters["weighting"])
+        sums = _csr(pairs, "confidence", shape)
+        if name == "all": mean_total = _mean_total(sums) if parameters["weighting"] == "bm25" else None
+        confidence = _weigh(sums, parameters["weighting"])
         save_csr(folder, f"{name}_confidence", confidence)
         for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", pairs[value].astype(np.float32))
     for name, start, end in (("validation", "validation_from", "test_from"), ("test", "test_from", "")):
         period = f"timestamp >= '{split[start]}'" + (f" AND timestamp < '{split[end]}'" if end else "") if split else "false"
         happened = _fetch_rows(database, f"(SELECT user_id, item_id, count(*)::FLOAT AS counts FROM interactions WHERE {period} GROUP BY ALL)")
         save_csr(folder, name, _csr(happened, "counts", shape))
+    return mean_total
 
 # %% ../nbs/02_features.ipynb #21d91cb3
 def open_features(
@@ -242,7 +250,8 @@ def open_features(
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots,
         validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape), split=facts["split"], parameters=facts["parameters"],
-        fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]))
+        fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
+        mean_total=facts.get("mean_total"))
 
 # %% ../nbs/02_features.ipynb #3f8d95a6
 def ensure_features(

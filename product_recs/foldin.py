@@ -105,7 +105,7 @@ K1, B = 100.0, 0.8 # of `bm25` in 02_features
 def _bm25_parts(bundle:Bundle, items:np.ndarray)->tuple[np.ndarray, float|None]:
     "Rarity of some items, and the mean total of a user (None: not known)."
     buyers = bundle.item_columns["popularity"][items]
-    return np.log1p((len(bundle.users) - buyers + 0.5)/(buyers + 0.5)), bundle.manifest["parameters"]["features"].get("mean_total")
+    return np.log1p((len(bundle.users) - buyers + 0.5)/(buyers + 0.5)), bundle.manifest["data"].get("mean_total")
 
 def _sums(bundle:Bundle, weighting:str, items:np.ndarray, confidence:np.ndarray)->np.ndarray:
     "The weighted sums behind the confidences of one user."

@@ -112,26 +112,18 @@ class Signals:
         for name in ("_covariance", "of_item"): getattr(self, name)
         return self
 
-    def taste(self,
-        factors:np.ndarray, # (m, f) of the users
-    )->tuple[np.ndarray, np.ndarray]: # (m,) each
+    def taste(self, factors:np.ndarray)->tuple[np.ndarray, np.ndarray]: # (m, f) of the users; (m,) each
         "Mean and standard deviation of the scores of each user; 1 where all scores are equal."
         factors = np.asarray(factors, np.float64)
         spread = np.sqrt(np.maximum(np.einsum("uf,fg,ug->u", factors, self._covariance, factors, optimize=True), 0))
         return factors @ self._mean_item, np.where(spread > 1e-12, spread, 1)
 
-    def own(self,
-        items:np.ndarray,    # (p,) what somebody had
-        counts:np.ndarray,   # (p,) how often
-        age_days:np.ndarray, # (p,) and how long ago
-    )->np.ndarray:           # (p, 5) in the order of `OWN`
-        "Signals of what the users had."
+    def own(self, items:np.ndarray, counts:np.ndarray, age_days:np.ndarray)->np.ndarray: # (p,) each; (p, 5) in the order of `OWN`
+        "Signals of what somebody had, how often, and how long ago."
         often, fresh = np.log(np.maximum(counts, 1)), np.exp2(-age_days/self.blend.half_life_days)
         return np.column_stack([np.ones_like(often), often, fresh, often*fresh, self.items["repeat"][items]])
 
-    def history(self,
-        rows:np.ndarray, # (m,) rows of users
-    )->tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # (p,) each: place in `rows`, item, count, age
+    def history(self, rows:np.ndarray)->tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # (p,) each: place in `rows`, item, count, age
         "Everything that these users had, by user, then by item."
         counts, age = self.counts[rows], self.age_days[rows]
         return np.repeat(np.arange(len(rows)), np.diff(counts.indptr)), counts.indices, counts.data, age.data

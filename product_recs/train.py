@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .bundle import current_version, publish, read_manifest, version_of, write_bundle
 from .core import TrainError, implicit_module, locked, one_blas_thread, resolve_path
 from .features import Features, ensure_features
+from .foldin import fold_in
 
 # %% ../nbs/03_train.ipynb #9fcfc4e7
 ALS_DEFAULTS = {"factors": 64, "regularization": 20.0, "alpha": 1.0, "iterations": 15, "seed": 0}
@@ -56,8 +57,8 @@ def fit_als(
     "Fit implicit-feedback ALS (Hu, Koren and Volinsky 2008) with `implicit`."
     parameters = dict(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, seed=seed)
     _check(confidence, {**parameters, "num_threads": num_threads, "loss_every": loss_every})
-    takes_loss = lambda iteration: loss_every > 0 and (iteration % loss_every == 0 or iteration == iterations)
-    losses = []
+    takes_loss = lambda iteration: loss_every > 0 and iteration % loss_every == 0 and iteration < iterations
+    confidence, losses = _int32(confidence), []
     AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares # before BLAS is held: it loads a BLAS of its own
     with one_blas_thread(), tqdm(total=iterations, desc="ALS", unit="iteration", disable=not progress, file=sys.stdout) as bar:
         model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, random_state=seed,
@@ -69,11 +70,18 @@ def fit_als(
             model.calculate_training_loss = takes_loss(iteration + 2)
             bar.update()
         started = time.perf_counter()
-        model.fit(_int32(confidence), show_progress=False, callback=after)
+        model.fit(confidence, show_progress=False, callback=after)
+        if not np.isfinite(model.item_factors).all(): raise TrainError(f"the factors became infinite with regularization={regularization}; raise it, or lower alpha={alpha}")
+        user_factors = fold_in(model.item_factors, confidence, regularization, alpha, num_threads=num_threads)
+        if loss_every: losses.append((iterations, _loss(confidence, user_factors, model.item_factors, regularization, alpha, num_threads)))
         seconds = time.perf_counter() - started
-    if not (np.isfinite(model.user_factors).all() and np.isfinite(model.item_factors).all()):
-        raise TrainError(f"the factors became infinite with regularization={regularization}; raise it, or lower alpha={alpha}")
-    return AlsModel(model.user_factors, model.item_factors, losses, seconds, parameters)
+    if not np.isfinite(user_factors).all(): raise TrainError(f"the users' factors became infinite with regularization={regularization}; raise it, or lower alpha={alpha}")
+    return AlsModel(user_factors, model.item_factors, losses, seconds, parameters)
+
+def _loss(confidence:csr_matrix, user_factors:np.ndarray, item_factors:np.ndarray, regularization:float, alpha:float, num_threads:int)->float:
+    "Mean loss of a user-item cell."
+    weighted = csr_matrix((confidence.data*np.float32(alpha), confidence.indices, confidence.indptr), shape=confidence.shape)
+    return float(implicit_module("cpu.als").calculate_loss(weighted, user_factors, item_factors, regularization, num_threads=num_threads))
 
 def _int32(matrix:csr_matrix)->csr_matrix:
     "The matrix with writable float32 values and int32 indices, as implicit's kernels take it; a memory-mapped one is copied."
@@ -106,7 +114,8 @@ def train_bundle(
     path = write_bundle(resolve_path(models_dir), user_factors=model.user_factors, item_factors=model.item_factors, seen=features.all.confidence,
         users=features.users, items=features.items, user_columns=features.user_columns, item_columns=features.item_columns,
         algorithm="implicit.als", parameters={**model.parameters, "features": features.parameters},
-        data={"run": features.interactions.name, "fingerprint": features.fingerprint, **features.split}, metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
+        data={"run": features.interactions.name, "fingerprint": features.fingerprint, **features.split, **({"mean_total": features.mean_total} if features.mean_total else {})},
+        metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
         counts=features.all.counts, age_days=features.all.age_days, blend=weights)
     if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)): publish(path.parent, path.name)
     return path.name, model
