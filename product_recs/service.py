@@ -98,7 +98,7 @@ class Together:
         items, scores = top_rows(model, np.array([row for _, row, _, _ in mine]), most)
         for (_, _, n, future), rows, values in zip(mine, items, scores):
             whole = n <= most and rows[n - 1] >= 0
-            if not future.done(): future.set_result(Recommendations(model.bundle.items.take(rows[:n]), values[:n].tolist(), "personalised") if whole else None)
+            if not future.done(): future.set_result(Recommendations(model.bundle.items.take(rows[:n]), values[:n].tolist(), "personalised", rows=rows[:n].tolist()) if whole else None)
 
 # %% ../nbs/06_service.ipynb #d3d0e0b0
 _log = logging.getLogger("product_recs.service")
@@ -283,5 +283,4 @@ class FastPath:
         scope["route_template"] = "/recommend/{user_id}"
         await send({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
         await send({"type": "http.response.body", "body": kept.body})
-        self.service.metrics.cache_hit()
-        self.service.shown(scope, kept.model, kept.user, kept.source, kept.items)
+        self.service.shown(scope, kept.model, kept.user, kept.source, kept.items, kept.short)
