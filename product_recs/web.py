@@ -7,8 +7,10 @@ __all__ = ['Problem', 'problem', 'http_problem', 'parameter_problem', 'known_pro
            'RequestLog']
 
 # %% ../nbs/06_web.ipynb #6e290fc3
+import itertools
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -95,6 +97,7 @@ def documented(
 
 # %% ../nbs/06_web.ipynb #b142d990
 _log = logging.getLogger("product_recs.requests")
+_PROCESS, _NUMBERS = uuid.uuid4().hex[:16], itertools.count(1) # a number costs less than a random id
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 def log_to_stdout(
@@ -111,7 +114,7 @@ def log_to_stdout(
 def _request_id(headers:list)->bytes:
     "The client's id where it is sane, else a new one."
     given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    return given if _SANE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+    return given if _SANE_ID.fullmatch(given) else f"{_PROCESS}{os.getpid():08x}{next(_NUMBERS):08x}".encode()
 
 def _inner_scope(scope:dict)->dict:
     "What the application sees: GET for HEAD, and an encoded slash still encoded."
