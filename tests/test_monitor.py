@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
+import yaml
 
 from product_recs.security import add_key
 
@@ -181,6 +182,58 @@ def test_a_killed_worker_is_replaced_and_its_counts_stay(service):
     assert requests(after)[name] == requests(before)[name] + 20, "what the dead worker counted is kept"
     assert after['model_info{version="v1"}'] == 2
     assert any("died" in json.loads(line)["message"] for line in (service.folder / "err").read_text().splitlines())
+
+
+def series(expression):
+    """Names of metrics and of labels in a PromQL expression."""
+    bare = re.sub(r'"[^"]*"', '""', re.sub(r"\[[^\]]*\]", "", expression))
+    labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", bare)) | {label.strip() for found in re.findall(r"\bby\s*\(([^)]*)\)", bare) for label in found.split(",")}
+    words = set(re.findall(r"\b[a-z_]\w*\b(?!\s*\()", re.sub(r"\bby\s*\([^)]*\)|\{[^}]*\}|\bon\s*\(\)", " ", bare)))
+    return words - {"or", "and", "on"}, labels - {""}
+
+
+def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service):
+    assert service.get("/recommend/1").status_code == 200 and service.get("/fall-behind", key=service.writer, method="POST").status_code == 200
+    there = service.numbers()
+    names = {name.split("{")[0] for name in there} | {"up"}
+    labels = {label for name in there for label in re.findall(r'(\w+)="', name)} | {"job"}
+    dashboard = json.loads((ROOT / "ops/grafana/dashboards/product_recs.json").read_text())
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])] + [note["expr"] for note in dashboard["annotations"]["list"]]
+    rules = [rule for group in yaml.safe_load((ROOT / "ops/alerts.yml").read_text())["groups"] for rule in group["rules"]]
+    used = set()
+    for expression in shown + [rule["expr"] for rule in rules]:
+        asked, by = series(expression)
+        assert asked and asked <= names and by <= labels, (expression, asked - names, by - labels)
+        assert expression.count("(") == expression.count(")"), expression
+        used |= {name.removesuffix("_bucket") for name in asked}
+    kinds = {name.removesuffix("_bucket").removesuffix("_count").removesuffix("_sum") for name in names}
+    assert kinds - used == set(), "everything that is counted is shown"
+    assert all(rule["annotations"]["action"] for rule in rules)
+    legends = {label for panel in dashboard["panels"] for target in panel.get("targets", []) for label in re.findall(r"{{(\w+)}}", target["legendFormat"])}
+    assert legends <= labels
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]), "ids of panels are unique"
+
+
+def test_compose_and_its_files_belong_together():
+    compose = yaml.safe_load((ROOT / "compose.yaml").read_text())
+    services = compose["services"]
+    for name, service in services.items():
+        for mount in service.get("volumes", []):
+            source = mount.split(":")[0]
+            assert (ROOT / source).exists() if source.startswith("./") else source in compose["volumes"], (name, mount)
+        assert set(service.get("depends_on", {})) <= set(services)
+        for needed, how in service.get("depends_on", {}).items():
+            assert how["condition"] == "service_healthy" and "healthcheck" in services[needed]
+    text = (ROOT / "compose.yaml").read_text()
+    variables = set(re.findall(r"\$\{(\w+)", text))
+    assert variables == set(re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    assert all(f"${{{name}:?" in text for name in variables if name.endswith("PASSWORD")), "there is no default password"
+    scrape = yaml.safe_load((ROOT / "ops/prometheus.yml").read_text())
+    source = yaml.safe_load((ROOT / "ops/grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"][0]
+    dashboard = json.loads((ROOT / "ops/grafana/dashboards/product_recs.json").read_text())
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"] if "datasource" in panel} == {source["uid"]} and "//prometheus:" in source["url"]
+    assert scrape["scrape_configs"][0]["static_configs"][0]["targets"] == ["api:8000"]
+    assert scrape["scrape_configs"][0]["authorization"]["credentials_file"] == f"/run/secrets/{services['prometheus']['secrets'][0]}"
 
 
 def test_sigterm_finishes_what_runs_and_leaves_nothing(tmp_path):
