@@ -41,13 +41,18 @@ WORKDIR /app
 COPY --from=build /opt/venv /opt/venv
 # a folder mounted here is served instead
 COPY --from=build /src/models /app/models
+# what the service writes: feedback (where there is no PostgreSQL) and hashes of API keys; the only place that it may write to
+RUN install --directory --owner=10001 --group=10001 --mode=0750 /app/state
+VOLUME /app/state
 
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PRODUCT_RECS_HOST=0.0.0.0 \
     PRODUCT_RECS_PORT=8000 \
-    PRODUCT_RECS_MODELS_DIR=/app/models
+    PRODUCT_RECS_MODELS_DIR=/app/models \
+    PRODUCT_RECS_API_KEYS_FILE=/app/state/api_keys.json \
+    PRODUCT_RECS_DATABASE_URL=sqlite:////app/state/feedback.db
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \

@@ -7,6 +7,7 @@ __all__ = ['Reload', 'Refused', 'LiveModel', 'rollback', 'version_lines']
 
 # %% ../nbs/06_live.ipynb #67a7cc7a
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,10 +36,13 @@ class Refused:
 # %% ../nbs/06_live.ipynb #78996426
 _log = logging.getLogger("product_recs.live")
 
-def _stamp(current:Path)->tuple:
-    "What tells one `current` from another."
-    try: return current.read_bytes(), (stat := current.stat()).st_ino, stat.st_mtime_ns
-    except OSError as error: return (error.errno,)
+def _stamp(models_dir:Path)->tuple:
+    "What changes when `current` or a file of the bundle that it names does."
+    try:
+        name, found = (models_dir/"current").read_bytes(), (models_dir/"current").stat()
+        with os.scandir(models_dir/name.decode().strip()) as files:
+            return name, found.st_mtime_ns, tuple(sorted((file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in files))
+    except (OSError, ValueError) as error: return (str(error),)
 
 def _prepared(models_dir:Path, version:str|None, prepare:Callable[[Bundle], Any])->tuple[Any, dict]:
     "A version as it can answer, and its manifest; whatever is wrong with it comes as a `BundleError`."
@@ -60,7 +64,7 @@ class _Held:
     def _look(self, again:bool=False)->Reload:
         "Take up what `current` names, where it is not what it was at the last look (or `again`); the old model stays where that fails."
         with self._lock:
-            stamp, version = _stamp(self.models_dir/"current"), None
+            stamp, version = _stamp(self.models_dir), None
             if stamp == self._looked_at and not again: return Reload("unchanged", self.version)
             self._looked_at = stamp
             try:
@@ -110,7 +114,9 @@ class LiveModel(_Held):
         "The model; a `BundleError` says why there is none."
         # the one line that every request runs
         if (model := self._model) is not None: return model
-        if self._thread is None: self._look()
+        if self._lock.acquire(blocking=False):
+            try: self._look()
+            finally: self._lock.release()
         if (model := self._model) is not None: return model
         raise BundleError(self.refused.error if self.refused else f"{self.models_dir}: the model is being opened")
 
