@@ -125,6 +125,7 @@ class Features:
     item_columns: dict         # popularity (number of users), first_seen, last_seen, attributes
     path: Path                 # of this artifact
     interactions: Path         # folder of the ingested interactions
+    feedback_until: str|None = None # UTC; what the feedback store received until then is in the interactions
 
 def item_attributes(
     features:Features,
@@ -194,9 +195,9 @@ def build_features(
         database.execute(f"CREATE VIEW interactions AS SELECT * FROM {_file(log)}")
         split = choose_split(database, parameters["validation_from"], parameters["test_from"])
         _write_matrices(database, folder, interactions, split, parameters)
-        fingerprint = json.loads((interactions/"ledger.json").read_text())["fingerprint"]
+        ledger = json.loads((interactions/"ledger.json").read_text())
         sizes = {table: database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("users", "items")}
-        (folder/"features.json").write_text(json.dumps({"parameters": parameters, "split": split, "fingerprint": fingerprint,
+        (folder/"features.json").write_text(json.dumps({"parameters": parameters, "split": split, "fingerprint": ledger["fingerprint"], "feedback_until": ledger.get("feedback_until"),
             "interactions": str(interactions), **sizes}, indent=2) + "\n")
     return open_features(out)
 
@@ -242,7 +243,8 @@ def open_features(
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots,
         validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape), split=facts["split"], parameters=facts["parameters"],
-        fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]))
+        fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
+        feedback_until=facts.get("feedback_until"))
 
 # %% ../nbs/02_features.ipynb #3f8d95a6
 def ensure_features(
@@ -255,6 +257,7 @@ def ensure_features(
     with locked(out.with_name(".features.lock")):
         try: there = open_features(out)
         except FeatureError: there = None
-        fresh = there and there.fingerprint == json.loads((interactions/"ledger.json").read_text())["fingerprint"]
+        ledger = json.loads((interactions/"ledger.json").read_text())
+        fresh = there and (there.fingerprint, there.feedback_until) == (ledger["fingerprint"], ledger.get("feedback_until"))
         if fresh and all(there.parameters[name] == value for name, value in parameters.items()): return there
         return build_features(interactions, out, **parameters)
