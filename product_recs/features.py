@@ -130,6 +130,7 @@ class Features:
     path: Path                 # of this artifact
     interactions: Path         # folder of the ingested interactions
     mean_total: float|None=None # mean sum of a user in `all` before BM25, which a later event needs; None: another weighting
+    feedback_until: str|None=None # UTC; what the feedback store received until then is in the interactions
 
 def item_attributes(
     features:Features,
@@ -199,9 +200,9 @@ def build_features(
         database.execute(f"CREATE VIEW interactions AS SELECT * FROM {_file(log)}")
         split = choose_split(database, parameters["validation_from"], parameters["test_from"])
         mean_total = _write_matrices(database, folder, interactions, split, parameters)
-        fingerprint = json.loads((interactions/"ledger.json").read_text())["fingerprint"]
+        ledger = json.loads((interactions/"ledger.json").read_text())
         sizes = {table: database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("users", "items")}
-        (folder/"features.json").write_text(json.dumps({"parameters": parameters, "split": split, "fingerprint": fingerprint,
+        (folder/"features.json").write_text(json.dumps({"parameters": parameters, "split": split, "fingerprint": ledger["fingerprint"], "feedback_until": ledger.get("feedback_until"),
             "interactions": str(interactions), "mean_total": mean_total, **sizes}, indent=2) + "\n")
     return open_features(out)
 
@@ -251,7 +252,7 @@ def open_features(
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots,
         validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape), split=facts["split"], parameters=facts["parameters"],
         fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
-        mean_total=facts.get("mean_total"))
+        mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"))
 
 # %% ../nbs/02_features.ipynb #3f8d95a6
 def ensure_features(
@@ -264,6 +265,7 @@ def ensure_features(
     with locked(out.with_name(".features.lock")):
         try: there = open_features(out)
         except FeatureError: there = None
-        fresh = there and there.fingerprint == json.loads((interactions/"ledger.json").read_text())["fingerprint"]
+        ledger = json.loads((interactions/"ledger.json").read_text())
+        fresh = there and (there.fingerprint, there.feedback_until) == (ledger["fingerprint"], ledger.get("feedback_until"))
         if fresh and all(there.parameters[name] == value for name, value in parameters.items()): return there
         return build_features(interactions, out, **parameters)

@@ -20,19 +20,21 @@ from pathlib import Path
 import duckdb
 
 from .core import Columns, IngestError, atomic_folder, resolve_path
-from .csvfiles import named, quoted
+from .csvfiles import named, quoted, staged_query
 from .database import is_database
+from .feedback import Feedback, drop_forgotten, feedback_url, stage_feedback
 from .sources import FileRead, is_blank, match_columns, near_name, read_source, run_query
 from .validate import EVENTS, TABLES, check_query, first_fault, id_rules, interaction_rules, trimmed, whole_number
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass
 class Ledger:
-    "What became of every row; `rows_read == rows_kept + rows_rejected + duplicates_merged`."
+    "What became of every row; `rows_read == rows_kept + rows_rejected + duplicates_merged + rows_forgotten`."
     rows_read: int = 0
     rows_kept: int = 0
     rows_rejected: int = 0
     duplicates_merged: int = 0
+    rows_forgotten: int = 0                        # of users that want to be forgotten, from before the wish
     reasons: dict = field(default_factory=dict)    # reason -> rows, the most frequent first
     files: list = field(default_factory=list)      # file, role, rows_read, rows_rejected, bytes, changed
     warnings: list = field(default_factory=list)   # what a person should know, although nothing is wrong
@@ -41,6 +43,7 @@ class Ledger:
     items: int = 0
     first_timestamp: str | None = None             # UTC, ISO-8601
     last_timestamp: str | None = None
+    feedback_until: str | None = None              # UTC, ISO-8601; what the feedback store received until then is in the rows
     fingerprint: str = ""                          # of the kept rows, whatever their order
     parameters: dict = field(default_factory=dict) # of the ingest
 
@@ -100,6 +103,18 @@ def add_faults(
         lines, columns, values, reasons = (list(part) for part in zip(*read.faults[start:start + 100_000]))
         con.execute("INSERT INTO rejects SELECT ?, unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[])", [read.shown, lines, columns, values, reasons])
 
+def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
+    "Put the faulty rows of a file that has just been loaded into `rejects` and the file into the ledger; the number of its rows."
+    add_faults(con, read)
+    names = " ".join(f"WHEN {at} THEN {quoted(name)}" for at, (name, _, _) in enumerate(rules, 1))
+    reasons = " ".join(f"WHEN {at} THEN {quoted(reason)}" for at, (_, reason, _) in enumerate(rules, 1))
+    con.execute(f"INSERT INTO rejects SELECT {quoted(read.shown)}, line, CASE fault {names} END, value, CASE fault {reasons} END FROM checked WHERE file = {len(ledger.files)} AND fault IS NOT NULL")
+    rows, (rejected,) = read.rows + len(read.faults), con.execute(f"SELECT count(*) FROM rejects WHERE file = {quoted(read.shown)}").fetchone()
+    good, = con.execute(f"SELECT count(*) FROM checked WHERE file = {len(ledger.files)} AND fault IS NULL").fetchone()
+    assert rows == good + rejected, f"{read.shown}: {rows} rows read, {good} good, {rejected} rejected"
+    ledger.files.append(dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
+    return rows
+
 def _load(con, source, options:dict, rules:list, folder:Path, ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
     "Read and check every file; fill `checked` and `rejects`."
     kinds = {Columns.User: set(), Columns.Item: set()}
@@ -114,14 +129,7 @@ def _load(con, source, options:dict, rules:list, folder:Path, ledger:Ledger)->tu
         con.execute("DELETE FROM checked WHERE file = ?", [number])
         return run_query(con, check_query(sql, number, current["wanted"], rules), f"reading {source}"[:60], options["progress"])[0][0]
     def each(read):
-        add_faults(con, read)
-        names = " ".join(f"WHEN {at} THEN {quoted(name)}" for at, (name, _, _) in enumerate(rules, 1))
-        reasons = " ".join(f"WHEN {at} THEN {quoted(reason)}" for at, (_, reason, _) in enumerate(rules, 1))
-        con.execute(f"INSERT INTO rejects SELECT {quoted(read.shown)}, line, CASE fault {names} END, value, CASE fault {reasons} END FROM checked WHERE file = {len(ledger.files)} AND fault IS NOT NULL")
-        rows, (rejected,) = read.rows + len(read.faults), con.execute(f"SELECT count(*) FROM rejects WHERE file = {quoted(read.shown)}").fetchone()
-        good, = con.execute(f"SELECT count(*) FROM checked WHERE file = {len(ledger.files)} AND fault IS NULL").fetchone()
-        assert rows == good + rejected, f"{read.shown}: {rows} rows read, {good} good, {rejected} rejected"
-        ledger.files.append(dict(file=read.shown, role="interactions", rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
+        rows = _account(con, read, rules, "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
         _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], 1.0, read.shown)
     reads = read_source(source, options["query"], load, match, Columns.Required, Columns.All, con, folder,
@@ -210,6 +218,7 @@ def _locked(path:Path)->Iterator[None]:
 
 def _checked_options(options:dict)->dict:
     "Refuse parameters that cannot be meant."
+    if options["feedback"]: feedback_url(options["feedback"])
     if options["on_error"] not in ("skip", "fail"): raise IngestError(f"on_error={options['on_error']!r} must be \"skip\" or \"fail\".")
     if not 0 <= options["max_reject_share"] <= 1: raise IngestError(f"max_reject_share={options['max_reject_share']} must lie between 0 and 1.")
     if not options["max_quantity"] > 0: raise IngestError(f"max_quantity={options['max_quantity']} must be above 0.")
@@ -232,21 +241,35 @@ def _connect(folder:Path, memory_limit:str):
     return con
 
 # %% ../nbs/01_ingest.ipynb #9ef49e28
+def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, ledger:Ledger)->dict[str, str]:
+    "Load the feedback, drop the rows of forgotten users, and give the types of the ids."
+    ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten, types.get(Columns.User, "VARCHAR"))
+    if types: rules = rules + [(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL") for column, type in types.items() if type == "BIGINT"]
+    con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, rules))
+    read = FileRead(feedback.shown, feedback.rows, list(Columns.All), {}, {})
+    _account(con, read, rules, "feedback", ledger)
+    ledger.feedback_until = feedback.until.isoformat()
+    return types or {column: _id_type(con, column, feedback.kinds[column], [read], ledger.warnings) for column in Columns.Required}
+
+# %% ../nbs/01_ingest.ipynb #24c5a481
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
     "Fill the folder `out`."
     ledger = Ledger()
     rules = interaction_rules(options["events"], options["max_quantity"], latest.strftime("%Y-%m-%d %H:%M:%S"))
-    reads, kinds = _load(con, source, options, rules, work, ledger)
+    reads, kinds = _load(con, source, options, rules, work, ledger) if source else ([], {})
+    what = ", ".join(read.shown for read in reads[:3]) + (" ..." if len(reads) > 3 else "")
+    rows = sum(file["rows_read"] for file in ledger.files)
+    if source and not rows: raise IngestError(f"{what}: there are columns but no rows. Nothing was written.")
+    _judge(con, "true", rows, options["on_error"], options["max_reject_share"], what)
+    types = {column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required} if source else {}
+    if options["feedback"]: types, what = _add_feedback(con, stage_feedback(options["feedback"], work), types, rules, ledger), f"{what} and the feedback" if source else "the feedback store"
     ledger.rows_read = sum(file["rows_read"] for file in ledger.files)
     ledger.rows_rejected, = con.execute("SELECT count(*) FROM rejects").fetchone()
     ledger.reasons = dict(con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1").fetchall())
-    what = ", ".join(read.shown for read in reads[:3]) + (" ..." if len(reads) > 3 else "")
-    if not ledger.rows_read: raise IngestError(f"{what}: there are columns but no rows. Nothing was written.")
-    _judge(con, "true", ledger.rows_read, options["on_error"], options["max_reject_share"], what)
-    if ledger.rows_read == ledger.rows_rejected: raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad. Reasons: {ledger.reasons}. Nothing was written.")
-    types = {column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required}
+    if not ledger.rows_read: raise IngestError(f"{what} has no events yet. Nothing was written.")
+    if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten: raise IngestError(f"{what}: of {ledger.rows_read:,} rows none is left: {ledger.rows_rejected:,} are bad, {ledger.rows_forgotten:,} are of users to be forgotten. Reasons: {ledger.reasons}. Nothing was written.")
     _write(con, out, types, ledger, options["progress"])
-    assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged, "the ledger does not add up"
+    assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten, "the ledger does not add up"
     for name, key in (("products", Columns.Item), ("users", Columns.User)):
         if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
     con.execute(f"COPY (SELECT * FROM rejects ORDER BY file, line) TO {quoted(out/'rejects.csv')} (HEADER)")
@@ -255,11 +278,12 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     (out/"ledger.json").write_text(json.dumps(asdict(ledger), indent=2) + "\n")
     return ledger
 
-# %% ../nbs/01_ingest.ipynb #24c5a481
+# %% ../nbs/01_ingest.ipynb #22a1a466
 def ingest(
-    source:str|Path|Iterable,                   # path, pattern, list of those, or a database URL
+    source:str|Path|Iterable,                   # path, pattern, list of those, or a database URL; "" for the feedback alone
     out:str|Path,                               # folder to create or replace
     *, query:str = "",                          # SELECT, for a database URL
+    feedback:str = "",                          # URL of a feedback store, "settings" for the service's own, "" for none
     columns:Mapping[str, str]|None = None,      # our column -> yours
     products:str|Path = "", users:str|Path = "",# tables with attributes; "" for none
     delimiter:str = "",                         # of CSV; "" finds it in the header
@@ -273,11 +297,12 @@ def ingest(
     progress:bool = True,                       # show bars
 )->Ledger:
     "Validate an interaction log and write it; raise `IngestError`, and write nothing, where that is impossible."
-    options = _checked_options(dict(query=query, columns=dict(columns or {}), products=products, users=users, delimiter=delimiter, encoding=encoding, events=events,
+    options = _checked_options(dict(query=query, feedback=feedback, columns=dict(columns or {}), products=products, users=users, delimiter=delimiter, encoding=encoding, events=events,
         max_quantity=max_quantity, on_error=on_error, max_reject_share=max_reject_share, memory_limit=memory_limit, progress=progress))
     now = datetime.fromisoformat(now) if isinstance(now, str) else now or datetime.now(timezone.utc)
     latest = (now.astimezone(timezone.utc) if now.tzinfo else now).replace(tzinfo=None) + timedelta(days=1)
     source = source if isinstance(source, (str, Path)) else list(source)
+    if not source and (query or not feedback): raise IngestError('No source is named. Pass a path, a pattern, a database URL, or feedback="settings" for the events of the service.')
     out = resolve_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as folder:
@@ -293,11 +318,12 @@ def ingest(
             for study in out.glob("tune.db"): shutil.copy2(study, final) # a search of parameters belongs to a fingerprint, and goes on if it is the same
     return ledger
 
-# %% ../nbs/01_ingest.ipynb #dde2ca20
+# %% ../nbs/01_ingest.ipynb #ce55b18e
 DEFAULT_SOURCE, DEFAULT_PRODUCTS = "data/interactions.csv", "data/products.csv"
 
 def _unchanged(ledger:Ledger, given:dict)->bool:
-    "Whether the ledger belongs to these parameters and to the files as they are now."
+    "Whether the ledger belongs to these parameters and to the files as they are now; a store that is asked for has always news."
+    if given.get("feedback"): return False
     if any(ledger.parameters.get(name) != value for name, value in given.items()): return False
     for file in ledger.files:
         path = resolve_path(file["file"])

@@ -43,7 +43,7 @@ class _Feedback(StoreConnection):
                 if new.key in known: continue
                 known.add(new.key)
                 rows.append(dict(seq=number, key=new.key, user_id=to_text(new.user_id), item_id=to_text(new.item_id), event=new.event, quantity=float(new.quantity),
-                                 at=to_micros(new.timestamp) if new.timestamp else now, received_at=now))
+                                 at=to_micros(new.timestamp) if new.timestamp else now + number - seq, received_at=now))
             if rows: connection.execute(insert(EVENTS), rows)
             for row in rows:
                 if row["event"] in INSTRUCTIONS: _set_denied(connection, row["user_id"], row["item_id"], row["event"] == "deny")

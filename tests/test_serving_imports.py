@@ -64,3 +64,10 @@ def test_the_requirements_of_serving_are_enough(serving_venv, tmp_path):
     with Server(tmp_path, tmp_path / "models", command=[serving_venv / "bin/product-recs", "serve"]) as server:
         assert server.get("/recommend/1?n=1")[2] == {"user_id": 1, "recommendations": [101]}
         assert server.get("/similar/101?n=1&detail=true")[0] == server.get("/docs")[0] == server.get("/health/ready")[0] == 200
+
+
+def test_the_installed_package_brings_the_migrations(serving_venv, tmp_path):
+    program = "import sys; from product_recs.store import *; store = Store(sys.argv[1]); print(store.add_events([NewEvent(1, 101)]), store.history(1)[0].item_id)"
+    command = [serving_venv / "bin/python", "-c", program, f"sqlite:///{tmp_path}/feedback.db"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env={"PATH": ""})
+    assert run.stdout.split() == ["['accepted']", "101"]

