@@ -357,11 +357,11 @@ function reason(item) {
   const own = because.find(one => keyOf(one.item_id) === keyOf(item.item_id));
   if (state.answer?.source === "next_purchase") {
     const had = state.history?.history.find(one => keyOf(one.item_id) === keyOf(item.item_id));
-    if (own || had) return h("p", {class: "reason"}, "Because you had it before", had?.interactions > 1 && `, ${number.format(Math.round(had.interactions))} times`);
+    if (own || had) return h("p", {class: "reason"}, "You had it before", had?.interactions > 1 && `, ${number.format(Math.round(had.interactions))} times`);
   }
   const [first, second] = because.filter(one => one !== own);
   if (first) return h("p", {class: "reason"}, "Because you had ", h("b", {}, nameOf(first)), second && [" and ", h("b", {}, nameOf(second))].flat());
-  if (own) return h("p", {class: "reason"}, "Because you had it before");
+  if (own) return h("p", {class: "reason"}, "You had it before");
   const words = {popular: "Popular with everybody", segment: "Popular with people like you", content: "Of the same kind"}[state.answer?.source];
   return words ? h("p", {class: "reason"}, words) : null;
 }
@@ -562,8 +562,8 @@ async function explain(item, section) {
     const found = await ask(`explain/${part(state.who)}/${part(item.item_id)}?task=${state.task}`);
     const signals = signalRows(found.signals);
     body(section, verdict(found), h("p", {class: "muted small"}, wordsOf(found.source)),
-      found.why?.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What speaks for it, from the past"), bars(whyRows(found))),
-      signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)));
+      signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)),
+      found.why?.length > 0 && h("div", {}, h("h4", {class: "small muted"}, signals.length ? "Where the taste comes from" : "What speaks for it, from the past"), bars(whyRows(found))));
   } catch (error) { body(section, failed(error) ? h("p", {class: "muted"}, "Not known for now.") : fault(error, () => explain(item, section))); }
 }
 function verdict(found) {
@@ -839,8 +839,14 @@ on("ask-yes", "click", forget);
 on("sheet-close", "click", closeSheet);
 on("sheet-back", "click", () => { state.sheet.pop(); showSheet(); $("sheet-title").focus(); });
 on("sheet", "click", event => { if (event.target === $("sheet")) closeSheet(); });
-// where the item's card went away meanwhile, the focus goes to the list
-on("sheet", "close", () => { state.sheet = []; if (document.activeElement === document.body) $("recs-heading").focus({preventScroll: true}); });
+// where the button that opened it was drawn anew meanwhile, the focus goes to its successor, else to the list
+on("sheet", "close", () => {
+  const [item] = state.sheet, active = document.activeElement;
+  state.sheet = [];
+  if (active && active !== document.body && !$("sheet").contains(active)) return;
+  const again = item && document.querySelector(`main li[data-key="${CSS.escape(keyOf(item.item_id))}"] [data-act=open]`);
+  (again ?? $("recs-heading")).focus({preventScroll: true});
+});
 addEventListener("popstate", follow);
 addEventListener("hashchange", () => { const {who, task} = address(); if (!state.started || who !== state.who || task !== state.task) follow(); });
 
