@@ -1,6 +1,5 @@
 """The page as a person meets it: a real browser, a real service, found by the names and roles that a screen reader hears."""
 import http.client
-import json
 import os
 import re
 import subprocess
@@ -57,7 +56,9 @@ def publish_shop(models_dir):
 
 
 def run_server(folder, models_dir, **settings):
-    return Server(folder, models_dir, database_url=f"sqlite:///{folder}/feedback.db", **settings)
+    server = Server(folder, models_dir, database_url=f"sqlite:///{folder}/feedback.db", **settings)
+    server.port = settings.get("port", server.port)
+    return server
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,8 @@ def test_both_tasks_have_an_address_and_the_back_button_works(visit):
     expect(step(page)).to_have_text("Next purchase")
     # what a person had before comes first here
     assert set(names(page)[:6]) == set(COFFEE[4:10])
-    tasks.get_by_text("Something new").click()
+    expect(page.get_by_text("You had it before, 3 times")).to_have_count(6)
+    tasks.get_by_role("radio", name="Something new").check()
     expect(page).to_have_url(re.compile("#user=3$"))
     expect(step(page)).to_have_text("Personal")
     assert set(names(page)[:6]) == set(COFFEE) - set(COFFEE[4:10])
@@ -282,8 +284,17 @@ def test_why_why_not_and_similar_items(visit):
     expect(page.get_by_role("dialog", name=title)).to_be_visible()
     page.get_by_role("button", name="Back").click()
     expect(dialog).to_be_visible()
+    dialog.get_by_role("button", name="Not interested").click()
+    expect(dialog.get_by_role("status")).to_contain_text("Coffee 9 will not come again.")
+    expect(why).to_contain_text("Left out: it is marked as not interesting.")
+    dialog.get_by_role("button", name="Undo “not interested”").click()
+    expect(why).to_contain_text("Recommended: number")
     page.keyboard.press("Escape")
     expect(dialog).to_be_hidden()
+    # its card was drawn anew meanwhile
+    expect(opener).to_be_focused()
+    opener.click()
+    page.get_by_role("button", name="Close").click()
     expect(opener).to_be_focused()
     line(page, "What this person had", "Coffee 3").get_by_role("button").click()
     expect(page.get_by_role("region", name="Why, or why not")).to_contain_text("Left out: this person has had it already.")
@@ -298,15 +309,15 @@ def test_a_person_is_forgotten_after_a_question(visit, service):
     expect(question.get_by_role("button", name="Cancel")).to_be_focused()
     page.keyboard.press("Enter")
     expect(question).to_be_hidden()
-    assert service.get("/users/11/history")[2]["known"] is True
+    assert len(service.get("/users/11/history")[2]["history"]) == 7
     page.get_by_role("button", name="Forget this person").click()
     question.get_by_role("button", name="Forget for good").click()
     said(page, re.compile("Person 11 is forgotten."))
     expect(step(page)).to_have_text("Popular")
     expect(page.get_by_text("Empty. Add an item")).to_be_visible()
-    expect(page.get_by_text("Nothing is known of this person")).to_be_visible()
-    answer = service.get("/users/11/history")[2]
-    assert answer["known"] is False and answer["history"] == []
+    expect(page.get_by_role("region", name="History")).to_contain_text("Nothing is known of this person.")
+    assert service.get("/users/11/history")[2]["history"] == []
+    assert service.get("/recommend/11?n=24")[2]["recommendations"] == service.get("/recommend/nobody?n=24")[2]["recommendations"]
 
 
 # --- when something is amiss --------------------------------------------------------------------------------------------
@@ -330,10 +341,11 @@ def test_a_service_that_went_away_is_found_again(browser, tmp_path):
     with run_server(tmp_path, tmp_path / "models") as server:
         visit, port = Visit(browser, f"http://127.0.0.1:{server.port}/"), server.port
         page = visit.person("#user=1")
-    page.get_by_role("group", name="Task").get_by_text("Next purchase").click()
+    page.get_by_role("radio", name="Next purchase").check()
     expect(page.get_by_role("alert")).to_contain_text("The service does not answer.")
+    page.get_by_role("button", name="Try now").click()
+    expect(page.get_by_role("alert")).to_be_visible()
     with run_server(tmp_path, tmp_path / "models", port=port):
-        page.get_by_role("button", name="Try now").click()
         expect(step(page)).to_have_text("Next purchase", timeout=30_000)
         expect(page.get_by_role("alert")).to_be_hidden()
         visit.context.close()
@@ -344,7 +356,7 @@ def new_key(folder, scope):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PRODUCT_RECS_API_KEYS_FILE": str(folder / "keys.json")}
     run = subprocess.run([sys.executable, "-c", "from product_recs.cli import main; main()", "keys", "add", scope, "--scope", scope],
                          cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=60)
-    return max(re.findall(r"[A-Za-z0-9_.-]{20,}", run.stdout), key=len)
+    return re.search(r"pr_[\w-]{32,}", run.stdout)[0]
 
 
 def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser, tmp_path):
@@ -475,7 +487,7 @@ def audit(page):
     assert all(after <= before + 1 for before, after in zip(found["levels"], found["levels"][1:])), found["levels"]
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     controls = [node for node in nodes if not node["ignored"] and node.get("role", {}).get("value") in CONTROLS]
-    assert len(controls) > 5
+    assert len(controls) >= 3
     assert [node["role"]["value"] for node in controls if not node.get("name", {}).get("value", "").strip()] == []
 
 
@@ -511,6 +523,8 @@ def test_landmarks_and_the_order_of_the_keyboard(visit):
     order = []
     for _ in range(60):
         page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            break  # past the last one
         order.append(page.evaluate("(e => e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText)(document.activeElement)").strip())
         assert page.evaluate("(s => s.outlineStyle !== 'none' || getComputedStyle(document.activeElement, '::after').outlineStyle !== 'none' || document.activeElement.matches('[type=radio]'))(getComputedStyle(document.activeElement))"), order[-1]
     top = names(page)[0]

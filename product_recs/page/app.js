@@ -158,6 +158,7 @@ const state = {
   hidden: new Map(),
   answer: null,         // last list
   model: null,
+  n: N,                 // items asked for; null: what the service gives by itself
   sheet: [],            // items looked at, last one open
   allHistory: false,
 };
@@ -181,6 +182,12 @@ function say(text) {
 function fault(error, again) {
   return h("div", {class: "problem", role: "alert"}, h("p", {}, h("strong", {}, error.title), sentence(error.message)),
     again && h("div", {class: "row"}, h("button", {type: "button", class: "quiet", on: {click: again}}, "Try again")));
+}
+// outside an open dialog nothing is heard: what is said goes into it
+function showDialog(dialog) {
+  if (!dialog.open) dialog.showModal();
+  dialog.append($("toasts"));
+  dialog.addEventListener("close", () => document.body.append($("toasts")), {once: true});
 }
 const sentence = text => text ? text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".") : "";
 
@@ -249,7 +256,7 @@ async function fetchList(signal, change) {
   if (!state.answer) skeletons();
   const started = performance.now();
   try {
-    const answer = state.who === null ? await askForGuest(signal) : await ask(`recommend/${part(state.who)}?n=${N}&detail=true&task=${state.task}`, {signal});
+    const answer = state.who === null ? await askForGuest(signal) : await ask(`recommend/${part(state.who)}?${state.n ? `n=${state.n}&` : ""}detail=true&task=${state.task}`, {signal});
     if (signal.aborted) return;
     if (state.who !== null) state.id = answer.user_id;
     showList(answer, performance.now() - started, change);
@@ -257,7 +264,9 @@ async function fetchList(signal, change) {
     loadFigures();
   } catch (error) {
     if (signal.aborted) return;
-    if (error instanceof Problem || !error.name) clearList();
+    // a service may be set up to give fewer at once
+    if (state.n && error.status === 422 && /^n\b/.test(error.message)) { state.n = null; return loadList(change); }
+    clearList();
     if (!failed(error)) $("recs-state").replaceChildren(fault(error, () => loadList()));
     else if (error.isDown || error.status === 401) $("recs-state").replaceChildren(emptyBox("No recommendations for now", error.status === 401 ? "They need an API key." : "They come as soon as the service answers."));
   } finally {
@@ -266,7 +275,8 @@ async function fetchList(signal, change) {
 }
 async function askForGuest(signal) {
   const events = [...state.basket.values()].map(item => ({item_id: item.item_id, event: "cart", quantity: 1}));
-  const body = {n: N, task: state.task, events, detail: true};
+  const body = {task: state.task, events, detail: true};
+  if (state.n) body.n = state.n;
   if (state.hidden.size) body.filters = {deny: [...state.hidden.values()].map(item => item.item_id)};
   return (await ask("recommend", {method: "POST", body, signal})).results[0];
 }
@@ -283,7 +293,8 @@ function showList(answer, milliseconds, change) {
   state.answer = answer;
   showRung(answer, milliseconds);
   const fresh = before ? answer.items.filter(item => !before.has(keyOf(item.item_id))) : [];
-  showCards(answer.items, new Set(fresh.map(item => keyOf(item.item_id))));
+  state.fresh = new Set(fresh.map(item => keyOf(item.item_id)));
+  showCards(answer.items, state.fresh);
   const states = [];
   if (!answer.items.length) states.push(emptyBox("Nothing to recommend", answer.shortfall ? sentence(answer.shortfall) : "No item is left."));
   else if (answer.shortfall) states.push(h("p", {class: "notice"}, sentence(answer.shortfall)));
@@ -344,10 +355,13 @@ const cross = () => vector("svg", {viewBox: "0 0 24 24", "aria-hidden": "true"},
 function reason(item) {
   const because = (item.reasons ?? []).filter(one => one.contribution === undefined || one.contribution === null || one.contribution > 0);
   const own = because.find(one => keyOf(one.item_id) === keyOf(item.item_id));
-  if (own && state.answer?.source === "next_purchase") return h("p", {class: "reason"}, "Because you had it before");
+  if (state.answer?.source === "next_purchase") {
+    const had = state.history?.history.find(one => keyOf(one.item_id) === keyOf(item.item_id));
+    if (own || had) return h("p", {class: "reason"}, "You had it before", had?.interactions > 1 && `, ${number.format(Math.round(had.interactions))} times`);
+  }
   const [first, second] = because.filter(one => one !== own);
   if (first) return h("p", {class: "reason"}, "Because you had ", h("b", {}, nameOf(first)), second && [" and ", h("b", {}, nameOf(second))].flat());
-  if (own) return h("p", {class: "reason"}, "Because you had it before");
+  if (own) return h("p", {class: "reason"}, "You had it before");
   const words = {popular: "Popular with everybody", segment: "Popular with people like you", content: "Of the same kind"}[state.answer?.source];
   return words ? h("p", {class: "reason"}, words) : null;
 }
@@ -472,7 +486,9 @@ async function loadHistory() {
   if (!state.history) $("history-state").replaceChildren(h("p", {class: "empty waiting"}, "Loading…"));
   try {
     const answer = await ask(`users/${part(state.who)}/history?limit=50`, {signal});
-    if (!signal.aborted) showHistory(answer);
+    if (signal.aborted) return;
+    showHistory(answer);
+    if (state.answer?.source === "next_purchase") showCards(state.answer.items, state.fresh); // their reasons stand in the history
   } catch (error) {
     if (signal.aborted) return;
     showHistory(null);
@@ -489,7 +505,7 @@ function showHistory(answer) {
   $("history-more").hidden = all.length <= 6;
   $("history-more").textContent = state.allHistory ? "Show fewer" : `Show all ${all.length}`;
   $("history-more").setAttribute("aria-expanded", String(state.allHistory));
-  if (state.who !== null && answer) $("lead").textContent = answer.known ? `Has ${all.length >= 50 ? "50 or more items" : plural(all.length, "item")} in the history${lastTime(all)}.` : all.length ? "New to the model, known by this feedback alone." : "The model does not know this person, so it shows what is popular.";
+  if (state.who !== null && answer) $("lead").textContent = answer.forgotten && !all.length ? "Forgotten: nothing of this person is used." : answer.known && all.length ? `Has ${all.length >= 50 ? "50 or more items" : plural(all.length, "item")} in the history${lastTime(all)}.` : all.length ? "New to the model, known by this feedback alone." : "The model does not know this person, so it shows what is popular.";
 }
 function lastTime(all) {
   const date = moment(all[0]?.last);
@@ -501,7 +517,7 @@ function historyWords(item) {
   if (date) words.push(ago(date));
   if (categoryOf(item)) words.push(categoryOf(item));
   const text = words.join(" · ");
-  return item.origin === "feedback" ? h("span", {}, h("span", {class: "badge"}, item.event ? tidy(item.event) : "New"), text) : text;
+  return item.origin === "feedback" ? h("span", {}, h("span", {class: "badge"}, item.event ? item.event[0].toUpperCase() + item.event.slice(1) : "New"), text) : text;
 }
 
 // ---------------------------------------------------------------------------------------------- one item
@@ -509,7 +525,7 @@ function historyWords(item) {
 function openSheet(item) {
   state.sheet = [item];
   showSheet();
-  if (!$("sheet").open) $("sheet").showModal();
+  showDialog($("sheet"));
   $("sheet-title")?.focus();
 }
 function closeSheet() { $("sheet").close(); }
@@ -546,8 +562,8 @@ async function explain(item, section) {
     const found = await ask(`explain/${part(state.who)}/${part(item.item_id)}?task=${state.task}`);
     const signals = signalRows(found.signals);
     body(section, verdict(found), h("p", {class: "muted small"}, wordsOf(found.source)),
-      found.why?.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What speaks for it, from the past"), bars(whyRows(found))),
-      signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)));
+      signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)),
+      found.why?.length > 0 && h("div", {}, h("h4", {class: "small muted"}, signals.length ? "Where the taste comes from" : "What speaks for it, from the past"), bars(whyRows(found))));
   } catch (error) { body(section, failed(error) ? h("p", {class: "muted"}, "Not known for now.") : fault(error, () => explain(item, section))); }
 }
 function verdict(found) {
@@ -815,7 +831,7 @@ on("forget", "click", () => {
   $("ask-title").textContent = `Forget person ${state.who}?`;
   $("ask-text").textContent = "Everything that the service keeps of this person is deleted, and the model no longer uses what it learned from them. This cannot be undone.";
   $("ask-problem").hidden = true;
-  $("ask").showModal();
+  showDialog($("ask"));
   $("ask-no").focus();
 });
 on("ask-no", "click", () => $("ask").close());
@@ -823,8 +839,14 @@ on("ask-yes", "click", forget);
 on("sheet-close", "click", closeSheet);
 on("sheet-back", "click", () => { state.sheet.pop(); showSheet(); $("sheet-title").focus(); });
 on("sheet", "click", event => { if (event.target === $("sheet")) closeSheet(); });
-// where the item's card went away meanwhile, the focus goes to the list
-on("sheet", "close", () => { state.sheet = []; if (document.activeElement === document.body) $("recs-heading").focus({preventScroll: true}); });
+// where the button that opened it was drawn anew meanwhile, the focus goes to its successor, else to the list
+on("sheet", "close", () => {
+  const [item] = state.sheet, active = document.activeElement;
+  state.sheet = [];
+  if (active && active !== document.body && !$("sheet").contains(active)) return;
+  const again = item && document.querySelector(`main li[data-key="${CSS.escape(keyOf(item.item_id))}"] [data-act=open]`);
+  (again ?? $("recs-heading")).focus({preventScroll: true});
+});
 addEventListener("popstate", follow);
 addEventListener("hashchange", () => { const {who, task} = address(); if (!state.started || who !== state.who || task !== state.task) follow(); });
 
