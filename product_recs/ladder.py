@@ -34,6 +34,7 @@ class Request:
     available: frozenset = frozenset() # external ids that can be bought, whatever the products file says
     unavailable: frozenset = frozenset() # external ids that cannot
     attributes: Mapping = field(default_factory=dict) # column of the users file -> value, for somebody whom the model does not know
+    new_items: Mapping = field(default_factory=dict) # item id -> column of the products file -> value, for items of the events that the model does not know
 
     def __post_init__(self):
         checked_n(self.n)
@@ -51,6 +52,7 @@ def content_scores(
     model:Recommender,
     items:np.ndarray,      # (k,) rows of the things in hand
     confidence:np.ndarray, # (k,) how much each counts
+    described:Sequence[Mapping]=(), # column -> value of further ones that the model does not know; each counts 1
 )->np.ndarray|None:        # (n_items,) float64; None where no candidate has anything in common with them
     "How much each item shares with the things in hand."
     attributes, match = model.catalogue.attributes, np.zeros(len(model.popularity))
@@ -59,6 +61,8 @@ def content_scores(
         codes, values = attributes.coded(name)
         size = np.bincount(codes[codes >= 0], minlength=len(values))
         wanted = np.bincount(codes[items] + 1, confidence, len(values) + 1)[1:]
+        for thing in described:
+            if thing.get(name) is not None and (code := attributes.code(name, thing[name], "new_items")) >= 0: wanted[code] += 1
         match += np.append(wanted*np.log(len(codes)/np.maximum(size, 1)), 0)[codes] # code -1 takes the last one
     if not match[model.candidates].any(): return None
     return _then_popular(model, np.unique(np.append(match, 0), return_inverse=True)[1][:-1])
@@ -108,8 +112,9 @@ class Scored:
 
 def _climb_down(model:Recommender, request:Request, who:Person)->tuple[str, np.ndarray]:
     "Rung and scores for somebody without factors."
-    if len(who.items):
-        scores = content_scores(model, who.items, who.confidence)
+    described = [request.new_items[event.item_id] for event in (*request.state.events, *request.session) if event.item_id in request.new_items] if who.unknown else ()
+    if len(who.items) or described:
+        scores = content_scores(model, who.items, who.confidence, described)
         if scores is not None: return "content", scores
     attributes = request.attributes or ({} if who.row is None else _own_attributes(model, who.row))
     if attributes:

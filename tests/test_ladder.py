@@ -1,6 +1,7 @@
 """Every list, for everybody and under every combination of rules, against a reference that is slow and plainly right."""
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,6 +270,35 @@ def test_content_counts_what_is_shared(model, data):
             if match[a] > match[b] + 1e-6: assert math.floor(scores[a]) > math.floor(scores[b])
 
 
+@CALM
+@given(shops(), st.data())
+def test_a_described_item_counts_like_one_of_the_model(model, data):
+    columns, nothing = model.bundle.item_columns, np.empty(0, np.int64)
+    hand = data.draw(st.lists(st.integers(0, len(model.bundle.items) - 1), min_size=1, max_size=3))
+    described = [{name: columns[name][row] for name in ("brand", "category", "organic")} for row in hand]
+    by_row, by_words = content_scores(model, np.array(hand), np.ones(len(hand))), content_scores(model, nothing, nothing, described)
+    assert (by_row is None) == (by_words is None) and (by_row is None or np.allclose(by_row, by_words))
+    found = answer(model, Request(None, 3, session=[Event("brand new")], new_items={"brand new": described[0]}))
+    one = content_scores(model, nothing, nothing, described[:1])
+    assert found.source == ("popular" if one is None else "content")
+    check(model, Request(None, 3), found, (model.popularity if one is None else one).tolist())
+
+
+def test_many_threads_with_different_feeds_get_what_one_gets_alone():
+    rng, size = np.random.default_rng(3), 400
+    columns = {"popularity": rng.integers(1, 9, size), "category": rng.choice(["tea", "mug", "pot"], size).astype(object)}
+    users = {"age": rng.choice(["young", "old"], 60).astype(object)}
+    sparse = csr_matrix((rng.random((60, size)) < 0.05).astype(np.float32))
+    bundle = Bundle(Path("."), {"version": "v", "parameters": {}}, rng.normal(size=(60, 4)).astype(np.float32), rng.normal(size=(size, 4)).astype(np.float32), sparse,
+                    IdTable(range(60)), IdTable(range(size)), users, columns, sparse, sparse*0)
+    feeds = [frozenset(rng.integers(0, size, 150).tolist()) for _ in range(4)]
+    asked = [Request(user if user % 3 else None, 8, filters=Filters(where={"category": ["tea"]}) if user % 2 else Filters(max_per={"category": 2}), unavailable=feeds[user % 4],
+                     attributes={"age": ("young", "old")[user % 2]}) for user in range(60)]*5
+    alone = [answer(prepared(bundle), request) for request in asked]
+    together = prepared(bundle)
+    with ThreadPoolExecutor(8) as threads: assert list(threads.map(lambda request: answer(together, request), asked)) == alone
+
+
 def test_a_segment_counts_its_own_users_and_no_small_one_is_used():
     rng = np.random.default_rng(5)
     n_users, n_items = 90, 12
@@ -292,6 +322,15 @@ def test_a_segment_counts_its_own_users_and_no_small_one_is_used():
             found = answer(model, Request(None, 5, attributes={"age": age, "town": town}))
             assert found.source == "segment" and found.rows == np.argsort(-scores, kind="stable")[:5].tolist()
     assert None in used and len(used) > 3
+
+
+def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
+    monkeypatch.setattr("product_recs.ladder.SEGMENT_SAMPLE", 10)
+    seen = np.eye(95, dtype=np.float32)
+    sparse = csr_matrix(seen)
+    model = prepared(Bundle(Path("."), {"version": "v", "parameters": {}}, seen, seen, sparse, IdTable(range(95)), IdTable(range(95)), {"age": np.array(["old"]*95, object)},
+                            {"popularity": np.ones(95, int)}, sparse, sparse*0))
+    assert np.flatnonzero(np.floor(segment_scores(model, {"age": "old"}))).tolist() == list(range(0, 95, 10))
 
 
 @pytest.mark.parametrize("rules, words", [
