@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from product_recs.baselines import ALS, ItemCosine, Popularity, Recommender, rec
 from product_recs.core import ProductRecsError
 from product_recs.features import Snapshot
 from product_recs.metrics import bootstrap_means, find_hits, interval
-from product_recs.models import BPR, EASE, ItemBM25, ItemGraph, ScoreBlend, WeightedALS
+from product_recs.models import BPR, EASE, ItemBM25, ItemGraph, LowPass, ScoreBlend, WeightedALS
 
 K = 20
 # Recall@20, NDCG@20 as published for the split of the LightGCN paper of Gowalla (29,858 users, 40,981 items, 1,027,370 pairs)
@@ -84,11 +85,13 @@ def all_models(options: argparse.Namespace) -> dict:
     powers = dict(user_power=options.user_power, item_power=options.item_power)
     graph = dict(zip(("from_power", "user_power", "to_power"), options.graph), neighbours=options.neighbours)
     weighted, walks = WeightedALS(**powers, **als), ItemGraph(**graph)
-    share = options.blend
+    low = dict(factors=options.patterns, seed=options.seed)
+    smooth, ease = LowPass(**low), EASE(options.ease_regularization, options.ease_max_size, progress=True)
     return {"popularity": (Popularity(), {}), "cosine": (ItemCosine(100), {"neighbours": 100}), "bm25": (ItemBM25(**bm25), bm25), "bpr": (BPR(**bpr), bpr),
-            "graph": (walks, graph), "als": (ALS(**als), als), "weighted-als": (weighted, {**powers, **als}),
-            "blend": (ScoreBlend([weighted, walks], [share, 1 - share]), {"weights": [share, round(1 - share, 3)]}),
-            "ease": (EASE(options.ease_regularization, options.ease_max_items, progress=True), {"regularization": options.ease_regularization})}
+            "graph": (walks, graph), "als": (ALS(**als), als), "weighted-als": (weighted, {**powers, **als}), "low-pass": (smooth, low),
+            "ease": (ease, {"regularization": options.ease_regularization}),
+            "blend": (ScoreBlend([weighted, walks, smooth], options.blend), {"weights": list(options.blend)}),
+            "blend-ease": (ScoreBlend([weighted, walks, smooth, ease], options.blend_ease), {"weights": list(options.blend_ease)})}
 
 
 def judge(model: Recommender, train: Snapshot, targets: csr_matrix) -> dict:
@@ -105,12 +108,14 @@ def judge(model: Recommender, train: Snapshot, targets: csr_matrix) -> dict:
             "train_seconds": seconds, "total_seconds": time.perf_counter() - started, "users": len(rows)}
 
 
-def three_numbers(text: str) -> tuple[float, ...]:
-    "Three numbers by commas."
-    found = tuple(float(part) for part in text.split(","))
-    if len(found) != 3:
-        raise argparse.ArgumentTypeError(f"three numbers by commas, not {text!r}")
-    return found
+def numbers(count: int) -> Callable:
+    "A parser of so many numbers by commas."
+    def parse(text: str) -> tuple[float, ...]:
+        found = tuple(float(part) for part in text.split(","))
+        if len(found) != count:
+            raise argparse.ArgumentTypeError(f"{count} numbers by commas, not {text!r}")
+        return found
+    return parse
 
 
 def as_text(parameters: dict) -> str:
@@ -132,7 +137,7 @@ def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--models", default="popularity,cosine,bm25,graph,als,weighted-als,blend", help="by commas; also bpr and ease (default: %(default)s)")
+    parser.add_argument("--models", default="popularity,cosine,bm25,graph,als,weighted-als,low-pass,blend", help="by commas; also bpr, ease and blend-ease (default: %(default)s)")
     parser.add_argument("--validate", action="store_true", help="judge on a held-out tenth of train, to choose parameters")
     parser.add_argument("--tilt", type=float, default=0.0, help="of --validate: 0 draws at random, more prefers popular items")
     parser.add_argument("--factors", type=int, default=512)
@@ -141,11 +146,13 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--user-power", type=float, default=0.3, help="of weighted ALS")
     parser.add_argument("--item-power", type=float, default=0.1, help="of weighted ALS")
-    parser.add_argument("--graph", type=three_numbers, default=(0.5, 0.75, 0.2), help="from_power,user_power,to_power of the item graph (default: 0.5,0.75,0.2)")
+    parser.add_argument("--graph", type=numbers(3), default=(0.5, 0.75, 0.2), help="from_power,user_power,to_power of the item graph (default: 0.5,0.75,0.2)")
     parser.add_argument("--neighbours", type=int, default=300, help="of the item graph")
-    parser.add_argument("--blend", type=float, default=0.5, help="weight of weighted ALS in the blend; the item graph has the rest")
+    parser.add_argument("--patterns", type=int, default=1024, help="of low-pass")
+    parser.add_argument("--blend", type=numbers(3), default=(0.46, 0.43, 0.11), help="weights of weighted ALS, item graph and low-pass")
+    parser.add_argument("--blend-ease", type=numbers(4), default=(0.40, 0.11, 0.17, 0.32), help="the same, with EASE as the fourth")
     parser.add_argument("--ease-regularization", type=float, default=300.0)
-    parser.add_argument("--ease-max-items", type=int, default=20_000, help="40,981 take 6.7 GB")
+    parser.add_argument("--ease-max-size", type=int, default=30_000, help="of the fewer of users and items; 29,858 take 3.6 GB")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent/"results")
     options = parser.parse_args()
@@ -156,29 +163,31 @@ def main() -> None:
     shape = (*train.shape, train.nnz, targets.nnz)
     if options.validate:
         train, targets = hold_out(train, options.tilt)
+    judged_by = f"a tenth of train, held out{f', tilt {options.tilt}' if options.tilt else ''}" if options.validate else "test"
+    sizes, published = (*train.shape, train.nnz, targets.nnz), shape == GOWALLA and not options.validate
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = options.out/f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
     snapshot, results, left_out, fit_alone = snapshot_of(train), [], [], {}
     for name in (bar := tqdm(names, unit="model")):
         bar.set_postfix_str(name)
         model, parameters = models[name]
         try:
             result = judge(model, snapshot, targets)
-            fit_alone[model] = result["train_seconds"]
-            result["train_seconds"] += sum(fit_alone.get(part, 0.0) for part in getattr(model, "models", [])) # fitted for a row above
-            results.append({**result, "parameters": parameters})
         except ProductRecsError as error:
             left_out.append(f"{name} is left out: {error}")
             bar.write(left_out[-1], file=sys.stderr)
             continue
-        bar.write(f"{name:14s} Recall@20 {results[-1]['recall']:.4f}  NDCG@20 {results[-1]['ndcg']:.4f}  {results[-1]['train_seconds']:.0f} s", file=sys.stderr)
+        fit_alone[model] = result["train_seconds"]
+        result["train_seconds"] += sum(fit_alone.get(part, 0.0) for part in getattr(model, "models", [])) # fitted for a row above
+        results.append({**result, "parameters": parameters})
+        bar.write(f"{name:14s} Recall@20 {result['recall']:.4f}  NDCG@20 {result['ndcg']:.4f}  {result['train_seconds']:.0f} s", file=sys.stderr)
+        table = markdown(results, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
+        stem.with_suffix(".md").write_text(table, encoding="utf-8") # after each model: a run that is stopped leaves what it found
+        stem.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if not results:
         sys.exit("no model could be fitted")
-    judged_by = f"a tenth of train, held out{f', tilt {options.tilt}' if options.tilt else ''}" if options.validate else "test"
-    table = markdown(results, (*train.shape, train.nnz, targets.nnz), judged_by, shape == GOWALLA and not options.validate)
-    table += "".join(f"\n{line}\n" for line in left_out)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out/f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
+    table = markdown(results, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
     stem.with_suffix(".md").write_text(table, encoding="utf-8")
-    stem.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\n{table}\nWritten to {stem}.md and {stem.name}.json")
 
 

@@ -51,6 +51,12 @@ class Recommender:
         else: again.parameters = mine["parameters"] | {"seed": seed}
         return again
 
+    def refusal(self,
+        snapshot:Snapshot,
+    )->str: # "": none
+        "Why the model cannot be fitted on data of this size, known before it is tried."
+        return ""
+
     def _fit(self, snapshot:Snapshot)->None:
         "What a model learns beyond the popularity of the items."
 

@@ -20,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import optuna
+
+with warnings.catch_warnings(): # that there are no notebook widgets is no news
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
@@ -53,7 +56,8 @@ def continued_fit(
     seed:int=0,
 )->Iterator[tuple[int, np.ndarray, np.ndarray]]: # iterations so far, user factors, item factors
     "Fit ALS in pieces and show the factors after each."
-    model = implicit_module("cpu.als").AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, random_state=seed)
+    AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares # before BLAS is held: it loads a BLAS of its own
+    with one_blas_thread(): model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, random_state=seed)
     matrix, done = _int32(confidence), 0
     for look in looks:
         model.iterations, done = look - done, look

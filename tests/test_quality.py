@@ -26,11 +26,11 @@ def folder(tmp_path_factory):
 
 
 def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
-    done = run(folder, "--models", "popularity,cosine,graph,weighted-als,blend,ease", "--factors", "4", "--regularization", "1")
+    done = run(folder, "--models", "popularity,cosine,graph,weighted-als,low-pass,blend,ease,blend-ease", "--factors", "4", "--patterns", "2", "--regularization", "1")
     assert done.returncode == 0, done.stderr
     results = {result["model"]: result for result in json.loads((folder/"out"/f"quality-{folder.name}.json").read_text())}
     best = (39 + 1/2)/40 # the one user with an unknown item finds one of two
-    for name in ("item-item cosine", "item graph", "weighted ALS", "EASE", "blend of weighted ALS + item graph"):
+    for name in ("item-item cosine", "item graph", "weighted ALS", "low-pass", "EASE", "blend of weighted ALS + item graph + low-pass", "blend of weighted ALS + item graph + low-pass + EASE"):
         assert results[name]["recall"] == pytest.approx(best), name
     assert results["popularity"]["ndcg"] < results["EASE"]["ndcg"]
     assert all(result["users"] == 40 for result in results.values())
@@ -40,9 +40,9 @@ def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
 
 
 def test_validation_takes_nothing_from_the_test(folder):
-    done = run(folder, "--models", "popularity,ease", "--validate", "--ease-max-items", "30")
+    done = run(folder, "--models", "popularity,ease", "--validate", "--ease-max-size", "30")
     assert done.returncode == 0, done.stderr
-    assert "40 items with interactions, the limit max_items is 30" in done.stderr and "ease is left out" in done.stderr
+    assert "40 users and 40 items have a past, and the limit max_size is 30" in done.stderr and "ease is left out" in done.stderr
     table = (folder/"out"/f"quality-{folder.name}-validation.md").read_text()
     assert "a tenth of train, held out" in table and "680 pairs in train, 80 judged" in table
 
