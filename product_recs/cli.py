@@ -122,7 +122,7 @@ def _serve(options)->str:
     "`product-recs serve`"
     from product_recs.api import serve
     given = {name: getattr(options, name) for name in ("host", "port", "models_dir") if getattr(options, name) is not None}
-    serve(Settings(**given), workers=options.workers)
+    serve(Settings(**given))
     return ""
 
 def _data(options)->str:
@@ -236,7 +236,7 @@ def _parser()->argparse.ArgumentParser:
     serve = verb("serve", _serve, "serve recommendations over HTTP", "serve --host 0.0.0.0 --workers 2")
     serve.add_argument("--host", help="address to bind (default: 127.0.0.1, or PRODUCT_RECS_HOST)")
     serve.add_argument("--port", type=int, help="port to bind (default: 8000, or PRODUCT_RECS_PORT)")
-    serve.add_argument("--workers", type=int, choices=range(1, 65), default=1, metavar="N", help="processes, 1 to 64 (default: 1)")
+    serve.add_argument("--workers", type=int, choices=range(1, 65), default=None, metavar="N", help="processes, 1 to 64 (default: 1, or PRODUCT_RECS_WORKERS)")
     serve.add_argument("--models-dir", default=None, **models)
     data = verb("data", _data, "write the Complete Journey sample as CSV", "data --out data/complete_journey")
     data.add_argument("--out", default="data/complete_journey", metavar="FOLDER", help="where to write (default: data/complete_journey)")

@@ -54,11 +54,11 @@ class Server:
         self.stdout, self.stderr = folder / "stdout.log", folder / "stderr.log"
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        settings = {"models_dir": models_dir, "port": self.port, **settings}
+        settings = {"models_dir": models_dir, "port": self.port, "workers": workers, "database_url": f"sqlite:///{folder}/feedback.db", **settings}
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
         environment |= {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in settings.items()}
         if command is None:
-            command, environment["PYTHONPATH"] = [sys.executable, "-c", f"from product_recs.api import serve; serve(workers={workers})"], str(ROOT)
+            command, environment["PYTHONPATH"] = [sys.executable, "-c", "from product_recs.api import serve; serve()"], str(ROOT)
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment,
             stdin=subprocess.DEVNULL, stdout=self.stdout.open("w"), stderr=self.stderr.open("w"),
