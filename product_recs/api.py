@@ -26,9 +26,9 @@ from .answers import (DetailedRecommendationList, DetailedSimilarList, ExplainAn
                                   Task, as_id, plain, recommend_body)
 from .core import ProductRecsError, Settings, one_blas_thread, resolve_path
 from .inference import Recommendations, Recommender, UnknownItem
-from .monitor import shared_folder, workers_folder
+from .monitor import log_config, shared_folder, workers_folder
 from .people import add_feedback, add_items, add_people
-from .security import Guard, auth_required, describe_keys
+from .security import Guard, Keys, auth_required, describe_keys
 from .service import FastPath, Service
 from .store import StoreError
 from .web import RequestLog, documented, http_problem, known_problem, log_to_stdout, parameter_problem, path_id, problem
@@ -170,8 +170,9 @@ def create_app(
     async def lifespan(app:FastAPI)->AsyncIterator[None]:
         log_to_stdout(settings.log_level)
         service.start()
-        with one_blas_thread(): yield
-        service.stop()
+        try:
+            with one_blas_thread(): yield
+        finally: service.stop()
 
     app = FastAPIOffline(redoc_url=None, title="product_recs", description=_DESCRIPTION, version=__version__, lifespan=lifespan,
                          swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True})
@@ -208,8 +209,10 @@ def serve(
     "Serve until SIGINT or SIGTERM, with `settings.workers` processes; each maps the same model files."
     import uvicorn
     settings = settings or Settings()
+    if auth_required(settings): Keys(settings.api_keys_file) # a broken file is an error now, and not of each worker
     port = free_port(settings.host, settings.port)
-    values = settings.model_dump(mode="json") | {"models_dir": resolve_path(settings.models_dir), "port": port}
-    os.environ.update({f"PRODUCT_RECS_{name.upper()}": json.dumps(value) if isinstance(value, list) else str(value) for name, value in values.items()})
-    with shared_folder(settings.workers): uvicorn.run("product_recs.api:create_app", factory=True, host=settings.host, port=port, workers=settings.workers, access_log=False,
-                log_level=settings.log_level.lower(), server_header=False, timeout_graceful_shutdown=10)
+    values = settings.model_dump(mode="json") | {"models_dir": str(resolve_path(settings.models_dir)), "api_keys_file": str(resolve_path(settings.api_keys_file)), "port": port}
+    os.environ.update({f"PRODUCT_RECS_{name.upper()}": value if isinstance(value, str) else json.dumps(value) for name, value in values.items()})
+    with shared_folder(settings.workers):
+        uvicorn.run("product_recs.api:create_app", factory=True, host=settings.host, port=port, workers=settings.workers, access_log=False, server_header=False,
+                    log_config=log_config(settings.log_level), log_level=None, timeout_graceful_shutdown=10, timeout_worker_healthcheck=30)
