@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import FastAPI, Path as PathParameter, Query, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -31,7 +31,7 @@ from .people import add_feedback, add_items, add_people
 from .security import Guard, Keys, auth_required, describe_keys
 from .service import FastPath, Service
 from .store import StoreError
-from .web import RequestLog, documented, http_problem, known_problem, log_to_stdout, parameter_problem, path_id, problem
+from .web import RequestLog, documented, http_problem, id_in_path, known_problem, log_to_stdout, parameter_problem, path_id, problem
 
 # %% ../nbs/06_api.ipynb #9a6cfed0
 def _headers(version:str, source:str, shortfall:str|None=None)->dict[str, str]:
@@ -54,8 +54,6 @@ def _parameters(settings:Settings)->tuple:
     TaskName = Annotated[Task, Query(description="`discovery`: items new to the user; `next_purchase`: what the user most likely takes next, own items included")]
     return N, Detail, TaskName, min(settings.default_n, settings.max_n)
 
-def _id(example:str, text:str): return Annotated[str, PathParameter(description=text, openapi_examples={"sample": {"value": example}})]
-
 def _add_recommend(app:FastAPI, service:Service)->None:
     "/recommend, for one user and for many."
     N, Detail, TaskName, n_default = _parameters(service.settings)
@@ -63,7 +61,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
 
     @app.get("/recommend/{user_id}", response_model=RecommendationList | DetailedRecommendationList, tags=["recommendations"],
              summary="The best items for a user", responses=documented("Best first; an unknown user gets what is popular.", 422, 503))
-    async def recommend_user(request:Request, user_id:_id("1", "an unknown user is answered too"), n:N=n_default, detail:Detail=False, task:TaskName="discovery"):
+    async def recommend_user(request:Request, user_id:id_in_path("1", "an unknown user is answered too"), n:N=n_default, detail:Detail=False, task:TaskName="discovery"):
         model = service.live.get()
         user = as_id(model.bundle.users, path_id(request.scope, -1))
         shelf = service.shelf()
@@ -96,7 +94,7 @@ def _add_others(app:FastAPI, service:Service)->None:
 
     @app.get("/similar/{item_id}", response_model=SimilarList | DetailedSimilarList, tags=["recommendations"],
              summary="Items like an item", responses=documented("Most similar first.", 404, 422, 503))
-    async def similar(request:Request, item_id:_id("101", "an item of the model"), n:N=n_default, detail:Detail=False):
+    async def similar(request:Request, item_id:id_in_path("101", "an item of the model"), n:N=n_default, detail:Detail=False):
         model = service.live.get()
         item = as_id(model.bundle.items, path_id(request.scope, -1))
         found = service.similar(model, item, n)
@@ -110,7 +108,7 @@ def _add_others(app:FastAPI, service:Service)->None:
 
     @app.get("/explain/{user_id}/{item_id}", response_model=ExplainAnswer, tags=["recommendations"], summary="Why an item is recommended to a user, or why not",
              responses=documented("The past items that speak for it, or the rule that removed it.", 404, 422, 503))
-    async def explain(request:Request, user_id:_id("1", "an unknown user is answered too"), item_id:_id("101", "an item of the model"), task:TaskName="discovery"):
+    async def explain(request:Request, user_id:id_in_path("1", "an unknown user is answered too"), item_id:id_in_path("101", "an item of the model"), task:TaskName="discovery"):
         model = service.live.get()
         user, item = as_id(model.bundle.users, path_id(request.scope, -2)), as_id(model.bundle.items, path_id(request.scope, -1))
         if model.bundle.items.row(item) is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
@@ -174,7 +172,7 @@ def create_app(
             with one_blas_thread(): yield
         finally: service.stop()
 
-    app = FastAPIOffline(redoc_url=None, title="product_recs", description=_DESCRIPTION, version=__version__, lifespan=lifespan,
+    app = FastAPIOffline(redoc_url=None, redirect_slashes=False, title="product_recs", description=_DESCRIPTION, version=__version__, lifespan=lifespan,
                          swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True})
     app.state.service = service
     handlers = {HTTPException: http_problem, RequestValidationError: parameter_problem, StoreError: _store_away, ProductRecsError: known_problem}

@@ -21,7 +21,7 @@ from .core import BundleError, IdTable, ProductRecsError
 from .inference import Recommender, UnknownItem
 from .service import Service
 from .store import FeedbackError, NewEvent, StoredEvent
-from .web import documented, path_id
+from .web import documented, id_in_path, path_id
 
 # %% ../nbs/06_people.ipynb #d9762d62
 async def json_body(
@@ -124,7 +124,7 @@ def _trained(model:Recommender, row:int, limit:int)->list[dict]:
     "What the model learned from, the most recent first, then the most frequent."
     bundle = model.bundle
     part = slice(*bundle.seen.indptr[row:row + 2])
-    items, often = bundle.seen.indices[part], (bundle.counts or bundle.seen).data[part]
+    items, often = bundle.seen.indices[part], (bundle.seen if bundle.counts is None else bundle.counts).data[part]
     age = bundle.age_days.data[part] if bundle.age_days is not None else np.zeros(len(items))
     ends = bundle.manifest["data"].get("ends")
     last = lambda days: str(np.datetime64(ends, "s") - np.timedelta64(round(float(days)*86400), "s")) if ends and bundle.age_days is not None else None
@@ -139,7 +139,7 @@ def add_people(
     "Histories, forgetting, and a sample of users."
     @app.get("/users/{user_id}/history", response_model=History, tags=["people"], summary="What the service knows of a user",
              responses=documented("Newest first.", 422, 503, model=False))
-    async def user_history(request:Request, user_id:str, limit:Annotated[int, Query(ge=1, le=1000)]=50):
+    async def user_history(request:Request, user_id:id_in_path("1", "known or not"), limit:Annotated[int, Query(ge=1, le=1000)]=50):
         users, _ = tables(service)
         model = service.live.get() if users else None
         user = as_id(users, path_id(request.scope, -2))
@@ -148,7 +148,7 @@ def add_people(
 
     @app.delete("/users/{user_id}", response_model=Forgotten, tags=["people"], summary="Forget a person",
                 responses=documented("Nothing that was known of them is used any more; a second time does no harm.", 422, 503, model=False))
-    async def forget_user(request:Request, user_id:str):
+    async def forget_user(request:Request, user_id:id_in_path("2", "known or not")):
         user = as_id(tables(service)[0], path_id(request.scope, -1))
         return {"user_id": user, "events_deleted": await service.stored("forget", user)}
 
@@ -195,10 +195,10 @@ def add_items(
 )->None:
     "One item, and the search."
     @app.get("/items/{item_id}", response_model=ItemFacts, tags=["items"], summary="One item", responses=documented("What the products file told of it.", 404, 422, 503, model=False))
-    async def one_item(request:Request, item_id:str):
+    async def one_item(request:Request, item_id:id_in_path("101", "an item of the model")):
         model = service.live.get()
         return item_facts(service, model, as_id(model.bundle.items, path_id(request.scope, -1)))
 
     @app.get("/items", response_model=FoundItems, tags=["items"], summary="Find items by words of their title", responses=documented("The most popular first.", 422, 503, model=False))
-    async def search_items(query:Annotated[str, Query(min_length=1, max_length=200)], limit:Annotated[int, Query(ge=1, le=100)]=20):
+    async def search_items(query:Annotated[str, Query(min_length=1, max_length=200, description="words of the title, or an id", openapi_examples={"sample": {"value": "milk"}})], limit:Annotated[int, Query(ge=1, le=100)]=20):
         return {"items": await run_in_threadpool(find_items, service.live.get(), query, limit)}

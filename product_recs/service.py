@@ -195,7 +195,7 @@ class Service:
         "Keep an answer of `GET /recommend` as it goes out, and note that it was shown."
         self.shown(scope, model, asked.user, found.source, found.items, found.shortfall is not None)
         self.metrics.cache(False)
-        self.kept.put(_question_of(scope), Kept(model, asked.user, asked.state, shelf, response.raw_headers, response.body, found.source, found.items, found.shortfall is not None))
+        if len(scope["raw_path"]) + len(scope["query_string"]) <= 400: self.kept.put(_question_of(scope), Kept(model, asked.user, asked.state, shelf, response.raw_headers, response.body, found.source, found.items, found.shortfall is not None))
 
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
@@ -207,6 +207,7 @@ class Service:
     def shown(self, scope:dict, model:Recommender, user:int|str|None, source:str, items:list, short:bool=False)->None:
         "Count an answer, and put it in the log of impressions."
         self.metrics.recommended(source, short)
+        if isinstance(user, str) and not (len(user) <= 256 and user.isprintable()): user = None # no id of anybody, and no database could store it
         if self.impressions: self.impressions.add(scope["request_id"], user, model.bundle.version, source, items)
 
     # --- what an answer is made of ---
