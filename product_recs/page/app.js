@@ -574,10 +574,11 @@ function verdict(found) {
   return h("p", {class: "verdict no"}, h("strong", {}, "Not in the list. "), place ? `By its score it is ${place}; the list shows the best ${N} that may be shown.` : "Its score is not known.");
 }
 function whyRows(found) {
-  const rows = found.why.map(one => [nameOf(one), one.contribution, typeof one.share === "number" ? percent.format(one.share) : one.contribution?.toFixed(3)]);
-  const total = found.why.reduce((sum, one) => sum + one.contribution, 0) + (found.other ?? 0);
-  if (Math.abs(found.other ?? 0) > 1e-9) rows.push(["Everything else", found.other, total ? percent.format(found.other / total) : ""]);
-  return rows;
+  const shown = found.why.slice(0, 6), known = shown.find(one => one.share);
+  const other = found.why.slice(6).reduce((sum, one) => sum + one.contribution, found.other ?? 0);
+  const whole = known ? known.contribution / known.share : shown.reduce((sum, one) => sum + one.contribution, other);
+  return [...shown.map(one => [nameOf(one), one.contribution]), ...(Math.abs(other) > 1e-9 ? [["Everything else", other]] : [])]
+    .map(([name, value]) => [name, value, whole ? percent.format(value / whole) : value.toFixed(3)]);
 }
 function signalRows(signals) {
   return Object.entries(signals ?? {}).map(([name, value]) => [SIGNALS[name] ?? tidy(name.replaceAll("_", " ")), typeof value === "number" ? value : value?.contribution])
