@@ -267,7 +267,9 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     ledger.rows_rejected, = con.execute("SELECT count(*) FROM rejects").fetchone()
     ledger.reasons = dict(con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1").fetchall())
     if not ledger.rows_read: raise IngestError(f"{what} has no events yet. Nothing was written.")
-    if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten: raise IngestError(f"{what}: of {ledger.rows_read:,} rows none is left: {ledger.rows_rejected:,} are bad, {ledger.rows_forgotten:,} are of users to be forgotten. Reasons: {ledger.reasons}. Nothing was written.")
+    if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten:
+        forgotten = f" or of users that want to be forgotten ({ledger.rows_forgotten:,})" if ledger.rows_forgotten else ""
+        raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Reasons: {ledger.reasons}. Nothing was written.")
     _write(con, out, types, ledger, options["progress"])
     assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten, "the ledger does not add up"
     for name, key in (("products", Columns.Item), ("users", Columns.User)):
