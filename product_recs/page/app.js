@@ -25,7 +25,7 @@ const RULES = {
 };
 const SIGNALS = {
   taste: "Taste", popularity: "Popular over the years", recent_popularity: "Popular lately", own: "Had it before", count: "How often",
-  recency: "How recently", count_recency: "Often and recently", repeat: "Something people buy again", intercept: "Starting point",
+  recency: "How recently", count_recency: "Often and recently", repeat: "Something people buy again",
 };
 const STATUS = {401: "A key is needed", 403: "Not allowed", 404: "Not found", 413: "Too large", 422: "Not understood", 429: "Too many requests", 500: "A fault in the service", 503: "Not ready"};
 
@@ -581,8 +581,9 @@ function whyRows(found) {
     .map(([name, value]) => [name, value, whole ? percent.format(value / whole) : value.toFixed(3)]);
 }
 function signalRows(signals) {
-  return Object.entries(signals ?? {}).map(([name, value]) => [SIGNALS[name] ?? tidy(name.replaceAll("_", " ")), typeof value === "number" ? value : value?.contribution])
-    .filter(([, value]) => typeof value === "number" && Math.abs(value) > 1e-4).map(([name, value]) => [name, value, (value > 0 ? "+" : "−") + Math.abs(value).toFixed(2)]);
+  // what all items have in common explains none of them
+  return Object.entries(signals ?? {}).filter(([name]) => name !== "intercept").map(([name, value]) => [SIGNALS[name] ?? tidy(name.replaceAll("_", " ")), typeof value === "number" ? value : value?.contribution])
+    .filter(([, value]) => typeof value === "number" && Math.abs(value) > 1e-4).map(([name, value]) => [name, value, (value > 0 ? "+" : "−") + Math.abs(value).toFixed(2)]).sort((a, b) => b[1] - a[1]);
 }
 function explainToGuest(item, section) {
   const at = state.answer?.items.findIndex(one => keyOf(one.item_id) === keyOf(item.item_id)) ?? -1, inside = state.basket.has(keyOf(item.item_id));
