@@ -19,7 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, S
 from .core import IdTable
 from .events import Event
 from .filters import Filters
-from .records import FeedbackError, NewEvent
+from .records import NewEvent
 
 # %% ../nbs/06_answers.ipynb #9ff2ee3d
 def plain(
