@@ -28,6 +28,7 @@ from tqdm import tqdm
 from .core import ProductRecsError, implicit_module, one_blas_thread
 from .evaluate import Task, make_task, past_and_future
 from .features import Features, Snapshot
+from .foldin import fold_in
 from .metrics import bootstrap_means, interval, paired_bootstrap
 from .train import ALS_DEFAULTS, _int32, fit_als
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
@@ -56,8 +57,10 @@ def continued_fit(
     matrix, done = _int32(confidence), 0
     for look in looks:
         model.iterations, done = look - done, look
-        with one_blas_thread(): model.fit(matrix, show_progress=False)
-        yield done, model.user_factors, model.item_factors
+        with one_blas_thread():
+            model.fit(matrix, show_progress=False)
+            users = fold_in(model.item_factors, matrix, regularization, alpha, num_threads=0) if np.isfinite(model.item_factors).all() else model.user_factors
+        yield done, users, model.item_factors
 
 def on_plateau(
     values:Sequence[float], # by look
