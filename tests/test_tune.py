@@ -66,6 +66,8 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
     assert done.returncode == 0, done.stderr
     parameters = open_bundle(root/"models").manifest["parameters"]
     assert {**parameters, **parameters["features"]} | best == {**parameters, **parameters["features"]}
+    judged = json.loads((root/"reports/sample/metrics.json").read_text())["04_evaluate"]["table"]
+    assert {row["model"] for row in judged} == {"popularity", "ALS"}
     page = (root/"reports/sample/index.html").read_text()
     assert "11_tune.html" in page and "04_evaluate.html" in page and (root/"reports/sample/10_weights.html").exists()
     assert (root/"data/processed/sample/tune.db").exists()
