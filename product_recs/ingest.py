@@ -7,7 +7,6 @@ __all__ = ['REMEDIES', 'DEFAULT_SOURCE', 'DEFAULT_PRODUCTS', 'Ledger', 'open_led
 
 # %% ../nbs/01_ingest.ipynb #ca4396f4
 import fcntl
-import hashlib
 import json
 import shutil
 import tempfile
@@ -23,8 +22,9 @@ from .core import Columns, IngestError, atomic_folder, resolve_path
 from .csvfiles import named, quoted, staged_query
 from .database import is_database
 from .feedback import Feedback, drop_forgotten, feedback_url, stage_feedback
+from .merge import write_merged
 from .sources import FileRead, is_blank, match_columns, near_name, read_source, run_query
-from .validate import EVENTS, TABLES, check_query, first_fault, id_rules, interaction_rules, trimmed, whole_number
+from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, plain_query, trimmed, whole_number
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass
@@ -84,7 +84,7 @@ def _id_type(con, column:str, kinds:set[str], files:list[FileRead], warnings:lis
     odd = f"fault IS NULL AND {whole_number(column)} IS NULL"
     count, number, line, value = con.execute(f"SELECT count(*), arg_min(file, (file, line)), arg_min(line, (file, line)), arg_min({column}, (file, line)) FROM checked WHERE {odd}").fetchone()
     if not count: return "BIGINT"
-    rows, = con.execute("SELECT count(*) FROM checked WHERE fault IS NULL").fetchone()
+    rows, = con.execute("SELECT (SELECT count(*) FROM checked WHERE fault IS NULL) + (SELECT count(*) FROM plain)").fetchone()
     if count < rows * 0.5:
         warnings.append(f"{column} is text because {count:,} of {rows:,} values are not plain integers, the first {value[:40]!r} in {files[number].shown}, line {line}.")
     return "VARCHAR"
@@ -110,12 +110,25 @@ def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
     reasons = " ".join(f"WHEN {at} THEN {quoted(reason)}" for at, (_, reason, _) in enumerate(rules, 1))
     con.execute(f"INSERT INTO rejects SELECT {quoted(read.shown)}, line, CASE fault {names} END, value, CASE fault {reasons} END FROM checked WHERE file = {len(ledger.files)} AND fault IS NOT NULL")
     rows, (rejected,) = read.rows + len(read.faults), con.execute(f"SELECT count(*) FROM rejects WHERE file = {quoted(read.shown)}").fetchone()
-    good, = con.execute(f"SELECT count(*) FROM checked WHERE file = {len(ledger.files)} AND fault IS NULL").fetchone()
+    good, = con.execute(f"SELECT (SELECT count(*) FROM checked WHERE file = {len(ledger.files)} AND fault IS NULL) + (SELECT count(*) FROM plain WHERE file = {len(ledger.files)})").fetchone()
     assert rows == good + rejected, f"{read.shown}: {rows} rows read, {good} good, {rejected} rejected"
     ledger.files.append(dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
     return rows
 
-def _load(con, source, options:dict, rules:list, folder:Path, ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
+def _load_query(con, sql:str, number:int, wanted:Mapping, rules:list, latest:str, label:str, options:dict)->int:
+    "Load one file: the plain rows at a glance, the others by the rules; the number of all rows."
+    for table in ("plain", "checked"): con.execute(f"DELETE FROM {table} WHERE file = ?", [number])
+    numbers, rows = con.execute(f"SELECT count(*) FILTER ({is_number('user_id')} AND {is_number('item_id')}), count(*) FROM (FROM ({sql}) LIMIT 1000)").fetchone()
+    numbers = 2*numbers > rows
+    odd = f"plain WHERE file = {number} AND odd" if numbers else f"checked WHERE file = {number} AND fault = {ODD}"
+    loaded = run_query(con, plain_query(sql, number, wanted, options["events"], options["max_quantity"], latest, numbers), label, options["progress"])[0][0]
+    if con.execute(f"SELECT count(*) FROM {odd}").fetchone()[0]:
+        con.execute(f"CREATE OR REPLACE TEMP TABLE odd AS SELECT line FROM {odd}")
+        con.execute(f"DELETE FROM {odd}")
+        run_query(con, check_query(f"SELECT * FROM ({sql}) SEMI JOIN odd USING (line)", number, wanted, rules), label, options["progress"])
+    return loaded
+
+def _load(con, source, options:dict, rules:list, latest:str, folder:Path, ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
     "Read and check every file; fill `checked` and `rejects`."
     kinds = {Columns.User: set(), Columns.Item: set()}
     current = {}
@@ -126,8 +139,7 @@ def _load(con, source, options:dict, rules:list, folder:Path, ledger:Ledger)->tu
             if guess: ledger.warnings.append(f"{shown} has no column {name}, but {guess}: if that is it, pass columns={{{name!r}: {guess!r}}}.")
         return current["wanted"]
     def load(number, sql):
-        con.execute("DELETE FROM checked WHERE file = ?", [number])
-        return run_query(con, check_query(sql, number, current["wanted"], rules), f"reading {source}"[:60], options["progress"])[0][0]
+        return _load_query(con, sql, number, current["wanted"], rules, latest, f"reading {source}"[:60], options)
     def each(read):
         rows = _account(con, read, rules, "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
@@ -137,22 +149,17 @@ def _load(con, source, options:dict, rules:list, folder:Path, ledger:Ledger)->tu
     return reads, kinds
 
 # %% ../nbs/01_ingest.ipynb #4940f47c
-def _write(con, folder:Path, types:Mapping[str, str], ledger:Ledger, progress:bool)->None:
+def _write(con, folder:Path, types:Mapping[str, str], events:list[str], ledger:Ledger, progress:bool)->None:
     "Merge repeated deliveries, write the interactions in a fixed order, and count."
-    user, item = (f"{_as(column, types[column])} AS {column}" for column in Columns.Required)
-    con.execute(f"CREATE VIEW good AS SELECT {user}, {item}, event, quantity, timestamp FROM checked WHERE fault IS NULL")
-    con.execute("SET preserve_insertion_order = false")
-    target = quoted(folder/"interactions.parquet")
-    run_query(con, f"""COPY (SELECT * FROM (SELECT DISTINCT * FROM good WHERE timestamp IS NOT NULL UNION ALL SELECT * FROM good WHERE timestamp IS NULL)
-        ORDER BY user_id, item_id, timestamp, event, quantity) TO {target} (FORMAT parquet, COMPRESSION zstd)""", "merging and sorting", progress)
-    key = "concat_ws('|', user_id, item_id, event, quantity, coalesce(CAST(epoch_us(timestamp) AS VARCHAR), ''))"
-    kept, ledger.users, ledger.items, ledger.first_timestamp, ledger.last_timestamp, total = run_query(con, f"""SELECT count(*), count(DISTINCT user_id), count(DISTINCT item_id),
-        strftime(min(timestamp), '%Y-%m-%dT%H:%M:%S'), strftime(max(timestamp), '%Y-%m-%dT%H:%M:%S'), sum(md5_number_lower({key})) FROM {target}""", "counting", progress)[0]
-    ledger.rows_kept = kept
-    ledger.fingerprint = hashlib.sha256(f"{sorted(types.items())} {kept} {total}".encode()).hexdigest()
-    good, untimed = con.execute("SELECT count(*), count(*) FILTER (timestamp IS NULL) FROM good").fetchone()
-    ledger.duplicates_merged = good - kept
-    if untimed: ledger.warnings.append(f"{untimed:,} of {good:,} rows have no timestamp: they are never merged as duplicates and have no place in a split by time.")
+    numbers = ", ".join(f"{column}::{type} AS {column}" for column, type in types.items())
+    texts = ", ".join(f"{_as(column, type)} AS {column}" for column, type in types.items())
+    places = " ".join(f"WHEN {quoted(event)} THEN {place}" for place, event in enumerate(events))
+    con.execute(f"""CREATE VIEW good AS SELECT {numbers}, event, quantity, timestamp FROM plain
+        UNION ALL SELECT {texts}, CASE event {places} END, quantity, timestamp FROM checked WHERE fault IS NULL""")
+    found = write_merged(con, folder/"interactions.parquet", types, events, progress)
+    ledger.rows_kept, ledger.duplicates_merged, ledger.fingerprint = found.kept, found.rows - found.kept, found.fingerprint
+    ledger.users, ledger.items, ledger.first_timestamp, ledger.last_timestamp = found.users, found.items, found.first, found.last
+    if found.untimed: ledger.warnings.append(f"{found.untimed:,} of {found.rows:,} rows have no timestamp: they are never merged as duplicates and have no place in a split by time.")
     if ledger.first_timestamp and ledger.first_timestamp < "1990":
         ledger.warnings.append(f"The first timestamp is {ledger.first_timestamp}. If that is wrong, check the unit of your epoch numbers.")
 
@@ -230,9 +237,9 @@ def _checked_options(options:dict)->dict:
     return options
 
 def _connect(folder:Path, memory_limit:str):
-    "A temporary DuckDB database on disk."
+    "A temporary DuckDB database in memory; beyond the limit it spills to disk."
     config = {"memory_limit": memory_limit, "temp_directory": str(folder/"spill")}
-    try: con = duckdb.connect(str(folder/"work.duckdb"), config=config)
+    try: con = duckdb.connect(config=config)
     except duckdb.Error as error: raise IngestError(f"memory_limit={memory_limit!r} is refused: {str(error).splitlines()[0]} Write it like \"2GB\".") from None
     con.execute("SET TimeZone = 'UTC'")
     try: con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false") # so that it tells its progress
@@ -241,8 +248,11 @@ def _connect(folder:Path, memory_limit:str):
     return con
 
 # %% ../nbs/01_ingest.ipynb #9ef49e28
-def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, ledger:Ledger)->dict[str, str]:
+def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, events:list[str], ledger:Ledger)->dict[str, str]:
     "Load the feedback, drop the rows of forgotten users, and give the types of the ids."
+    if feedback.forgotten: # the rows of one user are taken out of one table
+        con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, timestamp, NULL, NULL FROM plain", [events])
+        con.execute("DELETE FROM plain")
     ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten, types.get(Columns.User, "VARCHAR"))
     if types: rules = rules + [(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL") for column, type in types.items() if type == "BIGINT"]
     con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, rules))
@@ -255,14 +265,15 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, ledg
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
     "Fill the folder `out`."
     ledger = Ledger()
-    rules = interaction_rules(options["events"], options["max_quantity"], latest.strftime("%Y-%m-%d %H:%M:%S"))
-    reads, kinds = _load(con, source, options, rules, work, ledger) if source else ([], {})
+    latest = latest.strftime("%Y-%m-%d %H:%M:%S")
+    rules = interaction_rules(options["events"], options["max_quantity"], latest)
+    reads, kinds = _load(con, source, options, rules, latest, work, ledger) if source else ([], {})
     what = ", ".join(read.shown for read in reads[:3]) + (" ..." if len(reads) > 3 else "")
     rows = sum(file["rows_read"] for file in ledger.files)
     if source and not rows: raise IngestError(f"{what}: there are columns but no rows. Nothing was written.")
     _judge(con, "true", rows, options["on_error"], options["max_reject_share"], what)
     types = {column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required} if source else {}
-    if options["feedback"]: types, what = _add_feedback(con, stage_feedback(options["feedback"], work), types, rules, ledger), f"{what} and the feedback" if source else "the feedback store"
+    if options["feedback"]: types, what = _add_feedback(con, stage_feedback(options["feedback"], work), types, rules, options["events"], ledger), f"{what} and the feedback" if source else "the feedback store"
     ledger.rows_read = sum(file["rows_read"] for file in ledger.files)
     ledger.rows_rejected, = con.execute("SELECT count(*) FROM rejects").fetchone()
     ledger.reasons = dict(con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1").fetchall())
@@ -270,7 +281,7 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten:
         forgotten = f" or of users that want to be forgotten ({ledger.rows_forgotten:,})" if ledger.rows_forgotten else ""
         raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Reasons: {ledger.reasons}. Nothing was written.")
-    _write(con, out, types, ledger, options["progress"])
+    _write(con, out, types, options["events"], ledger, options["progress"])
     assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten, "the ledger does not add up"
     for name, key in (("products", Columns.Item), ("users", Columns.User)):
         if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
