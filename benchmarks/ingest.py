@@ -1,0 +1,130 @@
+"""From a CSV to the matrices of 02_features, beside what one would write with DuckDB alone; one run, alternating.
+
+    python benchmarks/ingest.py [--rows 10000000] [--rounds 3] [--ids number|text] [--bad 0] [--folder FOLDER]
+
+Bare DuckDB reads the file with known types, numbers the ids, groups by user and item, sorts, and makes one CSR matrix. It checks
+nothing and writes nothing. Ours checks every value, merges repeated deliveries, fingerprints and writes the interactions as Parquet
+(`ingest`), then makes and writes the matrices of all three snapshots, both targets and the id tables (`build_features`).
+Each measurement is a process of its own; seconds and processor seconds leave the imports out, the peak of memory has everything in it.
+`--bad` is the number of lines with a fault. The log is made up: users and items by a power law, times over a year, to the second.
+"""
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import duckdb
+
+WEIGHTS = "CASE event WHEN 'view' THEN 1.0 WHEN 'cart' THEN 2.0 WHEN 'purchase' THEN 4.0 ELSE 1.0 END"
+
+
+def make_log(path, rows, ids, bad):
+    "A CSV of `rows` interactions; every (rows/bad)-th has a quantity that is no number."
+    name = "'{0}' || {1}" if ids == "text" else "{1}"
+    quantity = f"CASE WHEN n % {max(rows // bad, 1)} = 1 THEN 'two' ELSE (1 + floor(3*pow(random(), 4)))::INT::VARCHAR END" if bad else "(1 + floor(3*pow(random(), 4)))::INT"
+    with duckdb.connect() as con:
+        con.execute("SET threads = 1; SELECT setseed(0.5)")  # one thread: the same file each time
+        con.execute(f"""COPY (SELECT {name.format("user-", f"(1 + floor({max(rows // 50, 10)}*pow(random(), 1.5)))::INT")} AS user_id,
+            {name.format("item-", f"(1001 + floor({max(rows // 200, 10)}*pow(random(), 3)))::INT")} AS item_id,
+            CASE WHEN random() < 0.7 THEN 'view' WHEN random() < 0.6 THEN 'cart' ELSE 'purchase' END AS event, {quantity} AS quantity,
+            strftime(TIMESTAMP '2025-01-01' + to_seconds((random()*31536000)::INT), '%Y-%m-%dT%H:%M:%S') AS timestamp FROM range({rows}) t(n)) TO '{path}' (HEADER)""")
+
+
+def bare(path, folder, ids, limit):
+    "What one would write with DuckDB alone."
+    import numpy as np
+    from scipy.sparse import csr_matrix
+    kind = "VARCHAR" if ids == "text" else "BIGINT"
+    with duckdb.connect(config={"memory_limit": limit, "temp_directory": str(folder)}) as con:
+        types = {"user_id": kind, "item_id": kind, "event": "VARCHAR", "quantity": "VARCHAR", "timestamp": "TIMESTAMP"}
+        con.execute(f"CREATE TABLE log AS FROM read_csv('{path}', header=true, auto_detect=false, delim=',', columns={types})")
+        for side in ("user", "item"):
+            con.execute(f"CREATE TABLE {side}s AS SELECT {side}_id, (row_number() OVER (ORDER BY {side}_id) - 1)::INTEGER AS row FROM (SELECT DISTINCT {side}_id FROM log)")
+        pairs = con.execute(f"""SELECT u.row AS user, i.row AS item, sum({WEIGHTS})::FLOAT AS confidence FROM log JOIN users u USING (user_id)
+            JOIN items i USING (item_id) GROUP BY u.row, i.row ORDER BY u.row, i.row""").fetchnumpy()
+    indptr = np.append(0, np.cumsum(np.bincount(pairs["user"])))
+    return csr_matrix((pairs["confidence"], pairs["item"], indptr)).nnz, {}
+
+
+def ours(path, folder, ids, limit):
+    "The same with every guarantee."
+    from product_recs.features import build_features
+    from product_recs.ingest import ingest
+    started, spent = time.perf_counter(), time.process_time()
+    ledger = ingest(path, folder/"run", memory_limit=limit, progress=False)
+    assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged
+    stages = {"ingest": (time.perf_counter() - started, time.process_time() - spent)}
+    features = build_features(folder/"run", folder/"run/features", memory_limit=limit)
+    return features.all.confidence.nnz, stages
+
+
+def measure(what, path, options):
+    "Run one side in a process of its own; its answer, with the peak of its memory in bytes."
+    import psutil
+    command = [sys.executable, __file__, "--child", what, "--folder", str(path), "--ids", options.ids, "--memory-limit", options.memory_limit]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peak = [0]
+
+    def sample():
+        try:
+            process = psutil.Process(child.pid)
+            while child.poll() is None:
+                peak[0] = max(peak[0], process.memory_info().rss)
+                time.sleep(0.02)
+        except psutil.Error: pass
+    watch = threading.Thread(target=sample)
+    watch.start()
+    out, _ = child.communicate()
+    watch.join()
+    if child.returncode: sys.exit(f"{what} failed")
+    return json.loads(out) | {"peak": peak[0]}
+
+
+def child(what, path, options):
+    import product_recs.features  # noqa: F401  (imports are not measured)
+    import product_recs.ingest  # noqa: F401
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+        pairs, stages = {"bare": bare, "ours": ours}[what](path, Path(folder), options.ids, options.memory_limit)
+        seconds, now = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+        print(json.dumps({"pairs": pairs, "seconds": seconds, "processor": now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime, "stages": stages}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ids", choices=("number", "text"), default="number")
+    parser.add_argument("--bad", type=int, default=0)
+    parser.add_argument("--memory-limit", default="2GB", help="of DuckDB, for both")
+    parser.add_argument("--folder", type=Path, help="where the log goes for the time of the run; default: the system's temporary folder")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child: return child(options.child, options.folder, options)
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = Path(folder)/"log.csv"
+        make_log(path, options.rows, options.ids, options.bad)
+        found = {"bare": [], "ours": []}
+        for _ in range(options.rounds):
+            for what in found: found[what].append(measure(what, path, options))
+        pairs = {what: runs[0]["pairs"] for what, runs in found.items()}
+        print(f"{options.rows:,} rows ({path.stat().st_size/1e6:,.0f} MB, ids: {options.ids}, {options.bad:,} bad), {pairs['ours']:,} pairs; {os.cpu_count()} cores, DuckDB {duckdb.__version__}, {options.rounds} rounds")
+        if not options.bad and pairs["bare"] != pairs["ours"]: sys.exit(f"the two disagree: {pairs}")
+    print("\n| what | seconds, median | processor seconds, median | peak of memory |\n|---|---|---|---|")
+    for what, runs in found.items():
+        print(f"| {what} | {statistics.median(run['seconds'] for run in runs):.1f} | {statistics.median(run['processor'] for run in runs):.1f} | {max(run['peak'] for run in runs)/2**30:.2f} GiB |")
+    ingested = [run["stages"]["ingest"] for run in found["ours"]]
+    print(f"| of ours, ingest | {statistics.median(seconds for seconds, _ in ingested):.1f} | {statistics.median(used for _, used in ingested):.1f} | |")
+    for measured in ("seconds", "processor"):
+        ratios = sorted(mine[measured]/theirs[measured] for mine, theirs in zip(found["ours"], found["bare"]))
+        print(f"\nours / bare, {'processor ' * (measured == 'processor')}seconds: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+
+
+if __name__ == "__main__": main()
