@@ -9,6 +9,7 @@ __all__ = ['EVENT_WEIGHTS', 'QUANTITY', 'WEIGHTING', 'UNTIMED', 'BLOCK', 'SNAPSH
 # %% ../nbs/02_features.ipynb #7fb21f6b
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,18 +89,22 @@ def _number_ids(database, key:str, table:str)->None:
 def _coded(database, key:str, table:str)->tuple[str, np.ndarray|None]:
     "SQL of an id as a whole number, and the sorted ids that turn it into a row number (None: it is one)."
     type, = database.execute(f"SELECT typeof({key}) FROM interactions LIMIT 1").fetchone()
-    if type != "VARCHAR": return key, database.execute(f"SELECT {key} FROM {table} ORDER BY row").fetchnumpy()[key]
+    if type != "VARCHAR":
+        ids = database.execute(f"SELECT {key} FROM {table} ORDER BY row").fetchnumpy()[key]
+        low, span = int(ids[0]), int(ids[-1]) - int(ids[0]) + 1
+        return (f"({key} - ({low}))::INTEGER", ids - low) if span < 2**31 else (key, ids)
     database.execute(f"CREATE TYPE {table}_type AS ENUM (SELECT {key} FROM {table} ORDER BY row)")
     return f"enum_code({key}::{table}_type)::INTEGER", None
 
 def _row_numbers(values:np.ndarray, ids:np.ndarray|None)->np.ndarray:
     "Place of each value in `ids`, as int32."
     if ids is None: return values
-    low, span = int(ids[0]), int(ids[-1]) - int(ids[0]) + 1
-    if span > 4 * len(values) + 1024: return np.searchsorted(ids, values).astype(np.int32)
+    span = int(ids[-1]) - int(ids[0]) + 1
+    if span == len(ids) and values.dtype == np.int32: return values # 0, 1, 2 ...: it is its own place
+    if values.dtype != np.int32 or span > 4 * len(values) + 1024: return np.searchsorted(ids, values).astype(np.int32)
     table = np.zeros(span, np.int32)
-    table[ids - low] = np.arange(len(ids), dtype=np.int32)
-    return table[values - low]
+    table[ids] = np.arange(len(ids), dtype=np.int32)
+    return table[values]
 
 # %% ../nbs/02_features.ipynb #de72c8e0
 def _read_log(database, parameters:dict)->tuple[np.ndarray, ...]:
@@ -110,7 +115,10 @@ def _read_log(database, parameters:dict)->tuple[np.ndarray, ...]:
     found = database.execute(f"""SELECT {user} AS user, {item} AS item, ({weight} * {QUANTITY[parameters["quantity"]]})::DOUBLE AS worth,
         coalesce(epoch_us(timestamp), {UNTIMED + 1} - 1) AS time FROM interactions""").fetchnumpy()
     user, item, worth, time = _row_numbers(found.pop("user"), users), _row_numbers(found.pop("item"), items), found["worth"], found["time"]
-    if ((user[1:] < user[:-1]) | ((user[1:] == user[:-1]) & (item[1:] < item[:-1]))).any(): # another program wrote the file
+    def turned(first): # whether two rows stand in the wrong order
+        u, i = user[first:first + BLOCK + 1], item[first:first + BLOCK + 1]
+        return ((u[1:] < u[:-1]) | ((u[1:] == u[:-1]) & (i[1:] < i[:-1]))).any()
+    if any(turned(first) for first in range(0, len(user), BLOCK)): # another program wrote the file
         order = np.lexsort((worth, time, item, user))
         user, item, worth, time = (column[order] for column in (user, item, worth, time))
     return user, item, worth, time
@@ -134,20 +142,34 @@ def _snapshot(log:tuple, starts:np.ndarray, until:str|None, ends:str|None, half_
     return {"confidence": np.add.reduceat(worth, starts).astype(np.float32), "counts": _counts(known, starts, len(time)),
             "age_days": ((moment - np.maximum.reduceat(when, starts)) / 86_400e6).astype(np.float32)}
 
-BLOCK = 1 << 18 # pairs whose rows are looked at together: they stay in the cache of the processor
+BLOCK = 1 << 18 # rows looked at together: they stay in the cache of the processor
 
-def _by_blocks(log:tuple, starts:np.ndarray, summed)->dict[str, np.ndarray]:
-    "What `summed` makes of the log and its starts, some pairs at a time."
-    ends = [*starts[BLOCK::BLOCK].tolist(), len(log[0])]
-    blocks = [(starts[number*BLOCK:(number + 1)*BLOCK], end) for number, end in enumerate(ends)]
-    parts = [summed(tuple(column[first[0]:end] for column in log), first - first[0]) for first, end in blocks]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _borders(user:np.ndarray, item:np.ndarray)->list[int]:
+    "Row numbers that part the log into blocks, never inside a pair."
+    borders, rows = [0], len(user)
+    while (end := borders[-1] + BLOCK) < rows:
+        while end < rows and not (new := (user[end:end + 1024] != user[end - 1]) | (item[end:end + 1024] != item[end - 1])).any(): end += 1024
+        if end < rows: borders.append(end + int(new.argmax()))
+        else: break
+    return [*borders, rows]
 
-def _enough(user:np.ndarray, item:np.ndarray, counts:np.ndarray, parameters:dict)->np.ndarray:
+def _by_blocks(log:tuple, summed:Callable, room:dict[str, np.ndarray])->dict[str, np.ndarray]:
+    "User, item and what `summed` finds of each pair whose `counts` are not 0; in the arrays of `room`, which the next call writes over."
+    borders, size = _borders(*log[:2]), 0
+    for first, end in zip(borders, borders[1:]):
+        user, item, *_ = part = tuple(column[first:end] for column in log)
+        starts = np.append(0, np.flatnonzero((user[1:] != user[:-1]) | (item[1:] != item[:-1])) + 1)
+        found = {"user": user[starts], "item": item[starts]} | summed(part, starts)
+        kept = found["counts"] > 0
+        before, size = size, size + int(np.count_nonzero(kept))
+        for name, values in found.items(): room.setdefault(name, np.empty(len(log[0]), values.dtype))[before:size] = values[kept]
+    return {name: room[name][:size] for name in found}
+
+def _enough(user:np.ndarray, item:np.ndarray, parameters:dict)->np.ndarray|slice:
     "Which pairs are left: items with enough users first, then users with enough of these items."
-    kept = counts > 0
+    kept = slice(None)
     for side, least in ((item, parameters["min_item_users"]), (user, parameters["min_user_items"])):
-        if least > 1: kept &= (np.bincount(side[kept], minlength=side.max() + 1) >= least)[side]
+        if least > 1: kept = (np.bincount(side[kept], minlength=side.max(initial=0) + 1) >= least)[side] & (True if isinstance(kept, slice) else kept)
     return kept
 
 # %% ../nbs/02_features.ipynb #d0d6e171
@@ -156,7 +178,7 @@ def _csr(pairs:dict[str, np.ndarray], value:str, shape:tuple[int, int])->csr_mat
     indptr = np.zeros(shape[0] + 1, np.int64)
     np.cumsum(np.bincount(pairs["user"], minlength=shape[0]), out=indptr[1:])
     index = np.int32 if len(pairs["user"]) < 2**31 else np.int64
-    return csr_matrix((pairs[value].astype(np.float32), pairs["item"].astype(index), indptr.astype(index)), shape=shape)
+    return csr_matrix((pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False), indptr.astype(index)), shape=shape)
 
 def _weigh(matrix:csr_matrix, weighting:str)->csr_matrix:
     "The last word on the sums; a decay that underflowed stays a tiny positive number."
@@ -257,36 +279,39 @@ SNAPSHOTS = {"train": "validation_from", "train_validation": "test_from", "all":
 def _write_matrices(database, folder:Path, interactions:Path, split:dict, parameters:dict)->tuple[tuple[int, int], float|None]:
     "Id tables, snapshots and targets, as files in `folder`; returns the shape, and the mean total of a user where BM25 needs it."
     for key, table in (("user_id", "log_users"), ("item_id", "log_items")): _number_ids(database, key, table)
-    log = _read_log(database, parameters)
-    starts = np.flatnonzero(np.r_[True, (log[0][1:] != log[0][:-1]) | (log[1][1:] != log[1][:-1])])
-    user, item = log[0][starts], log[1][starts]
+    log, room = _read_log(database, parameters), {}
     for name in ("all", "train_validation", "train"):
         until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
-        found = _by_blocks(log, starts, lambda part, first, until=until: _snapshot(part, first, until, split.get("ends"), parameters["half_life_days"]))
-        kept = _enough(user, item, found["counts"], parameters)
+        found = _by_blocks(log, lambda part, starts, until=until: _snapshot(part, starts, until, split.get("ends"), parameters["half_life_days"]), room)
+        kept = _enough(found["user"], found["item"], parameters)
+        found = {value: column[kept] for value, column in found.items()}
         if name == "all":
-            if not kept.any(): raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and min_item_users={parameters['min_item_users']}; lower them")
-            rows = [_write_ids(database, kept, *side) for side in ((user, "user_id", interactions/"users.parquet", folder/"users.parquet"), (item, "item_id", interactions/"products.parquet", folder/"items.parquet"))]
-            shape = tuple(int(row.max()) + 1 for row in rows)
-            user_row, item_row = rows[0][user], rows[1][item]
-        found = {"user": user_row[kept], "item": item_row[kept]} | {value: column[kept] for value, column in found.items()}
-        sums = _csr(found, "confidence", shape)
+            if not len(found["user"]): raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and min_item_users={parameters['min_item_users']}; lower them")
+            rows = {side: _write_ids(database, found[side], f"{side}_id", interactions/f"{attributes}.parquet", folder/f"{side}s.parquet") for side, attributes in (("user", "users"), ("item", "products"))}
+            shape = tuple(int(row.max()) + 1 for row in rows.values())
+        sums = _csr(_numbered(found, rows), "confidence", shape)
         if name == "all": mean_total = _mean_total(sums) if parameters["weighting"] == "bm25" else None
         save_csr(folder, f"{name}_confidence", _weigh(sums, parameters["weighting"]))
         for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", found[value])
     for name, start, end in (("validation", "validation_from", "test_from"), ("test", "test_from", "")):
         since, before = (_micros(split[moment]) if split and moment else 2**63 - 1 for moment in (start, end))
-        counts = _by_blocks(log, starts, lambda part, first, since=since, before=before: {"counts": _counts((part[3] >= since) & (part[3] < before), first, len(part[3]))})["counts"]
-        kept = (counts > 0) & (user_row >= 0) & (item_row >= 0)
-        save_csr(folder, name, _csr({"user": user_row[kept], "item": item_row[kept], "counts": counts[kept]}, "counts", shape))
+        found = _by_blocks(log, lambda part, starts, since=since, before=before: {"counts": _counts((part[3] >= since) & (part[3] < before), starts, len(part[3]))}, room)
+        found = _numbered(found, rows)
+        kept = (found["user"] >= 0) & (found["item"] >= 0)
+        save_csr(folder, name, _csr({value: column[kept] for value, column in found.items()}, "counts", shape))
     return shape, mean_total
 
-def _write_ids(database, kept:np.ndarray, column:np.ndarray, key:str, attributes:Path, out:Path)->np.ndarray:
+def _numbered(pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray])->dict[str, np.ndarray]:
+    "The pairs with the row numbers of the matrices; the same arrays where nobody has left."
+    return pairs | {side: row[pairs[side]] for side, row in rows.items() if row[-1] != len(row) - 1}
+
+def _write_ids(database, column:np.ndarray, key:str, attributes:Path, out:Path)->np.ndarray:
     "Write the id table of one side; row number in the log -> row number in the matrices, -1 for who has left."
-    popularity = np.bincount(column[kept], minlength=column.max() + 1).astype(np.int32)
+    (known,), = database.execute(f"SELECT count(*) FROM log_{out.stem}").fetchall()
+    popularity = np.bincount(column, minlength=known).astype(np.int32)
     left = np.flatnonzero(popularity).astype(np.int32)
     _id_table(database, key, left, popularity[left], attributes, out)
-    rows = np.full(len(popularity), -1, np.int32)
+    rows = np.full(known, -1, np.int32)
     rows[left] = np.arange(len(left), dtype=np.int32)
     return rows
 
