@@ -54,8 +54,9 @@ def choose_split(
     test_from:str="",                   # likewise at 90 %
 )->dict[str, str]:                      # starts, validation_from, test_from, ends as ISO; empty where the log has no timestamps
     "The moments that part training, validation and test."
-    starts, ends, at_80, at_90 = database.execute("""SELECT starts, ends, date_trunc('day', parts[1]), date_trunc('day', parts[2])
-        FROM (SELECT min(timestamp) AS starts, max(timestamp) AS ends, quantile_disc(timestamp, [0.8, 0.9]) AS parts FROM interactions)""").fetchone()
+    starts, ends, at_80, at_90 = database.execute("""WITH days AS (SELECT date_trunc('day', timestamp)::TIMESTAMP AS day, count(*) AS rows, min(timestamp) AS starts, max(timestamp) AS ends
+            FROM interactions WHERE timestamp IS NOT NULL GROUP BY 1), happened AS (SELECT *, sum(rows) OVER (ORDER BY day) AS until, sum(rows) OVER () AS total FROM days)
+        SELECT min(starts), max(ends), min(day) FILTER (until >= total * 0.8::DOUBLE), min(day) FILTER (until >= total * 0.9::DOUBLE) FROM happened""").fetchone()
     if starts is None:
         if validation_from or test_from: raise FeatureError("validation_from and test_from need timestamps, and these interactions have none")
         return {}
@@ -159,10 +160,14 @@ def _by_blocks(log:tuple, summed:Callable, room:dict[str, np.ndarray])->dict[str
     for first, end in zip(borders, borders[1:]):
         user, item, *_ = part = tuple(column[first:end] for column in log)
         starts = np.append(0, np.flatnonzero((user[1:] != user[:-1]) | (item[1:] != item[:-1])) + 1)
-        found = {"user": user[starts], "item": item[starts]} | summed(part, starts)
-        kept = found["counts"] > 0
-        before, size = size, size + int(np.count_nonzero(kept))
-        for name, values in found.items(): room.setdefault(name, np.empty(len(log[0]), values.dtype))[before:size] = values[kept]
+        found = summed(part, starts)
+        kept = np.flatnonzero(found["counts"])
+        before, size = size, size + len(kept)
+        if len(kept) < len(starts): found, starts = {name: values[kept] for name, values in found.items()}, starts[kept]
+        found |= {"user": user[starts], "item": item[starts]}
+        for name, values in found.items():
+            if name not in room: room[name] = np.empty(len(log[0]), values.dtype)
+            room[name][before:size] = values
     return {name: room[name][:size] for name in found}
 
 def _enough(user:np.ndarray, item:np.ndarray, parameters:dict)->np.ndarray|slice:
