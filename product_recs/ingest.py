@@ -82,10 +82,10 @@ def _id_type(con, column:str, kinds:set[str], files:list[FileRead], warnings:lis
         warnings.append(f"{column} is a number in some rows and text in others; all are text now, and 1 and \"1\" are the same id.")
     if kinds & {"text", "mixed"}: return "VARCHAR"
     odd = f"fault IS NULL AND {whole_number(column)} IS NULL"
-    count, number, line, value = con.execute(f"SELECT count(*), arg_min(file, (file, line)), arg_min(line, (file, line)), arg_min({column}, (file, line)) FROM checked WHERE {odd}").fetchone()
+    count, rows = con.execute(f"SELECT count(*) FILTER ({whole_number(column)} IS NULL), count(*) + (SELECT count(*) FROM plain) FROM checked WHERE fault IS NULL").fetchone()
     if not count: return "BIGINT"
-    rows, = con.execute("SELECT (SELECT count(*) FROM checked WHERE fault IS NULL) + (SELECT count(*) FROM plain)").fetchone()
     if count < rows * 0.5:
+        number, line, value = con.execute(f"SELECT file, line, {column} FROM checked WHERE {odd} ORDER BY file, line LIMIT 1").fetchone()
         warnings.append(f"{column} is text because {count:,} of {rows:,} values are not plain integers, the first {value[:40]!r} in {files[number].shown}, line {line}.")
     return "VARCHAR"
 
