@@ -293,6 +293,7 @@ def describe_keys(
             "bearer": {"type": "http", "scheme": "bearer", "description": "an API key, made with `product-recs keys add NAME --scope read`"},
             "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}
         schema["security"] = [{"bearer": []}, {"header": []}]
+        for path in schema["paths"].keys() & _OPEN: schema["paths"][path]["get"]["security"] = []
         return schema
 
     app.openapi = openapi
