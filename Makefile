@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-scale bench-quality clean
+.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-serving bench-endurance bench-scale bench-quality clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -67,7 +67,15 @@ test: .venv/.ready
 
 bench-overhead: .venv/.ready
 	@$(BIN)/python benchmarks/overhead.py
-	@$(BIN)/python benchmarks/serving.py
+
+# requests a second and memory beside an empty route; OPTIONS="--models-dir models" takes the live model
+bench-serving: .venv/.ready
+	@$(BIN)/python benchmarks/serving.py $(OPTIONS)
+
+# the service under load while models are swapped, workers killed and the database stopped
+MINUTES_OF_LOAD ?= 10
+bench-endurance: .venv/.ready
+	@$(BIN)/python benchmarks/endurance.py --minutes $(MINUTES_OF_LOAD) $(OPTIONS)
 
 # memory and time of the evaluation, at 20,000 and 100,000 users
 bench-scale: .venv/.ready

@@ -83,7 +83,7 @@ class Client:
                 payload = None if body is None else json.dumps(body)
                 self.connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
                 answer = self.connection.getresponse()
-                return answer.status, dict((k.lower(), v) for k, v in answer.getheaders()), json.loads(answer.read() or b"null")
+                return answer.status, {name.lower(): value for name, value in answer.getheaders()}, json.loads(answer.read() or b"null")
             except (OSError, http.client.HTTPException):
                 self.connection = None
                 self.count.add("connections lost and opened again")

@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 from .core import IdTable
 from .events import Event
 from .filters import Filters
-from .records import FeedbackError, NewEvent
+from .records import NewEvent
 
 # %% ../nbs/06_answers.ipynb #9ff2ee3d
 def plain(

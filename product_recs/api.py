@@ -149,7 +149,7 @@ PAGE = Path(__file__).parent/"page" if "__file__" in globals() else resolve_path
 def _add_page(app:FastAPI)->None:
     "The page for people at `/`."
     @app.get("/", include_in_schema=False)
-    async def page(): return FileResponse(PAGE/"index.html", headers={"Cache-Control": "no-cache"})
+    async def page(): return FileResponse(PAGE/"index.html")
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
 
 async def _store_away(request:Request, error:StoreError)->Response:

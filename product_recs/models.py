@@ -98,7 +98,7 @@ def _right_singular(matrix:csr_matrix, factors:int, passes:int, seed:int)->np.nd
     "The right singular vectors (items, factors) of the largest singular values, float32."
     size = min(factors + factors//8 + 8, *matrix.shape)
     basis = np.random.default_rng(seed).standard_normal((matrix.shape[1], size)).astype(np.float32)
-    for _ in range(passes): basis = np.linalg.qr(matrix.T @ (matrix @ np.linalg.qr(basis)[0]))[0]
+    for _ in range(passes): basis = np.linalg.qr(matrix.T @ (matrix @ basis))[0]
     inside = matrix @ basis
     values, vectors = np.linalg.eigh(inside.T @ inside)
     keep = np.flatnonzero(values > 1e-6*values.max())[::-1][:factors] # no more than there are

@@ -207,10 +207,12 @@ async def _whole_body(receive, most:int):
 
 # %% ../nbs/06_security.ipynb #470bd2b1
 _SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"), (b"referrer-policy", b"no-referrer"), (b"cross-origin-opener-policy", b"same-origin")]
-_POLICY = "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self'{}; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-_PAGE_HEADERS = [*_SECURITY_HEADERS, (b"content-security-policy", _POLICY.format("").encode())]
-_DOCS_HEADERS = [*_SECURITY_HEADERS, (b"content-security-policy", _POLICY.format(" 'unsafe-inline'").encode())] # the page of Swagger UI starts itself with a script inside it
-_DATA_HEADERS = [*_PAGE_HEADERS, (b"cache-control", b"no-store")] # answers about people; no proxy keeps them
+_POLICY = "default-src 'self'{}; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+_LOOSE = "; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'" # the page of Swagger UI starts itself with a script inside it
+_OWN_HEADERS = [*_SECURITY_HEADERS, (b"content-security-policy", _POLICY.format("").encode())]
+_PAGE_HEADERS = [*_OWN_HEADERS, (b"cache-control", b"no-cache")] # asked again each time, and mostly answered 304: an old script never meets a new page
+_DOCS_HEADERS = [*_SECURITY_HEADERS, (b"content-security-policy", _POLICY.format(_LOOSE).encode())]
+_DATA_HEADERS = [*_OWN_HEADERS, (b"cache-control", b"no-store")] # answers about people; no proxy keeps them
 
 def _sent_key(headers:dict[bytes, bytes])->bytes|None:
     "The key of a request: `Authorization: Bearer KEY`, or `X-API-Key: KEY`."

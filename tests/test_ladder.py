@@ -22,7 +22,7 @@ WORDS = ["tea", "coffee", "mug", None]
 NUMBERS = [0.0, 1.0, 2.5, None]
 BLEND = {"weights": dict.fromkeys(("popularity", "recent_popularity", "recency", "count_recency", "repeat"), 0.0) | {"taste": 1.0, "own": 1.0, "count": 1.0},
          "intercept": -1.0, "half_life_days": 30.0, "popularity_half_life_days": 30.0, "facts": {}}
-CALM = settings(deadline=None, max_examples=250, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+CALM = settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 # ---- random shops and questions

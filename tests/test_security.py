@@ -246,7 +246,7 @@ def test_a_browser_may_call_from_the_named_origin_alone(service):
 def test_headers_that_browsers_heed(service):
     answer = service.client.get("/recommend/1", headers=service.sign("read"))
     assert answer.headers["cache-control"] == "no-store" and answer.headers["x-frame-options"] == "DENY"
-    assert "script-src 'self';" in answer.headers["content-security-policy"] and "script-src 'self' 'unsafe-inline'" in service.client.get("/docs").headers["content-security-policy"]
+    assert "default-src 'self';" in answer.headers["content-security-policy"] and "unsafe" not in answer.headers["content-security-policy"] and "script-src 'self' 'unsafe-inline'" in service.client.get("/docs").headers["content-security-policy"]
     assert "server" not in answer.headers or "product" not in answer.headers["server"]
 
 

@@ -37,9 +37,19 @@ def postgres(tmp_path_factory):
     server.ensure_pgdata_inited()
     with open(server.pgdata / "postgresql.conf", "a") as settings:
         settings.write("fsync = off\nshared_buffers = 16MB\n")  # it is the client that dies here, never the machine
-    server.start()
+    start(server)
     yield server
     server.cleanup()
+
+
+def start(server):
+    "Its own limit of ten seconds can be too short on a machine that has much else to do."
+    for last in (False, False, True):
+        try:
+            return server.start()
+        except subprocess.SubprocessError:
+            if last:
+                raise
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -139,7 +149,7 @@ WORKER = """
 import sys
 from product_recs.changes import Changes
 from product_recs.store import Store
-changes = Changes(Store(sys.argv[1]), poll=3600).start()
+changes = Changes(Store(sys.argv[1]), wait=30, poll=3600).start()
 print("ready", flush=True)
 for line in sys.stdin:
     state = changes.state(int(line))
@@ -181,7 +191,7 @@ def test_ids_come_back_as_they_were(url, opened):
     assert all(type(event.item_id) is type(id) for event, id in zip(found, ids))
     assert [len(store.history(id)) for id in ids] == [1] * len(ids)
     assert store.set_availability(dict.fromkeys(ids, False)) == len(ids) and store.availability() == dict.fromkeys(ids, False)
-    changes = opened(Changes(store).start())
+    changes = opened(Changes(store, wait=30).start())
     assert changes.availability().unavailable == frozenset(ids) and all(changes.state(id).events[0].item_id == id for id in ids)
 
 
@@ -225,7 +235,7 @@ def test_a_list_is_kept_whole_or_not_at_all(url, opened):
 def test_random_feedback_is_followed_without_a_gap(url, opened):
     "A view that followed every change, one that reads only now, and a plain account in Python agree."
     store, draw = opened(Store(url)), random.Random(5)
-    follower = opened(Changes(store).start())
+    follower = opened(Changes(store, wait=30).start())
     account, denied, forgotten = {}, {}, set()
     for step in range(120):
         user, item = draw.randrange(4), draw.randrange(6)
@@ -242,7 +252,7 @@ def test_random_feedback_is_followed_without_a_gap(url, opened):
                 (set.add if kind == "deny" else set.discard)(denied.setdefault(user, set()), item)
         if step % 7 == 0:
             assert [(event.item_id, event.event) for event in follower.state(user).events] == account.get(user, [])
-    for changes in (follower, opened(Changes(store).start())):
+    for changes in (follower, opened(Changes(store, wait=30).start())):
         for user in range(4):
             state = changes.state(user)
             assert [(event.item_id, event.event) for event in state.events] == account.get(user, [])
@@ -253,7 +263,7 @@ def test_another_machine_is_followed_by_asking(url, tmp_path, opened):
     "A machine of its own has a counter of its own."
     here, there = opened(Store(url).open()), opened(Store(url))
     there._counter = Counter(tmp_path / "counter")
-    changes = opened(Changes(here, poll=0.05).start())
+    changes = opened(Changes(here, wait=30, poll=0.05).start())
     there.add_events([NewEvent(1, 101)])
     until(lambda: changes.state(1).events)
     assert here.counter.value == 0
@@ -262,18 +272,20 @@ def test_another_machine_is_followed_by_asking(url, tmp_path, opened):
 def test_a_stopped_database_is_survived(postgres, postgres_url, opened):
     store = opened(Store(postgres_url))
     store.add_events([NewEvent(1, 101)])
-    changes, log = opened(Changes(store, poll=0.1).start()), opened(ImpressionLog(store, every=0.05).start())
+    changes, log = opened(Changes(store, wait=30, poll=0.1).start()), opened(ImpressionLog(store, every=0.05).start())
     postgres.stop()
-    with pytest.raises(StoreError) as error:
-        store.add_events([NewEvent(1, 102, key="again")])
-    assert "add_events" in str(error.value)
-    until(lambda: changes.stale)
-    assert [event.item_id for event in changes.state(1).events] == [101] and changes.failures == 1 and changes.error
-    log.add("r1", 1, "v1", "popular", [101])
-    asleep = opened(Changes(Store(postgres_url), poll=0.1).start())  # a worker that starts meanwhile
-    assert asleep.stale and asleep.state(1).events == ()
-    time.sleep(0.3)
-    postgres.start()
+    try:
+        with pytest.raises(StoreError) as error:
+            store.add_events([NewEvent(1, 102, key="again")])
+        assert "add_events" in str(error.value)
+        until(lambda: changes.stale)
+        assert [event.item_id for event in changes.state(1).events] == [101] and changes.failures == 1 and changes.error
+        log.add("r1", 1, "v1", "popular", [101])
+        asleep = opened(Changes(Store(postgres_url), poll=0.1).start())  # a worker that starts meanwhile
+        assert asleep.stale and asleep.state(1).events == ()
+        time.sleep(0.3)
+    finally:
+        start(postgres)
     assert store.add_events([NewEvent(1, 102, key="again")]) == ["accepted"]
     for view in (changes, asleep):
         until(lambda view=view: not view.stale)
@@ -298,7 +310,7 @@ def test_a_silent_database_delays_one_request_only(postgres_url, opened):
         assert waits == [0.2] and changes.stale and "in time" in changes.error
     until(lambda: not changes.stale)
     store.add_events([NewEvent(1, 102)])
-    assert [event.item_id for event in changes.state(1).events] == [101, 102]
+    until(lambda: [event.item_id for event in changes.state(1).events] == [101, 102])
 
 
 def test_a_broken_sqlite_file_is_an_error_and_mends(tmp_path, opened):
@@ -308,7 +320,7 @@ def test_a_broken_sqlite_file_is_an_error_and_mends(tmp_path, opened):
     store.close()
     kept = path.read_bytes()
     path.write_bytes(b"not a database, whatever the name says" * 100)
-    changes = opened(Changes(store, poll=0.05).start())
+    changes = opened(Changes(store, wait=30, poll=0.05).start())
     assert changes.stale and "not a database" in changes.error and changes.state(1).events == ()
     path.write_bytes(kept)
     until(lambda: not changes.stale)
@@ -323,7 +335,7 @@ def test_a_backup_is_noticed(tmp_path, opened):
     store.close()
     backup = path.read_bytes()
     store.add_events([NewEvent(1, 102), NewEvent(2, 103)])
-    changes = opened(Changes(store, poll=0.05).start())
+    changes = opened(Changes(store, wait=30, poll=0.05).start())
     assert len(changes.state(1).events) == 2
     changes.store = Store(f"sqlite:///{tmp_path}/restored.db")
     (tmp_path / "restored.db").write_bytes(backup)
@@ -389,7 +401,7 @@ def test_what_was_accepted_is_in_the_next_model_and_new_to_no_one(url, tmp_path,
     store.open()
     ledger, first = train("first")
     assert (ledger.rows_read, ledger.rows_forgotten) == (72, 0) and first.users.row(99) is None
-    changes = opened(Changes(store, first.manifest["data"]["feedback_until"]).start())
+    changes = opened(Changes(store, first.manifest["data"]["feedback_until"], wait=30).start())
     store.add_events([NewEvent(99, 101, "cart", 2), NewEvent(99, 103), NewEvent(1, 101, "deny"), NewEvent("a guest", 101)])
     store.forget(2)
     assert len(changes.state(99).events) == 2 and changes.state(2).forgotten
