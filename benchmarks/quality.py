@@ -131,7 +131,7 @@ def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: 
              "Models of this project are bold.", "", "| model | Recall@20 | NDCG@20 | training, seconds | parameters, or source |", "|---|---|---|---|---|"]
     lines += [f"| {name} | {recall:.4f} | {ndcg:.4f} | {seconds} | {note} |" for recall, ndcg, name, seconds, note in sorted(rows, key=lambda row: row[:2])]
     half = max((high - low)/2 for r in results for low, high in zip(r["low"], r["high"]))
-    return "\n".join(lines) + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less.\n"
+    return "\n".join(lines) + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less. Training seconds are of one run and hold for the machine and its load.\n"
 
 
 def main() -> None:

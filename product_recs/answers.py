@@ -10,11 +10,13 @@ __all__ = ['Id', 'EventName', 'Task', 'plain', 'as_id', 'SessionEvent', 'NumberR
            'ReasonShare', 'ExplainAnswer', 'AvailabilityItem', 'ReloadAnswer']
 
 # %% ../nbs/06_answers.ipynb #720c8870
+import re
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, Strict, StrictBool, StrictInt, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from .core import IdTable
 from .events import Event
@@ -35,11 +37,13 @@ def plain(
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 # %% ../nbs/06_answers.ipynb #abedc06e
-def _storable(text:str)->str:
-    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or ord(c) == 127 for c in text): raise ValueError("an id holds no control characters and no lone surrogates")
-    return text
+def _id(value:Any)->int|str:
+    if type(value) is int and -2**63 <= value < 2**63: return value
+    if type(value) is str and 1 <= len(value) <= 512 and not re.search("[\x00-\x1f\x7f\ud800-\udfff]", value): return value
+    raise PydanticCustomError("id", "an id is a whole number of 64 bits or a text of 1 to 512 characters, without control characters and lone surrogates")
 
-Id = Annotated[StrictInt, Field(ge=-2**63, lt=2**63)] | Annotated[StrictStr, StringConstraints(min_length=1, max_length=512), AfterValidator(_storable)]
+Id = Annotated[int | str, PlainValidator(_id), WithJsonSchema({"anyOf": [
+    {"type": "integer", "minimum": -2**63, "maximum": 2**63 - 1}, {"type": "string", "minLength": 1, "maxLength": 512, "pattern": "^[^\\u0000-\\u001f\\u007f]+$"}]})]
 
 def as_id(
     table:IdTable|None, # of the model; None: there is no model yet
@@ -51,6 +55,11 @@ def as_id(
 
 # %% ../nbs/06_answers.ipynb #2ba777fb
 EventName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_-]{0,49}$")]
+_Number = Annotated[float, Strict()] # a whole number fits too
+
+def _iso(value:Any)->Any:
+    if value is None or isinstance(value, datetime) or (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value)): return value
+    raise PydanticCustomError("iso", "a time is ISO 8601, such as 2026-01-31T12:00:00Z")
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -59,14 +68,14 @@ class SessionEvent(_Strict):
     "Something that the user did just now, for this answer only; it is not stored."
     item_id: Id
     event: EventName = Field("view", description="view, cart, purchase, ...")
-    quantity: float = Field(1.0, gt=0, le=1_000_000)
+    quantity: _Number = Field(1.0, gt=0, le=1_000_000)
 
     def to_event(self, items:IdTable)->Event: return Event(as_id(items, self.item_id), self.event, self.quantity)
 
 class NumberRange(_Strict):
     "From `min` to `max`, both included."
-    min: float | None = None
-    max: float | None = None
+    min: _Number | None = None
+    max: _Number | None = None
 
 class FilterRules(_Strict):
     "What may come back; all rules hold together."
@@ -74,7 +83,7 @@ class FilterRules(_Strict):
     deny: list[Id] = Field([], max_length=10_000, description="items that must not come")
     allow: list[Id] | None = Field(None, max_length=10_000, description="the only items that may come")
     where: dict[str, list[StrictBool | StrictInt | float | str] | NumberRange] = Field({}, description="attribute -> its allowed values, or a range of numbers", max_length=20)
-    max_per: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="attribute -> most items that share one value of it", max_length=5)
+    max_per: dict[str, Annotated[StrictInt, Field(ge=1)]] = Field({}, description="attribute -> most items that share one value of it", max_length=5)
 
     def to_filters(self, items:IdTable)->Filters:
         "As the ranking takes them."
@@ -95,7 +104,7 @@ def recommend_body(
         model_config = ConfigDict(json_schema_extra={"examples": [
             {"users": [1], "n": 5, "filters": {"max_per": {"category": 2}}}, {"events": [{"item_id": 101, "event": "cart"}], "n": 5, "detail": True}]})
         users: list[Id] | None = Field(None, min_length=1, max_length=max_batch, description="absent: one guest, known by `events` only")
-        n: int = Field(default_n, ge=1, le=max_n)
+        n: StrictInt = Field(default_n, ge=1, le=max_n)
         task: Task = "discovery"
         events: list[SessionEvent] = Field([], max_length=min(max_batch, 200), description="of this session; with `users`, they count for each of them")
         filters: FilterRules = Field(default_factory=FilterRules)
@@ -109,8 +118,8 @@ class FeedbackEvent(_Strict):
     user_id: Id
     item_id: Id
     event: EventName = Field("purchase", description="view, cart, purchase, ...; `deny`: never show it to this user, `undeny`: do again")
-    quantity: float = Field(1.0, gt=0, le=1_000_000)
-    timestamp: datetime | None = Field(None, description="ISO 8601, without a zone it is UTC, not in the future; absent: now")
+    quantity: _Number = Field(1.0, gt=0, le=1_000_000)
+    timestamp: Annotated[datetime | None, BeforeValidator(_iso)] = Field(None, description="ISO 8601, without a zone it is UTC, not in the future; absent: now")
 
     def to_event(self, users:IdTable|None, items:IdTable|None)->NewEvent:
         "As the store takes it; a `FeedbackError` names the field that it does not take."

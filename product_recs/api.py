@@ -72,7 +72,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         return response
 
     @app.post("/recommend", response_model=RecommendAnswer, tags=["recommendations"], summary="For guests, sessions, filters, many users",
-              responses=documented("One result a user, in the order asked.", 400, 413, 422, 503))
+              responses=documented("One result a user, in the order asked.", 400, 413, 415, 422, 503))
     async def recommend_many(request:Request, body:Body):
         model, results = service.live.get(), []
         session = [event.to_event(model.bundle.items) for event in body.events]
@@ -212,5 +212,5 @@ def serve(
     values = settings.model_dump(mode="json") | {"models_dir": str(resolve_path(settings.models_dir)), "api_keys_file": str(resolve_path(settings.api_keys_file)), "port": port}
     os.environ.update({f"PRODUCT_RECS_{name.upper()}": value if isinstance(value, str) else json.dumps(value) for name, value in values.items()})
     with shared_folder(settings.workers):
-        uvicorn.run("product_recs.api:create_app", factory=True, host=settings.host, port=port, workers=settings.workers, access_log=False, server_header=False,
+        uvicorn.run("product_recs.api:create_app", factory=True, host=settings.host, port=port, http="product_recs.web:BoundedHttp", workers=settings.workers, access_log=False, server_header=False,
                     log_config=log_config(settings.log_level), log_level=None, timeout_graceful_shutdown=10, timeout_worker_healthcheck=30)

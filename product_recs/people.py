@@ -93,7 +93,7 @@ def add_feedback(
         model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"items": [{"item_id": 101, "available": False}]}]})
         items: list[AvailabilityItem] = Field(min_length=1, max_length=service.settings.max_batch)
 
-    @app.post("/availability", tags=["feedback"], summary="Tell which items can be bought", responses=documented("Done; it counts at the next request.", 400, 413, 422, 503, model=False))
+    @app.post("/availability", tags=["feedback"], summary="Tell which items can be bought", responses=documented("Done; it counts at the next request.", 400, 413, 415, 422, 503, model=False))
     async def post_availability(body:AvailabilityRequest):
         _, items = tables(service)
         changes = {as_id(items, one.item_id): one.available for one in body.items}

@@ -112,7 +112,7 @@ class Store(_Training):
         items = {to_text(checked_id(item, "item_id")): bool(available) for item, available in items.items()}
         with self.transaction("set_availability", write=True) as connection:
             seq, now = tick(connection, len(items))
-            known = dict(connection.execute(select(AVAILABILITY.c.item_id, AVAILABILITY.c.available)).tuples().all())
+            known = dict(connection.execute(select(AVAILABILITY.c.item_id, AVAILABILITY.c.available)).all())
             changed = [dict(item_id=item, available=available, at=now, seq=number) for number, (item, available) in enumerate(items.items(), seq) if known.get(item) is not available]
             if changed:
                 connection.execute(delete(AVAILABILITY).where(AVAILABILITY.c.item_id == bindparam("item")), [{"item": row["item_id"]} for row in changed])
@@ -133,7 +133,7 @@ class Store(_Training):
         if not rows: return 0
         with self.transaction("add_impressions", write=True) as connection:
             tick(connection)
-            forgotten = dict(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.at)).tuples().all())
+            forgotten = dict(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.at)).all())
             rows = [row for row in rows if row["at"] > forgotten.get(row["user_id"], -1)]
             if rows: connection.execute(insert(IMPRESSIONS), rows)
         return len(rows)

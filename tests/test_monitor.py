@@ -24,7 +24,7 @@ import asyncio, os
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from product_recs.core import Settings
-from product_recs.monitor import Measured, Metrics, log_config, shared_folder, workers_folder
+from product_recs.monitor import Metrics, log_config, shared_folder, workers_folder
 from product_recs.security import Guard
 from product_recs.web import RequestLog, http_problem, log_to_stdout, parameter_problem
 
@@ -56,8 +56,7 @@ def create_app():
     app.add_exception_handler(HTTPException, http_problem)
     app.add_exception_handler(RequestValidationError, parameter_problem)
     app.add_middleware(Guard, settings=settings, shared_folder=workers_folder())
-    app.add_middleware(Measured, metrics=metrics)
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, observe=lambda line, seconds: metrics.observe(line["route"], line["method"], line["status"] or 499, seconds))
     return app
 
 if __name__ == "__main__":

@@ -41,11 +41,13 @@ def tuned(tmp_path_factory):
     said = []
     papermill = ("papermill", "nbs/11_tune.ipynb", "reports/again.ipynb", "-f", "tune.yaml", "-p", "budget_minutes", "4")
     (root/"tune.yaml").write_text("".join(line + "\n" for line in QUICK.splitlines() if line.split(":")[0] in ("max_trials", "max_factors", "max_iterations", "max_users", "test_seeds", "bootstrap")))
-    for command in (("product-recs", "tune", "--name", "sample", "-f", "quick.yaml", "--minutes", "3", "--quiet"), papermill):
-        done = call(root, *command)
-        assert done.returncode == 0, done.stderr
-        said.append((done.stdout, json.loads((root/"reports"/"sample"/"metrics.json").read_text())))
-    return root, said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPENBLAS_NUM_THREADS", "1") # of the processes, in all tests of this file
+        for command in (("product-recs", "tune", "--name", "sample", "-f", "quick.yaml", "--minutes", "3", "--quiet"), papermill):
+            done = call(root, *command)
+            assert done.returncode == 0, done.stderr
+            said.append((done.stdout, json.loads((root/"reports"/"sample"/"metrics.json").read_text())))
+        yield root, said
 
 
 def test_a_second_call_goes_on(tuned):
