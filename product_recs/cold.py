@@ -12,7 +12,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import duckdb
-import numpy as np
 
 from .core import IdTable
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISCOVERY', 'NEXT_PURCHASE', 'TASKS', 'SEGMENT_USERS', 'SEGMENT_SAMPLE', 'SEGMENT_BYTES', 'COUNTED', 'UNLIKE',
            'Request', 'content_scores', 'segment', 'segment_scores', 'Scored', 'score_request', 'answer', 'prepared',
-           'described', 'check_words', 'similar_by_content']
+           'described', 'has_news', 'check_words', 'similar_by_content']
 
 # %% ../nbs/05_ladder.ipynb #e2171af4
 from collections.abc import Mapping, Sequence
@@ -178,6 +178,15 @@ def described(
         kinds = model.user_attributes.kinds
         attributes = {name: value for name, value in told.items() if value is not None and kinds.get(name) in (TEXT, YES_NO)} | dict(attributes)
     return request if items == request.new_items and attributes is request.attributes else replace(request, new_items=items, attributes=attributes)
+
+def has_news(
+    model:Recommender,
+    request:Request,
+)->bool: # False: `described` would give the same request
+    "Does the question hold ids for which cold rows must be read? This looks at the model only and takes microseconds."
+    bundle = model.bundle
+    return (bundle.cold_users.path is not None and request.user is not None and bundle.users.row(request.user) is None) or \
+        bool(request.new_items) or (bundle.cold_items.path is not None and any(bundle.items.row(event.item_id) is None for event in (*request.state.events, *request.session)))
 
 def check_words(
     table:Attributes, # of the items or the users
