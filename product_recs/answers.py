@@ -93,6 +93,8 @@ class FilterRules(_Strict):
 
 # %% ../nbs/06_answers.ipynb #27b4c49d
 Task = Literal["discovery", "next_purchase"]
+_Word = StrictBool | StrictInt | _Number | Annotated[str, Strict(), StringConstraints(max_length=1000)] | None
+_Words = Annotated[dict[str, _Word], Field(max_length=100)] # column -> value
 
 def recommend_body(
     max_n:int, default_n:int, # items in an answer
@@ -102,13 +104,20 @@ def recommend_body(
     class RecommendRequest(_Strict):
         "For whom, what they did in this session, and what may come back."
         model_config = ConfigDict(json_schema_extra={"examples": [
-            {"users": [1], "n": 5, "filters": {"max_per": {"category": 2}}}, {"events": [{"item_id": 101, "event": "cart"}], "n": 5, "detail": True}]})
+            {"users": [1], "n": 5, "filters": {"max_per": {"category": 2}}}, {"events": [{"item_id": 101, "event": "cart"}], "n": 5, "detail": True},
+            {"events": [{"item_id": 900001, "event": "view"}], "items": {"900001": {"category": "coffee"}}, "n": 5}]})
         users: list[Id] | None = Field(None, min_length=1, max_length=max_batch, description="absent: one guest, known by `events` only")
         n: StrictInt = Field(default_n, ge=1, le=max_n)
         task: Task = "discovery"
         events: list[SessionEvent] = Field([], max_length=min(max_batch, 200), description="of this session; with `users`, they count for each of them")
+        attributes: _Words = Field({}, description="what is known of the guest, column of the users file -> value, such as {\"age\": \"35-44\"}; with `users`, of each whom the model does not know")
+        items: dict[str, _Words] = Field({}, max_length=200, description="what is known of new items in `events`, item id -> column of the products file -> value; nothing is stored")
         filters: FilterRules = Field(default_factory=FilterRules)
         detail: StrictBool = False
+
+        def told(self, items:IdTable)->dict:
+            "`attributes` and `new_items`, as the ladder takes them; the columns are still to be checked."
+            return {"attributes": self.attributes, "new_items": {as_id(items, item): words for item, words in self.items.items()}}
     return RecommendRequest
 
 # %% ../nbs/06_answers.ipynb #59627ada

@@ -26,7 +26,7 @@ from .answers import (DetailedRecommendationList, DetailedSimilarList, ExplainAn
                                   Task, as_id, plain, recommend_body)
 from .core import ProductRecsError, Settings, one_blas_thread, resolve_path
 from .inference import Recommendations, Recommender, UnknownItem
-from .ladder import Request as Question
+from .ladder import Request as Question, check_words
 from .monitor import log_config, shared_folder, workers_folder
 from .people import add_feedback, add_items, add_people
 from .security import Guard, Keys, auth_required, describe_keys
@@ -79,7 +79,10 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         session = [event.to_event(model.bundle.items) for event in body.events]
         filters = body.filters.to_filters(model.bundle.items)
         users = body.users if body.users is not None else [None]
-        asks = [service.question(None if user is None else as_id(model.bundle.users, user), body.n, body.task, session, filters) for user in users]
+        told = body.told(model.bundle.items)
+        check_words(model.user_attributes, told["attributes"], "attributes")
+        for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
+        asks = [service.question(None if user is None else as_id(model.bundle.users, user), body.n, body.task, session, filters, **told) for user in users]
         def result(asked:Question, found:Recommendations)->dict:
             facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
             return facts | ({"items": service.ranked(model, found, asked)} if body.detail else {})
@@ -98,11 +101,12 @@ def _add_others(app:FastAPI, service:Service)->None:
     N, Detail, TaskName, n_default = _parameters(service.settings)
 
     @app.get("/similar/{item_id}", response_model=SimilarList | DetailedSimilarList, tags=["recommendations"],
-             summary="Items like an item", responses=documented("Most similar first.", 404, 422, 503))
+             summary="Items like an item", responses=documented("Most similar first. For an item of the products file that has no interactions, source `content`: the known items that share its attributes.", 404, 422, 503))
     async def similar(request:Request, item_id:id_in_path("101", "an item of the model"), n:N=n_default, detail:Detail=False):
         model = service.live.get()
         item = as_id(model.bundle.items, path_id(request.scope, -1))
-        found = service.similar(model, item, n)
+        known = model.bundle.items.row(item) is not None
+        found = service.similar(model, item, n) if known else await run_in_threadpool(service.similar, model, item, n) # reads a file
         return _respond(model, found, _body(service, model, found, detail, item_id=item, similar=found.items))
 
     @app.get("/popular", response_model=PopularList, tags=["recommendations"], summary="What most users have", responses=documented("Most users first.", 422, 503))

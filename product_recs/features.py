@@ -131,6 +131,8 @@ class Features:
     interactions: Path         # folder of the ingested interactions
     mean_total: float|None=None # mean sum of a user in `all` before BM25, which a later event needs; None: another weighting
     feedback_until: str|None=None # UTC; what the feedback store received until then is in the interactions
+    cold_items: Path|None=None # file of the rows of the products file that have no row in the matrices; None: there are none
+    cold_users: Path|None=None # likewise of the users file
 
 def item_attributes(
     features:Features,
@@ -168,6 +170,16 @@ def _id_table(database, key:str, other:str, attributes:Path, out:Path)->None:
         join = f"LEFT JOIN {_file(attributes)} a USING ({key})"
     quoted = str(out).replace("'", "''")
     database.execute(f"COPY (SELECT t.* EXCLUDE (row){extra} FROM {table} t {join} ORDER BY t.row) TO '{quoted}' (FORMAT parquet)")
+    if attributes.exists(): _cold_rows(database, key, attributes, out)
+
+def _cold_rows(database, key:str, attributes:Path, table:Path)->None:
+    "The rows of the attributes that the id table does not have, beside it as `cold_users.parquet` or `cold_items.parquet`; no file where there are none."
+    names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {_file(attributes)}").fetchall()]
+    kept = ", ".join(f'a."{name}"' for name in names if name not in ("row", "popularity", "first_seen", "last_seen"))
+    cold = f"{_file(attributes)} a ANTI JOIN {table.stem} USING ({key})"
+    if not database.execute(f"SELECT count(*) FROM {cold}").fetchone()[0]: return
+    out = str(table.with_name(f"cold_{table.name}")).replace("'", "''")
+    database.execute(f"COPY (SELECT {kept} FROM {cold} ORDER BY {key}) TO '{out}' (FORMAT parquet, ROW_GROUP_SIZE 10240)")
 
 def _fetch_rows(database, pairs:str)->dict[str, np.ndarray]:
     "Columns of `pairs` with row numbers for ids, in row order."
@@ -252,7 +264,8 @@ def open_features(
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots,
         validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape), split=facts["split"], parameters=facts["parameters"],
         fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
-        mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"))
+        mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"),
+        **{name: file if (file := path/f"{name}.parquet").exists() else None for name in ("cold_items", "cold_users")})
 
 # %% ../nbs/02_features.ipynb #3f8d95a6
 def ensure_features(

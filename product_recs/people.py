@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from .answers import (AvailabilityItem, EventsAnswer, FeedbackEvent, Forgotten, FoundItems, History, ItemFacts, UserSample, as_id, plain)
 from .core import BundleError, IdTable, ProductRecsError
+from .filters import is_available
 from .inference import Recommender, UnknownItem
 from .service import Service
 from .store import FeedbackError, NewEvent, StoredEvent
@@ -116,7 +117,9 @@ def history(
 def _named(model:Recommender|None, item:int|str)->dict:
     "Title and category of an item, where they are known."
     row, columns = (model.bundle.items.row(item), model.bundle.item_columns) if model else (None, {})
-    text = lambda name: None if row is None or name not in columns or (value := plain(columns[name][row])) is None else str(value)
+    cold = model.bundle.cold_items.get(item) if model and row is None else None
+    told = lambda name: plain(columns[name][row]) if row is not None and name in columns else (cold or {}).get(name)
+    text = lambda name: None if (value := told(name)) is None else str(value)
     return {"title": text("title"), "category": text("category")}
 
 def _trained(model:Recommender, row:int, limit:int)->list[dict]:
@@ -143,7 +146,7 @@ def add_people(
         model = service.live.get() if users else None
         user = as_id(users, path_id(request.scope, -2))
         recent = await service.stored("history", user, limit) if service.store else []
-        return history(model, user, service.state(user), recent, limit)
+        return await run_in_threadpool(history, model, user, service.state(user), recent, limit)
 
     @app.delete("/users/{user_id}", response_model=Forgotten, tags=["people"], summary="Forget a person",
                 responses=documented("Nothing that was known of them is used any more; a second time does no harm.", 422, 503, model=False))
@@ -165,39 +168,46 @@ def item_facts(
 )->dict: # as `ItemFacts`
     "One item, or an `UnknownItem`."
     row = model.bundle.items.row(item)
-    if row is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
-    columns = {name: plain(values[row]) for name, values in model.bundle.item_columns.items()}
+    cold = model.bundle.cold_items.get(item) if row is None else None
+    if row is None and cold is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
+    columns = {name: plain(value) for name, value in cold.items()} if row is None else {name: plain(values[row]) for name, values in model.bundle.item_columns.items()}
+    for_sale = bool(model.candidates[row]) if row is not None else bool(is_available(np.array([columns.get("available")], object))[0])
     title, shelf = columns.pop("title", None), service.shelf()
-    available = item in shelf.available or (bool(model.candidates[row]) and item not in shelf.unavailable)
+    available = item in shelf.available or (for_sale and item not in shelf.unavailable)
     return {"item_id": item, "title": None if title is None else str(title), "attributes": columns, "available": available}
 
 def find_items(
     model:Recommender,
     query:str,
     limit:int,
-)->list[dict]: # as `FoundItem`, the most popular first
+)->list[dict]: # as `FoundItem`, the most popular first, behind them those without interactions
     "Items by words of their title, or by id."
     bundle, words = model.bundle, query.lower().split()
     if "_titles" not in vars(model): # once a model: the titles in lower case, each word after a space
         titles = bundle.item_columns.get("title", np.full(len(bundle.items), None, object))
         model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in titles], object)
     rows = [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)] if words else []
-    exact = bundle.items.row(bundle.items.parse(query.strip()))
+    wanted = bundle.items.parse(query.strip())
+    exact = bundle.items.row(wanted)
     rows = ([exact] if exact is not None else []) + [row for row in rows if row != exact]
     popular = bundle.item_columns["popularity"]
     rows.sort(key=lambda row: (row != exact, -popular[row], row))
-    return [{"item_id": bundle.items[row], **_named(model, bundle.items[row])} for row in rows[:limit]]
+    found, cold = bundle.items.take(rows[:limit]), bundle.cold_items
+    if len(found) < limit: found += cold.find(words, limit - len(found))
+    if exact is None and cold.get(wanted) is not None: found = [wanted, *(item for item in found if item != wanted)][:limit]
+    return [{"item_id": item, **_named(model, item)} for item in found]
 
 def add_items(
     app:FastAPI,
     service:Service,
 )->None:
     "One item, and the search."
-    @app.get("/items/{item_id}", response_model=ItemFacts, tags=["items"], summary="One item", responses=documented("What the products file told of it.", 404, 422, 503, model=False))
+    @app.get("/items/{item_id}", response_model=ItemFacts, tags=["items"], summary="One item", responses=documented("What the products file told of it, also where nobody has bought it yet.", 404, 422, 503, model=False))
     async def one_item(request:Request, item_id:id_in_path("101", "an item of the model")):
         model = service.live.get()
-        return item_facts(service, model, as_id(model.bundle.items, path_id(request.scope, -1)))
+        item = as_id(model.bundle.items, path_id(request.scope, -1))
+        return item_facts(service, model, item) if model.bundle.items.row(item) is not None else await run_in_threadpool(item_facts, service, model, item) # reads a file
 
-    @app.get("/items", response_model=FoundItems, tags=["items"], summary="Find items by words of their title", responses=documented("The most popular first.", 422, 503, model=False))
+    @app.get("/items", response_model=FoundItems, tags=["items"], summary="Find items by words of their title", responses=documented("The most popular first, then those that nobody has bought yet.", 422, 503, model=False))
     async def search_items(query:Annotated[str, Query(min_length=1, max_length=200, description="words of the title, or an id", openapi_examples={"sample": {"value": "milk"}})], limit:Annotated[int, Query(ge=1, le=100)]=20):
         return {"items": await run_in_threadpool(find_items, service.live.get(), query, limit)}
