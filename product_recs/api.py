@@ -26,7 +26,7 @@ from .answers import (DetailedRecommendationList, DetailedSimilarList, ExplainAn
                                   Task, as_id, plain, recommend_body)
 from .core import ProductRecsError, Settings, one_blas_thread, resolve_path
 from .inference import Recommendations, Recommender, UnknownItem
-from .ladder import check_words
+from .ladder import Request as Question, check_words
 from .monitor import log_config, shared_folder, workers_folder
 from .people import add_feedback, add_items, add_new, add_people
 from .security import Guard, Keys, auth_required, describe_keys
@@ -75,7 +75,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
     @app.post("/recommend", response_model=RecommendAnswer, tags=["recommendations"], summary="For guests, sessions, filters, many users",
               responses=documented("One result a user, in the order asked.", 400, 413, 415, 422, 503))
     async def recommend_many(request:Request, body:Body):
-        model, results = service.live.get(), []
+        model = service.live.get()
         session = [event.to_event(model.bundle.items) for event in body.events]
         filters = body.filters.to_filters(model.bundle.items)
         users = body.users if body.users is not None else [None]
@@ -83,13 +83,17 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         check_words(model.user_attributes, told["attributes"], "attributes")
         for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
         asks = [service.question(None if user is None else as_id(model.bundle.users, user), body.n, body.task, session, filters, **told) for user in users]
-        # many users would hold up everybody else: they are ranked in a thread of their own
-        answers = [await service.answer(model, asks[0])] if len(asks) == 1 else await run_in_threadpool(service.answer_all, model, asks)
-        for asked, found in zip(asks, answers):
-            service.shown(request.scope, model, asked.user, found.source, found.items, found.shortfall is not None)
+        def result(asked:Question, found:Recommendations)->dict:
             facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
-            results.append(facts | ({"items": service.ranked(model, found, asked)} if body.detail else {}))
-        return JSONResponse({"results": results}, headers={"X-Model-Version": model.bundle.version, "X-Recommendation-Source": ",".join(dict.fromkeys(one["source"] for one in results))})
+            return facts | ({"items": service.ranked(model, found, asked)} if body.detail else {})
+
+        def response()->Response:
+            results = [result(asked, found) for asked, found in zip(asks, service.answer_all(model, asks))]
+            for one in results: service.shown(request.scope, model, one["user_id"], one["source"], one["recommendations"], one["shortfall"] is not None)
+            return JSONResponse({"results": results}, headers={"X-Model-Version": model.bundle.version, "X-Recommendation-Source": ",".join(dict.fromkeys(one["source"] for one in results))})
+
+        # many users would hold up everybody else: they are ranked in a thread of their own
+        return response() if len(asks) == 1 else await run_in_threadpool(response)
 
 # %% ../nbs/06_api.ipynb #e85f25c2
 def _add_others(app:FastAPI, service:Service)->None:

@@ -246,7 +246,7 @@ class Guard:
         self.origins = {origin.encode() for origin in settings.cors_origins}
         self._entry = self._check if not self.origins else CORSMiddleware(
             self._check, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID"],
-            expose_headers=["X-Model-Version", "X-Recommendation-Source", "X-Recommendation-Shortfall", "X-Request-ID", "Retry-After"], max_age=600)
+            expose_headers=["X-Model-Version", "X-Recommendation-Source", "X-Recommendation-Shortfall", "X-Feedback-Stale", "X-Request-ID", "Retry-After"], max_age=600)
 
     async def __call__(self, scope, receive, send):
         await (self._entry if scope["type"] == "http" else self.app)(scope, receive, send)

@@ -262,14 +262,19 @@ class Service(_KeptAnswers):
     async def stored(self, operation:str, *given):
         "An operation of the store in a thread of its own; a failure is counted."
         if self.store is None: raise StoreError("there is none: PRODUCT_RECS_DATABASE_URL is empty")
-        try: return await run_in_threadpool(getattr(self.store.open(), operation), *given)
+        try: return await run_in_threadpool(getattr(self.store, operation), *given) # which opens it, where that is still to be done
         except StoreError:
             self.metrics.store_error(operation)
             raise
 
+    @property
+    def stale(self)->bool:
+        "Is there feedback, or may there be, that this worker has not read?"
+        return self.changes is not None and self.changes.stale
+
     def figures(self)->bytes:
         "The text for `/metrics`."
-        if self.changes: self.metrics.store_stale(self.changes.stale)
+        self.metrics.store_stale(self.stale)
         if self.impressions and (dropped := self.impressions.dropped - self._dropped):
             self.metrics.impressions_dropped(dropped)
             self._dropped += dropped
@@ -277,7 +282,7 @@ class Service(_KeptAnswers):
 
     def store_state(self)->str:
         "One word for the health routes: none, open or away."
-        return "none" if self.store is None else "away" if self.changes.stale else "open"
+        return "none" if self.store is None else "away" if self.stale else "open"
 
 # %% ../nbs/06_service.ipynb #edd16b4b
 def _question_of(scope:dict)->tuple: return scope["raw_path"], scope["query_string"]
@@ -291,9 +296,15 @@ class FastPath:
         self.app, self.service = app, service
 
     async def __call__(self, scope, receive, send):
-        kept = self.service.again(scope) if scope["type"] == "http" and scope["method"] == "GET" else None
-        if kept is None: return await self.app(scope, receive, send)
+        if scope["type"] != "http": return await self.app(scope, receive, send)
+        kept, service = self.service.again(scope) if scope["method"] == "GET" else None, self.service
+
+        async def send_on(message):
+            if message["type"] == "http.response.start" and service.stale: message["headers"] = [*message["headers"], (b"x-feedback-stale", b"true")]
+            await send(message)
+
+        if kept is None: return await self.app(scope, receive, send_on)
         scope["route_template"] = "/recommend/{user_id}"
-        await send({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
+        await send_on({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
         await send({"type": "http.response.body", "body": kept.body})
-        self.service.shown(scope, kept.model, kept.user, kept.source, kept.items, kept.short)
+        service.shown(scope, kept.model, kept.user, kept.source, kept.items, kept.short)

@@ -93,7 +93,8 @@ def documented(
     headers = {"X-Request-ID": header("the request's id in the log")}
     if model:
         headers |= {"X-Model-Version": header("version of the model that answered"), "X-Recommendation-Source": header("the rung that answered"),
-                    "X-Recommendation-Shortfall": header("only where there are fewer than n: why")}
+                    "X-Recommendation-Shortfall": header("only where there are fewer than n: why"),
+                    "X-Feedback-Stale": header("only where the newest feedback could not be read: true")}
     schema, found = Problem.model_json_schema(), {200: {"description": description, "headers": headers}}
     for status in sorted({*statuses, *_ALWAYS}):
         example = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": _EXAMPLES[status], "instance": "/path/of/the/request"}
