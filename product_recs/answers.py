@@ -6,8 +6,8 @@
 __all__ = ['Id', 'EventName', 'Task', 'plain', 'as_id', 'SessionEvent', 'NumberRange', 'FilterRules', 'recommend_body',
            'FeedbackEvent', 'EventStatus', 'EventsAnswer', 'RecommendationList', 'Reason', 'RankedItem',
            'DetailedRecommendationList', 'SimilarList', 'DetailedSimilarList', 'UserResult', 'RecommendAnswer',
-           'PopularList', 'ItemFacts', 'FoundItem', 'FoundItems', 'PastItem', 'History', 'Forgotten', 'UserSample',
-           'ReasonShare', 'ExplainAnswer', 'AvailabilityItem', 'ReloadAnswer']
+           'PopularList', 'NewList', 'ItemFacts', 'FoundItem', 'FoundItems', 'PastItem', 'History', 'Forgotten',
+           'UserSample', 'ReasonShare', 'ExplainAnswer', 'AvailabilityItem', 'ReloadAnswer']
 
 # %% ../nbs/06_answers.ipynb #720c8870
 import re
@@ -210,8 +210,17 @@ class PopularList(BaseModel):
     recommendations: list[int | str]
     items: list[RankedItem] | None = Field(None, description="with detail only")
 
+class NewList(BaseModel):
+    "Items that nobody has bought yet."
+    user_id: int | str | None
+    recommendations: list[int | str]
+    source: str = Field(description="`content`: by what they have in common with the user's items; `new`: the newest, or by title")
+    model_version: str
+    shortfall: str | None
+    items: list[RankedItem] | None = Field(None, description="with detail only")
+
 class ItemFacts(BaseModel):
-    "One item of the model."
+    "One item of the model or of the products file."
     item_id: int | str
     title: str | None
     attributes: dict[str, Any]

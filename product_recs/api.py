@@ -28,7 +28,7 @@ from .core import ProductRecsError, Settings, one_blas_thread, resolve_path
 from .inference import Recommendations, Recommender, UnknownItem
 from .ladder import Request as Question, check_words
 from .monitor import log_config, shared_folder, workers_folder
-from .people import add_feedback, add_items, add_people
+from .people import add_feedback, add_items, add_new, add_people
 from .security import Guard, Keys, auth_required, describe_keys
 from .service import FastPath, Service
 from .store import StoreError
@@ -186,7 +186,7 @@ def create_app(
     app.state.service = service
     handlers = {HTTPException: http_problem, RequestValidationError: parameter_problem, StoreError: _store_away, ProductRecsError: known_problem}
     for kind, handler in handlers.items(): app.add_exception_handler(kind, handler)
-    for add in (_add_recommend, _add_others, add_feedback, add_people, add_items, _add_operations): add(app, service)
+    for add in (_add_recommend, _add_others, add_feedback, add_people, add_items, add_new, _add_operations): add(app, service)
     _add_page(app)
     # the last one added is the outermost
     app.add_middleware(FastPath, service=service)

@@ -7,11 +7,12 @@ __all__ = ['NO_COLD', 'ColdTable']
 
 # %% ../nbs/00_cold.ipynb #32f13afb
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import duckdb
+import numpy as np
 
 from .core import IdTable
 
@@ -32,21 +33,24 @@ class _Rows:
     def _database(self)->duckdb.DuckDBPyConnection: return duckdb.connect(config={"threads": 1, "memory_limit": "256MB"})
 
     def _ask(self, sql:str, given:Sequence=())->duckdb.DuckDBPyConnection:
-        "Run a query in which FILE stands for the file; a cursor of its own, so that threads do not meet."
-        return self._database.cursor().execute(sql.replace("FILE", f"""read_parquet('{str(self.path).replace("'", "''")}')"""), given)
+        "Run a query with a cursor of its own, so that threads do not meet."
+        return self._database.cursor().execute(sql, given)
+
+    @property
+    def _file(self)->str: return f"""read_parquet('{str(self.path).replace("'", "''")}')"""
 
     @cached_property
     def ids(self)->IdTable:
         "The external ids."
-        return IdTable([] if self.path is None else self._ask(f"SELECT {_name(self.key)} AS id FROM FILE ORDER BY 1").fetchnumpy()["id"])
+        return IdTable([] if self.path is None else self._ask(f"SELECT {_name(self.key)} AS id FROM {self._file} ORDER BY 1").fetchnumpy()["id"])
 
     @cached_property
     def types(self)->dict[str, str]: # column -> type in SQL
         "The columns besides the id."
-        return {} if self.path is None else {name: kind for name, kind, *_ in self._ask("DESCRIBE SELECT * FROM FILE").fetchall() if name != self.key}
+        return {} if self.path is None else {name: kind for name, kind, *_ in self._ask(f"DESCRIBE SELECT * FROM {self._file}").fetchall() if name != self.key}
 
     def _read(self, id:int|str)->dict:
-        asked = self._ask(f"SELECT * FROM FILE WHERE {_name(self.key)} = ?", [id])
+        asked = self._ask(f"SELECT * FROM {self._file} WHERE {_name(self.key)} = ?", [id])
         return {name: value for (name, *_), value in zip(asked.description, asked.fetchone()) if name != self.key}
 
 # %% ../nbs/00_cold.ipynb #0f66d8bd
@@ -76,7 +80,35 @@ class ColdTable(_Rows):
         "Items by words of their title."
         if not words or limit < 1 or not self._or_nothing(lambda: "title" in self.types, False): return []
         every = " AND ".join("contains(' ' || lower(CAST(title AS VARCHAR)), ?)" for _ in words)
-        rows = self._or_nothing(lambda: self._ask(f"SELECT {_name(self.key)} FROM FILE WHERE {every} ORDER BY 1 LIMIT {int(limit)}", [f" {word}" for word in words]).fetchall(), [])
+        rows = self._or_nothing(lambda: self._ask(f"SELECT {_name(self.key)} FROM {self._file} WHERE {every} ORDER BY 1 LIMIT {int(limit)}", [f" {word}" for word in words]).fetchall(), [])
         return [id for id, in rows]
+
+    def best(self,
+        weights:Mapping[str, Mapping], # column -> value, a text or yes/no -> what it is worth
+        n:int,
+        *,
+        category:str|None=None,        # only these; the column must be there
+        leave_out:Sequence=(),         # ids that must not come
+        for_sale:Sequence=(),          # ids that can be bought, whatever the column `available` says
+    )->list[tuple]:                    # id and score; the best first, then the newest, then by title
+        "Items that can be bought, by the sum of what their values are worth."
+        return self._or_nothing(lambda: self._ask(*self._best_query(weights, n, category, list(leave_out), list(for_sale))).fetchall(), [])
+
+    def _best_query(self, weights, n, category, leave_out, for_sale)->tuple[str, list]:
+        key, text = _name(self.key), lambda column: f"CAST(t.{_name(column)} AS VARCHAR)"
+        kind, weights = "BIGINT" if self.ids.is_int else "VARCHAR", {column: worth for column, worth in weights.items() if column in self.types and worth}
+        joins, given = [], []
+        for at, (column, worth) in enumerate(weights.items()):
+            joins.append(f"LEFT JOIN (SELECT unnest(?::VARCHAR[]) AS value, unnest(?::DOUBLE[]) AS worth) w{at} ON {text(column)} = w{at}.value")
+            given += [[str(value).lower() if isinstance(value, (bool, np.bool_)) else value for value in worth], [float(one) for one in worth.values()]]
+        score = " + ".join(f"coalesce(w{at}.worth, 0)" for at in range(len(weights))) or "0"
+        rules, given = [f"t.{key} NOT IN (SELECT unnest(?::{kind}[]))"], [*given, leave_out]
+        if "available" in self.types:
+            rules.append(f"(t.{key} IN (SELECT unnest(?::{kind}[])) OR coalesce(lower(trim({text('available')})) NOT IN ('false', 'f', '0', '0.0', 'no', 'n'), true))")
+            given.append(for_sale)
+        if category is not None: rules.append(f"{text('category')} = ?"); given.append(category)
+        newest = next((f"t.{_name(column)} DESC NULLS LAST, " for column, kind in self.types.items() if kind.startswith(("TIMESTAMP", "DATE"))), "")
+        title = f"{text('title')} NULLS LAST, " if "title" in self.types else ""
+        return f"SELECT t.{key}, {score} AS score FROM {self._file} t {' '.join(joins)} WHERE {' AND '.join(rules)} ORDER BY score DESC, {newest}{title}t.{key} LIMIT {int(n)}", given
 
 NO_COLD = ColdTable(None, "id") # of a bundle without cold rows

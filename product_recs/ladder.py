@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISCOVERY', 'NEXT_PURCHASE', 'TASKS', 'SEGMENT_USERS', 'SEGMENT_SAMPLE', 'SEGMENT_BYTES', 'COUNTED', 'UNLIKE',
-           'Request', 'content_scores', 'segment', 'segment_scores', 'Scored', 'score_request', 'answer', 'prepared',
-           'described', 'has_news', 'check_words', 'similar_by_content']
+           'Request', 'content_weights', 'content_scores', 'segment', 'segment_scores', 'Scored', 'score_request',
+           'answer', 'prepared', 'described', 'has_news', 'check_words', 'similar_by_content', 'new_for']
 
 # %% ../nbs/05_ladder.ipynb #e2171af4
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ import numpy as np
 from .bundle import Bundle
 from .core import ProductRecsError
 from .events import UNCHANGED, Event, UserState
-from .filters import NO_FILTERS, SEEN, TEXT, YES_NO, Attributes, Filters, rule_out
+from .filters import NO_FILTERS, SEEN, TEXT, YES_NO, Attributes, Filters, rows_of, rule_out
 from .foldin import Person, person, prepare_people, score_person
 from .inference import Recommendations, Recommender, checked_n, make_list
 
@@ -49,14 +49,14 @@ def _then_popular(
     "Order by level; inside a level by popularity."
     return level + np.divide(model.popularity, 1 + model.popularity.max(initial=0), dtype=np.float64)
 
-def content_scores(
+def content_weights(
     model:Recommender,
     items:np.ndarray,      # (k,) rows of the things in hand
     confidence:np.ndarray, # (k,) how much each counts
     described:Sequence[Mapping]=(), # column -> value of further ones that the model does not know; each counts 1
-)->np.ndarray|None:        # (n_items,) float64; None where no candidate has anything in common with them
-    "How much each item shares with the things in hand."
-    attributes, match = model.catalogue.attributes, np.zeros(len(model.popularity))
+)->dict[str, np.ndarray]:  # column -> (n_values,) by the codes of the column
+    "What each value of the text and yes/no columns is worth to somebody who has these things."
+    attributes, weights = model.catalogue.attributes, {}
     for name, kind in attributes.kinds.items():
         if kind not in (TEXT, YES_NO) or name == "available": continue
         codes, values = attributes.coded(name)
@@ -64,7 +64,18 @@ def content_scores(
         wanted = np.bincount(codes[items] + 1, confidence, len(values) + 1)[1:]
         for thing in described:
             if thing.get(name) is not None and (code := attributes.code(name, thing[name], "new_items")) >= 0: wanted[code] += 1
-        match += np.append(wanted*np.log(len(codes)/np.maximum(size, 1)), 0)[codes] # code -1 takes the last one
+        weights[name] = wanted*np.log(len(codes)/np.maximum(size, 1))
+    return weights
+
+def content_scores(
+    model:Recommender,
+    items:np.ndarray,      # (k,) rows of the things in hand
+    confidence:np.ndarray, # (k,) how much each counts
+    described:Sequence[Mapping]=(), # column -> value of further ones that the model does not know; each counts 1
+)->np.ndarray|None:        # (n_items,) float64; None where no candidate has anything in common with them
+    "How much each item shares with the things in hand."
+    match = np.zeros(len(model.popularity))
+    for name, weights in content_weights(model, items, confidence, described).items(): match += np.append(weights, 0)[model.catalogue.attributes.coded(name)[0]] # code -1 takes the last one
     if not match[model.candidates].any(): return None
     return _then_popular(model, np.unique(np.append(match, 0), return_inverse=True)[1][:-1])
 
@@ -217,3 +228,24 @@ def similar_by_content(
     if scores is None: scores = np.zeros(len(model.popularity))
     ruled_out = [*rule_out(model.catalogue, filters, unavailable=unavailable, available=available), (UNLIKE, np.flatnonzero(scores < 1))]
     return make_list(model, scores, checked_n(n), "content", ruled_out, filters)
+
+# %% ../nbs/05_ladder.ipynb #4848b7bf
+def new_for(
+    model:Recommender,
+    request:Request,         # of it the user, n, state and availability count
+    category:str|None=None,  # only these
+)->Recommendations:          # source `content` or `new`; without rows: they have none
+    "The `n` items without interactions that fit best what the user has, and that can be bought."
+    cold, state = model.bundle.cold_items, request.state
+    if category is not None: model.catalogue.attributes.code("category", category)
+    who, weights = person(model, request.user, state, request.session), {}
+    things = list(described(model, request).new_items.values())
+    if len(who.items) or things:
+        for name, worth in content_weights(model, who.items, who.confidence, things).items():
+            weights[name] = {value: worth[code] for value, code in model.catalogue.attributes.coded(name)[1].items() if worth[code] > 0}
+    left_out = {*state.denied, *request.unavailable, *(event.item_id for event in (*state.events, *request.session))}
+    known = lambda ids: cold.ids.take(rows_of(cold.ids, ids))
+    columns = {} if cold.path is None else cold.types
+    found = cold.best(weights, request.n, category=category, leave_out=known(left_out), for_sale=known(request.available - request.unavailable)) if category is None or "category" in columns else []
+    shortfall = None if len(found) == request.n else f"only {len(found)} of {request.n}: the products file has no more that nobody has bought and that can be had" + (" in this category" if category is not None else "")
+    return Recommendations([item for item, _ in found], [float(score) for _, score in found], "content" if found and found[0][1] > 0 else "new", shortfall)

@@ -158,3 +158,23 @@ def test_items_and_the_search_know_new_items(server):
     assert set(search("tea")[:8]) == set(TEA) and search("tea")[8:] == [201, 204] and len(search("tea", 9)) == 9
     assert search("new+green") == [201] and search("203") == [203] and search("umb", 1) == [203]
     assert search("100%25") == [205] and search("o%27neill") == [205] and search("%25") == []
+
+
+def test_new_items_for_somebody(server):
+    server.ask("POST", "/availability", {"items": [{"item_id": 202, "available": False}, {"item_id": 203, "available": True}]})
+    new = lambda query="", n=5: server.get(f"/new?n={n}{query}")
+    status, headers, body = new("&user_id=41")  # drinks coffee, and the only new coffee cannot be bought
+    assert status == 200 and headers["x-recommendation-source"] == "new" and body["user_id"] == 41
+    assert body["recommendations"] == [201, 205, 204, 203] and body["shortfall"].startswith("only 4 of 5")  # by title
+    server.ask("POST", "/availability", {"items": [{"item_id": 202, "available": True}]})
+    assert new("&user_id=41", 1)[2]["recommendations"] == [202] and new("&user_id=41")[1]["x-recommendation-source"] == "content"
+    body = new("&user_id=2&detail=true")[2]
+    assert body["source"] == "content" and body["recommendations"][0] == 201 and set(body["recommendations"][1:3]) == {204, 205}
+    assert [line["rank"] for line in body["items"]] == [1, 2, 3, 4, 5] and body["items"][0]["title"] == "Green tea, new" and body["items"][0]["score"] > body["items"][1]["score"] > body["items"][4]["score"] == 0
+    assert new("&user_id=2&category=coffee")[2]["recommendations"] == [202] and new("&category=none")[2]["recommendations"] == []
+    assert new()[2]["source"] == "new" and new("", 2)[2]["shortfall"] is None
+    assert server.ask("POST", "/events", {"user_id": 2, "item_id": 201})[0] == 200
+    assert 201 not in new("&user_id=2")[2]["recommendations"], "they have it"
+    server.ask("POST", "/events", {"user_id": 2, "item_id": 204, "event": "deny"})
+    assert 204 not in new("&user_id=2")[2]["recommendations"]
+    problem(server.get("/new?n=0"), 422)
