@@ -23,6 +23,8 @@ from .filters import is_available
 from .inference import Recommendations, Recommender, UnknownItem
 from .ladder import new_for
 from .service import Service
+from .changes import learned_micros
+from .records import INSTRUCTIONS, to_micros
 from .store import FeedbackError, NewEvent, StoredEvent
 from .web import documented, id_in_path, path_id
 
@@ -113,9 +115,16 @@ def history(
 )->dict:                    # as `History`
     "What the service knows of a user."
     row = model.bundle.users.row(user) if model else None
+    learned = _learned(model, row) if row is not None and not state.forgotten else lambda event: False
+    recent = [event for event in recent if not learned(event)]
     lines = [{"item_id": e.item_id, **_named(model, e.item_id), "event": e.event, "interactions": e.quantity, "last": plain(e.timestamp), "origin": "feedback"} for e in recent[:limit]]
     if row is not None and not state.forgotten and len(lines) < limit: lines += _trained(model, row, limit - len(lines))
     return {"user_id": user, "known": row is not None and not state.forgotten, "forgotten": state.forgotten, "history": lines}
+
+def _learned(model:Recommender, row:int):
+    "A test for the events that are part of what the model learned of a user, which is told from there."
+    until, items = learned_micros(model.bundle.manifest["data"].get("feedback_until")), set(model.bundle.items.take(model.bundle.seen[row].indices))
+    return lambda event: event.event not in INSTRUCTIONS and event.item_id in items and to_micros(event.received_at) <= until
 
 def _named(model:Recommender|None, item:int|str)->dict:
     "Title and category of an item, where they are known."
