@@ -187,7 +187,7 @@ def of_paths():
     yield Hostile("a whole URL as the path", request("GET", "http://evil.example/health/live"), 200)
 
 
-ROUTES = {"/recommend/1": "GET", "/recommend": "POST", "/similar/101": "GET", "/popular": "GET", "/explain/1/101": "GET", "/events": "POST", "/availability": "POST", "/users": "GET",
+ROUTES = {"/recommend/1": "GET", "/recommend": "POST", "/similar/101": "GET", "/popular": "GET", "/new": "GET", "/explain/1/101": "GET", "/events": "POST", "/availability": "POST", "/users": "GET",
           "/users/1": "DELETE", "/users/1/history": "GET", "/items/101": "GET", "/items?query=thing": "GET", "/model": "GET", "/model/reload": "POST", "/health/live": "GET", "/health/ready": "GET",
           "/metrics": "GET", "/": "GET", "/docs": "GET", "/openapi.json": "GET", "/static/app.js": "GET"}
 

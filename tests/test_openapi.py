@@ -63,7 +63,7 @@ def run(folder, server, examples, *options, key=None):
 def conforms(server, report, words, least):
     "Every operation was tested, nothing failed, and no line of the server's log is a fault."
     assert report["failures"] == report["errors"] == [], words[-6000:]
-    assert report["operations"]["tested"] == report["operations"]["total"] == 17 and report["stop_reason"] == "completed"
+    assert report["operations"]["tested"] == report["operations"]["total"] == 18 and report["stop_reason"] == "completed"
     assert all(phase["status"] in ("success", "skip") for phase in report["phases"].values()) and report["test_cases"]["generated"] >= least
     lines = server.lines(least)
     assert [line for line in lines if line["status"] is None or line["status"] >= 500] == []
