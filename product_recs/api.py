@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -153,7 +154,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
 # %% ../nbs/06_api.ipynb #635acb59
 _DESCRIPTION = """Top-N recommendations from a trained model and from what users did since. Whoever asks is answered: a stranger gets what is popular, and the header X-Recommendation-Source says so;
 an item that was ruled out is never returned. Errors are problem documents (RFC 9457). Ids are what your own data has: a number stays a number, a text stays a text."""
-PAGE = Path(__file__).parent/"page" if "__file__" in globals() else resolve_path("product_recs/page") # a notebook has no file
+PAGE = Path(str(files("product_recs")/"page"))
 
 def _add_page(app:FastAPI)->None:
     "The page for people at `/`."
