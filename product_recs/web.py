@@ -59,9 +59,10 @@ def _raw_path(request:Request)->bytes: return request.scope.get("raw_path") or r
 
 async def http_problem(request:Request, error:HTTPException)->JSONResponse:
     "404, 405 and other answers of the framework."
-    detail = {404: "there is nothing at this path; /docs lists what there is",
-              405: f"{request.method} is not allowed here, only {(error.headers or {}).get('Allow', 'GET')}"}.get(error.status_code, str(error.detail))
-    return problem(_raw_path(request), error.status_code, detail, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405: headers.setdefault("Allow", "GET") # the file server of some versions does not say it
+    detail = {404: "there is nothing at this path; /docs lists what there is", 405: f"{request.method} is not allowed here, only {headers.get('Allow')}"}.get(error.status_code, str(error.detail))
+    return problem(_raw_path(request), error.status_code, detail, headers)
 
 async def parameter_problem(request:Request, error:RequestValidationError)->JSONResponse:
     "422 that names each bad parameter; 400 or 415 for a body that is no JSON."
