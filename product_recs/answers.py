@@ -6,15 +6,17 @@
 __all__ = ['Id', 'EventName', 'Task', 'plain', 'as_id', 'SessionEvent', 'NumberRange', 'FilterRules', 'recommend_body',
            'FeedbackEvent', 'EventStatus', 'EventsAnswer', 'RecommendationList', 'Reason', 'RankedItem',
            'DetailedRecommendationList', 'SimilarList', 'DetailedSimilarList', 'UserResult', 'RecommendAnswer',
-           'PopularList', 'ItemFacts', 'FoundItem', 'FoundItems', 'PastItem', 'History', 'Forgotten', 'UserSample',
-           'ReasonShare', 'ExplainAnswer', 'AvailabilityItem', 'ReloadAnswer']
+           'PopularList', 'NewList', 'ItemFacts', 'FoundItem', 'FoundItems', 'PastItem', 'History', 'Forgotten',
+           'UserSample', 'ReasonShare', 'ExplainAnswer', 'AvailabilityItem', 'ReloadAnswer']
 
 # %% ../nbs/06_answers.ipynb #720c8870
+import re
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, Strict, StrictBool, StrictInt, StringConstraints, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from .core import IdTable
 from .events import Event
@@ -35,11 +37,13 @@ def plain(
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 # %% ../nbs/06_answers.ipynb #abedc06e
-def _storable(text:str)->str:
-    if any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 or ord(c) == 127 for c in text): raise ValueError("an id holds no control characters and no lone surrogates")
-    return text
+def _id(value:Any)->int|str:
+    if type(value) is int and -2**63 <= value < 2**63: return value
+    if type(value) is str and 1 <= len(value) <= 512 and not re.search("[\x00-\x1f\x7f\ud800-\udfff]", value): return value
+    raise PydanticCustomError("id", "an id is a whole number of 64 bits or a text of 1 to 512 characters, without control characters and lone surrogates")
 
-Id = Annotated[StrictInt, Field(ge=-2**63, lt=2**63)] | Annotated[StrictStr, StringConstraints(min_length=1, max_length=512), AfterValidator(_storable)]
+Id = Annotated[int | str, PlainValidator(_id), WithJsonSchema({"anyOf": [
+    {"type": "integer", "minimum": -2**63, "maximum": 2**63 - 1}, {"type": "string", "minLength": 1, "maxLength": 512, "pattern": "^[^\\u0000-\\u001f\\u007f]+$"}]})]
 
 def as_id(
     table:IdTable|None, # of the model; None: there is no model yet
@@ -51,6 +55,11 @@ def as_id(
 
 # %% ../nbs/06_answers.ipynb #2ba777fb
 EventName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_-]{0,49}$")]
+_Number = Annotated[float, Strict()] # a whole number fits too
+
+def _iso(value:Any)->Any:
+    if value is None or isinstance(value, datetime) or (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value)): return value
+    raise PydanticCustomError("iso", "a time is ISO 8601, such as 2026-01-31T12:00:00Z")
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -59,14 +68,14 @@ class SessionEvent(_Strict):
     "Something that the user did just now, for this answer only; it is not stored."
     item_id: Id
     event: EventName = Field("view", description="view, cart, purchase, ...")
-    quantity: float = Field(1.0, gt=0, le=1_000_000)
+    quantity: _Number = Field(1.0, gt=0, le=1_000_000)
 
     def to_event(self, items:IdTable)->Event: return Event(as_id(items, self.item_id), self.event, self.quantity)
 
 class NumberRange(_Strict):
     "From `min` to `max`, both included."
-    min: float | None = None
-    max: float | None = None
+    min: _Number | None = None
+    max: _Number | None = None
 
 class FilterRules(_Strict):
     "What may come back; all rules hold together."
@@ -74,7 +83,7 @@ class FilterRules(_Strict):
     deny: list[Id] = Field([], max_length=10_000, description="items that must not come")
     allow: list[Id] | None = Field(None, max_length=10_000, description="the only items that may come")
     where: dict[str, list[StrictBool | StrictInt | float | str] | NumberRange] = Field({}, description="attribute -> its allowed values, or a range of numbers", max_length=20)
-    max_per: dict[str, Annotated[int, Field(ge=1)]] = Field({}, description="attribute -> most items that share one value of it", max_length=5)
+    max_per: dict[str, Annotated[StrictInt, Field(ge=1)]] = Field({}, description="attribute -> most items that share one value of it", max_length=5)
 
     def to_filters(self, items:IdTable)->Filters:
         "As the ranking takes them."
@@ -84,6 +93,8 @@ class FilterRules(_Strict):
 
 # %% ../nbs/06_answers.ipynb #27b4c49d
 Task = Literal["discovery", "next_purchase"]
+_Word = StrictBool | StrictInt | _Number | Annotated[str, Strict(), StringConstraints(max_length=1000)] | None
+_Words = Annotated[dict[str, _Word], Field(max_length=100)] # column -> value
 
 def recommend_body(
     max_n:int, default_n:int, # items in an answer
@@ -93,13 +104,20 @@ def recommend_body(
     class RecommendRequest(_Strict):
         "For whom, what they did in this session, and what may come back."
         model_config = ConfigDict(json_schema_extra={"examples": [
-            {"users": [1], "n": 5, "filters": {"max_per": {"category": 2}}}, {"events": [{"item_id": 101, "event": "cart"}], "n": 5, "detail": True}]})
+            {"users": [1], "n": 5, "filters": {"max_per": {"category": 2}}}, {"events": [{"item_id": 101, "event": "cart"}], "n": 5, "detail": True},
+            {"events": [{"item_id": 900001, "event": "view"}], "items": {"900001": {"category": "coffee"}}, "n": 5}]})
         users: list[Id] | None = Field(None, min_length=1, max_length=max_batch, description="absent: one guest, known by `events` only")
-        n: int = Field(default_n, ge=1, le=max_n)
+        n: StrictInt = Field(default_n, ge=1, le=max_n)
         task: Task = "discovery"
         events: list[SessionEvent] = Field([], max_length=min(max_batch, 200), description="of this session; with `users`, they count for each of them")
+        attributes: _Words = Field({}, description="what is known of the guest, column of the users file -> value, such as {\"age\": \"35-44\"}; with `users`, of each whom the model does not know")
+        items: dict[str, _Words] = Field({}, max_length=200, description="what is known of new items in `events`, item id -> column of the products file -> value; nothing is stored")
         filters: FilterRules = Field(default_factory=FilterRules)
         detail: StrictBool = False
+
+        def told(self, items:IdTable)->dict:
+            "`attributes` and `new_items`, as the ladder takes them; the columns are still to be checked."
+            return {"attributes": self.attributes, "new_items": {as_id(items, item): words for item, words in self.items.items()}}
     return RecommendRequest
 
 # %% ../nbs/06_answers.ipynb #59627ada
@@ -109,8 +127,8 @@ class FeedbackEvent(_Strict):
     user_id: Id
     item_id: Id
     event: EventName = Field("purchase", description="view, cart, purchase, ...; `deny`: never show it to this user, `undeny`: do again")
-    quantity: float = Field(1.0, gt=0, le=1_000_000)
-    timestamp: datetime | None = Field(None, description="ISO 8601, without a zone it is UTC, not in the future; absent: now")
+    quantity: _Number = Field(1.0, gt=0, le=1_000_000)
+    timestamp: Annotated[datetime | None, BeforeValidator(_iso)] = Field(None, description="ISO 8601, without a zone it is UTC, not in the future; absent: now")
 
     def to_event(self, users:IdTable|None, items:IdTable|None)->NewEvent:
         "As the store takes it; a `FeedbackError` names the field that it does not take."
@@ -192,8 +210,17 @@ class PopularList(BaseModel):
     recommendations: list[int | str]
     items: list[RankedItem] | None = Field(None, description="with detail only")
 
+class NewList(BaseModel):
+    "Items that nobody has bought yet."
+    user_id: int | str | None
+    recommendations: list[int | str]
+    source: str = Field(description="`content`: by what they have in common with the user's items; `new`: the newest, or by title")
+    model_version: str
+    shortfall: str | None
+    items: list[RankedItem] | None = Field(None, description="with detail only")
+
 class ItemFacts(BaseModel):
-    "One item of the model."
+    "One item of the model or of the products file."
     item_id: int | str
     title: str | None
     attributes: dict[str, Any]

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -26,8 +27,9 @@ from .answers import (DetailedRecommendationList, DetailedSimilarList, ExplainAn
                                   Task, as_id, plain, recommend_body)
 from .core import ProductRecsError, Settings, one_blas_thread, resolve_path
 from .inference import Recommendations, Recommender, UnknownItem
+from .ladder import Request as Question, check_words
 from .monitor import log_config, shared_folder, workers_folder
-from .people import add_feedback, add_items, add_people
+from .people import add_feedback, add_items, add_new, add_people
 from .security import Guard, Keys, auth_required, describe_keys
 from .service import FastPath, Service
 from .store import StoreError
@@ -72,20 +74,27 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         return response
 
     @app.post("/recommend", response_model=RecommendAnswer, tags=["recommendations"], summary="For guests, sessions, filters, many users",
-              responses=documented("One result a user, in the order asked.", 400, 413, 422, 503))
+              responses=documented("One result a user, in the order asked.", 400, 413, 415, 422, 503))
     async def recommend_many(request:Request, body:Body):
-        model, results = service.live.get(), []
+        model = service.live.get()
         session = [event.to_event(model.bundle.items) for event in body.events]
         filters = body.filters.to_filters(model.bundle.items)
         users = body.users if body.users is not None else [None]
-        asks = [service.question(None if user is None else as_id(model.bundle.users, user), body.n, body.task, session, filters) for user in users]
-        # many users would hold up everybody else: they are ranked in a thread of their own
-        answers = [await service.answer(model, asks[0])] if len(asks) == 1 else await run_in_threadpool(service.answer_all, model, asks)
-        for asked, found in zip(asks, answers):
-            service.shown(request.scope, model, asked.user, found.source, found.items, found.shortfall is not None)
+        told = body.told(model.bundle.items)
+        check_words(model.user_attributes, told["attributes"], "attributes")
+        for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
+        asks = [service.question(None if user is None else as_id(model.bundle.users, user), body.n, body.task, session, filters, **told) for user in users]
+        def result(asked:Question, found:Recommendations)->dict:
             facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
-            results.append(facts | ({"items": service.ranked(model, found, asked)} if body.detail else {}))
-        return JSONResponse({"results": results}, headers={"X-Model-Version": model.bundle.version, "X-Recommendation-Source": ",".join(dict.fromkeys(one["source"] for one in results))})
+            return facts | ({"items": service.ranked(model, found, asked)} if body.detail else {})
+
+        def response()->Response:
+            results = [result(asked, found) for asked, found in zip(asks, service.answer_all(model, asks))]
+            for one in results: service.shown(request.scope, model, one["user_id"], one["source"], one["recommendations"], one["shortfall"] is not None)
+            return JSONResponse({"results": results}, headers={"X-Model-Version": model.bundle.version, "X-Recommendation-Source": ",".join(dict.fromkeys(one["source"] for one in results))})
+
+        # many users would hold up everybody else: they are ranked in a thread of their own
+        return response() if len(asks) == 1 else await run_in_threadpool(response)
 
 # %% ../nbs/06_api.ipynb #e85f25c2
 def _add_others(app:FastAPI, service:Service)->None:
@@ -93,11 +102,12 @@ def _add_others(app:FastAPI, service:Service)->None:
     N, Detail, TaskName, n_default = _parameters(service.settings)
 
     @app.get("/similar/{item_id}", response_model=SimilarList | DetailedSimilarList, tags=["recommendations"],
-             summary="Items like an item", responses=documented("Most similar first.", 404, 422, 503))
+             summary="Items like an item", responses=documented("Most similar first. For an item of the products file that has no interactions, source `content`: the known items that share its attributes.", 404, 422, 503))
     async def similar(request:Request, item_id:id_in_path("101", "an item of the model"), n:N=n_default, detail:Detail=False):
         model = service.live.get()
         item = as_id(model.bundle.items, path_id(request.scope, -1))
-        found = service.similar(model, item, n)
+        known = model.bundle.items.row(item) is not None
+        found = service.similar(model, item, n) if known else await run_in_threadpool(service.similar, model, item, n) # reads a file
         return _respond(model, found, _body(service, model, found, detail, item_id=item, similar=found.items))
 
     @app.get("/popular", response_model=PopularList, tags=["recommendations"], summary="What most users have", responses=documented("Most users first.", 422, 503))
@@ -144,7 +154,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
 # %% ../nbs/06_api.ipynb #635acb59
 _DESCRIPTION = """Top-N recommendations from a trained model and from what users did since. Whoever asks is answered: a stranger gets what is popular, and the header X-Recommendation-Source says so;
 an item that was ruled out is never returned. Errors are problem documents (RFC 9457). Ids are what your own data has: a number stays a number, a text stays a text."""
-PAGE = Path(__file__).parent/"page" if "__file__" in globals() else resolve_path("product_recs/page") # a notebook has no file
+PAGE = Path(str(files("product_recs")/"page"))
 
 def _add_page(app:FastAPI)->None:
     "The page for people at `/`."
@@ -177,7 +187,7 @@ def create_app(
     app.state.service = service
     handlers = {HTTPException: http_problem, RequestValidationError: parameter_problem, StoreError: _store_away, ProductRecsError: known_problem}
     for kind, handler in handlers.items(): app.add_exception_handler(kind, handler)
-    for add in (_add_recommend, _add_others, add_feedback, add_people, add_items, _add_operations): add(app, service)
+    for add in (_add_recommend, _add_others, add_feedback, add_people, add_items, add_new, _add_operations): add(app, service)
     _add_page(app)
     # the last one added is the outermost
     app.add_middleware(FastPath, service=service)
@@ -212,5 +222,5 @@ def serve(
     values = settings.model_dump(mode="json") | {"models_dir": str(resolve_path(settings.models_dir)), "api_keys_file": str(resolve_path(settings.api_keys_file)), "port": port}
     os.environ.update({f"PRODUCT_RECS_{name.upper()}": value if isinstance(value, str) else json.dumps(value) for name, value in values.items()})
     with shared_folder(settings.workers):
-        uvicorn.run("product_recs.api:create_app", factory=True, host=settings.host, port=port, workers=settings.workers, access_log=False, server_header=False,
+        uvicorn.run("product_recs.api:create_app", factory=True, host=settings.host, port=port, http="product_recs.web:BoundedHttp", workers=settings.workers, access_log=False, server_header=False,
                     log_config=log_config(settings.log_level), log_level=None, timeout_graceful_shutdown=10, timeout_worker_healthcheck=30)

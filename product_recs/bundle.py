@@ -22,6 +22,7 @@ import duckdb
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from .cold import NO_COLD, ColdTable
 from .core import BundleError, IdTable, atomic_folder, atomic_write
 
 # %% ../nbs/00_bundle.ipynb #962608b3
@@ -130,6 +131,8 @@ def write_bundle(
     counts:csr_matrix|None=None,      # structure of `seen`: interactions of each pair; None: not kept
     age_days:csr_matrix|None=None,    # structure of `seen`: days from the pair's last one to the end of the data
     blend:dict|None=None,             # weights for the next purchase, or {"missing": why there are none}
+    cold_items:Path|None=None,        # Parquet file of the items without interactions, sorted by `item_id`; None: there are none
+    cold_users:Path|None=None,        # likewise of the users
     version:str|None=None,            # default: UTC time and a hash of the factors
 )->Path:                              # models_dir/<version>, complete and not yet live
     "Write a whole bundle; `publish` makes it live."
@@ -146,6 +149,8 @@ def write_bundle(
             if matrix is not None: np.save(folder/f"{name}.npy", _values(matrix, seen, name), allow_pickle=False)
         save_table(folder/"users.parquet", {"user_id": users.ids, **user_columns})
         save_table(folder/"items.parquet", {"item_id": items.ids, **item_columns})
+        cold = {f"cold_{name}": file for name, file in {"items": cold_items, "users": cold_users}.items() if file is not None}
+        for name, file in cold.items(): shutil.copyfile(file, folder/f"{name}.parquet")
         files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
         manifest = {"format": FORMAT, "version": version, "created_at": created.isoformat(timespec="seconds"), "algorithm": algorithm,
                     "parameters": parameters, "data": data, "shape": {"users": len(users), "items": len(items), "factors": user_factors.shape[1], "seen": int(seen.nnz)},
@@ -186,6 +191,8 @@ class Bundle:
     item_columns: dict[str, np.ndarray] # likewise, and what the products file told
     counts: csr_matrix|None = None      # structure of `seen`: interactions of each pair; None in a bundle without them
     age_days: csr_matrix|None = None    # structure of `seen`: days from the pair's last one to the end of the data
+    cold_items: ColdTable = NO_COLD     # what the products file tells of items without interactions
+    cold_users: ColdTable = NO_COLD     # what the users file tells of users without interactions
 
     @property
     def version(self)->str:
@@ -238,7 +245,12 @@ def open_bundle(
     seen = load_csr(path, "seen", shape)
     _check_shapes(user_factors, item_factors, seen.shape, *shape, where=str(path))
     return Bundle(path, manifest, user_factors, item_factors, seen, IdTable(users.pop("user_id")), IdTable(items.pop("item_id")), users, items,
-                  *(_optional(path, name, seen, manifest) for name in ("seen_counts", "seen_age_days")))
+                  *(_optional(path, name, seen, manifest) for name in ("seen_counts", "seen_age_days")), *(_cold(path, name, manifest) for name in ("items", "users")))
+
+def _cold(path:Path, name:str, manifest:dict)->ColdTable:
+    "The cold items or users; empty where the bundle has no such file."
+    file = f"cold_{name}.parquet"
+    return ColdTable(path/file, f"{name[:-1]}_id") if file in manifest["files"] else NO_COLD
 
 def _optional(path:Path, name:str, seen:csr_matrix, manifest:dict)->csr_matrix|None:
     "A matrix on the structure of `seen`; None where the bundle does not have it."

@@ -122,7 +122,9 @@ def _serve(options)->str:
     "`product-recs serve`"
     from product_recs.api import serve
     given = {name: getattr(options, name) for name in ("host", "port", "models_dir") if getattr(options, name) is not None}
-    serve(Settings(**given))
+    settings = Settings(**given)
+    if sys.stderr.isatty() and settings.port: print(f"The page: http://{settings.host}:{settings.port}/   the documentation: /docs   the end: Ctrl-C", file=sys.stderr)
+    serve(settings)
     return ""
 
 def _data(options)->str:

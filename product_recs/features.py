@@ -107,7 +107,7 @@ def _row_numbers(values:np.ndarray, ids:np.ndarray|None)->np.ndarray:
     table[ids] = np.arange(len(ids), dtype=np.int32)
     return table[values]
 
-# %% ../nbs/02_features.ipynb #de72c8e0
+# %% ../nbs/02_features.ipynb #7162c1fc
 def _read_log(database, parameters:dict)->tuple[np.ndarray, ...]:
     "Row number of the user and the item, worth before decay and time in microseconds of each interaction, sorted by user and item."
     weights = "".join(f" WHEN '{event}' THEN {float(weight)}" for event, weight in parameters["event_weights"].items())
@@ -124,7 +124,7 @@ def _read_log(database, parameters:dict)->tuple[np.ndarray, ...]:
         user, item, worth, time = (column[order] for column in (user, item, worth, time))
     return user, item, worth, time
 
-# %% ../nbs/02_features.ipynb #e21c638f
+# %% ../nbs/02_features.ipynb #7dd653dd
 def _micros(moment:str)->int: return int(np.datetime64(moment, "us").astype(np.int64))
 
 def _counts(chosen:np.ndarray|None, starts:np.ndarray, rows:int)->np.ndarray:
@@ -177,7 +177,7 @@ def _enough(user:np.ndarray, item:np.ndarray, parameters:dict)->np.ndarray|slice
         if least > 1: kept = (np.bincount(side[kept], minlength=side.max(initial=0) + 1) >= least)[side] & (True if isinstance(kept, slice) else kept)
     return kept
 
-# %% ../nbs/02_features.ipynb #d0d6e171
+# %% ../nbs/02_features.ipynb #c1057336
 def _csr(pairs:dict[str, np.ndarray], value:str, shape:tuple[int, int])->csr_matrix:
     "Pairs sorted by row and column as CSR, without another sort."
     indptr = np.zeros(shape[0] + 1, np.int64)
@@ -211,6 +211,8 @@ class Features:
     interactions: Path         # folder of the ingested interactions
     mean_total: float|None=None # mean sum of a user in `all` before BM25, which a later event needs; None: another weighting
     feedback_until: str|None=None # UTC; what the feedback store received until then is in the interactions
+    cold_items: Path|None=None # file of the rows of the products file that have no row in the matrices; None: there are none
+    cold_users: Path|None=None # likewise of the users file
 
 def item_attributes(
     features:Features,
@@ -242,10 +244,20 @@ def _id_table(database, key:str, kept:np.ndarray, popularity:np.ndarray, attribu
     if attributes.exists():
         names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {_file(attributes)}").fetchall()]
         extra = "".join(f', a."{name}"' for name in names if name not in (key, "row", "popularity", "first_seen", "last_seen"))
-        join = f"LEFT JOIN {_file(attributes)} a USING ({key})"
+        join = f"LEFT JOIN {_file(attributes)} a ON a.{key} = t.{key}"
     quoted = str(out).replace("'", "''")
-    database.execute(f"COPY (SELECT {key}, popularity, first_seen, last_seen{extra} FROM log_{out.stem} t JOIN kept USING (row) {join} ORDER BY t.row) TO '{quoted}' (FORMAT parquet)")
+    database.execute(f"COPY (SELECT t.{key}, k.popularity, t.first_seen, t.last_seen{extra} FROM log_{out.stem} t JOIN kept k ON k.row = t.row {join} ORDER BY t.row) TO '{quoted}' (FORMAT parquet)")
     database.unregister("kept")
+    if attributes.exists(): _cold_rows(database, key, attributes, out)
+
+def _cold_rows(database, key:str, attributes:Path, table:Path)->None:
+    "The rows of the attributes that the id table does not have, beside it as `cold_users.parquet` or `cold_items.parquet`; no file where there are none."
+    names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {_file(attributes)}").fetchall()]
+    kept = ", ".join(f'a."{name}"' for name in names if name not in ("row", "popularity", "first_seen", "last_seen"))
+    cold = f"{_file(attributes)} a ANTI JOIN {_file(table)} USING ({key})"
+    if not database.execute(f"SELECT count(*) FROM {cold}").fetchall()[0][0]: return
+    out = str(table.with_name(f"cold_{table.name}")).replace("'", "''")
+    database.execute(f"COPY (SELECT {kept} FROM {cold} ORDER BY {key}) TO '{out}' (FORMAT parquet, ROW_GROUP_SIZE 10240)")
 
 # %% ../nbs/02_features.ipynb #bca7ac55
 def build_features(
@@ -341,7 +353,8 @@ def open_features(
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots,
         validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape), split=facts["split"], parameters=facts["parameters"],
         fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
-        mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"))
+        mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"),
+        **{name: file if (file := path/f"{name}.parquet").exists() else None for name in ("cold_items", "cold_users")})
 
 # %% ../nbs/02_features.ipynb #3f8d95a6
 def ensure_features(

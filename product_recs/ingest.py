@@ -21,7 +21,7 @@ import duckdb
 from .core import Columns, IngestError, atomic_folder, resolve_path
 from .csvfiles import named, quoted, staged_query
 from .database import is_database
-from .feedback import Feedback, drop_forgotten, feedback_url, stage_feedback
+from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
 from .sources import FileRead, is_blank, match_columns, near_name, read_source, run_query
 from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, plain_query, trimmed, whole_number
@@ -38,7 +38,7 @@ class Ledger:
     reasons: dict = field(default_factory=dict)    # reason -> rows, the most frequent first
     files: list = field(default_factory=list)      # file, role, rows_read, rows_rejected, bytes, changed
     warnings: list = field(default_factory=list)   # what a person should know, although nothing is wrong
-    tables: dict = field(default_factory=dict)     # products, users -> rows_read, rows_kept, rows_rejected, duplicates_merged
+    tables: dict = field(default_factory=dict)     # products, users -> rows_read, rows_kept, rows_rejected, duplicates_merged; rows_forgotten where there are any
     users: int = 0
     items: int = 0
     first_timestamp: str | None = None             # UTC, ISO-8601
@@ -273,7 +273,10 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     if source and not rows: raise IngestError(f"{what}: there are columns but no rows. Nothing was written.")
     _judge(con, "true", rows, options["on_error"], options["max_reject_share"], what)
     types = {column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required} if source else {}
-    if options["feedback"]: types, what = _add_feedback(con, stage_feedback(options["feedback"], work), types, rules, options["events"], ledger), f"{what} and the feedback" if source else "the feedback store"
+    wishes = {}
+    if options["feedback"]:
+        feedback = stage_feedback(options["feedback"], work)
+        types, what, wishes = _add_feedback(con, feedback, types, rules, options["events"], ledger), f"{what} and the feedback" if source else "the feedback store", feedback.forgotten
     ledger.rows_read = sum(file["rows_read"] for file in ledger.files)
     ledger.rows_rejected, = con.execute("SELECT count(*) FROM rejects").fetchone()
     ledger.reasons = dict(con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1").fetchall())
@@ -285,6 +288,8 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten, "the ledger does not add up"
     for name, key in (("products", Columns.Item), ("users", Columns.User)):
         if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
+    if options["users"] and wishes and (dropped := drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet")):
+        ledger.tables["users"] |= {"rows_kept": ledger.tables["users"]["rows_kept"] - dropped, "rows_forgotten": dropped}
     con.execute(f"COPY (SELECT * FROM rejects ORDER BY file, line) TO {quoted(out/'rejects.csv')} (HEADER)")
     ledger.parameters = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
     ledger.parameters = json.loads(json.dumps(ledger.parameters, default=str))

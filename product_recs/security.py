@@ -185,7 +185,8 @@ class RateLimit:
 
 # %% ../nbs/06_security.ipynb #ee8be4dc
 def _too_long(headers:dict[bytes, bytes], most:int)->tuple|None:
-    "The refusal of a body that announces more than `most` bytes."
+    "The refusal of a body that announces more than `most` bytes, or that is packed and might be any length."
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity": return 415, "the body must come as it is, without Content-Encoding", {}
     length = headers.get(b"content-length")
     if length is None or int(length) <= most: return None
     return 413, f"the body has {int(length):,} bytes, more than the {most:,} that are allowed; send it in parts", {}
@@ -245,7 +246,7 @@ class Guard:
         self.origins = {origin.encode() for origin in settings.cors_origins}
         self._entry = self._check if not self.origins else CORSMiddleware(
             self._check, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID"],
-            expose_headers=["X-Model-Version", "X-Recommendation-Source", "X-Recommendation-Shortfall", "X-Request-ID", "Retry-After"], max_age=600)
+            expose_headers=["X-Model-Version", "X-Recommendation-Source", "X-Recommendation-Shortfall", "X-Feedback-Stale", "X-Request-ID", "Retry-After"], max_age=600)
 
     async def __call__(self, scope, receive, send):
         await (self._entry if scope["type"] == "http" else self.app)(scope, receive, send)
@@ -294,6 +295,7 @@ def describe_keys(
             "bearer": {"type": "http", "scheme": "bearer", "description": "an API key, made with `product-recs keys add NAME --scope read`"},
             "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}
         schema["security"] = [{"bearer": []}, {"header": []}]
+        for path in schema["paths"].keys() & _OPEN: schema["paths"][path]["get"]["security"] = []
         return schema
 
     app.openapi = openapi

@@ -23,7 +23,7 @@ from .explain import why, why_not
 from .filters import NO_FILTERS, Filters
 from .foldin import Person, person
 from .inference import Recommendations, Recommender, popular_items, similar_items, top_rows
-from .ladder import Request, answer, prepared, score_request
+from .ladder import Request, answer, described, has_news, prepared, score_request, similar_by_content
 from .live import LiveModel, Reload
 from .monitor import Metrics
 from .store import Store, StoreError
@@ -165,25 +165,28 @@ class _Answers(_Worker):
         session:Sequence[Event]=(), # of this request only
         filters:Filters=NO_FILTERS,
         shelf:Availability|None=None, # None: as it is now
+        **told, # attributes and new_items, as of `Request`
     )->Request:
-        "All that the ladder needs for an answer."
+        "All that the request and the store know; `described` adds what the files of the model tell of ids that are new to it."
         shelf = self.shelf() if shelf is None else shelf
-        return Request(user, n, task, tuple(session), filters, self.state(user), shelf.available, shelf.unavailable)
+        return Request(user, n, task, tuple(session), filters, self.state(user), shelf.available, shelf.unavailable, **told)
 
     async def answer(self, model:Recommender, asked:Request)->Recommendations:
         "The best items; a trained user without changes is ranked together with others of the moment."
         row = None if asked.user is None else model.bundle.users.row(asked.user)
         plain = row is not None and asked.task == "discovery" and asked.state is UNCHANGED and not (asked.session or asked.available or asked.unavailable) and asked.filters is NO_FILTERS
         found = await self.together.rank(model, row, asked.n) if plain and model.user_factors[row].any() else None
+        if found is None and has_news(model, asked): asked = await run_in_threadpool(described, model, asked)
         return found or answer(model, asked)
 
     def answer_all(self, model:Recommender, asks:Sequence[Request])->list[Recommendations]:
         "The best items for each of many, one after the other; for a thread."
-        return [answer(model, asked) for asked in asks]
+        return [answer(model, described(model, asked)) for asked in asks]
 
     def similar(self, model:Recommender, item:int|str, n:int)->Recommendations:
         "Items like an item that can be bought now."
         shelf = self.shelf()
+        if model.bundle.items.row(item) is None and (new := model.bundle.cold_items.get(item)): return similar_by_content(model, new, n, unavailable=shelf.unavailable, available=shelf.available)
         return similar_items(model, item, n, unavailable=shelf.unavailable, available=shelf.available)
 
     def popular(self, model:Recommender, n:int, category:str|None=None)->Recommendations:
@@ -246,7 +249,7 @@ class Service(_KeptAnswers):
 
     def explain(self, model:Recommender, asked:Request, item:int|str, most:int=10)->dict:
         "Why an item has its place in a user's list, as `ExplainAnswer`."
-        row, scored = model.bundle.items.row(item), score_request(model, asked)
+        row, scored = model.bundle.items.row(item), score_request(model, described(model, asked))
         place = why_not(model, scored.person, row, scored.ruled_out, scored.scores)
         facts = {"user_id": asked.user, "item_id": item, "title": title_of(model, row), "source": scored.source, "model_version": model.bundle.version, "rule": place.rule,
                  "recommended": place.rule is None and place.rank is not None and place.rank <= asked.n, "rank": place.rank if place.rule is None else None, "candidates": place.candidates, "score": plain(place.score)}
@@ -259,14 +262,19 @@ class Service(_KeptAnswers):
     async def stored(self, operation:str, *given):
         "An operation of the store in a thread of its own; a failure is counted."
         if self.store is None: raise StoreError("there is none: PRODUCT_RECS_DATABASE_URL is empty")
-        try: return await run_in_threadpool(getattr(self.store.open(), operation), *given)
+        try: return await run_in_threadpool(getattr(self.store, operation), *given) # which opens it, where that is still to be done
         except StoreError:
             self.metrics.store_error(operation)
             raise
 
+    @property
+    def stale(self)->bool:
+        "Is there feedback, or may there be, that this worker has not read?"
+        return self.changes is not None and self.changes.stale
+
     def figures(self)->bytes:
         "The text for `/metrics`."
-        if self.changes: self.metrics.store_stale(self.changes.stale)
+        self.metrics.store_stale(self.stale)
         if self.impressions and (dropped := self.impressions.dropped - self._dropped):
             self.metrics.impressions_dropped(dropped)
             self._dropped += dropped
@@ -274,7 +282,7 @@ class Service(_KeptAnswers):
 
     def store_state(self)->str:
         "One word for the health routes: none, open or away."
-        return "none" if self.store is None else "away" if self.changes.stale else "open"
+        return "none" if self.store is None else "away" if self.stale else "open"
 
 # %% ../nbs/06_service.ipynb #edd16b4b
 def _question_of(scope:dict)->tuple: return scope["raw_path"], scope["query_string"]
@@ -288,9 +296,15 @@ class FastPath:
         self.app, self.service = app, service
 
     async def __call__(self, scope, receive, send):
-        kept = self.service.again(scope) if scope["type"] == "http" and scope["method"] == "GET" else None
-        if kept is None: return await self.app(scope, receive, send)
+        if scope["type"] != "http": return await self.app(scope, receive, send)
+        kept, service = self.service.again(scope) if scope["method"] == "GET" else None, self.service
+
+        async def send_on(message):
+            if message["type"] == "http.response.start" and service.stale: message["headers"] = [*message["headers"], (b"x-feedback-stale", b"true")]
+            await send(message)
+
+        if kept is None: return await self.app(scope, receive, send_on)
         scope["route_template"] = "/recommend/{user_id}"
-        await send({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
+        await send_on({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
         await send({"type": "http.response.body", "body": kept.body})
-        self.service.shown(scope, kept.model, kept.user, kept.source, kept.items, kept.short)
+        service.shown(scope, kept.model, kept.user, kept.source, kept.items, kept.short)

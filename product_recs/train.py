@@ -116,7 +116,8 @@ def train_bundle(
         algorithm="implicit.als", parameters={**model.parameters, "features": features.parameters},
         data={"run": features.interactions.name, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until, **features.split, **({"mean_total": features.mean_total} if features.mean_total else {})},
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
-        counts=features.all.counts, age_days=features.all.age_days, blend=weights)
+        counts=features.all.counts, age_days=features.all.age_days, blend=weights,
+        cold_items=features.cold_items, cold_users=features.cold_users)
     if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)): publish(path.parent, path.name)
     return path.name, model
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Problem', 'problem', 'http_problem', 'parameter_problem', 'known_problem', 'documented', 'id_in_path',
-           'log_to_stdout', 'path_id', 'RequestLog']
+           'log_to_stdout', 'path_id', 'RequestLog', 'BoundedHttp']
 
 # %% ../nbs/06_web.ipynb #6e290fc3
 import itertools
@@ -27,6 +27,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .core import BundleError, ProductRecsError
 from .inference import UnknownItem
@@ -58,12 +59,17 @@ def _raw_path(request:Request)->bytes: return request.scope.get("raw_path") or r
 
 async def http_problem(request:Request, error:HTTPException)->JSONResponse:
     "404, 405 and other answers of the framework."
-    detail = {404: "there is nothing at this path; /docs lists what there is",
-              405: f"{request.method} is not allowed here, only {(error.headers or {}).get('Allow', 'GET')}"}.get(error.status_code, str(error.detail))
-    return problem(_raw_path(request), error.status_code, detail, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405: headers.setdefault("Allow", "GET") # the file server of some versions does not say it
+    detail = {404: "there is nothing at this path; /docs lists what there is", 405: f"{request.method} is not allowed here, only {headers.get('Allow')}"}.get(error.status_code, str(error.detail))
+    return problem(_raw_path(request), error.status_code, detail, headers)
 
 async def parameter_problem(request:Request, error:RequestValidationError)->JSONResponse:
-    "422 that names each bad parameter."
+    "422 that names each bad parameter; 400 or 415 for a body that is no JSON."
+    first = error.errors()[0]
+    if first["type"] == "json_invalid": return problem(_raw_path(request), 400, f"the body is not readable as JSON: {first.get('ctx', {}).get('error', '')} at character {first['loc'][-1]}")
+    if first["loc"] == ("body",) and first["type"] == "missing": return problem(_raw_path(request), 400, "the body is empty; it must be JSON")
+    if isinstance(error.body, bytes): return problem(_raw_path(request), 415, f"the body must be application/json, not {request.headers.get('content-type') or 'without a content type'}")
     errors = [{"in": str(e["loc"][0]), "field": ".".join(map(str, e["loc"][1:])), "message": e["msg"]} for e in error.errors()]
     return problem(_raw_path(request), 422, "; ".join(f"{e['field']}: {e['message']}" for e in errors), errors=errors)
 
@@ -88,7 +94,8 @@ def documented(
     headers = {"X-Request-ID": header("the request's id in the log")}
     if model:
         headers |= {"X-Model-Version": header("version of the model that answered"), "X-Recommendation-Source": header("the rung that answered"),
-                    "X-Recommendation-Shortfall": header("only where there are fewer than n: why")}
+                    "X-Recommendation-Shortfall": header("only where there are fewer than n: why"),
+                    "X-Feedback-Stale": header("only where the newest feedback could not be read: true")}
     schema, found = Problem.model_json_schema(), {200: {"description": description, "headers": headers}}
     for status in sorted({*statuses, *_ALWAYS}):
         example = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": _EXAMPLES[status], "instance": "/path/of/the/request"}
@@ -180,3 +187,39 @@ class RequestLog:
         if line["status"] is not None: raise error
         detail = f"an error inside the service; its log has the cause under request id {line['request_id']}"
         await problem(scope.get("raw_path") or scope["path"], 500, detail)(scope, receive, send)
+
+# %% ../nbs/06_web.ipynb #8b6a9427
+_LONGEST_HEAD = 65_536
+
+class BoundedHttp(HttpToolsProtocol):
+    "uvicorn's HTTP/1.1, with an end to headers."
+    _head = _unfinished = 0 # bytes of the headers so far, and of what is not yet a whole part
+
+    def on_message_begin(self):
+        "A new request."
+        self._head = self._unfinished = 0
+        super().on_message_begin()
+
+    def on_header(self, name, value):
+        "One header is complete."
+        self._head, self._unfinished = self._head + len(name) + len(value), 0
+        if self._head > _LONGEST_HEAD: raise ValueError("too long a head") # the parser stops and the answer is sent
+        super().on_header(name, value)
+
+    def on_body(self, body):
+        "A part of the body."
+        self._unfinished = 0
+        super().on_body(body)
+
+    def data_received(self, data):
+        "Bytes from the client."
+        self._unfinished += len(data)
+        super().data_received(data)
+        if self._unfinished > _LONGEST_HEAD and not self.transport.is_closing(): self.send_400_response("")
+
+    def send_400_response(self, msg):
+        "The last answer of a connection; for too long a head a 431."
+        if max(self._head, self._unfinished) <= _LONGEST_HEAD: return super().send_400_response(msg)
+        answer = problem("", 431, f"the headers are longer than {_LONGEST_HEAD:,} bytes", {"Connection": "close", "X-Request-ID": _request_id([]).decode()})
+        self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\n" + b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers) + b"\r\n" + answer.body)
+        self.transport.close()

@@ -21,7 +21,7 @@ def test_the_service_imports_nothing_of_training_or_notebooks():
     assert "product_recs.inference" in modules
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
     assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in (
-        "answers", "api", "bundle", "changes", "connection", "core", "events", "explain", "filters", "foldin", "inference", "ladder", "live", "monitor", "people", "ranking",
+        "answers", "api", "bundle", "changes", "cold", "connection", "core", "events", "explain", "filters", "foldin", "inference", "ladder", "live", "monitor", "people", "ranking",
         "records", "security", "service", "signals", "store", "web")}
 
 

@@ -1,0 +1,398 @@
+"""What the service promises over HTTP: two worker processes, a trained model, and a feedback store in a real SQLite file and in a real PostgreSQL."""
+import http.client
+import json
+import shutil
+import sqlite3
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_api import Server, problem
+from test_openapi import train
+from test_store import new_database, postgres, until  # noqa: F401
+
+from product_recs.bundle import current_version, open_bundle, publish
+from product_recs.ladder import Request, answer, prepared
+from product_recs.live import rollback
+from product_recs.security import add_key
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR
+STORES = ["sqlite", "postgresql"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "A folder of models with two versions of different taste; the first is live."
+    folder = tmp_path_factory.mktemp("trained")
+    first, second = train(folder), train(folder, factors=12, iterations=2)
+    publish(folder / "models", first)
+    return folder / "models", first, second
+
+
+def url_of(kind, folder, request):
+    return f"sqlite:///{folder}/feedback.db" if kind == "sqlite" else new_database(request.getfixturevalue("postgres"))
+
+
+@contextmanager
+def serving(folder, trained, url, **settings):
+    "Two workers on a copy of the models."
+    shutil.copytree(trained[0], folder / "models", symlinks=True)
+    with Server(folder, folder / "models", **{"workers": 2, "database_url": url, "watch_seconds": 0.1, **settings}) as server:
+        server.models, server.url = folder / "models", url
+        both(server, "/health/live")
+        yield server
+
+
+@pytest.fixture(scope="module", params=STORES)
+def shop(request, tmp_path_factory, trained):
+    folder = tmp_path_factory.mktemp("shop")
+    with serving(folder, trained, url_of(request.param, folder, request)) as server:
+        yield server
+
+
+def both(server, path, method="GET", body=None, headers=None):
+    "The answers of both workers, each over a connection that it keeps; the first part of a request id is the worker."
+    payload, sent = None if body is None else json.dumps(body), ({} if body is None else {"Content-Type": "application/json"}) | (headers or {})
+    if not hasattr(server, "kept"):
+        server.kept = {}
+    answers = []
+    for worker, connection in list(server.kept.items()):
+        try:
+            answers.append(talk(connection, method, path, payload, sent))
+        except (OSError, http.client.HTTPException):  # hung up after some idle seconds
+            connection.close()
+            del server.kept[worker]
+    end = time.monotonic() + 60
+    while len(server.kept) < 2:
+        assert time.monotonic() < end, "one worker got all connections"
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        answer = talk(connection, method, path, payload, sent)
+        if (worker := answer[1]["x-request-id"][:24]) in server.kept:
+            connection.close()
+        else:
+            server.kept[worker] = connection
+        answers.append(answer)
+    return answers
+
+
+def talk(connection, method, path, payload, headers):
+    connection.request(method, path, payload, headers)
+    answer = connection.getresponse()
+    content, found = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+    return answer.status, found, json.loads(content) if "json" in found["content-type"] else content
+
+
+def one(server, path, method="GET", body=None, headers=None):
+    "The one body that both workers answer with 200."
+    answers = both(server, path, method, body, headers)
+    assert {status for status, _, _ in answers} == {200}, answers[0]
+    bodies = {json.dumps(body, sort_keys=True) for _, _, body in answers}
+    assert len(bodies) == 1, bodies
+    return answers[0][2]
+
+
+def lists(server, user, **more):
+    "What both workers recommend to a user: source and items."
+    found = one(server, "/recommend", "POST", {"users": [user], "n": 10, **more})["results"][0]
+    return found["source"], found["recommendations"]
+
+
+def post(server, *events):
+    status, _, body = server.ask("POST", "/events", {"events": list(events)})
+    assert status == 200 and body["rejected"] == 0, body
+    return [result["status"] for result in body["results"]]
+
+
+def event(user, item, event="purchase", **more):
+    return {"user_id": user, "item_id": item, "event": event, **more}
+
+
+# --- feedback ----------------------------------------------------------------------------------------------------------
+
+def test_an_event_counts_at_the_next_request_in_every_worker(shop):
+    source, before = lists(shop, 11)
+    assert source == "personalised" and len(before) == 10 and one(shop, "/recommend/11")["recommendations"] == before
+    assert post(shop, event(11, before[0])) == ["accepted"]
+    assert before[0] not in one(shop, "/recommend/11")["recommendations"] and before[0] not in lists(shop, 11)[1]
+    assert lists(shop, 7001)[0] == "popular"
+    for item in before[:3]:
+        post(shop, event(7001, item, "cart"))
+        source, found = lists(shop, 7001)
+        assert source == "session" and item not in found and len(found) == 10
+    assert [(line["item_id"], line["event"], line["origin"]) for line in one(shop, "/users/7001/history")["history"]] == [(item, "cart", "feedback") for item in before[2::-1]]
+
+
+def test_a_key_counts_once_whichever_workers_get_it(shop):
+    body = {"events": [event(7002, item, key=f"order-1-{item}") for item in (101, 102, 103)]}
+    with ThreadPoolExecutor(8) as pool:
+        answers = [*pool.map(lambda _: shop.ask("POST", "/events", body), range(16)), *both(shop, "/events", "POST", body)]
+    statuses = Counter(result["status"] for _, _, body in answers for result in body["results"])
+    assert statuses["accepted"] == 3 and statuses["duplicate"] == 3 * (len(answers) - 1) and set(statuses) == {"accepted", "duplicate"}
+    assert len(one(shop, "/users/7002/history")["history"]) == 3
+    status, _, mixed = shop.ask("POST", "/events", {"events": [event(7002, 104, key="new"), event(7002, 105, quantity=-1), event(7002, 101, key="order-1-101")]})
+    assert status == 200 and [result["status"] for result in mixed["results"]] == ["accepted", "rejected", "duplicate"] and "quantity" in mixed["results"][1]["error"]
+
+
+def test_what_a_user_denies_never_comes(shop):
+    _, before = lists(shop, 12)
+    post(shop, event(12, before[0], "deny"), event(12, before[1], "deny"))
+    assert not {*before[:2]} & {*lists(shop, 12)[1]} and not {*before[:2]} & {*one(shop, "/recommend/12?task=next_purchase")["recommendations"]}
+    assert "denied" in one(shop, f"/explain/12/{before[0]}")["rule"]
+    post(shop, event(12, before[0], "undeny"), event(12, before[1], "undeny"))
+    assert lists(shop, 12)[1] == before
+
+
+def test_a_forgotten_user_is_a_stranger_in_every_worker(shop):
+    post(shop, event(13, 101), event(13, 102, "deny"))
+    told = one(shop, "/users/13/history")
+    assert told["known"] and {line["origin"] for line in told["history"]} == {"model", "feedback"}
+    status, _, body = shop.ask("DELETE", "/users/13")
+    assert status == 200 and body == {"user_id": 13, "forgotten": True, "events_deleted": 2}
+    assert one(shop, "/users/13/history") == {"user_id": 13, "known": False, "forgotten": True, "history": []}
+    popular = one(shop, "/popular?n=10")["recommendations"]
+    assert lists(shop, 13) == ("popular", popular) and one(shop, "/recommend/13")["recommendations"] == popular
+    assert shop.ask("DELETE", "/users/13")[2]["events_deleted"] == 0
+    post(shop, event(13, popular[0]))
+    source, found = lists(shop, 13)
+    assert source == "session" and popular[0] not in found
+    assert [line["item_id"] for line in one(shop, "/users/13/history")["history"]] == [popular[0]]
+
+
+def test_what_is_sold_out_is_recommended_to_nobody(shop):
+    before, popular = {user: lists(shop, user)[1] for user in (14, 15)}, one(shop, "/popular?n=1")["recommendations"]
+    gone = [before[14][0], before[15][0], popular[0]]
+    tell = lambda available: shop.ask("POST", "/availability", {"items": [{"item_id": item, "available": available} for item in gone]})
+    assert tell(False)[2] == {"changed": len({*gone})} and tell(False)[2] == {"changed": 0}
+    for path in ("/recommend/14", "/recommend/15", "/recommend/8999", "/popular", f"/similar/{before[14][1]}?n=100", "/recommend/14?task=next_purchase&n=100"):
+        body = one(shop, path)
+        assert not {*gone} & {*body.get("recommendations", body.get("similar"))}
+    assert one(shop, f"/items/{gone[0]}")["available"] is False and "not available" in one(shop, f"/explain/14/{gone[0]}")["rule"]
+    tell(True)
+    assert one(shop, f"/items/{gone[0]}")["available"] and {user: lists(shop, user)[1] for user in (14, 15)} == before
+
+
+# --- answers -----------------------------------------------------------------------------------------------------------
+
+def test_a_guest_is_answered_from_the_session_alone(shop):
+    session = [{"item_id": 101, "event": "cart"}, {"item_id": 102}]
+    found = one(shop, "/recommend", "POST", {"events": session, "n": 5, "detail": True})["results"][0]
+    assert found["user_id"] is None and found["source"] == "session" and not {101, 102} & {*found["recommendations"]} and len(found["items"]) == 5
+    assert {reason["item_id"] for item in found["items"] for reason in item["reasons"]} <= {101, 102}
+    assert one(shop, "/recommend", "POST", {"n": 5})["results"][0]["source"] == "popular"
+    # the same as events: what a stranger did in the store
+    post(shop, event(7003, 101, "cart"), event(7003, 102, "view"))
+    assert lists(shop, 7003, n=5)[1] == found["recommendations"]
+
+
+def test_filters_hold_together(shop):
+    facts = {item: one_item for item in range(101, 221) if (one_item := shop.get(f"/items/{item}")[2]["attributes"])}
+    categories = sorted({attributes["category"] for attributes in facts.values()})
+    free = lists(shop, 16, n=100)[1]
+    rules = {"where": {"category": categories[:2], "price": {"min": 3, "max": 30}}, "max_per": {"category": 4}, "deny": free[:2], "allow": list(range(101, 200))}
+    fits = lambda item: facts[item]["category"] in categories[:2] and 3 <= facts[item]["price"] <= 30 and item not in free[:2] and item < 200
+    expected, count = [], Counter()
+    for item in filter(fits, free):
+        if count[facts[item]["category"]] < 4:
+            expected.append(item)
+            count[facts[item]["category"]] += 1
+    result = one(shop, "/recommend", "POST", {"users": [16], "n": 20, "filters": rules})["results"][0]
+    assert result["recommendations"] == expected and 0 < len(expected) <= 8 and result["shortfall"].startswith(f"only {len(expected)} of 20: ")
+    problem(shop.ask("POST", "/recommend", {"filters": {"where": {"colour": ["red"]}}}), 422)
+
+
+def test_many_users_are_answered_in_the_order_asked(shop):
+    users = [17, 9_000_001, 18, 17]
+    results = one(shop, "/recommend", "POST", {"users": users, "n": 7})["results"]
+    assert [result["user_id"] for result in results] == users and [result["source"] for result in results] == ["personalised", "popular", "personalised", "personalised"]
+    assert [result["recommendations"] for result in results] == [one(shop, f"/recommend/{user}?n=7")["recommendations"] for user in users]
+
+
+@pytest.mark.parametrize("task", ["discovery", "next_purchase"])
+def test_an_explanation_adds_up(shop, task):
+    detail = one(shop, f"/recommend/19?n=10&detail=true&task={task}")
+    assert detail["source"] == ("personalised" if task == "discovery" else "next_purchase")
+    for item in detail["items"]:
+        told = one(shop, f"/explain/19/{item['item_id']}?task={task}")
+        assert (told["rank"], told["recommended"], told["rule"], told["title"]) == (item["rank"], True, None, item["title"])
+        assert told["score"] == pytest.approx(item["score"], rel=1e-3, abs=1e-4)
+        affinity = sum(reason["contribution"] for reason in told["why"]) + told["other"]
+        assert (affinity if task == "discovery" else sum(told["signals"].values())) == pytest.approx(told["score"], rel=1e-3, abs=1e-3)
+    own = next(line["item_id"] for line in one(shop, "/users/19/history")["history"] if shop.get(f"/items/{line['item_id']}")[2]["available"])
+    told = one(shop, f"/explain/19/{own}?task={task}")
+    assert told["rule"] == ("already seen" if task == "discovery" else None) and told["rank"] == (None if task == "discovery" else told["rank"])
+
+
+def test_metrics_add_up_both_workers(shop):
+    def figures():
+        lines = (line.rsplit(" ", 1) for line in shop.get("/metrics")[2].decode().splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in lines}
+    count = 'http_requests_total{method="GET",route="/similar/{item_id}",status="200"}'
+    before = figures()
+    asked = len(both(shop, "/similar/101"))
+    until(lambda: figures().get(count, 0) - before.get(count, 0) == asked)
+    after = figures()
+    assert after["workers_alive"] == 2 and sum(value for name, value in after.items() if name.startswith("model_info{")) == 2
+    post(shop, event(7004, 101))
+    name = 'feedback_events_total{result="accepted"}'
+    until(lambda: figures()[name] == after[name] + 1)
+
+
+# --- models --------------------------------------------------------------------------------------------------------------
+
+def in_process(models_dir, version, users, n=10):
+    model = prepared(open_bundle(models_dir, version))
+    return {user: answer(model, Request(user, n)).items for user in users}
+
+
+def test_a_new_model_is_taken_up_while_requests_run(tmp_path, trained):
+    "Each answer is that of the version which it names, whole, in both workers and on the three ways to ask."
+    _, first, second = trained
+    users = list(range(1, 31))
+    right = {version: in_process(trained[0], version, users) for version in (first, second)}
+    assert sum(right[first][user] != right[second][user] for user in users) > 15
+    with serving(tmp_path, trained, f"sqlite:///{tmp_path}/feedback.db") as server:
+        seen, ended = Counter(), threading.Event()
+
+        def ask(worker):
+            wrong, k = [], worker
+            while not ended.is_set():
+                user, k = users[k % len(users)], k + 1
+                if k % 3 == 0:
+                    status, headers, body = server.ask("POST", "/recommend", {"users": [user, users[0]]})
+                    pairs = [(result["user_id"], result["model_version"], result["recommendations"]) for result in body["results"]]
+                    assert {version for _, version, _ in pairs} == {headers["x-model-version"]}
+                else:
+                    status, headers, body = server.get(f"/recommend/{user}" + ("?detail=true" if k % 3 == 1 else ""))
+                    pairs = [(user, headers["x-model-version"], body["recommendations"])]
+                    assert body.get("model_version", headers["x-model-version"]) == headers["x-model-version"]
+                wrong += [pair for pair in pairs if status != 200 or right[pair[1]][pair[0]] != pair[2]]
+                seen[headers["x-model-version"], headers["x-request-id"][:24]] += 1
+            return wrong
+
+        with ThreadPoolExecutor(6) as pool:
+            asking = [pool.submit(ask, k * 5) for k in range(6)]
+            try:
+                for version in (second, first, second):
+                    publish(server.models, version)
+                    until(lambda version=version: all(headers["x-model-version"] == version for _, headers, _ in both(server, "/health/ready")))
+            finally:
+                ended.set()
+            assert [found.result() for found in asking] == [[]] * 6
+        assert len(seen) == 4 and min(seen.values()) > 0
+
+
+def test_a_broken_model_is_refused_and_shown_and_an_earlier_one_is_one_command_away(tmp_path, trained):
+    _, first, second = trained
+    with serving(tmp_path, trained, "") as server:
+        publish(server.models, second)
+        versions = lambda: {(body["version"], (body["refused"] or {}).get("version")) for _, _, body in both(server, "/model")}
+        until(lambda: versions() == {(second, None)})
+        broken = "29990101T000000-broken00"
+        shutil.copytree(server.models / second, server.models / broken)
+        manifest = json.loads((server.models / second / "manifest.json").read_text())
+        (server.models / broken / "manifest.json").write_text(json.dumps(manifest | {"version": broken}))
+        factors = bytearray((server.models / broken / "item_factors.npy").read_bytes())
+        factors[-3] ^= 1
+        (server.models / broken / "item_factors.npy").write_bytes(factors)
+        (server.models / "current").write_text(broken + "\n")
+        until(lambda: versions() == {(second, broken)})
+        assert "item_factors.npy" in server.get("/model")[2]["refused"]["error"]
+        assert {body["status"] for _, _, body in both(server, "/model/reload", "POST")} == {"refused"}
+        assert {status for status, _, _ in both(server, "/health/ready")} == {200} and one(server, "/recommend/1")["recommendations"] == in_process(server.models, second, [1])[1]
+        assert rollback(server.models, first) == first
+        until(lambda: versions() == {(first, None)})
+        assert one(server, "/recommend/1")["recommendations"] == in_process(server.models, first, [1])[1]
+        answer = server.ask("POST", "/events", event(1, 101))  # a service without a store
+        assert "PRODUCT_RECS_DATABASE_URL" in problem(answer, 503).detail
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_what_users_did_becomes_part_of_the_next_model(kind, request, tmp_path, trained):
+    "Events come over HTTP, are ingested with the log, trained and published; from then on they are no news."
+    url = url_of(kind, tmp_path, request)
+    with serving(tmp_path, trained, url) as server:
+        bought = lists(server, 1)[1][:3]
+        post(server, *[event(7100, item, timestamp="2026-01-05T12:00:00Z") for item in bought], event(7100, 101, "deny"))
+        assert server.ask("DELETE", "/users/20")[0] == 200
+        source, before = lists(server, 7100)
+        assert source == "session" and not {*bought, 101} & {*before}
+        time.sleep(2.1)  # what is younger than two seconds waits for the training after this one
+        (tmp_path / "next").mkdir()
+        version = train(tmp_path / "next", feedback=url)
+        shutil.copytree(tmp_path / "next/models" / version, server.models / version)
+        publish(server.models, version)
+        until(lambda: all(headers["x-model-version"] == version for _, headers, _ in both(server, "/health/ready")))
+        assert server.get("/model")[2]["data"]["feedback_until"] and one(server, "/users?limit=1")["total"] == 360  # one is new, one is forgotten
+        source, after = lists(server, 7100)
+        expected = [item for item in in_process(server.models, version, [7100], 11)[7100] if item != 101][:10]
+        assert (source, after) == ("personalised", expected)
+        told = one(server, "/users/7100/history")
+        assert told["known"] and Counter(line["item_id"] for line in told["history"]) == Counter([*bought, 101])  # each thing once
+        assert lists(server, 20)[0] == "popular"
+        post(server, event(7100, after[0]))
+        assert after[0] not in lists(server, 7100)[1]
+
+
+# --- the store goes away ------------------------------------------------------------------------------------------------
+
+def refused_then_counted(server, stop, start):
+    "Recommendations go on while the store is away; events are refused with 503, and accepted when it is back, without a restart."
+    post(server, event(7201, 101))
+    before = lists(server, 7201)
+    stop()
+    answers = both(server, "/recommend/7201")
+    assert {status for status, _, _ in answers} == {200} and all(body["recommendations"] == before[1] for _, _, body in answers)
+    body = {"events": [event(7201, before[1][0], key="while-away")]}
+    refused = server.ask("POST", "/events", body)
+    assert "nothing was taken" in problem(refused, 503).detail and int(refused[1]["retry-after"]) > 0
+    problem(server.ask("POST", "/availability", {"items": [{"item_id": 101, "available": False}]}), 503)
+    problem(server.ask("DELETE", "/users/7201"), 503)
+    assert one(server, "/recommend/1")["recommendations"] and server.get("/health/ready")[0] == 200
+    start()
+    until(lambda: server.ask("POST", "/events", body)[0] == 200)
+    until(lambda: all(body["store"] == "open" for _, _, body in both(server, "/health/ready")))
+    # a worker that reconnects may need longer than the 0.2 s that a request waits for it
+    until(lambda: all(before[1][0] not in body["recommendations"] for _, _, body in both(server, "/recommend/7201")))
+    assert lists(server, 7201)[0] == "session"
+    assert [line["item_id"] for line in one(server, "/users/7201/history")["history"]] == [before[1][0], 101]
+
+
+def test_a_stopped_postgresql_is_survived(tmp_path, trained, postgres):  # noqa: F811
+    with serving(tmp_path, trained, new_database(postgres)) as server:
+        refused_then_counted(server, postgres.stop, postgres.start)
+
+
+def test_a_locked_sqlite_file_is_survived(tmp_path, trained):
+    "Another program holds the file; that is what being away looks like here."
+    with serving(tmp_path, trained, f"sqlite:///{tmp_path}/feedback.db") as server:
+        holder = sqlite3.connect(tmp_path / "feedback.db", isolation_level=None, check_same_thread=False)
+        refused_then_counted(server, lambda: holder.execute("BEGIN IMMEDIATE"), lambda: holder.execute("ROLLBACK"))
+        holder.close()
+
+
+# --- keys ---------------------------------------------------------------------------------------------------------------
+
+def test_keys_open_what_their_scope_says_in_every_worker(tmp_path, trained):
+    keys = {scope: add_key(tmp_path / "keys.json", scope, scope) for scope in ("read", "write", "admin")}
+    with serving(tmp_path, trained, f"sqlite:///{tmp_path}/feedback.db", auth="on", api_keys_file=tmp_path / "keys.json") as server:
+        asks = [("GET", "/recommend/1", None, 0), ("POST", "/recommend", {}, 0), ("GET", "/metrics", None, 0), ("GET", "/model", None, 0), ("POST", "/events", event(1, 101, key="k"), 1),
+                ("DELETE", "/users/21", None, 1), ("POST", "/availability", {"items": [{"item_id": 101, "available": True}]}, 1), ("POST", "/model/reload", None, 2)]
+        for method, path, body, needed in asks:
+            assert {status for status, _, _ in both(server, path, method, body)} == {401}
+            for at, key in enumerate(keys.values()):
+                answers = both(server, path, method, body, {"Authorization": f"Bearer {key}"})
+                assert {status for status, _, _ in answers} == {200 if at >= needed else 403}, (method, path, at)
+        unknown = server.ask("GET", "/recommend/1", headers={"X-API-Key": "pr_nonsense"})
+        assert problem(unknown, 401) and "invalid_token" in unknown[1]["www-authenticate"]
+        assert server.get("/health/live")[0] == server.get("/")[0] == server.get("/openapi.json")[0] == 200
+        added = add_key(tmp_path / "keys.json", "late", "read")
+        until(lambda: {status for status, _, _ in both(server, "/recommend/1", headers={"X-API-Key": added})} == {200})
+    assert not any(key in server.stdout.read_text() + server.stderr.read_text() for key in keys.values())
+    assert current_version(server.models) == trained[1]
