@@ -19,9 +19,11 @@ from .bundle import current_version, publish, read_manifest, version_of, write_b
 from .core import TrainError, implicit_module, locked, one_blas_thread, resolve_path
 from .features import Features, ensure_features
 from .foldin import fold_in
+from .solver import RotatedALS
 
 # %% ../nbs/03_train.ipynb #9fcfc4e7
-ALS_DEFAULTS = {"factors": 64, "regularization": 20.0, "alpha": 1.0, "iterations": 15, "seed": 0}
+ALS_DEFAULTS = {"factors": 64, "regularization": 20.0, "alpha": 1.0, "iterations": 15, "seed": 0, "solver": "implicit"}
+_OBJECTIVE = {"unobserved_weight": 1.0, "nu": 0.0} # what serving takes for granted
 
 @dataclass(frozen=True)
 class AlsModel:
@@ -34,9 +36,13 @@ class AlsModel:
 
 def _check(confidence:csr_matrix, parameters:dict)->None:
     "Refuse what would fail later or fit nonsense."
-    rules = {"factors": (1, 4096), "regularization": (0, np.inf), "alpha": (1e-12, np.inf), "iterations": (1, 10_000), "num_threads": (0, 4096), "loss_every": (0, np.inf)}
+    rules = {"factors": (1, 4096), "regularization": (0, np.inf), "alpha": (1e-12, np.inf), "iterations": (1, 10_000), "num_threads": (0, 4096), "loss_every": (0, np.inf),
+             "unobserved_weight": (1e-12, np.inf), "nu": (0, 1), "cg_steps": (1, 10_000)}
     for name, (low, high) in rules.items():
         if not low <= parameters[name] <= high: raise TrainError(f"{name}={parameters[name]!r}: must be from {low:g} to {high:g}")
+    if parameters["solver"] not in ("implicit", "rotated"): raise TrainError(f"solver={parameters['solver']!r}: must be 'implicit' or 'rotated'")
+    changed = [name for name, usual in _OBJECTIVE.items() if parameters[name] != usual]
+    if changed and parameters["solver"] == "implicit": raise TrainError(f"{changed[0]}={parameters[changed[0]]!r}: solver='implicit' cannot do that; take solver='rotated'")
     if not confidence.nnz: raise TrainError("the matrix is empty: no interaction is left to train on")
     if not np.isfinite(confidence.data).all() or (confidence.data <= 0).any():
         raise TrainError("every confidence must be a positive, finite number; look at event_weights and weighting in 02_features")
@@ -50,33 +56,58 @@ def fit_als(
     alpha:float=ALS_DEFAULTS["alpha"],
     iterations:int=ALS_DEFAULTS["iterations"],
     seed:int=ALS_DEFAULTS["seed"],
+    solver:str=ALS_DEFAULTS["solver"], # implicit | rotated
     num_threads:int=0,          # 0: all cores
     loss_every:int=5,           # take the loss at every n-th iteration; 0: never
+    unobserved_weight:float=1.0, # of an untaken cell; solver="rotated" only, like the next two
+    nu:float=0.0,               # how the regularization grows with the number of a row's items, 0 to 1
+    cg_steps:int=2,             # steps of conjugate gradients for a long row
     progress:bool=True,         # show a progress bar
 )->AlsModel:
-    "Fit implicit-feedback ALS (Hu, Koren and Volinsky 2008) with `implicit`."
-    parameters = dict(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, seed=seed)
-    _check(confidence, {**parameters, "num_threads": num_threads, "loss_every": loss_every})
-    takes_loss = lambda iteration: loss_every > 0 and iteration % loss_every == 0 and iteration < iterations
-    confidence, losses = _int32(confidence), []
+    "Fit implicit-feedback ALS (Hu, Koren and Volinsky 2008)."
+    parameters = dict(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, seed=seed, solver=solver)
+    own = dict(unobserved_weight=unobserved_weight, nu=nu, cg_steps=cg_steps)
+    _check(confidence, {**parameters, **own, "num_threads": num_threads, "loss_every": loss_every})
+    losses, started = [], time.perf_counter()
+    with tqdm(total=iterations, desc="ALS", unit="iteration", disable=not progress, file=sys.stdout) as bar:
+        def after(iteration, loss):
+            if loss is not None:
+                losses.append((iteration, float(loss)))
+                bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
+            bar.update()
+        takes_loss = lambda iteration: loss_every > 0 and iteration % loss_every == 0 and iteration < iterations
+        fit, extra = (_fit_implicit, {}) if solver == "implicit" else (_fit_rotated, own)
+        user_factors, item_factors, loss = fit(confidence, takes_loss, after, num_threads=num_threads, last_loss=loss_every > 0, **{n: v for n, v in parameters.items() if n != "solver"}, **extra)
+    if loss is not None: losses.append((iterations, loss))
+    for side, found in (("items'", item_factors), ("users'", user_factors)):
+        if not np.isfinite(found).all(): raise TrainError(f"the {side} factors became infinite with regularization={regularization}; raise it, or lower alpha={alpha}")
+    return AlsModel(user_factors, item_factors, losses, time.perf_counter() - started, parameters | ({name: own[name] for name, usual in _OBJECTIVE.items() if own[name] != usual}))
+
+def _fit_rotated(confidence:csr_matrix, takes_loss, after, *, iterations:int, last_loss:bool, **parameters)->tuple[np.ndarray, np.ndarray, float|None]:
+    "User factors, item factors and loss by `RotatedALS`."
+    model = RotatedALS(confidence, **parameters)
+    for iteration in range(1, iterations + 1):
+        model.step()
+        after(iteration, model.loss() if takes_loss(iteration) else None)
+    model.solve_users()
+    return model.user_factors, model.item_factors, model.loss() if last_loss else None
+
+# %% ../nbs/03_train.ipynb #fe29033b
+def _fit_implicit(confidence:csr_matrix, takes_loss, after, *, factors:int, regularization:float, alpha:float, iterations:int, seed:int, num_threads:int,
+                  last_loss:bool)->tuple[np.ndarray, np.ndarray, float|None]:
+    "User factors, item factors and loss by `implicit`."
+    confidence = _int32(confidence)
     AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares # before BLAS is held: it loads a BLAS of its own
-    with one_blas_thread(), tqdm(total=iterations, desc="ALS", unit="iteration", disable=not progress, file=sys.stdout) as bar:
+    with one_blas_thread():
         model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, random_state=seed,
                                         num_threads=num_threads, calculate_training_loss=takes_loss(1))
-        def after(iteration, seconds, loss): # iteration counts from 0
-            if model.calculate_training_loss:
-                losses.append((iteration + 1, float(loss)))
-                bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
+        def each(iteration, seconds, loss): # iteration counts from 0
+            after(iteration + 1, loss if model.calculate_training_loss else None)
             model.calculate_training_loss = takes_loss(iteration + 2)
-            bar.update()
-        started = time.perf_counter()
-        model.fit(confidence, show_progress=False, callback=after)
-        if not np.isfinite(model.item_factors).all(): raise TrainError(f"the factors became infinite with regularization={regularization}; raise it, or lower alpha={alpha}")
-        user_factors = fold_in(model.item_factors, confidence, regularization, alpha, num_threads=num_threads)
-        if loss_every: losses.append((iterations, _loss(confidence, user_factors, model.item_factors, regularization, alpha, num_threads)))
-        seconds = time.perf_counter() - started
-    if not np.isfinite(user_factors).all(): raise TrainError(f"the users' factors became infinite with regularization={regularization}; raise it, or lower alpha={alpha}")
-    return AlsModel(user_factors, model.item_factors, losses, seconds, parameters)
+        model.fit(confidence, show_progress=False, callback=each)
+        finite = np.isfinite(model.item_factors).all()
+        user_factors = fold_in(model.item_factors, confidence, regularization, alpha, num_threads=num_threads) if finite else model.user_factors
+        return user_factors, model.item_factors, _loss(confidence, user_factors, model.item_factors, regularization, alpha, num_threads) if last_loss else None
 
 def _loss(confidence:csr_matrix, user_factors:np.ndarray, item_factors:np.ndarray, regularization:float, alpha:float, num_threads:int)->float:
     "Mean loss of a user-item cell."
@@ -109,6 +140,8 @@ def train_bundle(
     **parameters,                 # of `fit_als`
 )->tuple[str, AlsModel]:          # version, and the fitted model
     "Fit ALS to everything known and write it as a bundle."
+    for name, usual in _OBJECTIVE.items():
+        if parameters.get(name, usual) != usual: raise TrainError(f"{name}={parameters[name]!r}: the service folds users in with {name}={usual}; such a model can be judged, not served")
     model = fit_als(features.all.confidence, **parameters)
     weights = blend_section(features, **model.parameters, num_threads=parameters.get("num_threads", 0)) if blend else {"missing": "it was trained with blend=False"}
     path = write_bundle(resolve_path(models_dir), user_factors=model.user_factors, item_factors=model.item_factors, seen=features.all.confidence,
