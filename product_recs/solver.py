@@ -185,6 +185,23 @@ def row_regularization(
     return np.float32(regularization*(counts + unobserved*others)**float(nu)) if nu else np.full(len(counts), regularization, np.float32)
 
 # %% ../nbs/03_solver.ipynb #e123485c
+def _taken_loss(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, unobserved:float, threads:int)->np.ndarray:
+    "What the taken cells of each row add to the loss, beyond the sum over all cells."
+    taken = np.zeros(len(solved))
+    for start in range(0, len(side.data), 100_000):
+        part = slice(start, start + 100_000)
+        rows = np.searchsorted(side.indptr, np.arange(start, min(start + 100_000, len(side.data))), side="right") - 1
+        p, c = np.einsum("ij,ij->i", solved[rows], fixed[side.indices[part]]).astype(float), alpha*side.data[part]
+        taken += np.bincount(rows, c*(1 - p)**2 - unobserved*p*p, len(taken))
+    return taken
+
+def _taken_loss_native(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, unobserved:float, threads:int)->np.ndarray:
+    "The same in C."
+    taken = np.zeros(len(solved))
+    _run("als_loss", threads, 2, side, f=solved.shape[1], fixed=fixed, solved=solved, alpha=alpha, unobserved=unobserved, loss=taken)
+    return taken
+
+# %% ../nbs/03_solver.ipynb #fca6b9bd
 class RotatedALS:
     "Implicit-feedback ALS by row solves in the eigenbasis of the Gram matrix."
     def __init__(self,
@@ -242,12 +259,6 @@ class RotatedALS:
         "The objective at the factors as they are."
         with one_blas_thread(), ThreadPoolExecutor(self.threads) as pool: shared = float((_gram(self.x, pool)*_gram(self.y, pool)).sum())*self.unobserved
         norms = sum(float(self.reg[side] @ np.einsum("ij,ij->i", factor, factor)) for side, factor in ((self.users, self.x), (self.items, self.y)))
-        taken, side = np.zeros(len(self.x)), self.users
-        if self.native: _run("als_loss", self.threads, 2, side, f=self.x.shape[1], fixed=self.y, solved=self.x, alpha=self.alpha, unobserved=self.unobserved, loss=taken)
-        else:
-            for start in range(0, len(side.data), 100_000):
-                part = slice(start, start + 100_000)
-                rows = np.searchsorted(side.indptr, np.arange(start, min(start + 100_000, len(side.data))), side="right") - 1
-                p, c = np.einsum("ij,ij->i", self.x[rows], self.y[side.indices[part]]).astype(float), self.alpha*side.data[part]
-                taken += np.bincount(rows, c*(1 - p)**2 - self.unobserved*p*p, len(taken))
+        side = self.users
+        taken = (_taken_loss_native if self.native else _taken_loss)(side, self.y, self.x, self.alpha, self.unobserved, self.threads)
         return (taken.sum() + shared + norms)/(self.alpha*side.data.sum(dtype=float) + self.unobserved*(side.shape[0]*side.shape[1] - len(side.data)))
