@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-serving bench-endurance bench-scale bench-quality clean
+.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -80,6 +80,10 @@ bench-endurance: .venv/.ready
 # memory and time of the evaluation, at 20,000 and 100,000 users
 bench-scale: .venv/.ready
 	@$(BIN)/python benchmarks/evaluate_scale.py
+
+# training beside implicit, and irspack where .venv-bench has it; OPTIONS="--sizes cj,1 --factors 64"
+bench-training: .venv/.ready
+	@$(BIN)/python benchmarks/training.py --write $(OPTIONS)
 
 # OPTIONS go to the script, such as OPTIONS="--models als,blend --factors 256"
 bench-quality: .venv/.ready

@@ -166,15 +166,15 @@ def spread(ours, theirs):
 
 
 def table(results):
-    lines = ["| data | factors | arm | NDCG@10 | s an iteration | CPU s an iteration | CPU s to 99 % | CPU an iteration, times ours | CPU to 99 %, times ours | wall to 99 %, times ours | peak MB |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| data | factors | arm | rounds | NDCG@10 | s an iteration | CPU s an iteration | CPU s to 99 % | CPU an iteration, times ours | CPU to 99 %, times ours | wall to 99 %, times ours | peak MB |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for result in results:
         ours = result["arms"]["rotated"]
         for arm, rounds in result["arms"].items():
             column = lambda name, of=rounds: [row[name] for row in of]
             middle = lambda name, of=rounds: statistics.median(row[name] for row in of)
             ratios = [spread(column(name, ours), column(name)) if arm != "rotated" else "1" for name in ("cpu", "cpu to NDCG", "wall to NDCG")]
-            lines.append(f"| {result['data']} | {result['factors']} | {arm} | {middle('NDCG'):.4f} | {middle('wall'):.3f} | {middle('cpu'):.3f} | {middle('cpu to NDCG'):.2f} | {' | '.join(ratios)} | {middle('megabytes'):.0f} |")
+            lines.append(f"| {result['data']} | {result['factors']} | {arm} | {len(rounds)} | {middle('NDCG'):.4f} | {middle('wall'):.3f} | {middle('cpu'):.3f} | {middle('cpu to NDCG'):.2f} | {' | '.join(ratios)} | {middle('megabytes'):.0f} |")
     return "\n".join(lines)
 
 
@@ -182,13 +182,16 @@ def plot(results, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 3.6), squeeze=False)
-    for ax, result in zip(axes[0], results):
+    rows = -(-len(results) // 3)
+    fig, axes = plt.subplots(rows, 3, figsize=(12.6, 3.6 * rows), squeeze=False)
+    for ax in axes.flat[len(results):]:
+        ax.axis("off")
+    for ax, result in zip(axes.flat, results):
         for arm, rows in result["curves"].items():
             ax.plot([row[1] for row in rows], [row[2] for row in rows], marker="o", markersize=3, label=arm)
-        ax.set(xscale="log", xlabel="CPU seconds", title=f"{result['data']}\n{result['factors']} factors")
+        ax.set(xscale="log", xlabel="CPU seconds", ylabel="NDCG@10", title=f"{result['data']}\n{result['factors']} factors")
+        ax.title.set_fontsize(9)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("NDCG@10")
     axes[0, 0].legend()
     fig.tight_layout()
     fig.savefig(path, dpi=110)
@@ -209,13 +212,18 @@ def main(options):
                     for arm in arms if number % 2 == 0 else arms[::-1]:
                         found[arm].append(measure(arm, file, factors, options.iterations, GROCERIES if size == "cj" else SHOP))
                 target = 0.99 * found["implicit"][0]["rows"][-1][2]
-                results.append({"data": name, "factors": factors, "arms": {arm: [facts(one, target) for one in rounds] for arm, rounds in found.items()}, "curves": {arm: rounds[0]["rows"] for arm, rounds in found.items()}})
+                results.append({"data": name, "factors": factors, "iterations": options.iterations, "rounds": options.rounds, "arms": {arm: [facts(one, target) for one in rounds] for arm, rounds in found.items()}, "curves": {arm: rounds[0]["rows"] for arm, rounds in found.items()}})
                 print(table(results[-1:]), flush=True)
-    text = f"Objective and parameters the same for all arms, {options.iterations} iterations, {os.cpu_count()} cores, {options.rounds} rounds: median (smallest to largest). Made by `make bench-training`.\n\n{table(results)}\n"
+    out = ROOT / "benchmarks/results"
+    if options.write:  # results of other sizes stay
+        old = json.loads((out / "training.json").read_text()) if (out / "training.json").exists() else []
+        mine = {(result["data"], result["factors"]): result for result in [*old, *results]}
+        results = sorted(mine.values(), key=lambda result: (result["data"].split(":")[0], int(result["data"].split()[-2].replace(",", "")), result["factors"]))
+        (out / "training.json").write_text(json.dumps(results, indent=1) + "\n")
+        plot(results, out / "training.png")
+    text = f"The same objective and parameters for all arms; {os.cpu_count()} cores. Ratios: median of the rounds (smallest to largest). Made by `make bench-training`.\n\n{table(results)}\n"
     if options.write:
-        (ROOT / "benchmarks/results/training.md").write_text(text)
-        (ROOT / "benchmarks/results/training.json").write_text(json.dumps(results, indent=1))
-        plot(results, ROOT / "benchmarks/results/training.png")
+        (out / "training.md").write_text(text)
     print("\n" + text)
 
 

@@ -221,7 +221,7 @@ class RotatedALS:
         self.users, self.items = Side(confidence), Side(confidence.T.tocsr())
         self.reg = {side: row_regularization(regularization, side.counts, side.shape[1], self.unobserved, nu) for side in (self.users, self.items)}
         self.x, self.y = (aligned_zeros(side.shape[0], -(-factors//16)*16) for side in (self.users, self.items))
-        self.y[:, :factors] = np.random.default_rng(seed).standard_normal((len(self.y), factors), dtype=np.float32)*np.float32(0.3/np.sqrt(factors))
+        self.y[:, :factors] = np.random.default_rng(seed).standard_normal((len(self.y), factors), dtype=np.float32)/np.float32(np.sqrt(factors)) # of length 1, about
 
     def _half(self, side:Side, fixed:np.ndarray, solved:np.ndarray, steps:int, shortest:int)->None:
         "Solve one side against the other."
