@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-serving bench-endurance bench-scale bench-quality bench-ingest clean
+.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -84,6 +84,10 @@ bench-scale: .venv/.ready
 # CSV to matrices beside bare DuckDB; OPTIONS="--rows 1000000 --ids text --bad 100"
 bench-ingest: .venv/.ready
 	@$(BIN)/python benchmarks/ingest.py $(OPTIONS)
+
+# training beside implicit, and irspack where .venv-bench has it; OPTIONS="--sizes cj,1 --factors 64"
+bench-training: .venv/.ready
+	@$(BIN)/python benchmarks/training.py --write $(OPTIONS)
 
 # OPTIONS go to the script, such as OPTIONS="--models als,blend --factors 256"
 bench-quality: .venv/.ready

@@ -1,9 +1,10 @@
 """Package metadata, read from settings.ini so that each fact stands in one place."""
+import os
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
@@ -14,6 +15,16 @@ cfg = config["DEFAULT"]
 def requirements(*jobs: str) -> list[str]:
     return [r for job in jobs for r in shlex.split(cfg[f"{job}_requirements"])]
 
+
+# The row solves of the trainer: plain C without Python.h, loaded with ctypes, so one build serves every Python. Optional: where there
+# is no compiler, the installation goes on and the trainer does the same in NumPy. Never -march=native: the code asks the CPU when it runs.
+kernels = Extension(
+    "product_recs._als",
+    ["product_recs/_als.c"],
+    extra_compile_args=[] if os.name == "nt" else ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
+    py_limited_api=True,
+    optional=True,
+)
 
 setup(
     name=cfg["lib_name"],
@@ -35,6 +46,8 @@ setup(
     ],
     packages=find_packages(include=["product_recs", "product_recs.*"]),
     package_data={"product_recs": ["migrations/*.py", "migrations/versions/*.py", "page/*"]},
+    ext_modules=[kernels],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("serve", "train"),
     extras_require={job: requirements(job) for job in ("jobs", "sample", "dev")},

@@ -33,7 +33,8 @@ from .evaluate import Task, make_task, past_and_future
 from .features import Features, Snapshot
 from .foldin import fold_in
 from .metrics import bootstrap_means, interval, paired_bootstrap
-from .train import ALS_DEFAULTS, _int32, fit_als
+from .solver import RotatedALS
+from .train import ALS_DEFAULTS, _int32, chosen_solver, fit_als
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
 
 # %% ../nbs/11_tune.ipynb #f8ed9fe3
@@ -54,8 +55,12 @@ def continued_fit(
     factors:int, regularization:float, alpha:float,
     looks:Sequence[int],   # iterations after which to look, ascending
     seed:int=0,
+    solver:str=ALS_DEFAULTS["solver"], # implicit | rotated | auto
 )->Iterator[tuple[int, np.ndarray, np.ndarray]]: # iterations so far, user factors, item factors
     "Fit ALS in pieces and show the factors after each."
+    if chosen_solver(solver) == "rotated":
+        yield from _continued_rotated(RotatedALS(confidence, factors, regularization, alpha, seed), looks)
+        return
     AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares # before BLAS is held: it loads a BLAS of its own
     with one_blas_thread(): model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, random_state=seed)
     matrix, done = _int32(confidence), 0
@@ -65,6 +70,16 @@ def continued_fit(
             model.fit(matrix, show_progress=False)
             users = fold_in(model.item_factors, matrix, regularization, alpha, num_threads=0) if np.isfinite(model.item_factors).all() else model.user_factors
         yield done, users, model.item_factors
+
+def _continued_rotated(model:RotatedALS, looks:Sequence[int])->Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    "The same with `RotatedALS`; the exact pass before a look leaves no trace."
+    done = 0
+    for look in looks:
+        for _ in range(look - done): model.step()
+        done, kept = look, (model.x.copy(), model.y.copy())
+        model.solve_users()
+        yield done, model.user_factors, model.item_factors
+        model.x[:], model.y[:] = kept
 
 def on_plateau(
     values:Sequence[float], # by look

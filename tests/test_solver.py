@@ -1,0 +1,105 @@
+"""The trainer's own solver as a whole: the same model on any number of threads and through the NumPy path, interrupts, and an installation without a compiler."""
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix, random as random_matrix
+
+from product_recs.foldin import fold_in
+from product_recs.solver import RotatedALS, native_kernels
+from product_recs.train import fit_als
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def shop():
+    "Short rows and long ones, empty ones, an item that nearly everybody has."
+    rng = np.random.default_rng(1)
+    matrix = random_matrix(3000, 500, 0.02, format="lil", random_state=1, dtype=np.float32)
+    matrix[:2600, 7] = 1
+    matrix[5] = 1
+    matrix[2999] = 0
+    matrix = csr_matrix(matrix)
+    matrix.eliminate_zeros()
+    matrix.data = rng.choice([0.5, 0.9, 1.0, 3.0, 40.0], matrix.nnz).astype(np.float32)
+    return matrix
+
+
+@pytest.mark.parametrize("options", [{}, {"nu": 0.5, "regularization": 0.5}, {"unobserved_weight": 0.3}])
+def test_kernels_and_numpy_end_in_the_same_model(shop, options):
+    options = {"factors": 24, "regularization": 8.0} | options
+    models = [RotatedALS(shop, **options, native=native, num_threads=2) for native in ([True] if native_kernels() else []) + [False]]
+    for model in models:
+        for _ in range(3):
+            model.step()
+        model.solve_users()
+    losses = [model.loss() for model in models]
+    assert np.allclose(losses, losses[0], rtol=1e-5)
+    scores = [model.user_factors @ model.item_factors.T for model in models]
+    assert all(np.abs(score - scores[0]).max() < 5e-3 for score in scores)
+    assert not models[0].user_factors[2999].any()
+
+
+def test_threads_change_nothing_and_fold_in_agrees(shop):
+    one, many = (fit_als(shop, factors=20, regularization=8.0, iterations=4, solver="rotated", num_threads=threads, progress=False) for threads in (1, 5))
+    assert np.array_equal(one.user_factors, many.user_factors) and np.array_equal(one.item_factors, many.item_factors) and one.losses == many.losses
+    expected = fold_in(one.item_factors, shop, 8.0, 1.0)
+    assert np.abs(one.user_factors - expected).max() < 1e-4*np.abs(expected).max()
+
+
+def test_the_loss_never_rises_and_ends_no_higher_than_that_of_implicit(shop):
+    losses = {solver: fit_als(shop, factors=16, regularization=8.0, iterations=40, loss_every=1, solver=solver, progress=False).losses for solver in ("implicit", "rotated")}
+    values = [loss for _, loss in losses["rotated"]]
+    assert len(values) == 40 and all(later <= earlier*(1 + 1e-5) for earlier, later in zip(values, values[1:]))
+    assert values[-1] <= losses["implicit"][-1][1]*1.001
+
+
+def test_an_interrupt_ends_the_fit_and_leaves_no_thread(shop):
+    before = threading.active_count()
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        fit_als(shop, factors=64, iterations=10_000, loss_every=0, solver="rotated", progress=False)
+    timer.join()
+    assert threading.active_count() == before
+
+
+def wheel(folder, **environment):
+    source = folder / "source"
+    source.mkdir()
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__", "_als*.so"))
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(folder)]
+    subprocess.run(command, cwd=source, env=os.environ | environment, check=True, capture_output=True, timeout=300)
+    [found] = folder.glob("*.whl")
+    return found
+
+
+def test_without_a_compiler_the_package_is_built_and_trains(tmp_path):
+    with zipfile.ZipFile(wheel(tmp_path, CC="false")) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(tmp_path / "site")
+    program = """import numpy as np, scipy.sparse as s
+from product_recs.solver import native_kernels, RotatedALS
+model = RotatedALS(s.csr_matrix(np.eye(9, dtype=np.float32)), 4)
+model.step()
+print(native_kernels(), model.loss() > 0)"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    assert run.stdout.split() == ["None", "True"]
+
+
+@pytest.mark.skipif(not shutil.which("gcc") and not shutil.which("cc"), reason="there is no compiler here")
+def test_a_wheel_with_kernels_serves_every_python(tmp_path):
+    found = wheel(tmp_path)
+    assert "cp310-abi3" in found.name
+    with zipfile.ZipFile(found) as archive:
+        assert [name for name in archive.namelist() if name.endswith(".so")] == ["product_recs/_als.abi3.so"]
