@@ -16,7 +16,8 @@ from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 
 from .answers import plain
-from .changes import Availability, Changes, ImpressionLog
+from .bundle import Bundle
+from .changes import Availability, Changes, ImpressionLog, learned_micros
 from .core import Settings
 from .events import UNCHANGED, Event
 from .explain import why, why_not
@@ -43,11 +44,12 @@ class Kept:
     short: bool      # fewer than asked?
 
 class KeptAnswers:
-    "At most `size` answers; the oldest goes first."
+    "At most `size` answers and `most_bytes` of bodies; the oldest goes first."
     def __init__(self,
-        size:int, # 0: keeps none
+        size:int,                  # 0: keeps none
+        most_bytes:int=64_000_000, # detailed answers are a hundred times as long as plain ones
     ):
-        self.size, self._kept = size, {}
+        self.size, self.most_bytes, self.bytes, self._kept = size, most_bytes, 0, {}
 
     def get(self,
         question:tuple, # path and query, as they came
@@ -57,14 +59,18 @@ class KeptAnswers:
 
     def put(self, question:tuple, kept:Kept)->None:
         "Keep an answer."
-        if not self.size: return
-        self._kept.pop(question, None) # the newest stands last
-        while len(self._kept) >= self.size: del self._kept[next(iter(self._kept))]
+        if not self.size or len(kept.body) > self.most_bytes: return
+        self._drop(question) # the newest stands last
+        while len(self._kept) >= self.size or self.bytes + len(kept.body) > self.most_bytes: self._drop(next(iter(self._kept)))
         self._kept[question] = kept
+        self.bytes += len(kept.body)
+
+    def _drop(self, question:tuple)->None:
+        if question in self._kept: self.bytes -= len(self._kept.pop(question).body)
 
     def clear(self)->None:
         "Forget all of them."
-        self._kept.clear()
+        self._kept, self.bytes = {}, 0
 
 # %% ../nbs/06_service.ipynb #7ee80579
 FEW = 4 # a product for fewer costs more than one for each
@@ -117,17 +123,25 @@ class _Worker:
         self.changes = Changes(self.store) if self.store else None
         self.impressions = ImpressionLog(self.store, settings.impressions) if self.store and settings.impressions else None
         self.kept, self.together, self._dropped = KeptAnswers(settings.cache_size), Together(), 0
-        self.live = LiveModel(settings.models_dir, prepared, settings.watch_seconds)
+        self.live, self._learned = LiveModel(settings.models_dir, self._ready, settings.watch_seconds), -1
         self.live.listen(self._swapped)
 
+    def _ready(self, bundle:Bundle)->Recommender:
+        "A model ready to answer; one that knows less of the stored events than the one before, only after they have been read again."
+        model, until = prepared(bundle), bundle.manifest["data"].get("feedback_until")
+        if self.changes and learned_micros(until) < self._learned: self.changes.use(until)
+        return model
+
     def _swapped(self, result:Reload)->None:
-        "A new model knows more of the stored events than the one before."
+        "Drop the events that the new model knows itself."
         self.metrics.reload(result.status)
         if result.status != "reloaded": return
         self.kept.clear()
         manifest = self.live.get().bundle.manifest
         self.metrics.model_taken_up(manifest["version"], manifest["created_at"])
-        if self.changes: self.changes.use(manifest["data"].get("feedback_until"))
+        until = manifest["data"].get("feedback_until")
+        self._learned = learned_micros(until)
+        if self.changes: self.changes.use(until)
 
     def start(self)->"Service": # itself
         "Open the store and the model; what is not there yet is tried again later."
