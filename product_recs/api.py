@@ -164,7 +164,7 @@ def _add_page(app:FastAPI)->None:
 
 async def _store_away(request:Request, error:StoreError)->Response:
     "503: nothing was taken, and the same request may be sent again."
-    return problem(request.scope["raw_path"], 503, f"the feedback store is away, nothing was taken; send the same again: {error}", {"Retry-After": "5"})
+    return problem(request.scope["raw_path"], 503, f"nothing was taken, send the same again when the feedback store is back: {error}", {"Retry-After": "5"})
 
 def create_app(
     settings:Settings|None=None, # default: from the environment, PRODUCT_RECS_*

@@ -275,7 +275,7 @@ class Service(_KeptAnswers):
 
     async def stored(self, operation:str, *given):
         "An operation of the store in a thread of its own; a failure is counted."
-        if self.store is None: raise StoreError("there is none: PRODUCT_RECS_DATABASE_URL is empty")
+        if self.store is None: raise StoreError("there is none, PRODUCT_RECS_DATABASE_URL is empty")
         try: return await run_in_threadpool(getattr(self.store, operation), *given) # which opens it, where that is still to be done
         except StoreError:
             self.metrics.store_error(operation)
