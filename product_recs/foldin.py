@@ -93,7 +93,8 @@ def fold_in(
         for row in range(start, min(start + 256, len(found))):
             if indptr[row] < indptr[row + 1]: found[row] = solver.solve(indices[indptr[row]:indptr[row + 1]], data[indptr[row]:indptr[row + 1]])
     starts = range(0, len(found), 256)
-    if num_threads == 1: any(map(rows, starts))
+    # short rows are many small steps in Python, which threads only hinder; the dense solves of long ones run beside each other
+    if num_threads == 1 or 2*confidence.nnz <= found.size: any(map(rows, starts))
     else:
         with ThreadPoolExecutor(num_threads or os.cpu_count()) as threads: any(threads.map(rows, starts))
     return found
