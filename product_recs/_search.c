@@ -35,6 +35,7 @@ struct search {
     const float *inverse, *error, *norm;       /* (panels,) inverse of the codes' step; largest length of what they leave out, of what they say */
     const float *users; int64_t m;             /* (m, f) */
     const int64_t *indptr; const int32_t *excluded; /* by user, or null */
+    const uint16_t *closed;                    /* (panels,) a bit for each place that nobody gets, or null */
     int64_t n; int32_t *found; float *scores;  /* (m, n) */
     int64_t block;                             /* users that a thread takes at once, a multiple of TILE */
     int64_t *next;
@@ -315,7 +316,8 @@ INLINE TARGET int NAME(goes_on)(const struct search *s, const struct NAME(state)
 static TARGET void NAME(nothing)(const struct search *s, struct NAME(state) *t, int64_t first, int64_t u) {
     const int64_t from = s->excluded ? s->indptr[first + u] : 0, to = s->excluded ? s->indptr[first + u + 1] : 0;
     for (int64_t item = 0; item < s->n_items && t->sizes[u] < s->n; item++) {
-        int allowed = s->place[item] >= 0;
+        const int32_t at = s->place[item];
+        int allowed = at >= 0 && !(s->closed && s->closed[at/LANES] >> at%LANES & 1);
         for (int64_t i = from; allowed && i < to; i++) allowed = s->excluded[i] != item;
         if (allowed) t->heaps[u*s->n + t->sizes[u]++] = (struct kept){0, (int32_t)item};
     }
@@ -335,9 +337,12 @@ INLINE TARGET void NAME(users)(const struct search *s, struct NAME(state) *t, in
         if (t->length[u] == 0) { NAME(nothing)(s, t, first, u); continue; }
         if (!t->blocked) continue;
         uint16_t *blocked = t->blocked + u*s->panels;
-        memset(blocked, 0, s->panels*sizeof *blocked);
+        if (s->closed) memcpy(blocked, s->closed, s->panels*sizeof *blocked);
+        else memset(blocked, 0, s->panels*sizeof *blocked);
+        if (!s->excluded) continue;
         for (int64_t i = s->indptr[first + u]; i < s->indptr[first + u + 1]; i++) {
-            int32_t at = s->place[s->excluded[i]];
+            int64_t item = s->excluded[i];
+            int32_t at = item >= 0 && item < s->n_items ? s->place[item] : -1;
             if (at >= 0) blocked[at/LANES] |= (uint16_t)(1 << at%LANES);
         }
     }
@@ -365,7 +370,7 @@ static TARGET int NAME(top)(const struct search *s) {
     t.sizes = aligned(block*sizeof *t.sizes);
     t.going = aligned(block/TILE*sizeof *t.going);
     t.limit = aligned(5*block*sizeof(float));
-    if (s->excluded) t.blocked = aligned(block*s->panels*sizeof *t.blocked);
+    if (s->excluded || s->closed) t.blocked = aligned(block*s->panels*sizeof *t.blocked);
 #if VARIANT == 3
     t.codes = aligned(block*quads*4);
     int missing = !t.codes;
@@ -375,7 +380,7 @@ static TARGET int NAME(top)(const struct search *s) {
     t.turned = aligned(block*s->f*sizeof(float));
     int missing = !t.packed || !t.turned;
 #endif
-    missing |= !t.heaps || !t.sizes || !t.going || !t.limit || (s->excluded && !t.blocked);
+    missing |= !t.heaps || !t.sizes || !t.going || !t.limit || ((s->excluded || s->closed) && !t.blocked);
     if (!missing) {
         if (t.codes) memset(t.codes, 0, block*quads*4);
         t.length = t.limit + block; t.inverse = t.limit + 2*block; t.left = t.limit + 3*block; t.offset = (int32_t *)(t.limit + 4*block);

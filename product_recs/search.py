@@ -63,7 +63,7 @@ class _Search(ctypes.Structure):
     "`struct search` of _search.c."
     _fields_ = [("items", ctypes.c_void_p), ("f", ctypes.c_int64), ("order", ctypes.c_void_p), ("panels", ctypes.c_int64), ("place", ctypes.c_void_p), ("n_items", ctypes.c_int64),
                 *((name, ctypes.c_void_p) for name in ("codes", "reach", "inverse", "error", "norm", "users")), ("m", ctypes.c_int64), ("indptr", ctypes.c_void_p), ("excluded", ctypes.c_void_p),
-                ("n", ctypes.c_int64), ("found", ctypes.c_void_p), ("scores", ctypes.c_void_p), ("block", ctypes.c_int64), ("next", ctypes.c_void_p)]
+                ("closed", ctypes.c_void_p), ("n", ctypes.c_int64), ("found", ctypes.c_void_p), ("scores", ctypes.c_void_p), ("block", ctypes.c_int64), ("next", ctypes.c_void_p)]
 
 VNNI = 3 # best instruction set of the kernels; 2: AVX-512, 1: AVX2, 0: none
 _BYTES = 1 << 25 # that a thread may use for the users of its block
@@ -74,19 +74,28 @@ def _tame(sizes:np.ndarray)->np.ndarray:
     "Is a product of such numbers, or its inverse, one that float32 can hold?"
     return (sizes == 0) | ((sizes > 1e-12) & (sizes < 1e12)) # NaN is not
 
+
+def _bits(searcher, closed:np.ndarray)->np.ndarray: # (panels,) uint16
+    "A bit for each place of the items that are closed."
+    places = searcher.place[closed]
+    mask = np.zeros(len(searcher.order), bool)
+    mask[places[places >= 0]] = True
+    return np.packbits(mask, bitorder="little").view("<u2")
+
 # %% ../nbs/00_search.ipynb #6ec9f970
-def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, threads:int)->tuple[np.ndarray, np.ndarray]:
+def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.ndarray|None, threads:int)->tuple[np.ndarray, np.ndarray]:
     "By the kernels; `exclude` as indptr and indices."
     (m, f), n_items = users.shape, len(searcher.item_factors)
-    if not m: return _in_numpy(searcher, users, n, exclude)
+    if not m: return _in_numpy(searcher, users, n, exclude, closed)
     found, scores, following = np.empty((m, n), np.int32), np.empty((m, n), np.float32), np.zeros(1, np.int64)
     indptr, excluded = (None, None) if exclude is None else (np.ascontiguousarray(exclude[0], np.int64), np.ascontiguousarray(exclude[1], np.int32))
     if excluded is not None and not len(excluded): excluded = np.zeros(1, np.int32) # a pointer that is not null
+    if closed is not None: closed = _bits(searcher, closed)
     threads = min(threads or os.cpu_count() or 1, -(-m//8))
     block = max(8, min(512, _BYTES//(2*len(searcher.reach) + 8*n + 8*f), -(-m//threads)))
     address = lambda array: None if array is None else array.ctypes.data
     search = _Search(address(searcher.item_factors), f, address(searcher.order), len(searcher.reach), address(searcher.place), n_items, address(searcher.codes), address(searcher.reach), address(searcher.inverse),
-                     address(searcher.error), address(searcher.norm), address(users), m, address(indptr), address(excluded), n, address(found), address(scores), -(-block//8)*8, address(following))
+                     address(searcher.error), address(searcher.norm), address(users), m, address(indptr), address(excluded), address(closed), n, address(found), address(scores), -(-block//8)*8, address(following))
     run = lambda _=None: searcher.kernels.search_top(ctypes.byref(search), searcher.variant)
     if threads <= 1: failed = run()
     else:
@@ -99,12 +108,13 @@ def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, threads:int)-
     return found, scores
 
 # %% ../nbs/00_search.ipynb #5cd0ab7a
-def _in_numpy(searcher, users:np.ndarray, n:int, exclude:tuple|None)->tuple[np.ndarray, np.ndarray]:
+def _in_numpy(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.ndarray|None)->tuple[np.ndarray, np.ndarray]:
     "By matrix products and `top_n`, about 16 MB of scores at a time."
     found, scores = np.full((len(users), n), -1, np.int32), np.full((len(users), n), -np.inf, np.float32)
     usable = np.isfinite(users).all(axis=1)
     if not usable.all(): users = np.where(usable[:, None], users, np.float32(0))
-    step = max(1, (1 << 22)//max(1, len(searcher.item_factors)))
+    step, candidates = max(1, (1 << 22)//max(1, len(searcher.item_factors))), searcher.candidates.copy()
+    if closed is not None: candidates[closed] = False
     for start in range(0, len(users), step):
         part = slice(start, min(start + step, len(users)))
         rows = None
@@ -112,7 +122,7 @@ def _in_numpy(searcher, users:np.ndarray, n:int, exclude:tuple|None)->tuple[np.n
             indptr = np.asarray(exclude[0])[part.start:part.stop + 1]
             indices = np.asarray(exclude[1])[indptr[0]:indptr[-1]]
             rows = csr_matrix((np.ones(len(indices), bool), indices, indptr - indptr[0]), shape=(len(indptr) - 1, len(searcher.item_factors)))
-        found[part], scores[part] = top_n(users[part] @ searcher.item_factors.T, n, exclude=rows, candidates=searcher.candidates)
+        found[part], scores[part] = top_n(users[part] @ searcher.item_factors.T, n, exclude=rows, candidates=candidates)
     found[~usable], scores[~usable] = -1, -np.inf
     return found, scores
 
@@ -139,11 +149,14 @@ class Searcher:
         user_factors:np.ndarray, # (m, f) float32
         n:int,                   # items for each user
         exclude:csr_matrix|tuple|None=None, # (m, n_items), entries are never returned; or its (indptr, indices)
+        closed:np.ndarray|None=None, # rows of items that nobody gets
         threads:int=1,           # 0: all cores
     )->tuple[np.ndarray, np.ndarray]: # items (m, n) int32, -1 where none is left; scores (m, n) float32, minus infinity there
         "The best `n` items of each user, best first; of equal scores the lower row number."
         users = np.ascontiguousarray(user_factors, np.float32)
         if exclude is not None and not isinstance(exclude, tuple): exclude = exclude.indptr, exclude.indices
+        if users.ndim != 2 or users.shape[1] != self.item_factors.shape[1]: raise ValueError(f"users of shape {users.shape} for items of shape {self.item_factors.shape}")
+        if exclude is not None and len(exclude[0]) != len(users) + 1: raise ValueError(f"exclude has {len(exclude[0]) - 1} rows for {len(users)} users")
         most = np.abs(users).max(axis=1, initial=0)
-        if self.kernels is not None and _tame(most).all(): return _native(self, users, n, exclude, threads)
-        return _in_numpy(self, users, n, exclude)
+        if self.kernels is not None and _tame(most).all(): return _native(self, users, n, exclude, closed, threads)
+        return _in_numpy(self, users, n, exclude, closed)

@@ -38,8 +38,9 @@ def questions(draw):
 def test_every_kernel_gives_the_lists_of_a_full_ranking(question):
     users, items, n, exclude, candidates, threads = question
     found, scores = top_n(users @ items.T, n, exclude, candidates)
+    closed = None if candidates is None or threads % 2 else np.flatnonzero(~candidates)
     for variant in VARIANTS:
-        mine = Searcher(items, candidates, variant).top(users, n, exclude, threads)
+        mine = Searcher(items, candidates if closed is None else None, variant).top(users, n, exclude, closed, threads)
         assert np.array_equal(mine[0], found), variant
         assert np.array_equal(mine[1], scores), variant
 
