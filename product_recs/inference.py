@@ -232,6 +232,7 @@ def top_rows(
         found[who], best[who] = searcher.top(vectors[who], n, seen, model.catalogue.blocked, threads=0)
     return found, best
 
+# %% ../nbs/05_inference.ipynb #2c009cb2
 def recommend_many(
     model:Recommender,
     users:Iterable,         # external ids, known or not
@@ -248,7 +249,6 @@ def recommend_many(
     for start in range(0, len(warm), BLOCK):
         block = warm[start:start + BLOCK]
         for at, items, scores in zip(block, *top_rows(model, np.array([rows[at] for at in block]), kept, exclude_seen)):
-            # a short list is made again one by one: that way it comes with its reason
             if kept == n and items[-1] >= 0: answers[at] = Recommendations(model.bundle.items.take(items), scores.tolist(), "personalised", rows=items.tolist())
     return [recommend(model, user, n, exclude_seen=exclude_seen) if answer is None else answer for user, answer in zip(users, answers)]
 
