@@ -62,8 +62,7 @@ class Recommender:
     @cached_property
     def catalogue(self)->Catalogue:
         "The items as the rules see them; one without factors or interactions cannot be scored."
-        columns = self.bundle.item_columns
-        return Catalogue(self.bundle.items, columns, self.item_factors.any(axis=1) & (columns["popularity"] > 0))
+        return Catalogue(self.bundle.items, columns := self.bundle.item_columns, self.item_factors.any(axis=1) & (columns["popularity"] > 0))
 
     @property
     def candidates(self)->np.ndarray: # (n_items,) bool
@@ -93,7 +92,7 @@ class Recommender:
 
     def prepare(self)->"Recommender": # itself
         "Compute now what the first recommendation would."
-        for name in ("catalogue", "popularity", "searcher"): getattr(self, name)
+        _ = self.catalogue, self.popularity, self.searcher
         try: self.signals.prepare()
         except BlendError: pass # said to whoever asks for a next purchase
         return self
@@ -108,8 +107,7 @@ class Recommender:
     @cached_property
     def norms(self)->np.ndarray: # (n_items,) float32
         "Length of each item's factors; 1 where it is 0, so that it can be divided by."
-        norms = np.sqrt(np.einsum("if,if->i", self.item_factors, self.item_factors))
-        return np.where(norms > 0, norms, 1).astype(np.float32)
+        return np.where(norms := np.sqrt(np.einsum("if,if->i", self.item_factors, self.item_factors)), norms, 1).astype(np.float32)
 
 # %% ../nbs/05_inference.ipynb #3f5cf3f7
 def make_list(
