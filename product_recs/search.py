@@ -24,14 +24,16 @@ def by_length(
     candidates:np.ndarray|None=None, # (n_items,) bool; None: all
 )->tuple[np.ndarray, np.ndarray]: # item at each place, int32, a multiple of 48 with -1 at the end; and by panel, the length of the longest item from there on
     "Items in the order in which the walk meets them; vectors with numbers that are not finite are left out."
-    lengths = np.empty(len(item_factors), np.float32)
-    for start in range(0, len(lengths), 1 << 16): lengths[start:start + (1 << 16)] = np.sqrt(np.einsum("if,if->i", *[item_factors[start:start + (1 << 16)]]*2))
+    lengths = np.empty(len(item_factors))
+    for start in range(0, len(lengths), 1 << 14):
+        part = item_factors[start:start + (1 << 14)].astype(np.float64)
+        lengths[start:start + (1 << 14)] = np.sqrt(np.einsum("if,if->i", part, part))
     rows = np.flatnonzero(np.isfinite(lengths) if candidates is None else np.isfinite(lengths) & candidates)
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     order = np.full(-(-len(rows)//(LANES*GROUP))*LANES*GROUP, -1, np.int32)
     order[:len(rows)] = rows
     reach = np.zeros(len(order)//LANES, np.float32)
-    reach[:-(-len(rows)//LANES)] = lengths[rows[::LANES]]*np.float32(1.0001) # the sum of squares was rounded
+    reach[:-(-len(rows)//LANES)] = lengths[rows[::LANES]]*1.0001 # which is then rounded to float32
     return order, reach
 
 # %% ../nbs/00_search.ipynb #fc88a6d0
@@ -136,9 +138,9 @@ class Searcher:
         variant:int=VNNI,        # best instruction set allowed; -1: NumPy only
     ):
         self.item_factors = np.ascontiguousarray(item_factors, np.float32)
-        self.candidates = np.isfinite(self.item_factors).all(axis=1)
-        if candidates is not None: self.candidates &= candidates
-        self.order, self.reach = by_length(self.item_factors, self.candidates)
+        self.order, self.reach = by_length(self.item_factors, candidates)
+        self.candidates = np.zeros(len(self.item_factors), bool)
+        self.candidates[self.order[self.order >= 0]] = True
         self.kernels = compiled("_search") if variant >= 0 and _tame(self.reach[:1]).all() else None
         if self.kernels is None: return
         self.variant = self.kernels.search_variant(variant)
