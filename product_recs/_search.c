@@ -207,7 +207,7 @@ INLINE TARGET void NAME(prepare)(const struct search *s, struct NAME(state) *t, 
     float most = 0, left = 0;
     int32_t sum = 0;
     int8_t *code = t->codes + u*quads*4;
-    for (int64_t j = 0; j < s->f; j++) most = fmaxf(most, fabsf(x[j]));
+    for (int64_t j = 0; j < s->f; j++) most = fabsf(x[j]) > most ? fabsf(x[j]) : most;
     float step = most > 1e-30f ? most/127 : 1, inverse = 1/step;
     for (int64_t j = 0; j < s->f; j++) {
         int c = (int)rintf(x[j]*inverse);
@@ -340,13 +340,13 @@ static TARGET void NAME(nothing)(const struct search *s, struct NAME(state) *t, 
 
 /* the best of a block of users */
 INLINE TARGET void NAME(users)(const struct search *s, struct NAME(state) *t, int64_t first, int64_t count) {
-    for (int64_t u = 0; u < (count + TILE - 1)/TILE*TILE; u++) { /* a tile that is not full has the last user again */
-        const float *x = s->users + (first + (u < count ? u : count - 1))*s->f;
+    for (int64_t u = count; u%TILE; u++) { t->limit[u] = INFINITY; t->length[u] = 0; t->inverse[u] = 1; } /* nobody: no item is good enough */
+    for (int64_t u = 0; u < count; u++) {
+        const float *x = s->users + (first + u)*s->f;
         NAME(prepare)(s, t, u, x);
         t->length[u] = sqrtf(NAME(dot)(x, x, s->f))*1.0001f;
-        t->limit[u] = u < count ? -INFINITY : INFINITY;
+        t->limit[u] = -INFINITY;
         t->sizes[u] = 0;
-        if (u >= count) continue;
         if (t->length[u] == 0) { NAME(nothing)(s, t, first, u); continue; }
         if (!t->blocked) continue;
         uint16_t *blocked = t->blocked + u*s->panels;
@@ -395,7 +395,9 @@ static TARGET int NAME(top)(const struct search *s) {
 #endif
     missing |= !t.heaps || !t.sizes || !t.going || !t.limit || ((s->excluded || s->closed) && !t.blocked);
     if (!missing) {
+        memset(t.limit, 0, 5*block*sizeof(float));
         if (t.codes) memset(t.codes, 0, block*quads*4);
+        if (t.turned) memset(t.turned, 0, block*s->f*sizeof(float));
         t.length = t.limit + block; t.inverse = t.limit + 2*block; t.left = t.limit + 3*block; t.offset = (int32_t *)(t.limit + 4*block);
         for (int64_t first; (first = __atomic_fetch_add(s->next, 1, __ATOMIC_RELAXED)*block) < s->m && first >= 0;)
             NAME(users)(s, &t, first, s->m - first < block ? s->m - first : block);
