@@ -5,8 +5,8 @@ FROM python:3.11-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 
-# implicit is compiled with OpenMP; serving does not need it
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
+# implicit is compiled with OpenMP; serving does not need it. The compiler is for the kernels of this project
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
 # what serving needs, and nothing else: the list stands in settings.ini; pip itself stays outside
 COPY settings.ini ./

@@ -16,15 +16,19 @@ def requirements(*jobs: str) -> list[str]:
     return [r for job in jobs for r in shlex.split(cfg[f"{job}_requirements"])]
 
 
-# The row solves of the trainer: plain C without Python.h, loaded with ctypes, so one build serves every Python. Optional: where there
-# is no compiler, the installation goes on and the trainer does the same in NumPy. Never -march=native: the code asks the CPU when it runs.
-kernels = Extension(
-    "product_recs._als",
-    ["product_recs/_als.c"],
-    extra_compile_args=[] if os.name == "nt" else ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
-    py_limited_api=True,
-    optional=True,
-)
+# The row solves of the trainer and the search for the best items: plain C without Python.h, loaded with ctypes, so one build serves every
+# Python. Optional: where there is no compiler, the installation goes on and NumPy does the same. Never -march=native: the code asks the
+# CPU when it runs.
+kernels = [
+    Extension(
+        f"product_recs.{name}",
+        [f"product_recs/{name}.c"],
+        extra_compile_args=[] if os.name == "nt" else ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
+        py_limited_api=True,
+        optional=True,
+    )
+    for name in ("_als", "_search")
+]
 
 setup(
     name=cfg["lib_name"],
@@ -46,7 +50,7 @@ setup(
     ],
     packages=find_packages(include=["product_recs", "product_recs.*"]),
     package_data={"product_recs": ["migrations/*.py", "migrations/versions/*.py", "page/*"]},
-    ext_modules=[kernels],
+    ext_modules=kernels,
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("serve", "train"),

@@ -31,7 +31,7 @@ def candidate_pairs(
     users, items = [], []
     for start in range(0, len(rows), block):
         part = rows[start:start + block]
-        best = top_n(als.score(part), most, candidates=als.candidates)[0]
+        best = als.best(part, most, None)[0]
         chosen = np.zeros((len(part), len(als.candidates) + 1), bool) # the last column takes the places that are empty
         np.put_along_axis(chosen, best, True, axis=1)
         chosen[:, popular] = True

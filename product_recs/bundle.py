@@ -139,7 +139,7 @@ def write_bundle(
     arrays = {"user_factors": np.ascontiguousarray(user_factors, np.float32), "item_factors": np.ascontiguousarray(item_factors, np.float32)}
     _check_shapes(arrays["user_factors"], arrays["item_factors"], seen.shape, len(users), len(items))
     created = datetime.now(timezone.utc)
-    version = version or f"{created:%Y%m%dT%H%M%S}-{hashlib.sha256(arrays['item_factors'].tobytes() + arrays['user_factors'].tobytes()).hexdigest()[:8]}"
+    version = version or f"{created:%Y%m%dT%H%M%S.%f}-{hashlib.sha256(arrays['item_factors'].tobytes() + arrays['user_factors'].tobytes()).hexdigest()[:8]}"
     path = Path(models_dir)/_valid_version(version)
     if path.exists(): raise BundleError(f"{path}: a bundle of this version is there already")
     with atomic_folder(path) as folder:

@@ -92,10 +92,9 @@ class BundleComparison:
 
 def _makers(version:str, label:str, manifest:dict, features:Features, folder:Path)->list[Refitted]:
     "What answers the two tasks for one bundle."
-    if manifest["algorithm"] != "implicit.als":
-        raise EvaluateError(f"bundle {version} was made by {manifest['algorithm']!r}; only bundles of implicit.als can be fitted again")
+    if manifest["algorithm"] != "als": raise EvaluateError(f"bundle {version} was made by {manifest['algorithm']!r}; only bundles of 'als' can be fitted again; train it anew")
     own = bundle_features(manifest, features, folder)
-    als = ALS(**{name: manifest["parameters"][name] for name in ("factors", "regularization", "alpha", "iterations", "seed")})
+    als = ALS(**{name: manifest["parameters"][name] for name in ("factors", "regularization", "alpha", "iterations", "seed", "solver")})
     if "weights" not in (manifest.get("blend") or {}): return [Refitted(f"{label} (ALS)", als, own, features, ("discovery", "next_purchase"))]
     return [Refitted(f"{label} (ALS)", als, own, features, ("discovery",)), Refitted(f"{label} (blend)", Blend(own, als=als), own, features, ("next_purchase",))]
 

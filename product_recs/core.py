@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Columns', 'ProductRecsError', 'IngestError', 'FeatureError', 'TrainError', 'BundleError', 'project_root',
            'resolve_path', 'Settings', 'IdTable', 'atomic_write', 'atomic_folder', 'locked', 'write_metrics',
-           'one_blas_thread', 'implicit_module']
+           'one_blas_thread', 'implicit_module', 'compiled']
 
 # %% ../nbs/00_core.ipynb #48d99c1b
+import ctypes
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -234,3 +236,16 @@ def implicit_module(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="IProgress not found")
         return import_module(f"implicit.{name}")
+
+# %% ../nbs/00_core.ipynb #aae8a9d4
+@cache
+def compiled(
+    name:str,                # of the C file without its ending, such as `_search`
+)->ctypes.CDLL|None:
+    "The compiled kernels; None where they were not built."
+    folder = Path(__file__).parent if "__file__" in globals() else resolve_path("product_recs") # a notebook has no file
+    for path in sorted(folder.glob(f"{name}.*")):
+        if path.suffix in (".so", ".pyd", ".dylib"):
+            try: return ctypes.CDLL(str(path))
+            except OSError: pass # of another machine
+    return None

@@ -6,9 +6,7 @@
 __all__ = ['K1', 'B', 'Solver', 'fold_in', 'confidence_with', 'Person', 'prepare_people', 'person', 'score_person']
 
 # %% ../nbs/05_foldin.ipynb #3382991d
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +18,7 @@ from .core import ProductRecsError
 from .events import UNCHANGED, Event, UserState
 from .inference import Recommender
 from .signals import score_histories
+from .solver import solve_rows
 
 # %% ../nbs/05_foldin.ipynb #edf4f206
 class Solver:
@@ -85,19 +84,10 @@ def fold_in(
     num_threads:int=1,       # 0: all cores
 )->np.ndarray:               # (m, f) float32
     "Solve each user's factors against fixed `item_factors` (Hu, Koren and Volinsky 2008, eq. 4)."
+    if gram is None: gram = _gram(np.asarray(item_factors))
     solver = Solver(item_factors, regularization, alpha, gram)
-    _ = solver.inverse # made once, and not by each thread
-    indptr, indices, data = (np.asarray(part) for part in (confidence.indptr, confidence.indices, confidence.data))
-    found = np.zeros((confidence.shape[0], solver.item_factors.shape[1]), np.float32)
-    def rows(start):
-        for row in range(start, min(start + 256, len(found))):
-            if indptr[row] < indptr[row + 1]: found[row] = solver.solve(indices[indptr[row]:indptr[row + 1]], data[indptr[row]:indptr[row + 1]])
-    starts = range(0, len(found), 256)
-    # short rows are many small steps in Python, which threads only hinder; the dense solves of long ones run beside each other
-    if num_threads == 1 or 2*confidence.nnz <= found.size: any(map(rows, starts))
-    else:
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as threads: any(threads.map(rows, starts))
-    return found
+    if np.linalg.cond(solver.base) < 1e6: return solve_rows(solver.item_factors, confidence, regularization, alpha, gram, num_threads)
+    return np.array([solver.solve(row.indices, row.data) for row in confidence], np.float32).reshape(-1, len(gram))
 
 # %% ../nbs/05_foldin.ipynb #f5af1d10
 _QUANTITY = {"ignore": lambda quantity: 1.0, "none": float, "log1p": np.log1p}

@@ -18,7 +18,7 @@ from .core import ProductRecsError
 from .events import UNCHANGED, Event, UserState
 from .filters import NO_FILTERS, SEEN, TEXT, YES_NO, Attributes, Filters, rows_of, rule_out
 from .foldin import Person, person, prepare_people, score_person
-from .inference import Recommendations, Recommender, checked_n, make_list
+from .inference import Recommendations, Recommender, checked_n, make_list, search_list
 
 # %% ../nbs/05_ladder.ipynb #c41b08b3
 DISCOVERY, NEXT_PURCHASE = TASKS = ("discovery", "next_purchase")
@@ -140,20 +140,23 @@ def _own_attributes(model:Recommender, row:int)->dict:
     table = model.user_attributes
     return {name: table.columns[name][row] for name, kind in table.kinds.items() if kind in (TEXT, YES_NO) and table.columns[name][row] is not None}
 
+def _known(model:Recommender, request:Request)->tuple[Person, str, list]:
+    "The user as of now, the rung if it is one with factors, and the rules."
+    if request.task == NEXT_PURCHASE: _ = model.signals # without a blend this is an error, whoever asks
+    who = person(model, request.user, request.state, request.session)
+    trained = who.row is not None and model.user_factors[who.row].any()
+    source = "session" if not trained else NEXT_PURCHASE if request.task == NEXT_PURCHASE else "personalised"
+    exclude_seen = request.task == DISCOVERY if request.filters.exclude_seen is None else request.filters.exclude_seen
+    return who, source, rule_out(model.catalogue, request.filters, [(SEEN, who.seen)] if exclude_seen else [], request.state.denied, request.unavailable, request.available)
+
 def score_request(
     model:Recommender,
     request:Request,
 )->Scored:
     "Scores and rules for one question, from the first rung that has something to say."
-    if request.task == NEXT_PURCHASE: _ = model.signals # without a blend this is an error, whoever asks
-    who = person(model, request.user, request.state, request.session)
-    if who.vector is None: source, scores = _climb_down(model, request, who)
-    else:
-        trained = who.row is not None and model.user_factors[who.row].any()
-        source = "session" if not trained else NEXT_PURCHASE if request.task == NEXT_PURCHASE else "personalised"
-        scores = score_person(model, who, request.task)
-    exclude_seen = request.task == DISCOVERY if request.filters.exclude_seen is None else request.filters.exclude_seen
-    ruled_out = rule_out(model.catalogue, request.filters, [(SEEN, who.seen)] if exclude_seen else [], request.state.denied, request.unavailable, request.available)
+    who, source, ruled_out = _known(model, request)
+    if who.vector is not None: return Scored(source, score_person(model, who, request.task), ruled_out, who)
+    source, scores = _climb_down(model, request, who)
     return Scored(source, scores, ruled_out, who)
 
 def answer(
@@ -161,8 +164,11 @@ def answer(
     request:Request,
 )->Recommendations: # exactly `n` items, or a `shortfall`
     "The best items for one question."
-    found = score_request(model, request)
-    return make_list(model, found.scores, request.n, found.source, found.ruled_out, request.filters)
+    who, source, ruled_out = _known(model, request)
+    if who.vector is None: source, scores = _climb_down(model, request, who)
+    elif request.task == DISCOVERY: return search_list(model, who.vector, request.n, source, ruled_out, request.filters)
+    else: scores = score_person(model, who, request.task)
+    return make_list(model, scores, request.n, source, ruled_out, request.filters)
 
 # %% ../nbs/05_ladder.ipynb #79ad8b07
 def prepared(

@@ -14,7 +14,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, diags
 from tqdm import tqdm
 
-from .baselines import ALS, Recommender, baselines, nearest_items
+from .baselines import ALS, FactorModel, Recommender, baselines, nearest_items
 from .core import ProductRecsError, TrainError, implicit_module, one_blas_thread
 from .train import _int32
 
@@ -72,7 +72,7 @@ class ItemGraph(Recommender):
         return (self._seen[rows] @ self.similarity).toarray()
 
 # %% ../nbs/04_models.ipynb #f2dbb164
-class LowPass(Recommender):
+class LowPass(FactorModel):
     "A user's items through a filter that keeps the smoothest patterns of the graph."
     name = "low-pass"
 
@@ -88,11 +88,11 @@ class LowPass(Recommender):
         self._seen = csr_matrix(snapshot.counts > 0, dtype=np.float32)
         active, popular = (np.sqrt(np.maximum(np.asarray(self._seen.sum(axis), np.float32).ravel(), 1)) for axis in (1, 0))
         patterns = _right_singular(csr_matrix(diags(1/active) @ self._seen @ diags(1/popular)), self.factors, self.passes, self.seed)
-        self._into, self._out = patterns/popular[:, None], (patterns*popular[:, None]).T
+        self._into, self.item_factors = patterns/popular[:, None], patterns*popular[:, None]
 
-    def score(self, rows:np.ndarray)->np.ndarray:
-        "What is left of the user's items behind the filter."
-        return (self._seen[rows] @ self._into) @ self._out
+    def vectors(self, rows:np.ndarray)->np.ndarray:
+        "What the user's items have of each pattern."
+        return self._seen[rows] @ self._into
 
 def _right_singular(matrix:csr_matrix, factors:int, passes:int, seed:int)->np.ndarray:
     "The right singular vectors (items, factors) of the largest singular values, float32."
@@ -188,7 +188,7 @@ def _regress_by_users(seen:csr_matrix, regularization:float, progress:bool=False
     return people, (regularization/left).astype(np.float32)
 
 # %% ../nbs/04_models.ipynb #bb98e137
-class BPR(Recommender):
+class BPR(FactorModel):
     "Factors that order an item the user has above one drawn by chance."
     name = "BPR"
 
@@ -213,10 +213,6 @@ class BPR(Recommender):
         if not (np.isfinite(self.user_factors).all() and np.isfinite(self.item_factors).all()):
             raise TrainError(f"BPR: the factors became infinite; lower learning_rate={self.parameters['learning_rate']}")
 
-    def score(self, rows:np.ndarray)->np.ndarray:
-        "Inner products of factors, bias included."
-        return self.user_factors[rows] @ self.item_factors.T
-
 # %% ../nbs/04_models.ipynb #a091ccc4
 class WeightedALS(ALS):
     "ALS in which busy users and popular items weigh less."
@@ -233,6 +229,7 @@ class WeightedALS(ALS):
     def _fit(self, snapshot):
         from product_recs.train import fit_als
         self.model = fit_als(activity_weighted(snapshot.confidence, self.user_power, self.item_power), **self.parameters)
+        self.user_factors, self.item_factors = self.model.user_factors, self.model.item_factors
 
 def activity_weighted(
     confidence:csr_matrix, # (n_users, n_items)

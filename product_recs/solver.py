@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SHORTEST', 'LONG', 'aligned_zeros', 'eigenbasis', 'Side', 'exact_up_to', 'solve_in_numpy', 'native_kernels',
-           'solve_native', 'row_regularization', 'RotatedALS']
+           'solve_native', 'row_regularization', 'solve_rows', 'RotatedALS']
 
 # %% ../nbs/03_solver.ipynb #60a437ff
 import ctypes
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +33,13 @@ def aligned_zeros(
 
 def eigenbasis(
     gram:np.ndarray, # (f, f) symmetric, positive semidefinite
-)->tuple[np.ndarray, np.ndarray]: # (f,) eigenvalues above 0, ascending, and (f, f) float32, one eigenvector a column
+)->tuple[np.ndarray, np.ndarray]: # (f,) eigenvalues above 0, ascending, and (f, f), one eigenvector a column
     "The basis in which a Gram matrix is a diagonal."
     values, vectors = np.linalg.eigh(gram)
-    return np.maximum(values, max(1e-7*values[-1], 1e-30)), np.ascontiguousarray(vectors, np.float32)
+    return np.maximum(values, max(1e-7*values[-1], 1e-30)), vectors
 
 def _gram(factors:np.ndarray, pool:ThreadPoolExecutor)->np.ndarray:
-    "The product of the transposed factors with themselves, in float64."
+    "The product of the transposed factors with themselves, summed in float64."
     total = np.zeros((factors.shape[1],)*2)
     for part in pool.map(lambda start: factors[start:start + _BLOCK].T @ factors[start:start + _BLOCK], range(0, len(factors), _BLOCK)): total += part
     return total
@@ -184,6 +185,32 @@ def row_regularization(
     "Frequency-scaled regularization."
     return np.float32(regularization*(counts + unobserved*others)**float(nu)) if nu else np.full(len(counts), regularization, np.float32)
 
+# %% ../nbs/03_solver.ipynb #2093a204
+def solve_rows(
+    fixed:np.ndarray,     # (other, f) float32
+    confidence:csr_matrix, # (m, other) positive
+    regularization:float,
+    alpha:float=1.0,      # multiplies all confidences
+    gram:np.ndarray|None=None, # (f, f) float64, the product of the transposed `fixed` with itself; None: made here
+    num_threads:int=0,    # 0: all cores
+    native:bool|None=None, # the compiled kernels; None: where they were built
+)->np.ndarray:            # (m, f) float32
+    "The rows' exact vectors, to the precision of float32."
+    f, side, threads = fixed.shape[1], Side(confidence), num_threads or os.cpu_count() or 1
+    turned, solved = (aligned_zeros(rows, -(-f//16)*16) for rows in (len(fixed), confidence.shape[0]))
+    base = np.ones(turned.shape[1], np.float32) # columns beyond f stay 0
+    turned[:, :f] = fixed
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+        base[:f], basis = eigenbasis(_gram(fixed, pool) if gram is None else gram)
+        _rotate(turned[:, :f], basis, pool)
+        _solver(native, threads)(side, turned, solved, base, row_regularization(regularization, side.counts, 0), alpha, 1.0, 10*f, SHORTEST)
+        _rotate(solved[:, :f], np.ascontiguousarray(basis.T, np.float32), pool)
+    return np.ascontiguousarray(solved[:, :f])
+
+def _solver(native:bool|None, threads:int)->Callable:
+    "`solve_native` on some threads, or `solve_in_numpy`."
+    return partial(solve_native, threads=threads) if (native_kernels() is not None if native is None else native) else solve_in_numpy
+
 # %% ../nbs/03_solver.ipynb #e123485c
 def _taken_loss(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, unobserved:float, threads:int)->np.ndarray:
     "What the taken cells of each row add to the loss, beyond the sum over all cells."
@@ -232,8 +259,7 @@ class RotatedALS:
             basis[:f, :f], base[:f] = vectors, self.unobserved*values
             _rotate(fixed, basis, pool)
             _rotate(solved, basis, pool, np.flatnonzero(side.counts > shortest))
-        solve = (lambda *a: solve_native(*a, threads=self.threads)) if self.native else solve_in_numpy
-        solve(side, fixed, solved, base, self.reg[side], self.alpha, self.unobserved, steps, shortest)
+        _solver(self.native, self.threads)(side, fixed, solved, base, self.reg[side], self.alpha, self.unobserved, steps, shortest)
 
     def step(self)->None:
         "One iteration: the users against the items, then the items against the users."

@@ -22,7 +22,7 @@ from .foldin import fold_in
 from .solver import RotatedALS, native_kernels
 
 # %% ../nbs/03_train.ipynb #9fcfc4e7
-ALS_DEFAULTS = {"factors": 64, "regularization": 20.0, "alpha": 1.0, "iterations": 15, "seed": 0, "solver": "implicit"} # the solver: implicit | rotated | auto
+ALS_DEFAULTS = {"factors": 64, "regularization": 20.0, "alpha": 1.0, "iterations": 15, "seed": 0, "solver": "auto"}
 _OBJECTIVE = {"unobserved_weight": 1.0, "nu": 0.0} # what serving takes for granted
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def train_bundle(
     weights = blend_section(features, **model.parameters, num_threads=parameters.get("num_threads", 0)) if blend else {"missing": "it was trained with blend=False"}
     path = write_bundle(resolve_path(models_dir), user_factors=model.user_factors, item_factors=model.item_factors, seen=features.all.confidence,
         users=features.users, items=features.items, user_columns=features.user_columns, item_columns=features.item_columns,
-        algorithm="implicit.als", parameters={**model.parameters, "features": features.parameters},
+        algorithm="als", parameters={**model.parameters, "features": features.parameters},
         data={"run": features.interactions.name, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until, **features.split, **({"mean_total": features.mean_total} if features.mean_total else {})},
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
         counts=features.all.counts, age_days=features.all.age_days, blend=weights,

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from .baselines import Recommender, recommend
+from .baselines import FactorModel, recommend
 from .core import ProductRecsError, atomic_write
 from .evaluate import PERIODS, TASKS, Task, make_task, past_and_future
 from .features import EVENT_WEIGHTS, QUANTITY, Features, Snapshot, _weigh
@@ -106,19 +106,14 @@ def distinct(
     return first
 
 # %% ../nbs/10_weights.ipynb #c8e23ac1
-class Fitted(Recommender):
+class Fitted(FactorModel):
     "Factors that are there already."
-    name = "factors"
 
     def __init__(self,
         user_factors:np.ndarray, # (n_users, f)
         item_factors:np.ndarray, # (n_items, f)
     ):
         self.user_factors, self.item_factors = user_factors, item_factors
-
-    def score(self, rows:np.ndarray)->np.ndarray:
-        "Inner products."
-        return self.user_factors[rows] @ self.item_factors.T
 
 def user_ndcg(
     snapshot:Snapshot,       # what the factors were learned from

@@ -12,7 +12,7 @@ from product_recs.core import project_root
 from product_recs.events import Event, UserState
 from product_recs.explain import why, why_not
 from product_recs.features import bm25
-from product_recs.foldin import confidence_with, fold_in, person, prepare_people, score_person
+from product_recs.foldin import Solver, confidence_with, fold_in, person, prepare_people, score_person
 from product_recs.inference import SEEN, Recommender, recommend, similar_items
 from product_recs.signals import BlendError, score_users
 from product_recs.train import fit_als, train_bundle
@@ -108,15 +108,27 @@ def test_who_has_no_news_is_answered_as_before(trained):
     features, model = trained
     bundle, solver = model.bundle, prepare_people(model)._people.solver
     again = fold_in(bundle.item_factors, features.all.confidence, 20.0, 1.0, num_threads=2)
-    np.testing.assert_allclose(again, bundle.user_factors, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(again, bundle.user_factors, rtol=1e-5, atol=1e-6)
     for row in range(len(bundle.users)):
         user = bundle.users[row]
         calm = person(model, user)
         assert not calm.fresh and np.array_equal(calm.vector, bundle.user_factors[row]) and np.array_equal(calm.seen, bundle.seen[row].indices)
         solved = solver.solve(*confidence_with(bundle, row, ()))
-        assert np.linalg.norm(solved - calm.vector) <= 1e-4*np.linalg.norm(calm.vector)
+        assert np.linalg.norm(solved - calm.vector) <= 1e-5*np.linalg.norm(calm.vector)
         np.testing.assert_array_equal(score_person(model, calm, "next_purchase"), score_users(model.signals, np.array([row]))[0])
     assert recommend(model, user, 5, exclude_seen=False).items == bundle.items.take(np.argsort(-np.where(model.candidates, score_person(model, calm), -np.inf), kind="stable")[:5])
+
+
+@pytest.mark.parametrize("solver", ["implicit", "rotated"])
+@pytest.mark.parametrize("alpha, regularization", [(1.0, 20.0), (40.0, 0.1), (0.3, 1.0)])
+def test_trained_factors_are_those_that_one_by_one_solves_give(trained, solver, alpha, regularization):
+    features, _ = trained
+    confidence = features.all.confidence.copy()
+    confidence.data *= np.float32(0.5)  # below and above the weight of an untaken item
+    model = fit_als(confidence, **QUICK, solver=solver, alpha=alpha, regularization=regularization)
+    one = Solver(model.item_factors, regularization, alpha)
+    expected = np.array([one.solve(row.indices, row.data) for row in confidence])
+    assert (np.linalg.norm(model.user_factors - expected, axis=1) <= 1e-5*np.linalg.norm(expected, axis=1)).all()
 
 
 def test_an_event_speaks_for_what_is_like_it(model):

@@ -22,7 +22,7 @@ def test_the_service_imports_nothing_of_training_or_notebooks():
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
     assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in (
         "answers", "api", "bundle", "changes", "cold", "connection", "core", "events", "explain", "filters", "foldin", "inference", "ladder", "live", "monitor", "people", "ranking",
-        "records", "security", "service", "signals", "store", "web")}
+        "records", "search", "security", "service", "signals", "solver", "store", "web")}
 
 
 def test_the_feedback_store_needs_only_what_the_service_has():

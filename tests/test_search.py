@@ -1,0 +1,95 @@
+"""The search against scoring everything: generated catalogues, every instruction set, threads, and what a caller may do to it."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
+
+from product_recs.ranking import top_n
+from product_recs.search import Searcher
+
+VARIANTS = (-1, 0, 1, 2, 3)
+
+
+@st.composite
+def questions(draw):
+    "Whole numbers, so that every score is exact and equal ones are frequent."
+    m, n_items, f, seed = draw(st.integers(0, 40)), draw(st.integers(0, 300)), draw(st.integers(1, 140)), draw(st.integers(0, 2**32 - 1))
+    rng = np.random.default_rng(seed)
+    most = draw(st.sampled_from([1, 3, 100]))
+    items, users = (rng.integers(-most, most + 1, (rows, f)).astype(np.float32) for rows in (n_items, m))
+    if n_items:
+        items[rng.random(n_items) < draw(st.sampled_from([0, 0.5]))] = items[0]
+        items *= rng.choice([1, 2, 64], (n_items, 1))
+    users[rng.random(m) < 0.1] = 0
+    exclude = csr_matrix(rng.random((m, n_items)) < draw(st.sampled_from([0, 0.3, 1]))) if m and n_items else csr_matrix((m, n_items), dtype=bool)
+    candidates = None if draw(st.booleans()) else rng.random(n_items) < draw(st.sampled_from([0, 0.5, 1]))
+    return users, items, draw(st.integers(1, 60)), exclude, candidates, draw(st.integers(1, 4))
+
+
+@settings(max_examples=150, deadline=None)
+@given(questions())
+def test_every_kernel_gives_the_lists_of_a_full_ranking(question):
+    users, items, n, exclude, candidates, threads = question
+    found, scores = top_n(users @ items.T, n, exclude, candidates)
+    closed = None if candidates is None or threads % 2 else np.flatnonzero(~candidates)
+    for variant in VARIANTS:
+        mine = Searcher(items, candidates if closed is None else None, variant).top(users, n, exclude, closed, threads)
+        assert np.array_equal(mine[0], found), variant
+        assert np.array_equal(mine[1], scores), variant
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e15])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_better_item_is_left_out_whatever_the_scale(scale, variant):
+    rng = np.random.default_rng(3)
+    items, users = rng.standard_normal((3000, 65)) * np.exp(rng.standard_normal((3000, 1))), rng.standard_normal((50, 65))
+    exact = -np.sort(-(users @ items.T), axis=1)[:, :15]
+    found, scores = Searcher((items * scale).astype(np.float32), variant=variant).top((users * scale).astype(np.float32), 15)
+    assert np.allclose(scores, exact * scale * scale, rtol=1e-5, atol=1e-5 * scale * scale)
+    assert all(len(set(row)) == 15 for row in found.tolist())
+
+
+def test_blocks_and_threads_do_not_change_a_list():
+    rng = np.random.default_rng(4)
+    items, users = rng.standard_normal((5000, 32)).astype(np.float32), rng.standard_normal((1500, 32)).astype(np.float32)
+    searcher = Searcher(items)
+    whole = searcher.top(users, 10)
+    for threads in (2, 7):
+        again = searcher.top(users, 10, threads=threads)
+        assert np.array_equal(whole[0], again[0]) and np.array_equal(whole[1], again[1])
+    for row in range(20):
+        one = searcher.top(users[row:row + 1], 10)
+        assert np.array_equal(one[0][0], whole[0][row]) and np.array_equal(one[1][0], whole[1][row])
+
+
+def test_exclusions_may_be_given_as_a_pair_and_as_a_slice_of_mapped_arrays(tmp_path):
+    rng = np.random.default_rng(5)
+    items, users, exclude = rng.standard_normal((500, 8)).astype(np.float32), rng.standard_normal((40, 8)).astype(np.float32), csr_matrix(rng.random((40, 500)) < 0.2)
+    np.save(tmp_path / "items.npy", items)
+    mapped = np.load(tmp_path / "items.npy", mmap_mode="r")
+    for variant in VARIANTS:
+        whole, part = (Searcher(of, variant=variant).top(users[:20], 10, given) for of, given in ((items, exclude[:20]), (mapped, (exclude.indptr[:21], exclude.indices))))
+        assert np.array_equal(whole[0], part[0])
+        assert not any(exclude[row, item] for row, found in enumerate(part[0]) for item in found)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_an_interrupt_ends_a_long_search():
+    program = """import numpy as np, sys
+from product_recs.search import Searcher
+rng = np.random.default_rng(0)
+searcher, users = Searcher(rng.standard_normal((50_000, 64)).astype(np.float32)), rng.standard_normal((1_000_000, 64)).astype(np.float32)
+print("go", flush=True)
+searcher.top(users, 10, threads=2)"""
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "go\n"
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    assert "KeyboardInterrupt" in run.communicate(timeout=30)[1]
