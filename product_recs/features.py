@@ -193,10 +193,10 @@ def _csr(pairs:dict[str, np.ndarray], value:str, shape:tuple[int, int])->csr_mat
     return csr_matrix((pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False), indptr.astype(index)), shape=shape)
 
 def _weigh(matrix:csr_matrix, weighting:str)->csr_matrix:
-    "The last word on the sums; a decay that underflowed stays a tiny positive number."
+    "The last word on the sums, whose memory it may use; a decay that underflowed stays a tiny positive number."
     if weighting == "bm25": matrix = bm25(matrix)
     data = {"log1p": np.log1p, "binary": np.ones_like}.get(weighting, np.asarray)(matrix.data)
-    return csr_matrix((np.maximum(data, np.float32(1e-12)), matrix.indices, matrix.indptr), shape=matrix.shape)
+    return csr_matrix((np.maximum(data, np.float32(1e-12), out=data), matrix.indices, matrix.indptr), shape=matrix.shape)
 
 # %% ../nbs/02_features.ipynb #3cd479b3
 @dataclass(frozen=True)

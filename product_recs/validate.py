@@ -131,7 +131,7 @@ def _judged(sql:str, wanted:Iterable[str], events:list[str], max_quantity:float,
     typed = (f"SELECT line, user_id, item_id, {'TRY_CAST(user_id AS BIGINT) AS u, TRY_CAST(item_id AS BIGINT) AS i, ' if numbers else ''}{spelled} AS event, "
              f"(CASE {spelled} {places} END)::UTINYINT AS e, {quantity} AS quantity, TRY_CAST({quantity} AS DOUBLE) AS q, {time} AS timestamp, {_plain_time(time)} AS t FROM ({sql})")
     ids = "u::VARCHAR = user_id AND i::VARCHAR = item_id" if numbers else f"{_plain_text('user_id')} AND {_plain_text('item_id')}"
-    good = (f"{ids} AND e IS NOT NULL AND (q > 0 AND q <= {float(max_quantity)} AND isfinite(q) AND NOT contains(quantity, '_') OR {empty('quantity')}) "
+    good = (f"{ids} AND e IS NOT NULL AND (q > 0 AND q <= {float(max_quantity)} AND NOT contains(quantity, '_') OR {empty('quantity')}) "
             f"AND (t BETWEEN TIMESTAMP '0001-01-01' AND TIMESTAMP {quoted(latest)} OR {empty('timestamp')})")
     return typed, f"NOT coalesce({good}, false)"
 
