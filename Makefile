@@ -115,4 +115,4 @@ bench-quality: .venv/.ready
 	@$(BIN)/python benchmarks/quality.py "$(DATA)" $(OPTIONS)
 
 clean:
-	rm -rf .venv build dist *.egg-info reports models data/processed data/complete_journey
+	rm -rf .venv .venv-bench build dist *.egg-info reports models data/processed data/complete_journey

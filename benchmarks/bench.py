@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT/".venv-bench/bin/python"
 PARTS = { # the options of each call: as a rule, and in a hurry
-    "training": ([[]], [["--sizes", "0.1", "--factors", "64", "--rounds", "1", "--iterations", "8"]]),
+    "training": ([[]], [["--sizes", "0.1", "--factors", "64", "--rounds", "2", "--iterations", "8"]]),
     "ranking": ([["--rounds", "3"]], [["--sizes", "23000x64", "--users", "3000", "--rounds", "2"], ["--sizes", "200000x64", "--users", "53"]]),
     "ingest": ([[], ["--ids", "text", "--rounds", "2"]], [["--rows", "1000000", "--rounds", "2"]]),
     "serving": ([[]], [["--rounds", "2", "--seconds", "2"]]),
@@ -64,52 +64,48 @@ def run(part, calls, results):
     return True
 
 
-def between(rows):
+def between(rows, form=".1f"):
     "The median of ratios, with the smallest and the largest."
     rows = sorted(rows)
-    return f"{statistics.median(rows):.1f}" + (f" ({rows[0]:.1f} to {rows[-1]:.1f})" if len(rows) > 1 else "")
+    return f"**{format(statistics.median(rows), form)}**" + (f" ({format(rows[0], form)} to {format(rows[-1], form)})" if len(rows) > 1 else "") if rows else ""
 
 
 def training(results):
+    wanted = [(arm, name, what) for arm in ("implicit", "irspack", "spark") for name, what in (("wall to NDCG", "to the same NDCG"), ("wall", "an iteration")) if any(arm in one["arms"] for one in results) and (arm, name) != ("spark", "wall to NDCG")]
+    yield "data", "factors", *(f"{arm} ÷ ours, {what}" for arm, _, what in wanted)
     for one in results:
-        for arm, rounds in one["arms"].items():
-            if arm == "rotated": continue
-            ratios = {name: [theirs[name]/ours[name] for ours, theirs in zip(one["arms"]["rotated"], rounds) if ours.get(name) and theirs.get(name)] for name in ("wall", "wall to NDCG")}
-            data = f"{one['data'].split(':')[0]}, {int(one['data'].split()[-2].replace(',', '')):,} pairs, {one['factors']} factors"
-            for name, what in (("wall to NDCG", "to the same NDCG@10"), ("wall", "an iteration")):
-                if ratios[name]: yield data, f"{arm} ÷ ours, seconds {what}", between(ratios[name])
+        ratios = lambda arm, name, arms=one["arms"]: [theirs[name]/ours[name] for ours, theirs in zip(arms["rotated"], arms.get(arm, [])) if ours.get(name) and theirs.get(name)]
+        yield one["data"], one["factors"], *(between(ratios(arm, name)) for arm, name, _ in wanted)
 
 
 def ranking(results):
+    yield "data", "the floor", "ours ÷ floor", "implicit ÷ floor"
     for one in results:
-        data = f"{one['items']:,} items x {one['factors']} factors, {one['kind']}" + (", one user" if one["one by one"] else "")
-        of = "one pass over the factors" if one["one by one"] else "the bare matrix product"
         their = min((arm for arm in one["arms"] if arm.startswith("implicit")), key=lambda arm: one["arms"][arm]["ratio"][0])
-        for arm, name in (("ours", "ours"), (their, "implicit")):
-            ratio = one["arms"][arm]["ratio"]
-            yield data, f"{name} ÷ {of}, seconds", f"{ratio[0]:.2g}" + (f" ({ratio[1]:.2g} to {ratio[2]:.2g})" if len(ratio) > 1 else "")
+        shown = [f"**{ratio[0]:.2g}**" + (f" ({ratio[1]:.2g} to {ratio[2]:.2g})" if len(ratio) > 1 else "") for ratio in (one["arms"]["ours"]["ratio"], one["arms"][their]["ratio"])]
+        yield f"{one['items']:,} items x {one['factors']} factors, {one['kind']}", "one user: one pass over the factors" if one["one by one"] else f"{one['users']:,} users: the bare matrix product", *shown
 
 
 def ingest(results):
+    yield "data", "ours ÷ bare DuckDB, seconds", "ours ÷ bare DuckDB, CPU seconds"
     for one in results:
-        for measured, what in (("seconds", "seconds"), ("processor", "CPU seconds")):
-            ratios = sorted(mine[measured]/theirs[measured] for mine, theirs in zip(one["found"]["ours"], one["found"]["bare"]))
-            yield f"{one['rows']:,} rows, ids: {one['ids']}", f"ours ÷ bare DuckDB, {what}", f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        bad = f", {one['bad']:,} bad" if one["bad"] else ""
+        yield f"{one['rows']:,} rows, ids: {one['ids']}{bad}", *(between([mine[name]/theirs[name] for mine, theirs in zip(one["found"]["ours"], one["found"]["bare"])], ".2f") for name in ("seconds", "processor"))
 
 
 def serving(result):
+    yield "what", "ratio"
     for one in result["throughput"]:
         empty, *others = one["rounds"].items()
         for name, rows in others:
-            shares = sorted(row[0]/other[0] for row, other in zip(rows, empty[1]))
-            yield f"{one['connections']} connections, {result['workers']} workers", f"{name} ÷ empty FastAPI route, requests a second", f"{statistics.median(shares):.2f} ({shares[0]:.2f} to {shares[-1]:.2f})"
+            yield f"{name} ÷ empty FastAPI route, requests a second, {one['connections']} connections, {result['workers']} workers", between([row[0]/other[0] for row, other in zip(rows, empty[1])], ".2f")
     memory = {int(workers): megabytes for workers, megabytes in result["memory"].items()}
-    yield "the service", f"MB of {max(memory)} workers ÷ MB of one", f"{memory[max(memory)]/memory[1]:.2f}"
+    yield f"MB of {max(memory)} workers ÷ MB of one", f"**{memory[max(memory)]/memory[1]:.2f}**"
 
 
 MEANING = {
-    "training": "Above 1: ours is quicker. The same objective, data and parameters; the clock stops at the first iteration that has 99 % of the NDCG@10 that every arm has at its end, and judging is outside of it. Spark is timed only.",
-    "ranking": "Below 1: quicker than the floor of everybody who scores the whole catalogue, a product that ranks and filters nothing. The lists are exact, the ten best without what the user has seen, and compared with those of `implicit`. "
+    "training": "Seconds; above 1, ours is quicker. The same objective, data and parameters; the clock stops at the first iteration that has 99 % of the NDCG@10 that every arm has at its end, and judging is outside of it. Spark is timed only.",
+    "ranking": "Seconds; below 1, quicker than the floor of everybody who scores the whole catalogue, a product that ranks and filters nothing. The lists are exact, the ten best without what the user has seen, and compared with those of `implicit`. "
                "`shop`: factors of an ALS fit, which is what a search meets in practice; `gaussian`: random numbers, the hardest case.",
     "ingest": "1 would be as quick as SQL that reads the file with known types and groups it. Ours also checks each value, names each reject, merges repeated deliveries, fingerprints, and writes three snapshots and two targets.",
     "serving": "1 would be a web framework that answers nothing. Ours writes the request log, the figures and every impression; `cache_size 0` ranks each list anew. Memory below the number of workers: the model is shared.",
@@ -124,9 +120,9 @@ def page(results):
     for part, heading in HEADINGS.items():
         file = results/f"{part}.json"
         if not file.exists(): continue
-        lines += [f"## {heading}", "", MEANING[part], "", "| data | what | ratio |", "|---|---|---|"]
-        lines += [f"| {data} | {what} | **{ratio}** |" for data, what, ratio in globals()[part](json.loads(file.read_text()))]
-        lines += ["", f"![{heading}]({part}.png)", "", f"All figures: [{part}.md]({part}.md).", ""]
+        header, *rows = globals()[part](json.loads(file.read_text()))
+        lines += [f"## {heading}", "", MEANING[part], "", f"| {' | '.join(header)} |", "|---"*len(header) + "|", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+        lines += ["", *(f"![{heading}]({name}.png)" for name in (part, f"{part}-scale") if (results/f"{name}.png").exists()), "", f"All figures: [{part}.md]({part}.md).", ""]
     more = [f"- [{text}]({name}.md)" for name, text in MORE.items() if (results/f"{name}.md").exists()]
     if more: lines += ["## More", "", *more, ""]
     if facts:

@@ -194,7 +194,7 @@ def compare(options):
                 target = 0.99 * min(one["rows"][-1][2] for arm, rounds in found.items() for one in rounds if arm != "spark")
                 results.append({"data": name, "factors": factors, "iterations": iterations, "arms": {arm: [facts(one, target) for one in rounds] for arm, rounds in found.items()}, "curves": {arm: rounds[0]["rows"] for arm, rounds in found.items() if arm != "spark"}})
                 print(table(results[-1:]), flush=True)
-    out = ROOT / "benchmarks/results"
+    out = Path(os.environ.get("BENCH_RESULTS", ROOT / "benchmarks/results"))
     if options.write:  # results of other sizes stay
         old = json.loads((out / "training.json").read_text()) if (out / "training.json").exists() else []
         mine = {(result["data"], result["factors"]): result for result in [*old, *results]}
@@ -228,7 +228,7 @@ def scale(options):
     text = f"Median of the iterations of one fit with 64 factors; {os.cpu_count()} cores. Up to 10 million pairs users and items grow with the pairs. Made by `benchmarks/training.py --scale`.\n\n" + "\n".join(lines) + "\n"
     print("\n" + text)
     if options.write:
-        out = ROOT / "benchmarks/results"
+        out = Path(os.environ.get("BENCH_RESULTS", ROOT / "benchmarks/results"))
         (out / "training-scale.json").write_text(json.dumps(results, indent=1) + "\n")
         (out / "training-scale.md").write_text(text)
         curves = {name: tuple(zip(*found)) for arm in ("rotated", "implicit") for name, wanted in ((arm, lambda one: one["users"] != MANY[0]), (f"{arm}, {MANY[0]:,} users", lambda one: one["users"] == MANY[0]))
