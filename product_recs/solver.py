@@ -211,6 +211,16 @@ def _solver(native:bool|None, threads:int)->Callable:
     "`solve_native` on some threads, or `solve_in_numpy`."
     return partial(solve_native, threads=threads) if (native_kernels() is not None if native is None else native) else solve_in_numpy
 
+# %% ../nbs/03_solver.ipynb #9ca1e704
+def _walk(model)->None: # a `RotatedALS` with random item vectors
+    "Walk from the items to the users and back; item vectors of length 1, about, and users at zero."
+    for side, fixed, solved in ((model.users, model.y, model.x), (model.items, model.x, model.y)):
+        solved[:] = 0
+        reg = np.float32(1e6*np.sqrt(np.maximum(side.counts, 1)))
+        _solver(model.native, model.threads)(side, fixed, solved, np.zeros(fixed.shape[1], np.float32), reg, model.alpha, model.unobserved, 1, 0)
+    model.y /= max(np.sqrt(np.einsum("ij,ij->i", model.y, model.y).mean(dtype=float)), 1e-30)
+    model.x[:] = 0
+
 # %% ../nbs/03_solver.ipynb #e123485c
 def _taken_loss(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, unobserved:float, threads:int)->np.ndarray:
     "What the taken cells of each row add to the loss, beyond the sum over all cells."
@@ -249,11 +259,7 @@ class RotatedALS:
         self.reg = {side: row_regularization(regularization, side.counts, side.shape[1], self.unobserved, nu) for side in (self.users, self.items)}
         self.x, self.y = (aligned_zeros(side.shape[0], -(-factors//16)*16) for side in (self.users, self.items))
         self.y[:, :factors] = np.random.default_rng(seed).standard_normal((len(self.y), factors), dtype=np.float32)
-        for side, fixed, solved in ((self.users, self.y, self.x), (self.items, self.x, self.y)): # the walk: a regularization that leaves sums
-            solved[:] = 0
-            _solver(self.native, self.threads)(side, fixed, solved, np.zeros(fixed.shape[1], np.float32), np.float32(1e6*np.sqrt(np.maximum(side.counts, 1))), self.alpha, self.unobserved, 1, 0)
-        self.y /= max(np.sqrt(np.einsum("ij,ij->i", self.y, self.y).mean(dtype=float)), 1e-30) # of length 1, about
-        self.x[:] = 0
+        _walk(self)
 
     def _half(self, side:Side, fixed:np.ndarray, solved:np.ndarray, steps:int, shortest:int)->None:
         "Solve one side against the other."
