@@ -11,13 +11,12 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from .core import one_blas_thread, resolve_path
+from .core import compiled, one_blas_thread
 
 # %% ../nbs/03_solver.ipynb #c5c07bee
 _BLOCK = 4096 # rows of a block of a matrix product
@@ -139,15 +138,9 @@ class _Half(ctypes.Structure):
                 *((name, ctypes.c_void_p) for name in ("fixed", "solved", "gram", "regularization")), ("alpha", ctypes.c_float), ("unobserved", ctypes.c_float),
                 ("steps", ctypes.c_int32), ("shortest", ctypes.c_int32), ("loss", ctypes.c_void_p), ("next", ctypes.c_void_p)]
 
-@cache
 def native_kernels()->ctypes.CDLL|None:
     "The compiled kernels; None where they were not built."
-    folder = Path(__file__).parent if "__file__" in globals() else resolve_path("product_recs") # a notebook has no file
-    for path in sorted(folder.glob("_als*")):
-        if path.suffix in (".so", ".pyd", ".dylib"):
-            try: return ctypes.CDLL(str(path))
-            except OSError: pass # of another machine
-    return None
+    return compiled("_als")
 
 _STOP = 1 << 50
 
