@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest clean
+.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -19,7 +19,7 @@ help:
 	@echo "Setting up .venv (a minute or two, once) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "product_recs needs Python 3.10 or newer; name one with make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[jobs,sample,dev]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[index,jobs,sample,dev]'
 	@touch $@
 
 data/complete_journey/interactions.csv: .venv/.ready nbs/00_sample.ipynb
@@ -88,6 +88,10 @@ bench-ingest: .venv/.ready
 # training beside implicit, and irspack where .venv-bench has it; OPTIONS="--sizes cj,1 --factors 64"
 bench-training: .venv/.ready
 	@$(BIN)/python benchmarks/training.py --write $(OPTIONS)
+
+# one user of a million items: exact search, and the indexes of three libraries where .venv-bench has them; OPTIONS="--items 200000 --data shop"
+bench-index: .venv/.ready
+	@$(BIN)/python benchmarks/index.py --write $(OPTIONS)
 
 # OPTIONS go to the script, such as OPTIONS="--models als,blend --factors 256"
 bench-quality: .venv/.ready

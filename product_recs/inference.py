@@ -21,6 +21,7 @@ import numpy as np
 from .bundle import Bundle
 from .core import ProductRecsError
 from .filters import NO_FILTERS, SEEN, Attributes, Catalogue, Filters, best_allowed, rule_out
+from .nearest import NearestItems, open_index
 from .search import Searcher
 from .signals import BlendError, Signals, read_weights, score_users
 
@@ -53,8 +54,9 @@ class Recommender:
     "Answers from one open bundle; safe to share between threads."
     def __init__(self,
         bundle:Bundle, # as `open_bundle` gives it
+        index:str="auto", # how one user's items are searched: auto takes the bundle's index where that is worth it; exact; approximate
     ):
-        self.bundle = bundle
+        self.bundle, self.index = bundle, index
         # plain arrays over the same mapped memory: indexing them is cheaper than indexing a memmap
         self.user_factors, self.item_factors = np.asarray(bundle.user_factors), np.asarray(bundle.item_factors)
         self.indptr, self.indices = np.asarray(bundle.seen.indptr), np.asarray(bundle.seen.indices)
@@ -80,6 +82,11 @@ class Recommender:
         return Searcher(self.item_factors, self.catalogue.known)
 
     @cached_property
+    def nearest(self)->Searcher|NearestItems:
+        "What finds one user's items: the bundle's index where that is to be used, else the search."
+        return open_index(self.bundle.path, self.bundle.manifest, self.searcher, self.index) or self.searcher
+
+    @cached_property
     def user_attributes(self)->Attributes:
         "What the users file told of the users."
         return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in ("popularity", "first_seen", "last_seen")})
@@ -92,7 +99,7 @@ class Recommender:
 
     def prepare(self)->"Recommender": # itself
         "Compute now what the first recommendation would."
-        _ = self.catalogue, self.popularity, self.searcher
+        _ = self.catalogue, self.popularity, self.nearest
         try: self.signals.prepare()
         except BlendError: pass # said to whoever asks for a next purchase
         return self
@@ -133,7 +140,7 @@ def search_list(
     "The items with the largest inner products that nothing rules out, and the reason where they are too few."
     if not filters.max_per and n <= len(model.item_factors):
         forbidden = np.concatenate([rows for _, rows in ruled_out])
-        rows, scores = model.searcher.top(vector[None], n, exclude=(np.array([0, len(forbidden)]), forbidden))
+        rows, scores = model.nearest.top(vector[None], n, exclude=(np.array([0, len(forbidden)]), forbidden))
         if rows[0, -1] >= 0: return Recommendations(model.bundle.items.take(rows[0]), scores[0].tolist(), source, None, rows[0].tolist())
     return make_list(model, model.item_factors @ vector, n, source, ruled_out, filters)
 
