@@ -103,6 +103,11 @@ def _plain(values:np.ndarray)->np.ndarray:
 FORMAT = 1 # of the bundle; a reader refuses a newer one
 INDEX_FILE = "items.faiss" # in a bundle that has an index of its items
 
+def _valid_version(version:str)->str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", version) or version in ("current", "previous"):
+        raise BundleError(f"{version!r} is no version name: letters, digits, '.', '_' and '-' only")
+    return version
+
 def _sha256(path:Path)->str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -174,11 +179,6 @@ def _values(matrix:csr_matrix, seen:csr_matrix, name:str)->np.ndarray:
     if matrix.shape != seen.shape or not (np.array_equal(matrix.indptr, seen.indptr) and np.array_equal(matrix.indices, seen.indices)):
         raise BundleError(f"{name} must have the structure of the seen matrix: the same pairs in the same order")
     return np.asarray(matrix.data, np.float32)
-
-def _valid_version(version:str)->str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", version) or version in ("current", "previous"):
-        raise BundleError(f"{version!r} is no version name: letters, digits, '.', '_' and '-' only")
-    return version
 
 # %% ../nbs/00_bundle.ipynb #500f0056
 @dataclass(frozen=True)
