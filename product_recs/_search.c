@@ -50,26 +50,39 @@ static void *aligned(int64_t bytes) { /* 64-byte aligned; the caller frees the p
 }
 static void release(void *at) { if (at) free(((void **)at)[-1]); }
 
-struct kept { float score; int32_t item; };
+/* A score and its item as one number: the larger, the better, and of equal scores the lower item. */
+typedef uint64_t kept;
 
-/* a is worse than b */
-INLINE int worse(struct kept a, struct kept b) { return a.score < b.score || (a.score == b.score && a.item > b.item); }
+INLINE kept keep(float score, int32_t item) {
+    uint32_t bits;
+    score += 0.0f; /* -0 is 0 */
+    memcpy(&bits, &score, 4);
+    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return (uint64_t)bits << 32 | (uint32_t)~item;
+}
+INLINE float score_of(kept one) {
+    uint32_t bits = (uint32_t)(one >> 32);
+    float score;
+    bits = bits & 0x80000000u ? bits & 0x7fffffffu : ~bits;
+    memcpy(&score, &bits, 4);
+    return score;
+}
 
-static void sift(struct kept *heap, int64_t n, int64_t at) { /* the worst is at the root */
-    struct kept moved = heap[at];
+static void sift(kept *heap, int64_t n, int64_t at) { /* the worst is at the root */
+    kept moved = heap[at];
     for (int64_t child; (child = 2*at + 1) < n; at = child) {
-        if (child + 1 < n && worse(heap[child + 1], heap[child])) child++;
-        if (!worse(heap[child], moved)) break;
+        child += child + 1 < n && heap[child + 1] < heap[child];
+        if (heap[child] >= moved) break;
         heap[at] = heap[child];
     }
     heap[at] = moved;
 }
 
-static void write_sorted(struct kept *heap, int64_t n, int64_t size, int32_t *found, float *scores) {
+static void write_sorted(kept *heap, int64_t n, int64_t size, int32_t *found, float *scores) {
     for (int64_t i = size; i < n; i++) { found[i] = -1; scores[i] = -INFINITY; }
     if (size < n) for (int64_t i = size/2 - 1; i >= 0; i--) sift(heap, size, i); /* it was not full, so no heap yet */
     while (size) { /* the worst goes last */
-        found[size - 1] = heap[0].item; scores[size - 1] = heap[0].score;
+        found[size - 1] = ~(int32_t)(uint32_t)heap[0]; scores[size - 1] = score_of(heap[0]);
         heap[0] = heap[--size];
         sift(heap, size, 0);
     }
@@ -137,7 +150,7 @@ typedef float NAME(vec) __attribute__((vector_size(W*4)));
 
 /* what a thread knows of the users of its block */
 struct NAME(state) {
-    struct kept *heaps;        /* (block, n) */
+    kept *heaps;        /* (block, n) */
     int64_t *sizes;            /* (block,) of the heaps */
     uint16_t *blocked;         /* (block, panels) a bit for each place that the user must not get; null: there is none */
     float *limit, *length;     /* (block,) n-th best score so far; length of the user's vector */
@@ -168,21 +181,21 @@ INLINE TARGET float NAME(dot)(const float *x, const float *y, int64_t f) {
 /* score the places of a panel exactly that the bound let through */
 static TARGET __attribute__((noinline)) void NAME(look)(const struct search *s, struct NAME(state) *t, int64_t first, int64_t u, int64_t panel, unsigned mask) {
     if (t->blocked) mask &= ~(unsigned)t->blocked[u*s->panels + panel];
-    struct kept *heap = t->heaps + u*s->n;
+    kept *heap = t->heaps + u*s->n;
     const float *x = s->users + (first + u)*s->f;
     for (; mask; mask &= mask - 1) {
-        struct kept new = {0, s->order[panel*LANES + __builtin_ctz(mask)]};
-        if (new.item < 0) continue;
-        new.score = NAME(dot)(x, s->items + (int64_t)new.item*s->f, s->f);
+        int32_t item = s->order[panel*LANES + __builtin_ctz(mask)];
+        if (item < 0) continue;
+        kept new = keep(NAME(dot)(x, s->items + (int64_t)item*s->f, s->f), item);
         if (t->sizes[u] < s->n) {
             heap[t->sizes[u]++] = new;
             if (t->sizes[u] < s->n) continue;
             for (int64_t i = s->n/2 - 1; i >= 0; i--) sift(heap, s->n, i);
-        } else if (worse(heap[0], new)) {
+        } else if (new > heap[0]) {
             heap[0] = new;
             sift(heap, s->n, 0);
         } else continue;
-        t->limit[u] = heap[0].score;
+        t->limit[u] = score_of(heap[0]);
     }
 }
 
@@ -194,7 +207,7 @@ INLINE TARGET void NAME(prepare)(const struct search *s, struct NAME(state) *t, 
     float most = 0, left = 0;
     int32_t sum = 0;
     int8_t *code = t->codes + u*quads*4;
-    for (int64_t j = 0; j < s->f; j++) most = fmaxf(most, fabsf(x[j]));
+    for (int64_t j = 0; j < s->f; j++) most = fabsf(x[j]) > most ? fabsf(x[j]) : most;
     float step = most > 1e-30f ? most/127 : 1, inverse = 1/step;
     for (int64_t j = 0; j < s->f; j++) {
         int c = (int)rintf(x[j]*inverse);
@@ -319,7 +332,7 @@ static TARGET void NAME(nothing)(const struct search *s, struct NAME(state) *t, 
         const int32_t at = s->place[item];
         int allowed = at >= 0 && !(s->closed && s->closed[at/LANES] >> at%LANES & 1);
         for (int64_t i = from; allowed && i < to; i++) allowed = s->excluded[i] != item;
-        if (allowed) t->heaps[u*s->n + t->sizes[u]++] = (struct kept){0, (int32_t)item};
+        if (allowed) t->heaps[u*s->n + t->sizes[u]++] = keep(0, (int32_t)item);
     }
     for (int64_t i = t->sizes[u]/2 - 1; i >= 0; i--) sift(t->heaps + u*s->n, t->sizes[u], i);
     t->limit[u] = INFINITY;
@@ -327,13 +340,13 @@ static TARGET void NAME(nothing)(const struct search *s, struct NAME(state) *t, 
 
 /* the best of a block of users */
 INLINE TARGET void NAME(users)(const struct search *s, struct NAME(state) *t, int64_t first, int64_t count) {
-    for (int64_t u = 0; u < (count + TILE - 1)/TILE*TILE; u++) { /* a tile that is not full has the last user again */
-        const float *x = s->users + (first + (u < count ? u : count - 1))*s->f;
+    for (int64_t u = count; u%TILE; u++) { t->limit[u] = INFINITY; t->length[u] = 0; t->inverse[u] = 1; } /* nobody: no item is good enough */
+    for (int64_t u = 0; u < count; u++) {
+        const float *x = s->users + (first + u)*s->f;
         NAME(prepare)(s, t, u, x);
         t->length[u] = sqrtf(NAME(dot)(x, x, s->f))*1.0001f;
-        t->limit[u] = u < count ? -INFINITY : INFINITY;
+        t->limit[u] = -INFINITY;
         t->sizes[u] = 0;
-        if (u >= count) continue;
         if (t->length[u] == 0) { NAME(nothing)(s, t, first, u); continue; }
         if (!t->blocked) continue;
         uint16_t *blocked = t->blocked + u*s->panels;
@@ -382,7 +395,9 @@ static TARGET int NAME(top)(const struct search *s) {
 #endif
     missing |= !t.heaps || !t.sizes || !t.going || !t.limit || ((s->excluded || s->closed) && !t.blocked);
     if (!missing) {
+        memset(t.limit, 0, 5*block*sizeof(float));
         if (t.codes) memset(t.codes, 0, block*quads*4);
+        if (t.turned) memset(t.turned, 0, block*s->f*sizeof(float));
         t.length = t.limit + block; t.inverse = t.limit + 2*block; t.left = t.limit + 3*block; t.offset = (int32_t *)(t.limit + 4*block);
         for (int64_t first; (first = __atomic_fetch_add(s->next, 1, __ATOMIC_RELAXED)*block) < s->m && first >= 0;)
             NAME(users)(s, &t, first, s->m - first < block ? s->m - first : block);

@@ -24,14 +24,16 @@ def by_length(
     candidates:np.ndarray|None=None, # (n_items,) bool; None: all
 )->tuple[np.ndarray, np.ndarray]: # item at each place, int32, a multiple of 48 with -1 at the end; and by panel, the length of the longest item from there on
     "Items in the order in which the walk meets them; vectors with numbers that are not finite are left out."
-    lengths = np.empty(len(item_factors), np.float32)
-    for start in range(0, len(lengths), 1 << 16): lengths[start:start + (1 << 16)] = np.sqrt(np.einsum("if,if->i", *[item_factors[start:start + (1 << 16)]]*2))
+    lengths = np.empty(len(item_factors))
+    for start in range(0, len(lengths), 1 << 14):
+        part = item_factors[start:start + (1 << 14)].astype(np.float64)
+        lengths[start:start + (1 << 14)] = np.sqrt(np.einsum("if,if->i", part, part))
     rows = np.flatnonzero(np.isfinite(lengths) if candidates is None else np.isfinite(lengths) & candidates)
     rows = rows[np.argsort(-lengths[rows], kind="stable")]
     order = np.full(-(-len(rows)//(LANES*GROUP))*LANES*GROUP, -1, np.int32)
     order[:len(rows)] = rows
     reach = np.zeros(len(order)//LANES, np.float32)
-    reach[:-(-len(rows)//LANES)] = lengths[rows[::LANES]]*np.float32(1.0001) # the sum of squares was rounded
+    reach[:-(-len(rows)//LANES)] = lengths[rows[::LANES]]*1.0001 # which is then rounded to float32
     return order, reach
 
 # %% ../nbs/00_search.ipynb #fc88a6d0
@@ -85,7 +87,7 @@ def _bits(searcher, closed:np.ndarray)->np.ndarray: # (panels,) uint16
 # %% ../nbs/00_search.ipynb #6ec9f970
 def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.ndarray|None, threads:int)->tuple[np.ndarray, np.ndarray]:
     "By the kernels; `exclude` as indptr and indices."
-    (m, f), n_items = users.shape, len(searcher.item_factors)
+    m, f = users.shape
     if not m: return _in_numpy(searcher, users, n, exclude, closed)
     found, scores, following = np.empty((m, n), np.int32), np.empty((m, n), np.float32), np.zeros(1, np.int64)
     indptr, excluded = (None, None) if exclude is None else (np.ascontiguousarray(exclude[0], np.int64), np.ascontiguousarray(exclude[1], np.int32))
@@ -93,9 +95,10 @@ def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.nda
     if closed is not None: closed = _bits(searcher, closed)
     threads = min(threads or os.cpu_count() or 1, -(-m//8))
     block = max(8, min(512, _BYTES//(2*len(searcher.reach) + 8*n + 8*f), -(-m//threads)))
-    address = lambda array: None if array is None else array.ctypes.data
-    search = _Search(address(searcher.item_factors), f, address(searcher.order), len(searcher.reach), address(searcher.place), n_items, address(searcher.codes), address(searcher.reach), address(searcher.inverse),
-                     address(searcher.error), address(searcher.norm), address(users), m, address(indptr), address(excluded), address(closed), n, address(found), address(scores), -(-block//8)*8, address(following))
+    search = _Search.from_buffer_copy(searcher.packed)
+    for name, array in (("users", users), ("indptr", indptr), ("excluded", excluded), ("closed", closed), ("found", found), ("scores", scores), ("next", following)):
+        if array is not None: setattr(search, name, array.ctypes.data)
+    search.m, search.n, search.block = m, n, -(-block//8)*8
     run = lambda _=None: searcher.kernels.search_top(ctypes.byref(search), searcher.variant)
     if threads <= 1: failed = run()
     else:
@@ -135,15 +138,18 @@ class Searcher:
         variant:int=VNNI,        # best instruction set allowed; -1: NumPy only
     ):
         self.item_factors = np.ascontiguousarray(item_factors, np.float32)
-        self.candidates = np.isfinite(self.item_factors).all(axis=1)
-        if candidates is not None: self.candidates &= candidates
-        self.order, self.reach = by_length(self.item_factors, self.candidates)
+        self.order, self.reach = by_length(self.item_factors, candidates)
+        self.candidates = np.zeros(len(self.item_factors), bool)
+        self.candidates[self.order[self.order >= 0]] = True
         self.kernels = compiled("_search") if variant >= 0 and _tame(self.reach[:1]).all() else None
         if self.kernels is None: return
         self.variant = self.kernels.search_variant(variant)
         self.place = np.full(len(self.item_factors), -1, np.int32)
         self.place[self.order[self.order >= 0]] = np.flatnonzero(self.order >= 0)
-        self.codes, self.inverse, self.error, self.norm = encode(self.item_factors, self.order) if self.variant == VNNI else (None, None, None, None)
+        arrays = {"items": self.item_factors, "order": self.order, "place": self.place, "reach": self.reach}
+        if self.variant == VNNI: arrays |= zip(("codes", "inverse", "error", "norm"), encode(self.item_factors, self.order))
+        self.packed = _Search(**{name: array.ctypes.data for name, array in arrays.items()}, f=self.item_factors.shape[1], n_items=len(self.item_factors), panels=len(self.reach))
+        self._kept = arrays # what the addresses point to
 
     def top(self,
         user_factors:np.ndarray, # (m, f) float32

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -78,6 +79,16 @@ def test_exclusions_may_be_given_as_a_pair_and_as_a_slice_of_mapped_arrays(tmp_p
         whole, part = (Searcher(of, variant=variant).top(users[:20], 10, given) for of, given in ((items, exclude[:20]), (mapped, (exclude.indptr[:21], exclude.indices))))
         assert np.array_equal(whole[0], part[0])
         assert not any(exclude[row, item] for row, found in enumerate(part[0]) for item in found)
+
+
+def test_many_threads_may_ask_one_searcher():
+    rng = np.random.default_rng(6)
+    items, users = rng.standard_normal((20_000, 48)).astype(np.float32), rng.standard_normal((400, 48)).astype(np.float32)
+    searcher = Searcher(items)
+    alone = searcher.top(users, 10)[0]
+    with ThreadPoolExecutor(8) as threads:
+        asked = list(threads.map(lambda row: searcher.top(users[row:row + 1], 10, closed=alone[row, :3])[0][0], range(400)))
+    assert all(found[:7].tolist() == before[3:].tolist() for found, before in zip(asked, alone))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
