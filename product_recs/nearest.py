@@ -140,7 +140,7 @@ def _recall(found:np.ndarray, right:np.ndarray)->float:
 def _asked(user_factors:np.ndarray, seen:csr_matrix, seed:int)->tuple[np.ndarray, csr_matrix]:
     "Factors and seen items of some users."
     warm = np.flatnonzero(np.asarray(user_factors).any(axis=1))
-    rows = np.sort(np.random.default_rng(seed).permutation(warm)[:SAMPLE])
+    rows = np.random.default_rng(seed).permutation(warm)[:SAMPLE] # in random order, so that halves are alike
     return np.asarray(user_factors[rows]), seen[rows]
 
 def _tune(search:NearestItems, users:np.ndarray, seen:csr_matrix, right:np.ndarray, wanted:float, most:int)->tuple[float, int]:

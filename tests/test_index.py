@@ -154,6 +154,14 @@ def test_the_setting_of_the_service(models, monkeypatch):
         assert ready.status_code == 503 and "index='approximate', but this model has none (few items)" in ready.text
 
 
+def test_threads_share_an_index(two):
+    from concurrent.futures import ThreadPoolExecutor
+    near, _ = two
+    alone = [recommend(near, user, 10, deny=range(user)) for user in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda user: recommend(near, user, 10, deny=range(user)), range(200))) == alone
+
+
 def run(program, **more):
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, **more)
 
