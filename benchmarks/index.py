@@ -214,7 +214,7 @@ def main(options):
         results = sorted(mine.values(), key=lambda result: (result["items"], rank[result["data"]], rank[result["arm"]]))
         (out / "index.json").write_text(json.dumps(results, indent=1) + "\n")
     said = [f"- {result['items']:,} items, {result['data']}: exact search looks at {result['walk']:,.0f}; `auto`: {result['auto'].get('missing') or 'an index that looks at {:,}, recall@10 {:.3f}'.format(result['auto']['looks_at'], result['auto']['recall_at_10'])}" for result in results if "walk" in result]
-    text = "\n\n".join([f"64 factors, one user at a time, one thread; {os.cpu_count()} cores build. The first setting of each index that reaches the recall@10, of 500 users. Made by `make bench-index`.", *(f"{items:,} items:\n\n" + table([r for r in results if r["items"] == items]) for items in sorted({r["items"] for r in results})), "\n".join(said)]) + "\n"
+    text = "\n\n".join([f"64 factors, one user at a time, one thread; {os.cpu_count()} cores build. The first setting of each index that reaches the recall@10, of 500 users; graphs have {LINKS} links and are built with an effort of {EFFORT}. Other work on the machine makes all times longer; the pass beside each row was taken in the same process, between its questions. Made by `make bench-index`.", *(f"{items:,} items:\n\n" + table([r for r in results if r["items"] == items]) for items in sorted({r["items"] for r in results})), "\n".join(said)]) + "\n"
     if options.write:
         (out / "index.md").write_text(text)
     print("\n" + text)
