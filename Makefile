@@ -4,12 +4,14 @@
 # make test    set up, run every check
 # make lab     JupyterLab on the notebooks
 # make data    write the real sample to data/complete_journey
+# make bench   training, ranking, ingest and serving beside their peers, and a page about it: benchmarks/results/README.md (25 minutes)
+# make bench QUICK=1   the same with small sizes, in some minutes; the page goes to build/bench
 # make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
 
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
+.PHONY: help run serve test lab data export notebooks readme bench bench-page bench-ranking bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -68,10 +70,6 @@ test: .venv/.ready
 bench-overhead: .venv/.ready
 	@$(BIN)/python benchmarks/overhead.py
 
-# requests a second and memory beside an empty route; OPTIONS="--models-dir models" takes the live model
-bench-serving: .venv/.ready
-	@$(BIN)/python benchmarks/serving.py $(OPTIONS)
-
 # the service under load while models are swapped, workers killed and the database stopped
 MINUTES_OF_LOAD ?= 10
 bench-endurance: .venv/.ready
@@ -81,16 +79,38 @@ bench-endurance: .venv/.ready
 bench-scale: .venv/.ready
 	@$(BIN)/python benchmarks/evaluate_scale.py
 
+# the libraries that are compared have an environment of their own; one that cannot be installed is left out
+.venv-bench/.ready:
+	@echo "Setting up .venv-bench (some minutes, once) ..."
+	@$(PYTHON) -m venv .venv-bench
+	@for library in numpy pandas threadpoolctl irspack pyspark usearch faiss-cpu voyager; do .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check $$library || echo "$$library cannot be installed and is left out" >&2; done
+	@touch $@
+
+bench: .venv/.ready .venv-bench/.ready data
+	@$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick)
+
+# the page alone, from the files of figures
+bench-page: .venv/.ready
+	@$(BIN)/python benchmarks/bench.py page
+
+# training beside implicit, and irspack and Spark where .venv-bench has them; OPTIONS="--sizes cj,1 --factors 64"
+bench-training: .venv/.ready data
+	@$(BIN)/python benchmarks/bench.py training $(OPTIONS)
+
+# the best ten beside implicit and the bare matrix product; OPTIONS="--sizes 23000x64 --rounds 5"
+bench-ranking: .venv/.ready
+	@$(BIN)/python benchmarks/bench.py ranking $(OPTIONS)
+
 # CSV to matrices beside bare DuckDB; OPTIONS="--rows 1000000 --ids text --bad 100"
 bench-ingest: .venv/.ready
-	@$(BIN)/python benchmarks/ingest.py $(OPTIONS)
+	@$(BIN)/python benchmarks/bench.py ingest $(OPTIONS)
 
-# training beside implicit, and irspack where .venv-bench has it; OPTIONS="--sizes cj,1 --factors 64"
-bench-training: .venv/.ready
-	@$(BIN)/python benchmarks/training.py --write $(OPTIONS)
+# requests a second and memory beside an empty route; OPTIONS="--models-dir models" takes the live model
+bench-serving: .venv/.ready
+	@$(BIN)/python benchmarks/bench.py serving $(OPTIONS)
 
-# one user of a million items: exact search, and the indexes of three libraries where .venv-bench has them; OPTIONS="--items 200000 --data shop"
-bench-index: .venv/.ready
+# one user of a million items: exact search, and the indexes of three libraries (an hour; OPTIONS="--items 100000 --arms ours,faiss-cells-8bit")
+bench-index: .venv/.ready .venv-bench/.ready
 	@$(BIN)/python benchmarks/index.py --write $(OPTIONS)
 
 # OPTIONS go to the script, such as OPTIONS="--models als,blend --factors 256"

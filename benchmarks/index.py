@@ -2,7 +2,7 @@
 
     python benchmarks/index.py [--items 1000000] [--data shop,directions,noise] [--arms ours,usearch-ip,...] [--write]
 
-The libraries are taken from .venv-bench: `python3 -m venv .venv-bench && .venv-bench/bin/pip install numpy usearch faiss-cpu voyager`; the
+The libraries are taken from .venv-bench, which `make bench-index` sets up; the
 arm `ours` (exact search, and the index as this project builds it) runs in the environment that runs this script, with the extra `index`.
 
 Data, 64 factors: `shop`, ALS factors of generated users with power-law popularity and tastes by group; `directions`, the same item

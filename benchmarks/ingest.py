@@ -1,6 +1,6 @@
 """From a CSV to the matrices of 02_features, beside what one would write with DuckDB alone; one run, alternating.
 
-    python benchmarks/ingest.py [--rows 10000000] [--rounds 3] [--ids number|text] [--bad 0] [--folder FOLDER]
+    python benchmarks/ingest.py [--rows 10000000] [--rounds 3] [--ids number|text] [--bad 0] [--folder FOLDER] [--write]
 
 Bare DuckDB reads the file with known types, numbers the ids, groups by user and item, sorts, and makes one CSR matrix. It checks
 nothing and writes nothing. Ours checks every value, merges repeated deliveries, fingerprints and writes the interactions as Parquet
@@ -106,6 +106,7 @@ def main():
     parser.add_argument("--memory-limit", default="2GB", help="of DuckDB, for both")
     parser.add_argument("--folder", type=Path, help="where the log goes for the time of the run; default: the system's temporary folder")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--write", action="store_true", help="keep table, figures and plot under benchmarks/results/")
     options = parser.parse_args()
     if options.child: return child(options.child, options.folder, options)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -115,16 +116,66 @@ def main():
         for _ in range(options.rounds):
             for what in found: found[what].append(measure(what, path, options))
         pairs = {what: runs[0]["pairs"] for what, runs in found.items()}
-        print(f"{options.rows:,} rows ({path.stat().st_size/1e6:,.0f} MB, ids: {options.ids}, {options.bad:,} bad), {pairs['ours']:,} pairs; {os.cpu_count()} cores, DuckDB {duckdb.__version__}, {options.rounds} rounds")
         if not options.bad and pairs["bare"] != pairs["ours"]: sys.exit(f"the two disagree: {pairs}")
-    print("\n| what | seconds, median | processor seconds, median | peak of memory |\n|---|---|---|---|")
-    for what, runs in found.items():
-        print(f"| {what} | {statistics.median(run['seconds'] for run in runs):.1f} | {statistics.median(run['processor'] for run in runs):.1f} | {max(run['peak'] for run in runs)/2**30:.2f} GiB |")
-    ingested = [run["stages"]["ingest"] for run in found["ours"]]
-    print(f"| of ours, ingest | {statistics.median(seconds for seconds, _ in ingested):.1f} | {statistics.median(used for _, used in ingested):.1f} | |")
-    for measured in ("seconds", "processor"):
-        ratios = sorted(mine[measured]/theirs[measured] for mine, theirs in zip(found["ours"], found["bare"]))
-        print(f"\nours / bare, {'processor ' * (measured == 'processor')}seconds: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        result = {"rows": options.rows, "ids": options.ids, "bad": options.bad, "megabytes": path.stat().st_size/1e6, "duckdb": duckdb.__version__, "found": found}
+    print(table([result]))
+    if not options.write: return
+    out = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent/"results"))
+    old = json.loads((out/"ingest.json").read_text()) if (out/"ingest.json").exists() else []
+    key = lambda result: (result["rows"], result["ids"], result["bad"])
+    results = sorted({key(result): result for result in [*old, result]}.values(), key=key) # results of other files stay
+    (out/"ingest.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out/"ingest.md").write_text(table(results))
+    plot(results, out/"ingest.png")
+
+
+def ratios(result, measured):
+    "Ours / bare: median, smallest and largest of the rounds."
+    found = sorted(mine[measured]/theirs[measured] for mine, theirs in zip(result["found"]["ours"], result["found"]["bare"]))
+    return statistics.median(found), found[0], found[-1]
+
+
+def middle(runs, measured): return statistics.median(run[measured] for run in runs)
+
+
+def title(result):
+    bad = f", {result['bad']:,} bad" if result["bad"] else ""
+    return f"{result['rows']:,} rows ({result['megabytes']:,.0f} MB), ids: {result['ids']}{bad}"
+
+
+def table(results):
+    lines = [f"From CSV to matrices, {os.cpu_count()} cores, DuckDB {results[-1]['duckdb']}. Ratios: median of the rounds (smallest to largest). Bare DuckDB checks nothing and writes nothing; ours checks every value, merges repeated deliveries, "
+             "fingerprints, and writes the interactions, three snapshots and two targets. Made by `make bench-ingest`.", "",
+             "| data | what | rounds | seconds | CPU seconds | seconds, ours / bare | CPU seconds, ours / bare | peak of memory, GiB |", "|---|---|---|---|---|---|---|---|"]
+    for result in results:
+        for what, runs in result["found"].items():
+            against = [f"{one:.2f} ({low:.2f} to {high:.2f})" for one, low, high in (ratios(result, measured) for measured in ("seconds", "processor"))] if what == "ours" else ["", ""]
+            lines.append(f"| {title(result)} | {what} | {len(runs)} | {middle(runs, 'seconds'):.1f} | {middle(runs, 'processor'):.1f} | {' | '.join(against)} | {max(run['peak'] for run in runs)/2**30:.2f} |")
+        ingested = [run["stages"]["ingest"] for run in result["found"]["ours"]]
+        lines.append(f"| {title(result)} | of ours, ingest | {len(ingested)} | {statistics.median(seconds for seconds, _ in ingested):.1f} | {statistics.median(used for _, used in ingested):.1f} | | | |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, axes = plt.subplots(1, 2, figsize=(9, 0.8*len(results) + 1.4), sharey=True)
+    for ax, measured, label in zip(axes, ("seconds", "processor"), ("seconds", "CPU seconds")):
+        for place, result in enumerate(results):
+            first = statistics.median(run["stages"]["ingest"][measured == "processor"] for run in result["found"]["ours"])
+            bare, ours = (middle(result["found"][what], measured) for what in ("bare", "ours"))
+            for shift, left, width, colour, name in ((-0.19, 0, bare, "#b9b9b9", "bare DuckDB"), (0.19, 0, first, "#1f77b4", "ours: check, merge, write"), (0.19, first, ours - first, "#9ecae1", "ours: matrices")):
+                ax.barh(place + shift, width, 0.36, left=left, color=colour, label=name if place == 0 else None)
+            ax.text(ours, place + 0.19, f" {ours/bare:.2f} times", va="center", fontsize=9)
+        ax.set_xlabel(label)
+        ax.margins(x=0.2)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(results)), [title(result).replace("), ", ")\n") for result in results])
+    axes[0].invert_yaxis()
+    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="upper center", ncols=3)
+    fig.tight_layout(rect=(0, 0, 1, 1 - 0.3/fig.get_figheight()))
+    fig.savefig(path, dpi=110)
 
 
 if __name__ == "__main__": main()

@@ -1,6 +1,6 @@
 """What does /recommend cost beside an empty FastAPI route? All under uvicorn with the same number of workers, alternating, in one run.
 
-    python benchmarks/serving.py [--models-dir models] [--workers 2] [--rounds 5] [--seconds 4] [--connections 16]   (needs wrk: apt-get install wrk)
+    python benchmarks/serving.py [--models-dir models] [--workers 2] [--rounds 5] [--seconds 4] [--connections 16] [--write]   (needs wrk: apt-get install wrk)
 
 Three services: an empty FastAPI route; ours as it is deployed, with request log, figures and impressions, where most questions have been asked
 before; and ours with `cache_size` 0, where every list is ranked anew. Then the memory of 1, 2 and 4 workers after each has answered: what is
@@ -9,6 +9,7 @@ shared counts once (PSS), so four workers must need less than four times one.
 Without --models-dir the model is random, 2,500 users x 25,000 items x 64 factors, 200 seen items a user: the cost does not depend on the values.
 """
 import argparse
+import json
 import os
 import re
 import shutil
@@ -93,44 +94,88 @@ def load(folder: Path, port: int, path: str, connections: int, seconds: float) -
     return float(re.search(r"Requests/sec:\s+(\S+)", text)[1]), *(milliseconds(re.search(rf"(?m)^\s+{share}%\s+(\S+)", text)[1]) for share in (50, 99))
 
 
+EMPTY_ROUTE = "empty FastAPI route"
 SERVE = [sys.executable, "-c", "from product_recs.api import serve; serve()"]
 
 
-def throughput(folder: Path, options) -> None:
-    "The table of requests a second."
+def throughput(folder: Path, options) -> list[dict]:
+    "Requests a second and milliseconds of each service in each round."
     empty = [sys.executable, "-m", "uvicorn", "empty_route:app", "--no-access-log", "--log-level", "warning", "--workers", str(options.workers)]
     ours = {"models_dir": options.models_dir, "workers": options.workers}
     servers = {
-        "empty FastAPI route": (*start(empty, folder), "/empty/"),
+        EMPTY_ROUTE: (*start(empty, folder), "/empty/"),
         "/recommend/{user_id}": (*start(SERVE, folder, database_url=f"sqlite:///{folder}/a.db", **ours), "/recommend/"),
         "the same, cache_size 0": (*start(SERVE, folder, database_url=f"sqlite:///{folder}/b.db", cache_size=0, **ours), "/recommend/"),
     }
+    found = []
     try:
-        print("| connections | route | requests/s | p50 ms | p99 ms | share of the empty route |\n|---|---|---|---|---|---|", flush=True)
         for connections in options.connections:
-            found = {name: [] for name in servers}
+            rounds = {name: [] for name in servers}
             for number in range(-2, options.rounds):  # two rounds to warm up: each worker keeps its own answers
                 for name, (_, port, path) in servers.items():
                     measured = load(folder, port, path, connections, options.seconds)
-                    found[name] += [measured] * (number >= 0)
-            base = [rate for rate, _, _ in found["empty FastAPI route"]]
-            for name, rows in found.items():
-                shares = sorted(row[0] / other for row, other in zip(rows, base))
-                rate, p50, p99 = (statistics.median(column) for column in zip(*rows))
-                print(f"| {connections} | {name} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {statistics.median(shares):.0%} ({shares[0]:.0%} to {shares[-1]:.0%}) |", flush=True)
+                    rounds[name] += [measured] * (number >= 0)
+            found.append({"connections": connections, "rounds": rounds})
     finally:
         for process, _, _ in servers.values():
             stop(process)
+    return found
 
 
-def memories(folder: Path, options) -> None:
-    "The table of memory."
-    print("\n| workers | MB, what is shared counts once |\n|---|---|")
+def memories(folder: Path, options) -> dict[int, float]:
+    "MB by number of workers."
+    found = {}
     for workers in (1, 2, 4):
         process, port = start(SERVE, folder, models_dir=options.models_dir, workers=workers, database_url=f"sqlite:///{folder}/c.db")
         load(folder, port, "/recommend/", 16, 5)
-        print(f"| {workers} | {memory(process):,.0f} |", flush=True)
+        found[workers] = memory(process)
         stop(process)
+    return found
+
+
+def shares(rounds: dict) -> dict[str, list[float]]:
+    "Of each service, its requests a second / those of the empty route: median, smallest and largest."
+    found = {name: sorted(row[0] / other[0] for row, other in zip(rows, rounds[EMPTY_ROUTE])) for name, rows in rounds.items()}
+    return {name: [statistics.median(rows), rows[0], rows[-1]] for name, rows in found.items()}
+
+
+def tables(result: dict) -> str:
+    lines = [f"{result['workers']} workers, {result['model']}; {os.cpu_count()} cores, which the clients share. Shares: median of the rounds (smallest to largest). Made by `make bench-serving`.", "",
+             "| connections | route | rounds | requests/s | p50 ms | p99 ms | share of the empty route |", "|---|---|---|---|---|---|---|"]
+    for one in result["throughput"]:
+        for name, rows in one["rounds"].items():
+            rate, p50, p99 = (statistics.median(column) for column in zip(*rows))
+            share, low, high = shares(one["rounds"])[name]
+            lines.append(f"| {one['connections']} | {name} | {len(rows)} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {share:.0%} ({low:.0%} to {high:.0%}) |")
+    lines += ["", "| workers | MB, what is shared counts once |", "|---|---|", *(f"| {workers} | {megabytes:,.0f} |" for workers, megabytes in result["memory"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 2.6), gridspec_kw={"width_ratios": [2, 1]})
+    rounds = result["throughput"][0]["rounds"]
+    for place, (name, rows) in enumerate(rounds.items()):
+        rate, share = statistics.median(row[0] for row in rows), shares(rounds)[name][0]
+        left.barh(place, rate, 0.6, color="#b9b9b9" if name == EMPTY_ROUTE else "#1f77b4")
+        left.text(rate, place, f" {rate:,.0f}" + (f" ({share:.0%})" if name != EMPTY_ROUTE else ""), va="center", fontsize=9)
+    left.set_yticks(range(len(rounds)), list(rounds))
+    left.invert_yaxis()
+    left.margins(x=0.25)
+    left.set_xlabel(f"requests a second, {result['throughput'][0]['connections']} connections, {result['workers']} workers")
+    right.bar([str(workers) for workers in result["memory"]], list(result["memory"].values()), 0.6, color="#1f77b4")
+    for place, megabytes in enumerate(result["memory"].values()):
+        right.text(place, megabytes, f"{megabytes:,.0f}", ha="center", va="bottom", fontsize=9)
+    right.margins(y=0.15)
+    right.set(xlabel="workers", ylabel="MB")
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -140,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--connections", type=int, nargs="+", default=[16])
+    parser.add_argument("--write", action="store_true", help="keep table, figures and plot under benchmarks/results/")
     options = parser.parse_args()
     if shutil.which("wrk") is None:
         sys.exit("benchmarks/serving.py needs wrk, such as Debian's package of that name")
@@ -147,12 +193,18 @@ def main() -> None:
         folder = Path(name)
         (folder / "empty_route.py").write_text(EMPTY)
         (folder / "walk.lua").write_text(LUA)
+        model = "a random model" if options.models_dir is None else f"the model in {options.models_dir}"
         if options.models_dir is None:
             options.models_dir = folder / "models"
             make_model(options.models_dir)
         options.models_dir = Path(options.models_dir).resolve()
-        throughput(folder, options)
-        memories(folder, options)
+        result = {"workers": options.workers, "model": model, "throughput": throughput(folder, options), "memory": memories(folder, options)}
+    print(tables(result))
+    if options.write:
+        out = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
+        (out / "serving.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "serving.md").write_text(tables(result))
+        plot(result, out / "serving.png")
 
 
 if __name__ == "__main__":

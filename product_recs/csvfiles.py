@@ -214,12 +214,14 @@ def named(
 # %% ../nbs/01_csvfiles.ipynb #ed229639
 def quick_query(
     source:CsvFile,          # an opened file
-    wanted:Mapping[str, str] # output column -> column of the header
+    wanted:Mapping[str, str],# output column -> column of the header
+    numbered:bool = True,    # False: NULL instead of the line; numbering keeps DuckDB to one thread
 )->str:                      # SELECT line, then the wanted columns as VARCHAR
     "The DuckDB query for a file in which each line is a record."
+    line = "row_number() OVER () + 1" if numbered else "NULL::BIGINT"
     columns = ", ".join(f"'c{at}': 'VARCHAR'" for at in range(len(source.names)))
     chosen = "".join(f", c{source.names.index(name)} AS {named(out)}" for out, name in wanted.items())
-    return (f"SELECT row_number() OVER () + 1 AS line{chosen} FROM read_csv({quoted(source.path)}, delim={quoted(source.delimiter)}, "
+    return (f"SELECT {line} AS line{chosen} FROM read_csv({quoted(source.path)}, delim={quoted(source.delimiter)}, "
             f"quote='\"', escape='\"', header=false, skip=1, auto_detect=false, strict_mode=true, columns={{{columns}}})")
 
 def staged_query(

@@ -8,8 +8,10 @@ __all__ = ['EVENT_WEIGHTS', 'QUANTITY', 'WEIGHTING', 'UNTIMED', 'BLOCK', 'SNAPSH
 
 # %% ../nbs/02_features.ipynb #7fb21f6b
 import json
+import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +132,7 @@ def _micros(moment:str)->int: return int(np.datetime64(moment, "us").astype(np.i
 def _counts(chosen:np.ndarray|None, starts:np.ndarray, rows:int)->np.ndarray:
     "How many rows of each pair are chosen (None: all), as float32."
     borders = np.append(starts, rows)
-    return np.diff(borders if chosen is None else np.append(0, np.cumsum(chosen))[borders]).astype(np.float32)
+    return np.diff(borders if chosen is None else np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]).astype(np.float32)
 
 def _snapshot(log:tuple, starts:np.ndarray, until:str|None, ends:str|None, half_life:float)->dict[str, np.ndarray]:
     "Sum of the worth, number of the rows and age in days of each pair, over the rows known before `until` (None: all)."
@@ -154,17 +156,23 @@ def _borders(user:np.ndarray, item:np.ndarray)->list[int]:
         else: break
     return [*borders, rows]
 
-def _by_blocks(log:tuple, summed:Callable, room:dict[str, np.ndarray])->dict[str, np.ndarray]:
+def _starts(log:tuple, first:int, end:int)->np.ndarray:
+    "Where the pairs of a block begin, counted from `first`."
+    user, item = (column[first:end] for column in log[:2])
+    return np.append(0, np.flatnonzero((user[1:] != user[:-1]) | (item[1:] != item[:-1])) + 1).astype(np.int32)
+
+def _by_blocks(pool:ThreadPoolExecutor, log:tuple, blocks:list, summed:Callable, room:dict[str, np.ndarray])->dict[str, np.ndarray]:
     "User, item and what `summed` finds of each pair whose `counts` are not 0; in the arrays of `room`, which the next call writes over."
-    borders, size = _borders(*log[:2]), 0
-    for first, end in zip(borders, borders[1:]):
-        user, item, *_ = part = tuple(column[first:end] for column in log)
-        starts = np.append(0, np.flatnonzero((user[1:] != user[:-1]) | (item[1:] != item[:-1])) + 1)
+    def one(block):
+        first, end, starts = block
+        part = tuple(column[first:end] for column in log)
         found = summed(part, starts)
         kept = np.flatnonzero(found["counts"])
-        before, size = size, size + len(kept)
         if len(kept) < len(starts): found, starts = {name: values[kept] for name, values in found.items()}, starts[kept]
-        found |= {"user": user[starts], "item": item[starts]}
+        return found | {"user": part[0][starts], "item": part[1][starts]}
+    size = 0
+    for found in pool.map(one, blocks): # in their order
+        before, size = size, size + len(found["user"])
         for name, values in found.items():
             if name not in room: room[name] = np.empty(len(log[0]), values.dtype)
             room[name][before:size] = values
@@ -180,16 +188,15 @@ def _enough(user:np.ndarray, item:np.ndarray, parameters:dict)->np.ndarray|slice
 # %% ../nbs/02_features.ipynb #c1057336
 def _csr(pairs:dict[str, np.ndarray], value:str, shape:tuple[int, int])->csr_matrix:
     "Pairs sorted by row and column as CSR, without another sort."
-    indptr = np.zeros(shape[0] + 1, np.int64)
-    np.cumsum(np.bincount(pairs["user"], minlength=shape[0]), out=indptr[1:])
+    indptr = np.searchsorted(pairs["user"], np.arange(shape[0] + 1, dtype=pairs["user"].dtype))
     index = np.int32 if len(pairs["user"]) < 2**31 else np.int64
     return csr_matrix((pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False), indptr.astype(index)), shape=shape)
 
 def _weigh(matrix:csr_matrix, weighting:str)->csr_matrix:
-    "The last word on the sums; a decay that underflowed stays a tiny positive number."
+    "The last word on the sums, whose memory it may use; a decay that underflowed stays a tiny positive number."
     if weighting == "bm25": matrix = bm25(matrix)
     data = {"log1p": np.log1p, "binary": np.ones_like}.get(weighting, np.asarray)(matrix.data)
-    return csr_matrix((np.maximum(data, np.float32(1e-12)), matrix.indices, matrix.indptr), shape=matrix.shape)
+    return csr_matrix((np.maximum(data, np.float32(1e-12), out=data), matrix.indices, matrix.indptr), shape=matrix.shape)
 
 # %% ../nbs/02_features.ipynb #3cd479b3
 @dataclass(frozen=True)
@@ -297,25 +304,28 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
     "Id tables, snapshots and targets, as files in `folder`; returns the shape, and the mean total of a user where BM25 needs it."
     for key, table in (("user_id", "log_users"), ("item_id", "log_items")): _number_ids(database, key, table)
     log, room = _read_log(database, parameters), {}
-    for name in ("all", "train_validation", "train"):
-        until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
-        found = _by_blocks(log, lambda part, starts, until=until: _snapshot(part, starts, until, split.get("ends"), parameters["half_life_days"]), room)
-        kept = _enough(found["user"], found["item"], parameters)
-        found = {value: column[kept] for value, column in found.items()}
-        if name == "all":
-            if not len(found["user"]): raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and min_item_users={parameters['min_item_users']}; lower them")
-            rows = {side: _write_ids(database, found[side], f"{side}_id", interactions/f"{attributes}.parquet", folder/f"{side}s.parquet") for side, attributes in (("user", "users"), ("item", "products"))}
-            shape = tuple(int(row.max()) + 1 for row in rows.values())
-        sums = _csr(_numbered(found, rows), "confidence", shape)
-        if name == "all": mean_total = _mean_total(sums) if parameters["weighting"] == "bm25" else None
-        save_csr(folder, f"{name}_confidence", _weigh(sums, parameters["weighting"]))
-        for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", found[value])
-    for name, start, end in (("validation", "validation_from", "test_from"), ("test", "test_from", "")):
-        since, before = (_micros(split[moment]) if split and moment else 2**63 - 1 for moment in (start, end))
-        found = _by_blocks(log, lambda part, starts, since=since, before=before: {"counts": _counts((part[3] >= since) & (part[3] < before), starts, len(part[3]))}, room)
-        found = _numbered(found, rows)
-        kept = (found["user"] >= 0) & (found["item"] >= 0)
-        save_csr(folder, name, _csr({value: column[kept] for value, column in found.items()}, "counts", shape))
+    with ThreadPoolExecutor(os.cpu_count()) as pool: # NumPy lets go of the interpreter while it works
+        borders = _borders(*log[:2])
+        blocks = list(zip(borders, borders[1:], pool.map(lambda first, end: _starts(log, first, end), borders, borders[1:])))
+        for name in ("all", "train_validation", "train"):
+            until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
+            found = _by_blocks(pool, log, blocks, lambda part, starts, until=until: _snapshot(part, starts, until, split.get("ends"), parameters["half_life_days"]), room)
+            kept = _enough(found["user"], found["item"], parameters)
+            found = {value: column[kept] for value, column in found.items()}
+            if name == "all":
+                if not len(found["user"]): raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and min_item_users={parameters['min_item_users']}; lower them")
+                rows = {side: _write_ids(database, found[side], f"{side}_id", interactions/f"{attributes}.parquet", folder/f"{side}s.parquet") for side, attributes in (("user", "users"), ("item", "products"))}
+                shape = tuple(int(row.max()) + 1 for row in rows.values())
+            sums = _csr(_numbered(found, rows), "confidence", shape)
+            if name == "all": mean_total = _mean_total(sums) if parameters["weighting"] == "bm25" else None
+            save_csr(folder, f"{name}_confidence", _weigh(sums, parameters["weighting"]))
+            for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", found[value])
+        for name, start, end in (("validation", "validation_from", "test_from"), ("test", "test_from", "")):
+            since, before = (_micros(split[moment]) if split and moment else 2**63 - 1 for moment in (start, end))
+            found = _by_blocks(pool, log, blocks, lambda part, starts, since=since, before=before: {"counts": _counts((part[3] >= since) & (part[3] < before), starts, len(part[3]))}, room)
+            found = _numbered(found, rows)
+            kept = (found["user"] >= 0) & (found["item"] >= 0)
+            save_csr(folder, name, _csr({value: column[kept] for value, column in found.items()}, "counts", shape))
     return shape, mean_total
 
 def _numbered(pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray])->dict[str, np.ndarray]:
@@ -325,7 +335,8 @@ def _numbered(pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray])->dict[str
 def _write_ids(database, column:np.ndarray, key:str, attributes:Path, out:Path)->np.ndarray:
     "Write the id table of one side; row number in the log -> row number in the matrices, -1 for who has left."
     (known,), = database.execute(f"SELECT count(*) FROM log_{out.stem}").fetchall()
-    popularity = np.bincount(column, minlength=known).astype(np.int32)
+    popularity, step = np.zeros(known, np.int32), max(BLOCK, known)
+    for first in range(0, len(column), step): popularity += np.bincount(column[first:first + step], minlength=known).astype(np.int32)
     left = np.flatnonzero(popularity).astype(np.int32)
     _id_table(database, key, left, popularity[left], attributes, out)
     rows = np.full(known, -1, np.int32)

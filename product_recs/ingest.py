@@ -24,7 +24,7 @@ from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
 from .sources import FileRead, is_blank, match_columns, near_name, read_source, run_query
-from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, plain_query, trimmed, whole_number
+from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed, whole_number
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass
@@ -81,11 +81,14 @@ def _id_type(con, column:str, kinds:set[str], files:list[FileRead], warnings:lis
     if "mixed" in kinds or ("text" in kinds and "number" in kinds):
         warnings.append(f"{column} is a number in some rows and text in others; all are text now, and 1 and \"1\" are the same id.")
     if kinds & {"text", "mixed"}: return "VARCHAR"
-    odd = f"fault IS NULL AND {whole_number(column)} IS NULL"
-    count, rows = con.execute(f"SELECT count(*) FILTER ({whole_number(column)} IS NULL), count(*) + (SELECT count(*) FROM plain) FROM checked WHERE fault IS NULL").fetchone()
+    odd = f"CASE WHEN {column} >= ':' THEN true ELSE {whole_number(column)} IS NULL END" # most text is told by its first character
+    count, rows = con.execute(f"SELECT count(*) FILTER ({odd}), count(*) + (SELECT count(*) FROM plain) FROM checked WHERE fault IS NULL").fetchone()
     if not count: return "BIGINT"
     if count < rows * 0.5:
-        number, line, value = con.execute(f"SELECT file, line, {column} FROM checked WHERE {odd} ORDER BY file, line LIMIT 1").fetchone()
+        number, line, value = con.execute(f"SELECT file, line, {column} FROM checked WHERE fault IS NULL AND {odd} ORDER BY file, line NULLS FIRST LIMIT 1").fetchone()
+        if line is None: # loaded without lines
+            line, value = con.execute(f"""SELECT line, {column} FROM (SELECT line, {trimmed(column)} AS {column} FROM ({files[number].again})
+                ANTI JOIN (SELECT line FROM rejects WHERE file = ?) USING (line)) WHERE {odd} ORDER BY line LIMIT 1""", [files[number].shown]).fetchone()
         warnings.append(f"{column} is text because {count:,} of {rows:,} values are not plain integers, the first {value[:40]!r} in {files[number].shown}, line {line}.")
     return "VARCHAR"
 
@@ -115,17 +118,18 @@ def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
     ledger.files.append(dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
     return rows
 
-def _load_query(con, sql:str, number:int, wanted:Mapping, rules:list, latest:str, label:str, options:dict)->int:
+def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:list, latest:str, label:str, options:dict)->int:
     "Load one file: the plain rows at a glance, the others by the rules; the number of all rows."
     for table in ("plain", "checked"): con.execute(f"DELETE FROM {table} WHERE file = ?", [number])
     numbers, rows = con.execute(f"SELECT count(*) FILTER ({is_number('user_id')} AND {is_number('item_id')}), count(*) FROM (FROM ({sql}) LIMIT 1000)").fetchone()
-    numbers = 2*numbers > rows
-    odd = f"plain WHERE file = {number} AND odd" if numbers else f"checked WHERE file = {number} AND fault = {ODD}"
-    loaded = run_query(con, plain_query(sql, number, wanted, options["events"], options["max_quantity"], latest, numbers), label, options["progress"])[0][0]
-    if con.execute(f"SELECT count(*) FROM {odd}").fetchone()[0]:
-        con.execute(f"CREATE OR REPLACE TEMP TABLE odd AS SELECT line FROM {odd}")
-        con.execute(f"DELETE FROM {odd}")
-        run_query(con, check_query(f"SELECT * FROM ({sql}) SEMI JOIN odd USING (line)", number, wanted, rules), label, options["progress"])
+    judge = wanted, options["events"], options["max_quantity"], latest, 2*numbers > rows
+    marked = "plain WHERE odd" if judge[-1] else f"checked WHERE fault = {ODD}"
+    loaded = run_query(con, plain_query(sql, number, *judge), label, options["progress"])[0][0]
+    count, = con.execute(f"SELECT count(*) FROM {marked} AND file = {number}").fetchone()
+    if count:
+        con.execute(f"DELETE FROM {marked} AND file = {number}")
+        again = run_query(con, check_query(odd_query(again or sql, *judge), number, wanted, rules), label, options["progress"])[0][0]
+        assert again == count, f"{count} rows are odd at the first reading, {again} at the second"
     return loaded
 
 def _load(con, source, options:dict, rules:list, latest:str, folder:Path, ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
@@ -138,8 +142,8 @@ def _load(con, source, options:dict, rules:list, latest:str, folder:Path, ledger
             guess = near_name(name, [other for other in names if other not in current["wanted"].values()])
             if guess: ledger.warnings.append(f"{shown} has no column {name}, but {guess}: if that is it, pass columns={{{name!r}: {guess!r}}}.")
         return current["wanted"]
-    def load(number, sql):
-        return _load_query(con, sql, number, current["wanted"], rules, latest, f"reading {source}"[:60], options)
+    def load(number, sql, again=""):
+        return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {source}"[:60], options)
     def each(read):
         rows = _account(con, read, rules, "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
@@ -179,8 +183,8 @@ def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledge
         theirs = match_columns(names, {key: theirs if theirs in names else key}, [key], [], shown, mapped=False)[key]
         taken = {key, "line", "_line", "_file"}
         return {key: theirs} | {other + "_" * (other.lower() in taken): other for other in names if other != theirs}
-    def load(number, sql):
-        con.execute(f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS _file, line AS _line, * EXCLUDE line FROM ({sql})")
+    def load(number, sql, again=""):
+        con.execute(f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS _file, line AS _line, * EXCLUDE line FROM ({again or sql})")
         return con.execute(f"SELECT count(*) FROM {name}_{number}").fetchone()[0]
     reads = read_source(source, "", load, match, [key], [key], con, folder, delimiter=options["delimiter"], encoding=options["encoding"],
                         keep_types=True, progress=options["progress"], each=lambda read: add_faults(con, read))

@@ -248,7 +248,12 @@ class RotatedALS:
         self.users, self.items = Side(confidence), Side(confidence.T.tocsr())
         self.reg = {side: row_regularization(regularization, side.counts, side.shape[1], self.unobserved, nu) for side in (self.users, self.items)}
         self.x, self.y = (aligned_zeros(side.shape[0], -(-factors//16)*16) for side in (self.users, self.items))
-        self.y[:, :factors] = np.random.default_rng(seed).standard_normal((len(self.y), factors), dtype=np.float32)/np.float32(np.sqrt(factors)) # of length 1, about
+        self.y[:, :factors] = np.random.default_rng(seed).standard_normal((len(self.y), factors), dtype=np.float32)
+        for side, fixed, solved in ((self.users, self.y, self.x), (self.items, self.x, self.y)): # the walk: a regularization that leaves sums
+            solved[:] = 0
+            _solver(self.native, self.threads)(side, fixed, solved, np.zeros(fixed.shape[1], np.float32), np.float32(1e6*np.sqrt(np.maximum(side.counts, 1))), self.alpha, self.unobserved, 1, 0)
+        self.y /= max(np.sqrt(np.einsum("ij,ij->i", self.y, self.y).mean(dtype=float)), 1e-30) # of length 1, about
+        self.x[:] = 0
 
     def _half(self, side:Side, fixed:np.ndarray, solved:np.ndarray, steps:int, shortest:int)->None:
         "Solve one side against the other."

@@ -108,6 +108,7 @@ class FileRead:
     faults: list[tuple[int, str, str, str]] = field(default_factory=list) # line, column, value, reason
     size: int = 0         # bytes
     changed: int = 0      # modification time in nanoseconds
+    again: str = ""       # SELECT line, columns...: the rows once more, where they were loaded without their lines
 
 def is_blank(
     expression:str # SQL, VARCHAR
@@ -148,7 +149,7 @@ def _faults(path:Path, limit:int = 1_000_000)->list[tuple[int, str, str, str]]:
 
 def read_csv_file(
     path:Path,                                # an existing file
-    load:Callable[[str], int],                # takes SELECT line, columns...; gives the number of rows
+    load:Callable[..., int],                  # takes SELECT line, columns... (and, where its lines are NULL, the same with lines); gives the number of rows
     match:Callable[[list[str]], dict],        # columns of the file -> output column: the file's column
     guarded:Iterable[str],                    # output columns that never hold a line break
     folder:Path,                              # for temporary files
@@ -163,10 +164,12 @@ def read_csv_file(
     read = FileRead(shown, 0, list(source.names), wanted, dict.fromkeys(guarded, "detect"))
     with file_errors(shown): lines, nul = count_lines(source.path)
     if not nul and not source.recoded:
-        try: read.rows = load(quick_query(source, wanted))
+        read.again = quick_query(source, wanted)
+        try: read.rows = load(quick_query(source, wanted, numbered=False), read.again)
         except duckdb.OutOfMemoryException: raise
         except duckdb.Error: read.rows = -1
         if read.rows == lines - 1: return read
+    read.again = ""
     kept, faults = careful_files(source, wanted, guarded, folder, progress)
     read.rows, read.faults = load(staged_query(kept, wanted)), _faults(faults)
     return read
@@ -255,7 +258,7 @@ def read_json_file(
 def read_source(
     source:str|Path|Iterable,          # path, pattern, several of them, or a database URL
     query:str,                         # for a database
-    load:Callable[[int, str], int],    # number of the file and query -> rows
+    load:Callable[..., int],           # number of the file, query (and, where its lines are NULL, the same with lines) -> rows
     match:Callable[[list[str], str], dict], # columns and name of the file -> output column: the file's column
     ids:Iterable[str],                 # output columns that hold ids
     guarded:Iterable[str],             # output columns that never hold a line break

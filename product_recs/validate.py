@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'LONGEST_ID', 'SPACES', 'TABLES', 'ODD', 'parse_time', 'whole_number', 'id_rules', 'interaction_rules',
-           'first_fault', 'trimmed', 'check_query', 'is_number', 'plain_query']
+           'first_fault', 'trimmed', 'check_query', 'is_number', 'plain_query', 'odd_query']
 
 # %% ../nbs/01_validate.ipynb #88ae6268
 from collections.abc import Iterable
@@ -113,14 +113,28 @@ def is_number(
 def _plain_text(column:str)->str:
     "SQL: whether a text is an id without a doubt."
     blank = ", ".join(quoted(word) for word in BLANKS)
-    return f"(regexp_full_match({column}, '[!#-~]([ !#-~]*[!#-~])?') AND strlen({column}) <= {LONGEST_ID} AND lower({column}) NOT IN ({blank}))"
+    longest = max(len(word) for word in BLANKS)
+    return (f"(regexp_full_match({column}, '[!#-~]([ !#-~]*[!#-~])?') AND strlen({column}) <= {LONGEST_ID} "
+            f"AND CASE WHEN strlen({column}) > {longest} THEN true ELSE lower({column}) NOT IN ({blank}) END)")
 
 def _plain_time(column:str)->str:
     "SQL: a text as a TIMESTAMP in UTC; the usual form has no room for an offset, so a plain cast loses none."
-    usual = " OR ".join(f"{column} LIKE '____-__-__{between}__:__:__'" for between in ("T", " "))
-    return f"CASE WHEN {usual} THEN TRY_CAST({column} AS TIMESTAMP) WHEN {column} >= '0' AND {column} < ':' THEN {parse_time(column)} END"
+    return f"CASE WHEN {column} LIKE '____-__-_____:__:__' THEN TRY_CAST({column} AS TIMESTAMP) WHEN {column} >= '0' AND {column} < ':' THEN {parse_time(column)} END"
 
 # %% ../nbs/01_validate.ipynb #74dd31ac
+def _judged(sql:str, wanted:Iterable[str], events:list[str], max_quantity:float, latest:str, numbers:bool)->tuple[str, str]:
+    "SQL: the rows with their values as types, and whether one of them is not plain."
+    def empty(name): return f"coalesce({name}, '') = ''" if name in wanted else "true"
+    quantity, time = "quantity" if "quantity" in wanted else "NULL::VARCHAR", "timestamp" if "timestamp" in wanted else "NULL::VARCHAR"
+    spelled = "event" if "event" in wanted else quoted("purchase")
+    places = " ".join(f"WHEN {quoted(event)} THEN {place}" for place, event in enumerate(events))
+    typed = (f"SELECT line, user_id, item_id, {'TRY_CAST(user_id AS BIGINT) AS u, TRY_CAST(item_id AS BIGINT) AS i, ' if numbers else ''}{spelled} AS event, "
+             f"(CASE {spelled} {places} END)::UTINYINT AS e, {quantity} AS quantity, TRY_CAST({quantity} AS DOUBLE) AS q, {time} AS timestamp, {_plain_time(time)} AS t FROM ({sql})")
+    ids = "u::VARCHAR = user_id AND i::VARCHAR = item_id" if numbers else f"{_plain_text('user_id')} AND {_plain_text('item_id')}"
+    good = (f"{ids} AND e IS NOT NULL AND (q > 0 AND q <= {float(max_quantity)} AND NOT contains(quantity, '_') OR {empty('quantity')}) "
+            f"AND (t BETWEEN TIMESTAMP '0001-01-01' AND TIMESTAMP {quoted(latest)} OR {empty('timestamp')})")
+    return typed, f"NOT coalesce({good}, false)"
+
 def plain_query(
     sql:str,              # SELECT line, then columns as VARCHAR
     number:int,           # of the file
@@ -131,15 +145,18 @@ def plain_query(
     numbers:bool,         # whether the ids are whole numbers: into `plain`; otherwise into `checked`
 )->str:                   # INSERT INTO ...; gives the number of all rows
     "SQL that loads one file and marks the rows that are not plain."
-    def empty(name): return f"coalesce({name}, '') = ''" if name in wanted else "true"
-    quantity, time = "quantity" if "quantity" in wanted else "NULL::VARCHAR", "timestamp" if "timestamp" in wanted else "NULL::VARCHAR"
-    spelled = "event" if "event" in wanted else quoted("purchase")
-    places = " ".join(f"WHEN {quoted(event)} THEN {place}" for place, event in enumerate(events))
-    typed = (f"SELECT line, user_id, item_id, {'TRY_CAST(user_id AS BIGINT) AS u, TRY_CAST(item_id AS BIGINT) AS i, ' if numbers else ''}{spelled} AS event, "
-             f"(CASE {spelled} {places} END)::UTINYINT AS e, {quantity} AS quantity, TRY_CAST({quantity} AS DOUBLE) AS q, {time} AS timestamp, {_plain_time(time)} AS t FROM ({sql})")
-    ids = "u::VARCHAR = user_id AND i::VARCHAR = item_id" if numbers else f"{_plain_text('user_id')} AND {_plain_text('item_id')}"
-    good = (f"{ids} AND e IS NOT NULL AND (q > 0 AND q <= {float(max_quantity)} AND isfinite(q) AND NOT contains(quantity, '_') OR {empty('quantity')}) "
-            f"AND (t BETWEEN TIMESTAMP '0001-01-01' AND TIMESTAMP {quoted(latest)} OR {empty('timestamp')})")
-    odd, chosen = f"NOT coalesce({good}, false)", "u, i, e" if numbers else "user_id, item_id, event"
-    mark = f"{odd}" if numbers else f"CASE WHEN {odd} THEN {ODD} END, NULL"
-    return f"INSERT INTO {'plain' if numbers else 'checked'} SELECT {number}, line, {chosen}, coalesce(q, 1), t, {mark} FROM ({typed})"
+    typed, odd = _judged(sql, wanted, events, max_quantity, latest, numbers)
+    mark = odd if numbers else f"CASE WHEN {odd} THEN {ODD} END, NULL"
+    return f"INSERT INTO {'plain' if numbers else 'checked'} SELECT {number}, line, {'u, i, e' if numbers else 'user_id, item_id, event'}, coalesce(q, 1), t, {mark} FROM ({typed})"
+
+def odd_query(
+    sql:str,              # the same as for `plain_query`
+    wanted:Iterable[str], # the columns that `sql` has
+    events:list[str],     # the known ones, in lower case
+    max_quantity:float,   # a larger quantity is a mistake
+    latest:str,           # UTC; a later row lies in the future
+    numbers:bool,         # whether the ids are whole numbers
+)->str:                   # SELECT line, then the columns
+    "SQL of the rows that `plain_query` marks, as they are in the file."
+    typed, odd = _judged(sql, wanted, events, max_quantity, latest, numbers)
+    return f"SELECT line, {', '.join(wanted)} FROM ({typed}) WHERE {odd}"

@@ -421,6 +421,20 @@ def test_permutation_and_splitting_change_nothing(write, take, tmp_path):
     assert take(tmp_path/"part-1.csv")[2].fingerprint != ledger.fingerprint
 
 
+@pytest.mark.parametrize("prefix", ["", "u"])
+def test_lines_of_a_file_that_is_read_by_several_threads(prefix, write, take):
+    "Numbers and text; the faults and the first odd id are named with their lines, in a file of 40 MB."
+    body = [f"{prefix}{number % 50_000},{number % 997},view,1,2026-01-01T00:00:{number % 60:02}\n" for number in range(1_200_000)]
+    bad = [0, 17, 122_880, 400_001, 777_777, 1_199_999]
+    for number in bad: body[number] = f"{prefix}{number % 50_000},{number},view,many,2026-01-01\n"
+    body[900_000] = f"{prefix}1,x-1,view,1,2026-01-01\n"
+    source = write("".join([HEADER, *body]))
+    _, rejected, ledger = take(source)
+    assert [(line, value) for line, _, value, _ in rejected] == [(number + 2, "many") for number in bad] and ledger.files[0]["rows_rejected"] == len(bad)
+    warnings = [text for text in ledger.warnings if text.startswith("item_id is text")]
+    assert len(warnings) == 1 and "'x-1'" in warnings[0] and "line 900002." in warnings[0], ledger.warnings
+
+
 def test_careful_and_quick_reading_agree(write, take):
     text = HEADER + "".join(f"{number},{number % 7 + 100},view,1,2026-01-01\n" for number in range(1, 3000))
     kept, _, ledger = take(write(text))
