@@ -11,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench bench-page bench-ranking bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest clean
+.PHONY: help run serve test lab data export notebooks readme bench bench-page bench-ranking bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -21,7 +21,7 @@ help:
 	@echo "Setting up .venv (a minute or two, once) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "product_recs needs Python 3.10 or newer; name one with make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[jobs,sample,dev]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[index,jobs,sample,dev]'
 	@touch $@
 
 data/complete_journey/interactions.csv: .venv/.ready nbs/00_sample.ipynb
@@ -83,7 +83,7 @@ bench-scale: .venv/.ready
 .venv-bench/.ready:
 	@echo "Setting up .venv-bench (some minutes, once) ..."
 	@$(PYTHON) -m venv .venv-bench
-	@for library in numpy pandas threadpoolctl irspack pyspark; do .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check $$library || echo "$$library cannot be installed and is left out" >&2; done
+	@for library in numpy pandas threadpoolctl irspack pyspark usearch faiss-cpu voyager; do .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check $$library || echo "$$library cannot be installed and is left out" >&2; done
 	@touch $@
 
 bench: .venv/.ready .venv-bench/.ready data
@@ -108,6 +108,10 @@ bench-ingest: .venv/.ready
 # requests a second and memory beside an empty route; OPTIONS="--models-dir models" takes the live model
 bench-serving: .venv/.ready
 	@$(BIN)/python benchmarks/bench.py serving $(OPTIONS)
+
+# one user of a million items: exact search, and the indexes of three libraries (an hour; OPTIONS="--items 100000 --arms ours,faiss-cells-8bit")
+bench-index: .venv/.ready .venv-bench/.ready
+	@$(BIN)/python benchmarks/index.py --write $(OPTIONS)
 
 # OPTIONS go to the script, such as OPTIONS="--models als,blend --factors 256"
 bench-quality: .venv/.ready

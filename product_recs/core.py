@@ -93,6 +93,7 @@ class Settings(BaseSettings):
     cors_origins: list[str] = Field([], description="web origins that may call the service from a browser, as JSON")
     cache_size: int = Field(20_000, ge=0, description="answers that each worker keeps; 0: none")
     watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model")
+    index: Literal["auto", "exact", "approximate"] = Field("auto", description="how items are searched: auto takes the model's index where that is worth it")
     workers: int = Field(1, ge=1, description="processes that serve")
 
 # %% ../nbs/00_core.ipynb #889ca290

@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy as np
 
 from .bundle import Bundle
 from .core import ProductRecsError
-from .filters import NO_FILTERS, SEEN, Attributes, Catalogue, Filters, best_allowed, rule_out
+from .filters import NO_FILTERS, NOT_A_CANDIDATE, SEEN, Attributes, Catalogue, Filters, best_allowed, rule_out
+from .nearest import NearestItems, open_index
 from .search import Searcher
 from .signals import BlendError, Signals, read_weights, score_users
 
@@ -51,13 +53,11 @@ def checked_n(
 # %% ../nbs/05_inference.ipynb #5abadb78
 class Recommender:
     "Answers from one open bundle; safe to share between threads."
-    def __init__(self,
-        bundle:Bundle, # as `open_bundle` gives it
+    def __init__(self, bundle:Bundle, # as `open_bundle` gives it
+        index:str="auto", # how one user's items are searched: auto takes the bundle's index where that is worth it; exact; approximate
     ):
-        self.bundle = bundle
-        # plain arrays over the same mapped memory: indexing them is cheaper than indexing a memmap
-        self.user_factors, self.item_factors = np.asarray(bundle.user_factors), np.asarray(bundle.item_factors)
-        self.indptr, self.indices = np.asarray(bundle.seen.indptr), np.asarray(bundle.seen.indices)
+        self.bundle, self.index = bundle, index # and plain arrays over the same mapped memory: indexing them is cheaper than indexing a memmap
+        self.user_factors, self.item_factors, self.indptr, self.indices = map(np.asarray, (bundle.user_factors, bundle.item_factors, bundle.seen.indptr, bundle.seen.indices))
 
     @cached_property
     def catalogue(self)->Catalogue:
@@ -80,21 +80,23 @@ class Recommender:
         return Searcher(self.item_factors, self.catalogue.known)
 
     @cached_property
+    def nearest(self)->Searcher|NearestItems:
+        "What finds one user's items: the bundle's index where that is to be used, else the search."
+        return open_index(self.bundle.path, self.bundle.manifest, self.searcher, self.index) or self.searcher
+
+    @cached_property
     def user_attributes(self)->Attributes:
         "What the users file told of the users."
         return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in ("popularity", "first_seen", "last_seen")})
 
-    def seen_by(self,
-        row:int|None,    # of a user; None: one that the model does not know
-    )->np.ndarray:       # rows of items
+    def seen_by(self, row:int|None)->np.ndarray: # row of a user, None: one that the model does not know; rows of items
         "What a user had interacted with when the model was trained."
         return self.indices[self.indptr[row]:self.indptr[row + 1]] if row is not None else self.indices[:0]
 
     def prepare(self)->"Recommender": # itself
         "Compute now what the first recommendation would."
-        _ = self.catalogue, self.popularity, self.searcher
-        try: self.signals.prepare()
-        except BlendError: pass # said to whoever asks for a next purchase
+        _ = self.catalogue, self.popularity, self.nearest
+        with suppress(BlendError): self.signals.prepare() # it is said to whoever asks for a next purchase
         return self
 
     @cached_property
@@ -132,8 +134,9 @@ def search_list(
 )->Recommendations:
     "The items with the largest inner products that nothing rules out, and the reason where they are too few."
     if not filters.max_per and n <= len(model.item_factors):
-        forbidden = np.concatenate([rows for _, rows in ruled_out])
-        rows, scores = model.searcher.top(vector[None], n, exclude=(np.array([0, len(forbidden)]), forbidden))
+        closed = next((rows for reason, rows in ruled_out if reason == NOT_A_CANDIDATE), None) if model.nearest is not model.searcher else None # an index knows them as closed to all
+        forbidden = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in ruled_out if rows is not closed)])
+        rows, scores = model.nearest.top(vector[None], n, (np.array([0, len(forbidden)]), forbidden), closed)
         if rows[0, -1] >= 0: return Recommendations(model.bundle.items.take(rows[0]), scores[0].tolist(), source, None, rows[0].tolist())
     return make_list(model, model.item_factors @ vector, n, source, ruled_out, filters)
 

@@ -173,9 +173,10 @@ def answer(
 # %% ../nbs/05_ladder.ipynb #79ad8b07
 def prepared(
     bundle:Bundle,
+    index:str="auto", # how items are searched: auto | exact | approximate
 )->Recommender:
     "A model ready to answer every rung."
-    return prepare_people(Recommender(bundle).prepare())
+    return prepare_people(Recommender(bundle, index).prepare())
 
 # %% ../nbs/05_ladder.ipynb #606c82c5
 COUNTED = ("popularity", "first_seen", "last_seen") # columns of the id tables that are no attributes

@@ -89,7 +89,7 @@ class _Worker:
 
     def _ready(self, bundle:Bundle)->Recommender:
         "A model ready to answer; one that knows less of the stored events than the one before, only after they have been read again."
-        model, until = prepared(bundle), bundle.manifest["data"].get("feedback_until")
+        model, until = prepared(bundle, self.settings.index), bundle.manifest["data"].get("feedback_until")
         if self.changes and learned_micros(until) < self._learned: self.changes.use(until)
         return model
 

@@ -19,6 +19,7 @@ from .bundle import current_version, publish, read_manifest, version_of, write_b
 from .core import TrainError, implicit_module, locked, one_blas_thread, resolve_path
 from .features import Features, ensure_features
 from .foldin import fold_in
+from .nearest import build_index, check_index
 from .solver import RotatedALS, native_kernels
 
 # %% ../nbs/03_train.ipynb #9fcfc4e7
@@ -143,20 +144,25 @@ def train_bundle(
     models_dir:str|Path="models", # folder of bundles, relative to the project root
     publish_it:bool|str="auto",   # make it the live version; "auto": unless a model of another run is live
     blend:bool=True,              # also learn the weights for the next purchase
+    index:str="auto",             # an index of the items: auto | exact (none) | approximate (in any case)
     **parameters,                 # of `fit_als`
 )->tuple[str, AlsModel]:          # version, and the fitted model
     "Fit ALS to everything known and write it as a bundle."
     for name, usual in _OBJECTIVE.items():
         if parameters.get(name, usual) != usual: raise TrainError(f"{name}={parameters[name]!r}: the service folds users in with {name}={usual}; such a model can be judged, not served")
+    check_index(index)
     model = fit_als(features.all.confidence, **parameters)
     weights = blend_section(features, **model.parameters, num_threads=parameters.get("num_threads", 0)) if blend else {"missing": "it was trained with blend=False"}
+    popularity = features.item_columns["popularity"]
+    index_data, facts = build_index(model.item_factors, model.item_factors.any(axis=1) & (popularity > 0), model.user_factors, features.all.confidence, index=index, seed=model.parameters["seed"],
+                                    num_threads=parameters.get("num_threads", 0), progress=parameters.get("progress", True))
     path = write_bundle(resolve_path(models_dir), user_factors=model.user_factors, item_factors=model.item_factors, seen=features.all.confidence,
         users=features.users, items=features.items, user_columns=features.user_columns, item_columns=features.item_columns,
         algorithm="als", parameters={**model.parameters, "features": features.parameters},
         data={"run": features.interactions.name, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until, **features.split, **({"mean_total": features.mean_total} if features.mean_total else {})},
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
         counts=features.all.counts, age_days=features.all.age_days, blend=weights,
-        cold_items=features.cold_items, cold_users=features.cold_users)
+        cold_items=features.cold_items, cold_users=features.cold_users, index=facts, index_data=index_data)
     if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)): publish(path.parent, path.name)
     return path.name, model
 

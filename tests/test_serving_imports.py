@@ -11,7 +11,7 @@ import pytest
 from test_api import Server, publish_board
 
 ROOT = Path(__file__).resolve().parents[1]
-UNWANTED = ("implicit", "pandas", "papermill", "nbdev", "nbconvert", "nbformat", "jupyter", "IPython", "ipykernel", "matplotlib", "pyarrow")
+UNWANTED = ("implicit", "pandas", "papermill", "nbdev", "nbconvert", "nbformat", "jupyter", "IPython", "ipykernel", "matplotlib", "pyarrow", "faiss")
 
 
 def test_the_service_imports_nothing_of_training_or_notebooks():
@@ -21,7 +21,7 @@ def test_the_service_imports_nothing_of_training_or_notebooks():
     assert "product_recs.inference" in modules
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
     assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in (
-        "answers", "api", "bundle", "changes", "cold", "connection", "core", "events", "explain", "filters", "foldin", "inference", "ladder", "live", "monitor", "people", "ranking",
+        "answers", "api", "bundle", "changes", "cold", "connection", "core", "events", "explain", "filters", "foldin", "inference", "ladder", "live", "monitor", "nearest", "people", "ranking",
         "records", "search", "security", "service", "signals", "solver", "store", "web")}
 
 

@@ -1,0 +1,231 @@
+"""The index of a very large catalogue, whole: in a bundle, opened, asked, damaged, missing, shared, and killed while it is built."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from product_recs.bundle import INDEX_FILE, list_versions, open_bundle, publish, write_bundle
+from product_recs.core import BundleError, IdTable, Settings
+from product_recs.events import UserState
+from product_recs.filters import Filters
+from product_recs.inference import Recommender, recommend, recommend_many
+from product_recs.ladder import Request, answer, prepared
+from product_recs.live import LiveModel
+from product_recs.nearest import NearestItems, build_index
+from product_recs.search import Searcher
+
+ROOT = Path(__file__).resolve().parents[1]
+USERS, ITEMS, FACTORS = 800, 20_000, 32
+DATA = f"""
+import numpy as np
+from scipy.sparse import csr_matrix
+def data(users={USERS}, items={ITEMS}, factors={FACTORS}):
+    rng = np.random.default_rng(0)
+    normed = lambda array: (array / np.linalg.norm(array, axis=1, keepdims=True)).astype(np.float32)
+    centres = normed(rng.standard_normal((200, factors)))
+    y = normed(centres[rng.integers(200, size=items)] + 0.1 * rng.standard_normal((items, factors)))
+    x = normed(centres[rng.integers(200, size=users)] + 0.5 * centres[rng.integers(200, size=users)])
+    y[::50] = 0  # nobody has them
+    rows = np.repeat(np.arange(users), 20)
+    best = np.concatenate([np.argpartition(-(y @ u), 40)[:40][::2] for u in x])
+    return x, y, csr_matrix((np.ones(len(rows), np.float32), (rows, best)), shape=(users, items))
+"""
+exec(DATA)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    x, y, seen = data()  # noqa: F821
+    seen.sort_indices()
+    popularity = np.where(y.any(axis=1), 1 + np.bincount(seen.indices, minlength=ITEMS), 0)
+    columns = {"popularity": popularity, "brand": np.array(["plain", "fine", "rare"], object)[np.minimum(np.arange(ITEMS) % 100, 2)], "available": np.arange(ITEMS) % 10 != 3}
+    return {"user_factors": x, "item_factors": y, "seen": seen, "users": IdTable(range(USERS)), "items": IdTable(range(ITEMS)), "user_columns": {"popularity": np.full(USERS, 20)},
+            "item_columns": columns, "algorithm": "by hand", "parameters": {"regularization": 0.1, "alpha": 1.0}, "data": {}, "metrics": {}}
+
+
+@pytest.fixture(scope="module")
+def built(parts):
+    return build_index(parts["item_factors"], parts["item_factors"].any(axis=1), parts["user_factors"], parts["seen"], enough=100_000, progress=False)
+
+
+@pytest.fixture
+def models(parts, built, tmp_path):
+    write_bundle(tmp_path, **parts, index=built[1], index_data=built[0], version="indexed")
+    write_bundle(tmp_path, **parts, index={"missing": "few items"}, version="plain")
+    publish(tmp_path, "indexed")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def two(parts, built, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_bundle(folder, **parts, index=built[1], index_data=built[0], version="indexed")
+    return [prepared(open_bundle(folder, "indexed"), index) for index in ("auto", "exact")]
+
+
+def test_the_measured_recall_is_that_of_the_answers(two, built):
+    near, exact = two
+    assert isinstance(near.nearest, NearestItems) and isinstance(exact.nearest, Searcher)
+    shares = []
+    for user in range(USERS):
+        mine, right = recommend(near, user, 10), recommend(exact, user, 10)
+        assert len(mine) == 10 and mine.source == "personalised"
+        scores = near.item_factors[mine.rows] @ near.user_factors[user]
+        assert np.allclose(mine.scores, scores, rtol=1e-5) and mine.scores == sorted(mine.scores, reverse=True)
+        shares.append(len(set(mine.items) & set(right.items)) / 10)
+    assert np.mean(shares) >= 0.95 and abs(np.mean(shares) - built[1]["recall_at_10"]) < 0.02
+    assert recommend_many(near, range(50)) == recommend_many(exact, range(50))  # many are searched exactly
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from([0, 3, 200, 4000]), st.sampled_from([0, 100, 3000]), st.sampled_from([None, {"brand": ["rare"]}, {"brand": ["fine"]}]),
+       st.booleans(), st.sampled_from([None, 1, 30]))
+def test_an_item_that_is_ruled_out_never_comes_and_the_list_is_as_long_as_the_exact_one(two, seed, n, denied, gone, include, exclude_seen, allow):
+    near, exact = two
+    rng = np.random.default_rng(seed)
+    user = int(rng.integers(USERS))
+    liked = np.argsort(-(near.item_factors @ near.user_factors[user]))
+    filters = Filters(exclude_seen=exclude_seen, deny=tuple(liked[:denied].tolist()), where=include or {}, allow=None if allow is None else tuple(rng.permutation(ITEMS)[:allow].tolist()))
+    unavailable = frozenset(liked[denied:denied + gone].tolist())
+    request = Request(user, n, filters=filters, unavailable=unavailable, state=UserState(denied=frozenset(liked[:7].tolist())))
+    mine, right = answer(near, request), answer(exact, request)
+    assert len(mine) == len(right) and mine.shortfall == right.shortfall and len(set(mine.items)) == len(mine)
+    out = set(filters.deny) | unavailable | set(liked[:7].tolist()) | (set(near.seen_by(near.bundle.users.row(user)).tolist()) if exclude_seen else set())
+    assert not out & set(mine.items)
+    assert all(item % 50 and item % 10 != 3 for item in mine.items)
+    assert include is None or all(item % 100 == 1 if include == {"brand": ["fine"]} else item % 100 >= 2 for item in mine.items)
+    assert allow is None or set(mine.items) <= set(filters.allow)
+
+
+def test_a_damaged_index_is_refused_and_the_old_model_goes_on(models, parts, built):
+    live = LiveModel(models, lambda bundle: Recommender(bundle).prepare())
+    live.start()
+    live.stop()
+    whole = built[0].tobytes()
+    for damage, words in ((lambda file: file.write_bytes(whole[:-100]), "the copy is incomplete"), (lambda file: file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "sha256"), (lambda file: file.unlink(), "missing")):
+        write_bundle(models, **parts, index=built[1], index_data=built[0], version="next")
+        damage(models / "next" / INDEX_FILE)
+        (models / "current").write_text("next\n")
+        result = live.reload()
+        assert result.status == "refused" and words in result.error and INDEX_FILE in result.error
+        assert live.version == "indexed" and len(recommend(live.get(), 3, 10)) == 10
+        for file in (models / "next").iterdir():
+            file.unlink()
+        (models / "next").rmdir()
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"IwSq" + bytes(5000)])
+def test_what_is_no_index_though_the_manifest_says_so_is_named(models, parts, built, content):
+    write_bundle(models, **parts, index=built[1], index_data=np.frombuffer(content, np.uint8), version="rubbish")
+    with pytest.raises(BundleError, match=INDEX_FILE):
+        Recommender(open_bundle(models, "rubbish", verify=True)).prepare()
+    assert len(recommend(Recommender(open_bundle(models, "rubbish"), "exact"), 3, 10)) == 10
+
+
+def test_a_bundle_from_before_there_were_indexes_opens(models):
+    manifest = models / "plain" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"index": {\n    "missing": "few items"\n  },\n', ""))
+    bundle = open_bundle(models, "plain", verify=True)
+    assert "index" not in bundle.manifest and len(recommend(Recommender(bundle), 3, 10)) == 10
+    with pytest.raises(BundleError, match="before there were any.*train with index=approximate"):
+        Recommender(bundle, "approximate").prepare()
+
+
+def test_the_setting_of_the_service(models, monkeypatch):
+    from fastapi.testclient import TestClient
+
+    from product_recs.api import create_app
+    monkeypatch.setenv("PRODUCT_RECS_INDEX", "approximate")
+    options = {"models_dir": models, "database_url": "", "auth": "off"}
+    with TestClient(create_app(Settings(**options))) as client:
+        approximate = client.get("/recommend/5?n=10").json()["recommendations"]
+    with TestClient(create_app(Settings(**options, index="exact"))) as client:
+        assert len(set(client.get("/recommend/5?n=10").json()["recommendations"]) & set(approximate)) >= 8
+    publish(models, "plain", previous=[])
+    with TestClient(create_app(Settings(**options))) as client:
+        ready = client.get("/health/ready")
+        assert ready.status_code == 503 and "index='approximate', but this model has none (few items)" in ready.text
+
+
+def test_threads_share_an_index(two):
+    from concurrent.futures import ThreadPoolExecutor
+    near, _ = two
+    alone = [recommend(near, user, 10, deny=range(user)) for user in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda user: recommend(near, user, 10, deny=range(user)), range(200))) == alone
+
+
+def run(program, **more):
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, **more)
+
+
+def test_without_the_library_everything_is_exact_and_says_how_to_get_it(models):
+    program = f"""
+import logging, sys
+sys.modules["faiss"] = None  # an import of it fails, as where it is not installed
+logging.basicConfig()
+from product_recs.bundle import open_bundle
+from product_recs.core import BundleError, TrainError
+from product_recs.inference import Recommender, recommend
+from product_recs.nearest import build_index, check_index
+from product_recs.search import Searcher
+bundle = open_bundle({str(models)!r}, "indexed", verify=True)
+model = Recommender(bundle).prepare()
+assert isinstance(model.nearest, Searcher) and len(recommend(model, 3, 10)) == 10
+found, facts = build_index(bundle.item_factors, bundle.item_factors.any(axis=1), bundle.user_factors, bundle.seen, enough=100_000)
+assert found is None and "pip install 'product-recs[index]'" in facts["missing"], facts
+for call, error in ((lambda: Recommender(bundle, "approximate").prepare(), BundleError), (lambda: check_index("approximate"), TrainError)):
+    try: call()
+    except error as told: assert "pip install 'product-recs[index]'" in str(told)
+    else: raise AssertionError
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    assert "searching exactly. pip install 'product-recs[index]'" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_processes_share_one_mapped_index(models):
+    program = f"""
+import sys
+from product_recs.bundle import open_bundle
+from product_recs.inference import Recommender, recommend
+model = Recommender(open_bundle({str(models)!r})).prepare()
+print([recommend(model, user, 10).items for user in range(20)], flush=True)
+sys.stdin.readline()
+print(*(line for line in open("/proc/self/maps") if "{INDEX_FILE}" in line), flush=True)
+"""
+    workers = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    lists = [worker.stdout.readline() for worker in workers]  # both have opened it now
+    maps = [worker.communicate("\n", timeout=60)[0].split() for worker in workers]
+    assert lists[0] == lists[1] and len(eval(lists[0])) == 20
+    assert all(line[1] == "r--s" for line in maps)  # read-only and shared: one copy in memory
+    assert maps[0][3:5] == maps[1][3:5]  # the same file
+
+
+def test_a_build_that_is_killed_leaves_no_model(tmp_path):
+    program = DATA + f"""
+from pathlib import Path
+from product_recs.bundle import write_bundle
+from product_recs.core import IdTable
+from product_recs.nearest import build_index
+x, y, seen = data(300, 300_000)
+print("building", flush=True)
+found, facts = build_index(y, y.any(axis=1), x, seen, index="approximate")
+write_bundle(Path({str(tmp_path)!r}), user_factors=x, item_factors=y, seen=seen, users=IdTable(range(300)), items=IdTable(range(300_000)), user_columns={{}}, item_columns={{}},
+             algorithm="by hand", parameters={{}}, data={{}}, metrics={{}}, index=facts, index_data=found)
+print("written")
+"""
+    worker = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert worker.stdout.readline() == "building\n"
+    time.sleep(0.3)
+    os.kill(worker.pid, signal.SIGKILL)
+    assert "written" not in worker.communicate(timeout=60)[0]
+    assert list_versions(tmp_path) == [] and list(tmp_path.iterdir()) == []
