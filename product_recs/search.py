@@ -99,6 +99,7 @@ def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.nda
     for name, array in (("users", users), ("indptr", indptr), ("excluded", excluded), ("closed", closed), ("found", found), ("scores", scores), ("next", following)):
         if array is not None: setattr(search, name, array.ctypes.data)
     search.m, search.n, search.block = m, n, -(-block//8)*8
+    search.kept = searcher, users, indptr, excluded, closed, found, scores, following # as long as a thread may use them, also one that an interrupt lost sight of
     run = lambda _=None: searcher.kernels.search_top(ctypes.byref(search), searcher.variant)
     if threads <= 1: failed = run()
     else:
