@@ -149,6 +149,7 @@ def _run(name:str, threads:int, variant:int, side:Side, **fields)->None:
     counter = np.zeros(1, np.int64)
     arrays = {"indptr": side.indptr, "indices": side.indices, "confidence": side.data, "order": side.order, "next": counter} | {n: v for n, v in fields.items() if isinstance(v, np.ndarray)}
     half = _Half(rows=len(side.order), single=side.single, **{n: v.ctypes.data for n, v in arrays.items()}, **{n: v for n, v in fields.items() if n not in arrays})
+    half.kept = arrays # as long as a thread may read them: an interrupt can lose sight of one that is just starting
     kernel = getattr(native_kernels(), name)
     with ThreadPoolExecutor(threads) as pool:
         try: failed = any([*pool.map(lambda _: kernel(ctypes.byref(half), variant), range(threads))])
@@ -209,8 +210,7 @@ def _walk(model)->None: # a `RotatedALS` with random item vectors
     "Walk from the items to the users and back; item vectors of length 1, about, and users at zero."
     for side, fixed, solved in ((model.users, model.y, model.x), (model.items, model.x, model.y)):
         solved[:] = 0
-        reg = np.float32(1e6*np.sqrt(np.maximum(side.counts, 1)))
-        _solver(model.native, model.threads)(side, fixed, solved, np.zeros(fixed.shape[1], np.float32), reg, model.alpha, model.unobserved, 1, 0)
+        _solver(model.native, model.threads)(side, fixed, solved, np.zeros(fixed.shape[1], np.float32), np.float32(1e6*np.sqrt(np.maximum(side.counts, 1))), model.alpha, model.unobserved, 1, 0)
     model.y /= max(np.sqrt(np.einsum("ij,ij->i", model.y, model.y).mean(dtype=float)), 1e-30)
     model.x[:] = 0
 

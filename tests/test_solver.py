@@ -82,6 +82,25 @@ def test_an_interrupt_ends_the_fit_and_leaves_no_thread(shop):
     assert ours() == before
 
 
+def test_an_interrupt_at_any_moment_is_only_an_interrupt():
+    "One that comes while a thread is being started loses sight of it; the thread must not read what has gone."
+    program = """import os, random, signal, threading, numpy as np, scipy.sparse as s
+from product_recs.train import fit_als
+signal.signal(signal.SIGINT, signal.default_int_handler)
+matrix, rng, interrupted = s.random(3000, 500, 0.02, format="csr", random_state=1, dtype=np.float32), random.Random(0), 0
+for _ in range(150):
+    timer = threading.Timer(0.02 + rng.random()*0.08, lambda: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        fit_als(matrix, factors=64, iterations=10_000, loss_every=0, solver="rotated", progress=False)
+    except KeyboardInterrupt:
+        interrupted += 1
+    timer.join()
+print(interrupted)"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and run.stdout.split() == ["150"], run.stderr[-2000:]
+
+
 def wheel(folder, **environment):
     source = folder / "source"
     source.mkdir()
