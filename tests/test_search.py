@@ -57,6 +57,39 @@ def test_no_better_item_is_left_out_whatever_the_scale(scale, variant):
     assert all(len(set(row)) == 15 for row in found.tolist())
 
 
+def best_scores(users, items, n):
+    return -np.sort(-(users.astype(np.float64) @ items.T.astype(np.float64)), axis=1)[:, :n]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("side", ["items", "users"])
+def test_what_the_codes_cannot_tell_apart_is_ranked_exactly(side, variant):
+    "Items that differ by less than a step of their codes; users of whom one strong factor leaves the others no code."
+    rng = np.random.default_rng(7)
+    if side == "items":
+        base = rng.standard_normal(64)
+        items, users = (base + 0.002 * rng.standard_normal((rows, 64)) for rows in (4000, 200))
+    else:
+        items, users = rng.standard_normal((4000, 64)), 0.3 * rng.standard_normal((200, 64))
+        items[:, 0], users[:, 0] = 1, 100
+    items, users = items.astype(np.float32), users.astype(np.float32)
+    assert np.allclose(Searcher(items, variant=variant).top(users, 10)[1], best_scores(users, items, 10), rtol=2e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_walk_goes_on_to_a_shorter_item_that_points_the_right_way(variant):
+    "Many long items score 0.98; the best ten are the only ones that are shorter than they, 0.985 long, and score that."
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal(64)
+    x /= np.linalg.norm(x)
+    aside = rng.standard_normal((500, 64))
+    aside -= (aside @ x)[:, None] * x
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    items = np.concatenate([0.98 * x + np.sqrt(1 - 0.98**2) * aside, np.tile(0.985 * x, (10, 1))]).astype(np.float32)
+    found, scores = Searcher(items, variant=variant).top(x[None].astype(np.float32), 10)
+    assert found[0].tolist() == list(range(500, 510)) and np.allclose(scores, 0.985)
+
+
 def test_blocks_and_threads_do_not_change_a_list():
     rng = np.random.default_rng(4)
     items, users = rng.standard_normal((5000, 32)).astype(np.float32), rng.standard_normal((1500, 32)).astype(np.float32)
