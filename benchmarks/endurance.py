@@ -32,7 +32,7 @@ from scipy.sparse import csr_matrix
 from sqlalchemy import create_engine, text
 
 from product_recs.bundle import list_versions, publish, remove_bundle, write_bundle
-from product_recs.core import IdTable
+from product_recs.ids import IdTable
 
 USERS, ITEMS = 400, 2000
 

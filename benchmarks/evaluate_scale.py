@@ -18,7 +18,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from product_recs.baselines import FactorModel
-from product_recs.core import IdTable, one_blas_thread
+from product_recs.core import one_blas_thread
+from product_recs.ids import IdTable
 from product_recs.evaluate import evaluate
 from product_recs.features import Features, Snapshot
 

@@ -28,7 +28,7 @@ from scipy.sparse import csr_matrix
 
 from product_recs.api import free_port
 from product_recs.bundle import publish, write_bundle
-from product_recs.core import IdTable
+from product_recs.ids import IdTable
 
 EMPTY = """
 from fastapi import FastAPI

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, Strict, StrictBool, StrictInt, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from .core import IdTable
+from .ids import IdTable
 from .events import Event
 from .filters import Filters
 from .records import NewEvent
@@ -51,7 +51,7 @@ def as_id(
 )->int|str:
     "The id in the type that the model's data has."
     if table is None: return value
-    return table.parse(value) if isinstance(value, str) else value if table.is_int else str(value)
+    return table.shown(value)
 
 # %% ../nbs/06_answers.ipynb #2ba777fb
 EventName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_-]{0,49}$")]

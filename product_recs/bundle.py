@@ -23,7 +23,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from .cold import NO_COLD, ColdTable
-from .core import BundleError, IdTable, atomic_folder, atomic_write
+from .core import BundleError, atomic_folder, atomic_write
+from .ids import IdTable
 
 # %% ../nbs/00_bundle.ipynb #962608b3
 def save_csr(

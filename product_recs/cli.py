@@ -64,7 +64,7 @@ def _recommend(options)->str:
     from product_recs.bundle import open_bundle
     from product_recs.inference import Recommender, next_purchase, recommend
     bundle = open_bundle(resolve_path(options.models_dir))
-    user = bundle.users.parse(options.user)
+    user = bundle.users.shown(options.user)
     if options.task == "next_purchase": answer = next_purchase(Recommender(bundle), user, options.n)
     else: answer = recommend(Recommender(bundle), user, options.n, exclude_seen=not options.include_seen)
     text = _answer(bundle, answer, options.json, f"{'Next purchases of' if options.task == 'next_purchase' else 'Recommended for'} {user}", user_id=user)
@@ -79,7 +79,7 @@ def _similar(options)->str:
     from product_recs.bundle import open_bundle
     from product_recs.inference import Recommender, similar_items
     bundle = open_bundle(resolve_path(options.models_dir))
-    item = bundle.items.parse(options.item)
+    item = bundle.items.shown(options.item)
     answer = similar_items(Recommender(bundle), item, options.n)
     title = bundle.item_columns["title"][bundle.items.row(item)] if "title" in bundle.item_columns else ""
     return _answer(bundle, answer, options.json, f"Similar to {item} {title or ''}".rstrip(), item_id=item)

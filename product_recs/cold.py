@@ -14,7 +14,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from .core import IdTable
+from .ids import IdTable
 
 # %% ../nbs/00_cold.ipynb #70f390be
 _log = logging.getLogger("product_recs.cold")
@@ -67,10 +67,10 @@ class ColdTable(_Rows):
             return nothing
 
     def get(self,
-        id:int|str, # external, of the type that the data have
+        id:int|str, # external, as somebody wrote it
     )->dict|None:   # column -> value, None where unknown; None: the id is not cold
         "What the file tells of one id."
-        found = self._or_nothing(lambda: self._kept(id) if self.ids.row(id) is not None else None, None)
+        found = self._or_nothing(lambda: None if (row := self.ids.row(id)) is None else self._kept(self.ids[row]), None)
         return None if found is None else dict(found)
 
     def find(self,

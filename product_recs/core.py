@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Columns', 'ProductRecsError', 'IngestError', 'FeatureError', 'TrainError', 'BundleError', 'project_root',
-           'resolve_path', 'Settings', 'IdTable', 'atomic_write', 'atomic_folder', 'locked', 'write_metrics',
-           'one_blas_thread', 'implicit_module', 'compiled']
+           'resolve_path', 'Settings', 'atomic_write', 'atomic_folder', 'locked', 'write_metrics', 'one_blas_thread',
+           'implicit_module', 'compiled']
 
 # %% ../nbs/00_core.ipynb #48d99c1b
 import ctypes
@@ -14,8 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -23,7 +22,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-import numpy as np
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -95,49 +93,6 @@ class Settings(BaseSettings):
     watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model")
     index: Literal["auto", "exact", "approximate"] = Field("auto", description="how items are searched: auto takes the model's index where that is worth it")
     workers: int = Field(1, ge=1, description="processes that serve")
-
-# %% ../nbs/00_core.ipynb #889ca290
-class IdTable:
-    "External ids of the rows of a matrix: sorted, unique, all `int` or all `str`."
-    def __init__(self,
-        ids:np.ndarray|Iterable, # (n,) int64 or str, strictly ascending
-    ):
-        ids = ids if isinstance(ids, np.ndarray) else np.array(list(ids), dtype=object)
-        if ids.dtype == object and len(ids) and isinstance(ids[0], (int, np.integer)): ids = ids.astype(np.int64)
-        self.is_int = np.issubdtype(ids.dtype, np.integer)
-        self.ids = ids.astype(np.int64) if self.is_int else ids.astype(object)
-        if len(ids) > 1 and not (self.ids[1:] > self.ids[:-1]).all():
-            raise ValueError("ids must be unique and in ascending order")
-
-    def __len__(self): return len(self.ids)
-
-    def __getitem__(self,
-        row:int # row number
-    ):          # the external id, a Python `int` or `str`
-        "External id of a row."
-        return int(self.ids[row]) if self.is_int else self.ids[row]
-
-    def row(self,
-        id:int|str # external id, of the customer's own type
-    )->int|None:   # row number; None where the id is unknown
-        "Row of an external id."
-        if self.is_int != (isinstance(id, (int, np.integer)) and not isinstance(id, bool)): return None
-        at = bisect_left(self.ids, id)
-        return at if at < len(self.ids) and self.ids[at] == id else None
-
-    def take(self,
-        rows:np.ndarray # (m,) row numbers
-    )->list:            # m external ids, Python `int` or `str`
-        "External ids of many rows."
-        return self.ids[rows].tolist()
-
-    def parse(self,
-        text:str  # an id as a URL or a command line carries it
-    )->int|str:   # `int` where these ids are ints and the text is one in canonical form
-        "An id from text, in the customer's own type."
-        if self.is_int and (text.isascii() and text.removeprefix("-").isdigit()) and len(text) < 20 and str(int(text)) == text:
-            return int(text)
-        return text
 
 # %% ../nbs/00_core.ipynb #a694d7a5
 def _fsync(path:Path):

@@ -21,7 +21,8 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from .bundle import load_csr, load_table, save_csr
-from .core import FeatureError, IdTable, atomic_folder, locked, resolve_path
+from .core import FeatureError, atomic_folder, locked, resolve_path
+from .ids import IdTable
 from .ingest import ensure_ingested
 
 # %% ../nbs/02_features.ipynb #92e5b1f3

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError
 from .core import Columns, IngestError, Settings, project_root
 from .connection import store_url
 from .store import Store, StoreError
-from .validate import whole_number
+from .ids import whole_number
 
 # %% ../nbs/01_feedback.ipynb #7acd788a
 def feedback_url(

@@ -14,7 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
-from .core import IdTable, ProductRecsError
+from .core import ProductRecsError
+from .ids import IdTable
 from .ranking import top_n
 
 # %% ../nbs/05_filters.ipynb #3277c6bf

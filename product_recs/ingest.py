@@ -24,7 +24,8 @@ from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
 from .sources import FileRead, is_blank, match_columns, near_name, read_source, run_query
-from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed, whole_number
+from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed
+from .ids import whole_number
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass

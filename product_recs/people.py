@@ -18,7 +18,8 @@ from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from .answers import (AvailabilityItem, EventsAnswer, FeedbackEvent, Forgotten, FoundItems, History, ItemFacts, NewList, UserSample, as_id, plain)
-from .core import BundleError, IdTable, ProductRecsError
+from .core import BundleError, ProductRecsError
+from .ids import IdTable
 from .filters import is_available
 from .inference import Recommendations, Recommender, UnknownItem
 from .ladder import new_for
@@ -208,7 +209,7 @@ def find_items(
         titles = bundle.item_columns.get("title", np.full(len(bundle.items), None, object))
         model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in titles], object)
     rows = [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)] if words else []
-    wanted = bundle.items.parse(query.strip())
+    wanted = bundle.items.shown(query.strip())
     exact = bundle.items.row(wanted)
     rows = ([exact] if exact is not None else []) + [row for row in rows if row != exact]
     popular = bundle.item_columns["popularity"]

@@ -19,7 +19,7 @@ from scipy.sparse import csr_matrix
 
 from product_recs.api import DetailedRecommendationList, DetailedSimilarList
 from product_recs.bundle import current_version, publish, write_bundle
-from product_recs.core import IdTable
+from product_recs.ids import IdTable
 from product_recs.web import Problem
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from product_recs.bundle import INDEX_FILE, list_versions, open_bundle, publish, write_bundle
-from product_recs.core import BundleError, IdTable, Settings
+from product_recs.core import BundleError, Settings
+from product_recs.ids import IdTable
 from product_recs.events import UserState
 from product_recs.filters import Filters
 from product_recs.inference import Recommender, recommend, recommend_many
@@ -214,7 +215,7 @@ def test_a_build_that_is_killed_leaves_no_model(tmp_path):
     program = DATA + f"""
 from pathlib import Path
 from product_recs.bundle import write_bundle
-from product_recs.core import IdTable
+from product_recs.ids import IdTable
 from product_recs.nearest import build_index
 x, y, seen = data(300, 300_000)
 print("building", flush=True)

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from scipy.sparse import csr_matrix
 
 from product_recs.bundle import Bundle
-from product_recs.core import IdTable, ProductRecsError
+from product_recs.core import ProductRecsError
+from product_recs.ids import IdTable
 from product_recs.events import Event, UserState
 from product_recs.filters import Attributes, Catalogue, Filters, best_allowed, rule_out
 from product_recs.foldin import person, score_person

@@ -14,7 +14,8 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from product_recs.bundle import current_version, previous_versions, publish, write_bundle
-from product_recs.core import BundleError, IdTable, atomic_write
+from product_recs.core import BundleError, atomic_write
+from product_recs.ids import IdTable
 from product_recs.inference import Recommender, recommend
 from product_recs.live import LiveModel, Reload, rollback
 

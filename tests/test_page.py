@@ -15,7 +15,7 @@ from scipy.sparse import csr_matrix
 from test_api import Server
 
 from product_recs.bundle import publish, write_bundle
-from product_recs.core import IdTable
+from product_recs.ids import IdTable
 from product_recs.signals import SIGNALS, BlendWeights
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested in a browser")
