@@ -78,10 +78,10 @@ def _add_recommend(app:FastAPI, service:Service)->None:
               responses=documented("One result a user, in the order asked.", 400, 413, 415, 422, 503))
     async def recommend_many(request:Request, body:Body):
         model = service.live.get()
-        session = [event.to_event(model.bundle.items) for event in body.events]
-        filters = body.filters.to_filters(model.bundle.items)
+        session = [event.to_event() for event in body.events]
+        filters = body.filters.to_filters()
         users = body.users if body.users is not None else [None]
-        told = body.told(model.bundle.items)
+        told = body.told()
         check_words(model.user_attributes, told["attributes"], "attributes")
         for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
         asks = [service.question(None if user is None else as_id(model.bundle.users, user), body.n, body.task, session, filters, **told) for user in users]

@@ -125,9 +125,9 @@ def of_json():
 
 WRONG = {"a text": "x", "a list": [], "an object": {}, "true": True, "null": None, "1.5": 1.5, "a number as text": "1", "10**30": 10**30}
 TAKEN = {  # what each field takes of them
-    "users": {"null"}, "users.0": {"a text", "a number as text"}, "n": set(), "task": set(), "events": {"a list"}, "detail": {"true"}, "filters": {"an object"},
-    "events.0.item_id": {"a text", "a number as text"}, "events.0.event": {"a text"}, "events.0.quantity": {"1.5"},
-    "filters.exclude_seen": {"true", "null"}, "filters.deny": {"a list"}, "filters.deny.0": {"a text", "a number as text"}, "filters.allow": {"a list", "null"},
+    "users": {"null"}, "users.0": {"a text", "a number as text", "10**30"}, "n": set(), "task": set(), "events": {"a list"}, "detail": {"true"}, "filters": {"an object"},
+    "events.0.item_id": {"a text", "a number as text", "10**30"}, "events.0.event": {"a text"}, "events.0.quantity": {"1.5"},
+    "filters.exclude_seen": {"true", "null"}, "filters.deny": {"a list"}, "filters.deny.0": {"a text", "a number as text", "10**30"}, "filters.allow": {"a list", "null"},
     "filters.where": {"an object"}, "filters.where.price": {"a list", "an object"}, "filters.max_per": {"an object"}, "filters.max_per.category": {"10**30"},
     "filters.where.price.min": {"1.5", "null", "10**30"},
 }
@@ -146,7 +146,7 @@ def of_types():
         for what, value in WRONG.items():
             if what not in taken:
                 yield Hostile(f"`{path}` is {what}", request("POST", "/recommend", at(path, value)), 422, path.split(".")[0] if path.startswith("filters.where.price") else path)
-    good = {"user_id": {"a text", "a number as text"}, "item_id": {"a text", "a number as text"}, "event": {"a text"}, "quantity": {"1.5"}, "timestamp": {"null"}, "key": {"a text", "a number as text", "null"}}
+    good = {"user_id": {"a text", "a number as text", "10**30"}, "item_id": {"a text", "a number as text", "10**30"}, "event": {"a text"}, "quantity": {"1.5"}, "timestamp": {"null"}, "key": {"a text", "a number as text", "null"}}
     for field, taken in good.items():
         for what, value in WRONG.items():
             if what not in taken:
@@ -156,7 +156,7 @@ def of_types():
         yield Hostile(f"/events: `{field}` is {value!r}", request("POST", "/events", EVENT | {field: value}), 200, check=lambda _, body, field=field: body["rejected"] == 1 and field in body["results"][0]["error"])
     for field in ("item_id", "available"):
         for what, value in WRONG.items():
-            if not (field == "item_id" and "text" in what) and not (field == "available" and what == "true"):
+            if not (field == "item_id" and ("text" in what or what == "10**30")) and not (field == "available" and what == "true"):
                 yield Hostile(f"/availability: `{field}` is {what}", request("POST", "/availability", {"items": [{"item_id": 101, "available": True} | {field: value}]}), 422, f"items.0.{field}")
 
 
