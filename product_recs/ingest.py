@@ -258,7 +258,7 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, even
     if feedback.forgotten: # the rows of one user are taken out of one table
         con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, timestamp, NULL, NULL FROM plain", [events])
         con.execute("DELETE FROM plain")
-    ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten, types.get(Columns.User, "VARCHAR"))
+    ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten)
     if types: rules = rules + [(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL") for column, type in types.items() if type == "BIGINT"]
     con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, rules))
     read = FileRead(feedback.shown, feedback.rows, list(Columns.All), {}, {})
