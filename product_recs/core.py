@@ -36,6 +36,7 @@ class Columns:
     Required = (User, Item)
     Optional = (Event, Quantity, Timestamp)
     All = Required + Optional
+    Counted = ("popularity", "first_seen", "last_seen") # what a model knows of each user and item besides the attributes
 
 # %% ../nbs/00_core.ipynb #2e41923f
 class ProductRecsError(Exception):

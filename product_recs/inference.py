@@ -20,7 +20,7 @@ import duckdb
 import numpy as np
 
 from .bundle import Bundle
-from .core import ProductRecsError
+from .core import Columns, ProductRecsError
 from .filters import NO_FILTERS, NOT_A_CANDIDATE, SEEN, Attributes, Catalogue, Filters, best_allowed, rule_out
 from .nearest import NearestItems, open_index
 from .search import Searcher
@@ -87,7 +87,7 @@ class Recommender:
     @cached_property
     def user_attributes(self)->Attributes:
         "What the users file told of the users."
-        return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in ("popularity", "first_seen", "last_seen")})
+        return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in Columns.Counted})
 
     def seen_by(self, row:int|None)->np.ndarray: # row of a user, None: one that the model does not know; rows of items
         "What a user had interacted with when the model was trained."
