@@ -218,7 +218,7 @@ def staged_query(
 )->str:                     # SELECT line, then the columns as VARCHAR
     "The DuckDB query for a file that has been cleaned."
     types = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
-    return (f"SELECT * FROM read_csv({one_file(path)}, delim=',', quote='\"', escape='\"', header=false, auto_detect=false, parallel=false, "
+    return (f"SELECT * FROM read_csv({one_file(path)}, delim=',', quote='\"', escape='\"', new_line='\\r\\n', header=false, auto_detect=false, parallel=false, "
             f"columns={{'line': 'BIGINT', {types}}})")
 
 # %% ../nbs/01_csvfiles.ipynb #428eb621

@@ -21,7 +21,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from .bundle import load_csr, load_table, save_csr
-from .core import FeatureError, atomic_folder, locked, resolve_path
+from .core import Columns, FeatureError, atomic_folder, locked, resolve_path
 from .ids import IdTable
 from .ingest import ensure_ingested
 from .sql import database_errors, file_name, named, parquet, temporary_database
@@ -250,6 +250,7 @@ def _id_table(database, key:str, kept:np.ndarray, popularity:np.ndarray, attribu
     extra, join = "", ""
     if attributes.exists():
         names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {parquet(attributes)}").fetchall()]
+        if taken := set(names) & set(Columns.Counted): raise FeatureError(f"{attributes}: the model counts {', '.join(sorted(taken))} itself; run 01_ingest again")
         extra = "".join(f", a.{named(name)}" for name in names if name != key)
         join = f"LEFT JOIN {parquet(attributes)} a ON a.{key} = t.{key}"
     database.execute(f"""COPY (SELECT t.{key}, k.popularity, t.first_seen, t.last_seen{extra} FROM log_{out.stem} t

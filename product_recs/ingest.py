@@ -25,7 +25,7 @@ from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
 from .sources import FileRead, match_columns, near_name, read_source, run_query
-from .sql import database_errors, file_name, named, parquet, quoted, temporary_database
+from .sql import database_errors, file_name, local_name, named, parquet, quoted, temporary_database
 from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed
 from .ids import key_sql, whole_number
 
@@ -348,7 +348,7 @@ def _unchanged(ledger:Ledger, given:dict)->bool:
     if given.get("feedback"): return False
     if any(ledger.parameters.get(name) != value for name, value in given.items()): return False
     for file in ledger.files:
-        path = resolve_path(file["file"])
+        path = resolve_path(local_name(file["file"]))
         if is_database(file["file"]) or not path.exists(): continue
         if (path.stat().st_size, path.stat().st_mtime_ns) != (file["bytes"], file["changed"]): return False
     return True

@@ -10,6 +10,7 @@ __all__ = ['FORMATS', 'MOST_FAULTS', 'NUMBERS', 'shown_path', 'file_format', 'fi
 # %% ../nbs/01_sources.ipynb #ed4767c1
 import csv
 import glob
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -33,8 +34,9 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".psv": "csv", ".txt": "csv", ".parquet
 def shown_path(
     path:Path # absolute
 )->str:       # relative to the project root where it lies below it
-    "How messages and ledgers name a file."
-    return str(path.relative_to(project_root()) if path.is_relative_to(project_root()) else path)
+    "How messages and ledgers name a file: in UTF-8, whatever the locale of the machine."
+    path = path.relative_to(project_root()) if path.is_relative_to(project_root()) else path
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 def file_format(
     path:Path # any path
