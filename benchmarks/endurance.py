@@ -236,7 +236,7 @@ def run(options, folder: Path) -> int:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
     environment |= {"PRODUCT_RECS_MODELS_DIR": str(models), "PRODUCT_RECS_PORT": str(port), "PRODUCT_RECS_DATABASE_URL": url, "PRODUCT_RECS_WORKERS": str(options.workers),
                     "PRODUCT_RECS_LOG_LEVEL": "WARNING"}
-    server = subprocess.Popen([sys.executable, "-c", "from product_recs.api import serve; serve()"], env=environment, stdout=(folder / "log").open("w"), stderr=subprocess.STDOUT)
+    server = subprocess.Popen([sys.executable, "-c", "from product_recs.api import serve; serve()"], env=environment, stdout=(folder / "log").open("w", encoding="utf-8"), stderr=subprocess.STDOUT)
     count, stop, complaints, accepted, forgotten = Count(), threading.Event(), [], set(), set()
     probe = Client(port, Count())
     while probe.ask("GET", "/health/ready")[0] != 200:
@@ -289,7 +289,7 @@ def run(options, folder: Path) -> int:
     for complaint in complaints[:10]:
         print("complaint:", complaint, file=sys.stderr)
     if complaints or ended:
-        print((folder / "log").read_text()[-3000:], file=sys.stderr)
+        print((folder / "log").read_text(encoding="utf-8")[-3000:], file=sys.stderr)
     return int(bool(complaints or lost or ended or len(stored) != len(set(stored)) or not count.of["right answers"]))
 
 

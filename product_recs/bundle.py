@@ -25,6 +25,7 @@ from scipy.sparse import csr_matrix
 from .cold import NO_COLD, ColdTable
 from .core import BundleError, atomic_folder, atomic_write
 from .ids import IdTable
+from .sql import database_errors, file_name, named, parquet
 
 # %% ../nbs/00_bundle.ipynb #962608b3
 def save_csr(
@@ -64,24 +65,38 @@ def load_csr(
     return matrix
 
 # %% ../nbs/00_bundle.ipynb #7ff1b3c6
+_TYPES = {"i": "BIGINT", "u": "BIGINT", "f": "DOUBLE", "b": "BOOLEAN", "M": "TIMESTAMP"} # kind of a NumPy array -> DuckDB
+
+def _with_gaps(values:np.ndarray)->tuple[np.ndarray, np.ndarray|None]:
+    "Objects that are whole numbers or yes/no as an array of those, and where they are known; other objects as they are, and None."
+    first = next((value for value in values if value is not None), None)
+    kind = bool if isinstance(first, (bool, np.bool_)) else np.int64 if isinstance(first, (int, np.integer)) else None
+    if kind is None: return values, None
+    return np.array([0 if value is None else value for value in values], kind), np.array([value is not None for value in values])
+
 def save_table(
     path:Path,
     columns:dict[str, np.ndarray], # all of one length; NaN, NaT and None mean unknown
 )->None:
     "Write columns as one Parquet file."
-    types = {"i": "BIGINT", "u": "BIGINT", "f": "DOUBLE", "b": "BOOLEAN", "M": "TIMESTAMP"}
+    data, chosen = {}, []
+    for at, (name, values) in enumerate(columns.items()):
+        values, value, known = np.asarray(values), f"c{at}", None
+        if values.dtype.kind == "M": values = values.astype("datetime64[us]")
+        if values.dtype.kind == "O": values, known = _with_gaps(values)
+        if known is not None: data[f"known{at}"], value = known, f"CASE WHEN known{at} THEN c{at} END"
+        data[f"c{at}"] = values
+        chosen.append(f"CAST({value} AS {_TYPES.get(values.dtype.kind, 'VARCHAR')}) AS {named(name)}")
     with duckdb.connect() as database:
-        data = {f"c{i}": np.asarray(values) for i, values in enumerate(columns.values())}
-        data = {name: values.astype("datetime64[us]") if values.dtype.kind == "M" else values for name, values in data.items()}
         database.register("data", data)
-        as_named = ", ".join(f'CAST(c{i} AS {types.get(data[f"c{i}"].dtype.kind, "VARCHAR")}) AS "{name.replace(chr(34), chr(34) * 2)}"'
-                             for i, name in enumerate(columns))
-        database.execute(f"COPY (SELECT {as_named} FROM data) TO '{_quoted(path)}' (FORMAT parquet)")
+        database.execute(f"COPY (SELECT {', '.join(chosen)} FROM data) TO {file_name(path)} (FORMAT parquet)")
 
+# %% ../nbs/00_bundle.ipynb #7ff1b3c7
 def load_table(
     path:Path,
-)->dict[str, np.ndarray]: # text columns as object arrays with None where unknown
+)->dict[str, np.ndarray]: # text, whole numbers with gaps and yes/no with gaps as object arrays with None where unknown
     "Read a Parquet file as columns, in the order of its rows."
+<<<<<<< HEAD
     try:
         with duckdb.connect() as database:
             columns = database.execute(f"SELECT * FROM read_parquet('{_quoted(path)}')").fetchnumpy()
@@ -90,16 +105,18 @@ def load_table(
         # short of memory or of open files: the file is not to blame, and may be read a moment later
         if isinstance(error, duckdb.OperationalError) and path.is_file(): raise OSError(f"{path}: cannot be read now ({reason})") from None
         raise BundleError(f"{path}: not a readable Parquet file ({reason})") from None
+=======
+    with database_errors(BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"), duckdb.connect() as database:
+        columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
+>>>>>>> columns
     return {name: _plain(values) for name, values in columns.items()}
 
-def _quoted(path:Path)->str: return str(path).replace("'", "''")
-
 def _plain(values:np.ndarray)->np.ndarray:
-    "DuckDB's masked array as a plain one: NaN, NaT or None where masked."
+    "DuckDB's masked array as a plain one: NaN, NaT or None where masked; a whole number stays one, with all its digits."
     if not isinstance(values, np.ma.MaskedArray): return values
     if not values.mask.any(): return values.data
     if values.dtype.kind == "M": return values.filled(np.datetime64("NaT", np.datetime_data(values.dtype)[0]))
-    if values.dtype.kind not in "bO": return values.astype(np.float64).filled(np.nan)
+    if values.dtype.kind == "f": return values.filled(np.nan)
     plain = values.data.astype(object)
     plain[values.mask] = None
     return plain
@@ -172,7 +189,7 @@ def write_bundle(
         manifest = {"format": FORMAT, "version": version, "created_at": created.isoformat(timespec="seconds"), "algorithm": algorithm,
                     "parameters": parameters, "data": data, "shape": {"users": len(users), "items": len(items), "factors": user_factors.shape[1], "seen": int(seen.nnz)},
                     "dtype": "float32", "libraries": _libraries(), "metrics": metrics, "blend": blend, "index": index, "files": files}
-        (folder/"manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+        (folder/"manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 def _check_shapes(user_factors, item_factors, seen_shape, n_users:int, n_items:int, where:str="bundle")->None:

@@ -36,6 +36,7 @@ class Columns:
     Required = (User, Item)
     Optional = (Event, Quantity, Timestamp)
     All = Required + Optional
+    Counted = ("popularity", "first_seen", "last_seen") # what a model knows of each user and item besides the attributes
 
 # %% ../nbs/00_core.ipynb #2e41923f
 class ProductRecsError(Exception):
@@ -163,7 +164,7 @@ def locked(
     "Run the block while no other process runs one under the same lock."
     import fcntl
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
+    with open(path, "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -176,7 +177,7 @@ def write_metrics(
     "Set the section `job` of `metrics.json`, leaving the other sections as they are."
     path = resolve_path(report_dir)/"metrics.json"
     with locked(path.with_name(".metrics.lock")):
-        sections = json.loads(path.read_text()) if path.exists() else {}
+        sections = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         sections[job] = metrics
         return atomic_write(path, json.dumps(sections, indent=2, sort_keys=True, default=str) + "\n")
 

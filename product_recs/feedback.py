@@ -54,7 +54,7 @@ def stage_feedback(
     "Write the events of a store up to now into a file."
     rows, kinds, staged = 0, {name: set() for name in Columns.Required}, folder/"feedback.csv"
     try:
-        with Store(feedback_url(feedback)) as store, open(staged, "w", newline="") as file:
+        with Store(feedback_url(feedback)) as store, open(staged, "w", encoding="utf-8", newline="") as file:
             until, out = store.cut(), csv.writer(file)
             forgotten = store.forgotten()
             for event in store.read_events(until):
