@@ -22,6 +22,7 @@
 #define KEEP (8 << 20) /* bytes of gathered vectors that a thread keeps between the steps of a row */
 #define CHUNK 64  /* rows that a thread takes at once */
 #define LOST 1e-4f /* of what a float32 number was made of; what is left after such a subtraction has no digits */
+#define HEAVY 1e5f /* unobserved weights; beside a heavier cell the residual in float32 does not see the others */
 #define LARGE 1e4f /* confidences above are scaled, so that squares of sums of them do not overflow */
 
 typedef float v16 __attribute__((vector_size(64)));
@@ -156,11 +157,11 @@ INLINE TARGET void NAME(pass)(const struct half *h, const int F, int64_t s, int6
     }
 }
 
-/* a power of two that brings the row's largest confidence below LARGE; 1 for nearly all rows. The solution does not change */
-INLINE TARGET float NAME(row_scale)(const struct half *h, int64_t s, int64_t m) {
+/* the largest confidence of a row */
+INLINE TARGET float NAME(heaviest)(const struct half *h, int64_t s, int64_t m) {
     float most = 0;
     for (int64_t i = s; i < s + m; i++) most = h->confidence[i] > most ? h->confidence[i] : most;
-    return h->alpha*most > LARGE ? ldexpf(1, -ilogbf(h->alpha*most)) : 1;
+    return h->alpha*most;
 }
 
 /* a few steps of conjugate gradients from where the row is, preconditioned by the diagonal that all rows share;
@@ -168,7 +169,8 @@ INLINE TARGET float NAME(row_scale)(const struct half *h, int64_t s, int64_t m) 
 INLINE TARGET int NAME(conjugate)(const struct half *h, const int F, int64_t row, int64_t s, int64_t m, v16 *work, v16 *kept) {
     v16 *x = (v16 *)(h->solved + row*h->f), *base = work, *r = work + F, *p = work + 2*F, *ap = work + 3*F, *z = work + 4*F;
     const v16 *gram = (const v16 *)h->gram;
-    const float scale = NAME(row_scale)(h, s, m);
+    const float most = NAME(heaviest)(h, s, m), scale = most > LARGE ? ldexpf(1, -ilogbf(most)) : 1; /* the solution stays the same */
+    if (h->shortest == SHORT && most > HEAVY*h->unobserved) return 1; /* the solution itself is wanted */
     v16 total = {0}, zero = {0};
     for (int j = 0; j < F; j++) {
         base[j] = scale*(gram[j] + h->regularization[row]);

@@ -113,7 +113,7 @@ def _hard_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray, 
         solved[row] = np.clip(found, -1e18, 1e18)
 
 # %% ../nbs/03_solver.ipynb #c4205d04
-_LOST, _LARGE = 1e-4, 1e4 # as in _als.c
+_LOST, _LARGE, _HEAVY = 1e-4, 1e4, 1e5 # as in _als.c
 
 def _exact_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray, base:np.ndarray, reg:np.ndarray,
                 alpha:float, unobserved:float)->np.ndarray:
@@ -132,7 +132,7 @@ def _exact_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray,
 
 # %% ../nbs/03_solver.ipynb #459ddc68
 def _conjugate_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray, base:np.ndarray, reg:np.ndarray,
-                    alpha:float, unobserved:float, steps:int)->np.ndarray:
+                    alpha:float, unobserved:float, steps:int, to_the_end:bool=False)->np.ndarray:
     "Some steps of conjugate gradients for a block of rows; the hard ones among them."
     counts = side.counts[rows]
     ends = np.cumsum(counts)
@@ -164,7 +164,7 @@ def _conjugate_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndar
         following = dot(r, z)
         p, rz = z + np.where(going, following/np.maximum(rz, 1e-35), 0).astype(np.float32)*p, np.where(going, following, 0)
     solved[rows] = x
-    return rows[(hard | ~np.isfinite(rz) | (shortest < _LOST*longest))[:, 0]]
+    return rows[(hard | ~np.isfinite(rz) | (shortest < _LOST*longest))[:, 0] | (to_the_end & (most > _HEAVY*unobserved))]
 
 # %% ../nbs/03_solver.ipynb #52900fd9
 def solve_in_numpy(
@@ -186,7 +186,7 @@ def solve_in_numpy(
             for start in range(0, len(rows), 1024): hard.append(_exact_rows(side, fixed, solved, rows[start:start + 1024], *given))
         rows = np.flatnonzero(side.counts > shortest)
         for part in np.split(rows, np.flatnonzero(np.diff(np.cumsum(side.counts[rows]) // 100_000)) + 1):
-            if len(part): hard.append(_conjugate_rows(side, fixed, solved, part, *given, steps))
+            if len(part): hard.append(_conjugate_rows(side, fixed, solved, part, *given, steps, shortest == SHORTEST))
     _hard_rows(side, fixed, solved, np.concatenate(hard), *given)
 
 # %% ../nbs/03_solver.ipynb #03ea8896

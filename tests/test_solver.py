@@ -161,7 +161,7 @@ def by_the_book(confidence, factors, regularization):
 @given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 120), st.sampled_from([0.02, 0.2, 0.6, 1.0]), st.sampled_from(WIDTHS), st.booleans(),
        st.sampled_from([1, 3, 16, 17, 40, 130]), st.sampled_from([0, 1e-6, 1e-2, 1, 20, 1e6]), st.integers(1, 2), st.booleans())
 def test_no_confidence_and_no_regularization_makes_a_factor_infinite(seed, users, items, full, width, outliers, factors, regularization, threads, native):
-    "The energy of the error is a hundredth of the solution's at most, where what all rows share is known well enough to have a solution."
+    "Where what all rows share leaves a solution, scores over all items are right to 5 per mille, and one by one to 2 in 100,000."
     native = native and native_kernels() is not None
     confidence = wide_shop(seed, users, items, full, width, outliers)
     model = RotatedALS(confidence, factors, regularization, seed=seed, num_threads=threads, native=native)
@@ -172,14 +172,15 @@ def test_no_confidence_and_no_regularization_makes_a_factor_infinite(seed, users
     found, one = solve_rows(fixed, confidence, regularization, num_threads=threads, native=native), Solver(fixed, regularization, 1.0)
     shared = fixed.T.astype(float) @ fixed + regularization*np.eye(factors)
     assert np.isfinite(found).all()
-    if np.linalg.cond(shared) > 1e6: return
+    if np.linalg.cond(shared) > 1e5: return
     root = np.linalg.inv(np.linalg.cholesky(shared))
     for row, (exact, matrix, taken) in enumerate(by_the_book(confidence, fixed.astype(float), regularization)):
-        if not taken.any() or np.linalg.eigvalsh(root @ matrix @ root.T)[0] < 1e-5: continue
+        if not taken.any() or np.linalg.eigvalsh(root @ matrix @ root.T)[0] < 1e-3: continue
         single = one.solve(np.flatnonzero(taken), confidence[row].data)
         for name, x in (("rows", found[row]), ("one", single)):
             error = x - exact
-            assert error @ matrix @ error <= 1e-4*(exact @ matrix @ exact) + 1e-30, (name, row)
+            tolerance = 5e-3 if name == "rows" else 2e-5
+            assert error @ shared @ error <= tolerance**2*(exact @ shared @ exact), (name, row)
 
 
 @pytest.mark.parametrize("solver", ["implicit", "rotated"])
