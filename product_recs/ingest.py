@@ -19,6 +19,7 @@ from pathlib import Path
 import duckdb
 
 from .core import Columns, IngestError, atomic_folder, resolve_path
+from .credentials import is_reference, masked, masked_parameters, password_note
 from .csvfiles import named, quoted, staged_query
 from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
@@ -144,7 +145,7 @@ def _load(con, source, options:dict, rules:list, latest:str, folder:Path, ledger
             if guess: ledger.warnings.append(f"{shown} has no column {name}, but {guess}: if that is it, pass columns={{{name!r}: {guess!r}}}.")
         return current["wanted"]
     def load(number, sql, again=""):
-        return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {source}"[:60], options)
+        return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {masked(str(source))}"[:60], options)
     def each(read):
         rows = _account(con, read, rules, "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
@@ -270,6 +271,8 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, even
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
     "Fill the folder `out`."
     ledger = Ledger()
+    for name, value in {"source": source, **options}.items():
+        if not is_reference(value) and masked_parameters(value) != value: ledger.warnings.append(password_note(name))
     latest = latest.strftime("%Y-%m-%d %H:%M:%S")
     rules = interaction_rules(options["events"], options["max_quantity"], latest)
     reads, kinds = _load(con, source, options, rules, latest, work, ledger) if source else ([], {})
@@ -296,17 +299,18 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     if options["users"] and wishes and (dropped := drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet")):
         ledger.tables["users"] |= {"rows_kept": ledger.tables["users"]["rows_kept"] - dropped, "rows_forgotten": dropped}
     con.execute(f"COPY (SELECT * FROM rejects ORDER BY file, line) TO {quoted(out/'rejects.csv')} (HEADER)")
-    ledger.parameters = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
-    ledger.parameters = json.loads(json.dumps(ledger.parameters, default=str))
+    given = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
+    given = json.loads(json.dumps(given, default=str))
+    ledger.parameters = masked_parameters(given)
     (out/"ledger.json").write_text(json.dumps(asdict(ledger), indent=2) + "\n")
     return ledger
 
 # %% ../nbs/01_ingest.ipynb #22a1a466
 def ingest(
-    source:str|Path|Iterable,                   # path, pattern, list of those, or a database URL; "" for the feedback alone
+    source:str|Path|Iterable,                   # path, pattern, list of those, a database URL, env:NAME or file:PATH with one; "" for the feedback alone
     out:str|Path,                               # folder to create or replace
-    *, query:str = "",                          # SELECT, for a database URL
-    feedback:str = "",                          # URL of a feedback store, "settings" for the service's own, "" for none
+    *, query:str = "",                          # SELECT, for a database URL; or env:NAME, file:PATH
+    feedback:str = "",                          # URL of a feedback store, env:NAME or file:PATH with one, "settings" for the service's own, "" for none
     columns:Mapping[str, str]|None = None,      # our column -> yours
     products:str|Path = "", users:str|Path = "",# tables with attributes; "" for none
     delimiter:str = "",                         # of CSV; "" finds it in the header
@@ -334,7 +338,7 @@ def ingest(
         con = _connect(work, memory_limit)
         try: ledger = _build(con, source, work, result, options, latest)
         except duckdb.Error as error:
-            raise IngestError(f"{source}: DuckDB stopped: {str(error).splitlines()[0][:300]} Try a larger memory_limit (now {memory_limit}) and look for free space on the disk.") from None
+            raise IngestError(f"{masked(str(source))}: DuckDB stopped: {str(error).splitlines()[0][:300]} Try a larger memory_limit (now {memory_limit}) and look for free space on the disk.") from None
         finally: con.close()
         with _locked(out.with_name(f".{out.name}.lock")), atomic_folder(out) as final:
             for file in result.iterdir(): file.rename(final/file.name)
@@ -345,8 +349,8 @@ def ingest(
 DEFAULT_SOURCE, DEFAULT_PRODUCTS = "data/interactions.csv", "data/products.csv"
 
 def _unchanged(ledger:Ledger, given:dict)->bool:
-    "Whether the ledger belongs to these parameters and to the files as they are now; a store that is asked for has always news."
-    if given.get("feedback"): return False
+    "Whether the ledger belongs to these parameters and to the files as they are now; a database that is asked for has always news."
+    if given.get("feedback") or is_database(given.get("source")) or is_reference(given.get("source")): return False
     if any(ledger.parameters.get(name) != value for name, value in given.items()): return False
     for file in ledger.files:
         path = resolve_path(file["file"])

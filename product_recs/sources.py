@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .core import IngestError, project_root, resolve_path
 from .csvfiles import (careful_files, count_lines, file_errors, known_encoding, named, open_csv, quick_query, quoted,
                                    read_lines, staged_query)
+from .credentials import masked, resolve
 from .database import BLANKS, fetch_query, is_database
 
 # %% ../nbs/01_sources.ipynb #856de0e5
@@ -52,6 +53,7 @@ def find_files(
     if isinstance(source, (str, Path)): source = [source]
     files = []
     for entry in source:
+        if is_database(entry): raise IngestError(f"{masked(entry)} in a list: a database stands alone, as the only source.")
         try: path = resolve_path(entry)
         except (OSError, RuntimeError): raise IngestError(f"{entry}: cannot be read (a link that leads back to itself). Check the path.") from None
         if path.is_dir(): raise IngestError(f"{shown_path(path)} is a folder. Name its files, for example {shown_path(path)}/*.csv")
@@ -256,8 +258,8 @@ def read_json_file(
 
 # %% ../nbs/01_sources.ipynb #077ca063
 def read_source(
-    source:str|Path|Iterable,          # path, pattern, several of them, or a database URL
-    query:str,                         # for a database
+    source:str|Path|Iterable,          # path, pattern, several of them, a database URL, or a reference to one
+    query:str,                         # for a database; or a reference to a query
     load:Callable[..., int],           # number of the file, query (and, where its lines are NULL, the same with lines) -> rows
     match:Callable[[list[str], str], dict], # columns and name of the file -> output column: the file's column
     ids:Iterable[str],                 # output columns that hold ids
@@ -268,13 +270,14 @@ def read_source(
     each:Callable[[FileRead], None] = lambda read: None, # called after each file
 )->list[FileRead]:
     "Load all files of a source, one after the other."
+    source, query = resolve(source), resolve(query, url=False)
     if is_database(source):
         staged = folder/"query.csv"
         shown, names, wanted, kinds = fetch_query(source, query, lambda names: match(names, "the query"), ids, staged, progress)
         read = FileRead(shown, load(0, staged_query(staged, wanted)), names, wanted, kinds)
         each(read)
         return [read]
-    if query: raise IngestError(f"query= is for a database URL such as sqlite:///shop.db; the source is {source}.")
+    if query: raise IngestError(f"query= is for a database URL such as sqlite:///shop.db; the source is {masked(str(source))}.")
     reads = []
     for number, path in enumerate(find_files(source)):
         shown = shown_path(path)
