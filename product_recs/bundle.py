@@ -96,19 +96,13 @@ def load_table(
     path:Path,
 )->dict[str, np.ndarray]: # text, whole numbers with gaps and yes/no with gaps as object arrays with None where unknown
     "Read a Parquet file as columns, in the order of its rows."
-<<<<<<< HEAD
     try:
-        with duckdb.connect() as database:
-            columns = database.execute(f"SELECT * FROM read_parquet('{_quoted(path)}')").fetchnumpy()
-    except duckdb.Error as error:
-        reason = str(error).splitlines()[0]
+        with database_errors(BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"), duckdb.connect() as database:
+            columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
+    except BundleError as error:
         # short of memory or of open files: the file is not to blame, and may be read a moment later
-        if isinstance(error, duckdb.OperationalError) and path.is_file(): raise OSError(f"{path}: cannot be read now ({reason})") from None
-        raise BundleError(f"{path}: not a readable Parquet file ({reason})") from None
-=======
-    with database_errors(BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"), duckdb.connect() as database:
-        columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
->>>>>>> columns
+        if isinstance(error.__context__, duckdb.OperationalError) and path.is_file(): raise OSError(f"{path}: cannot be read now ({error})") from None
+        raise
     return {name: _plain(values) for name, values in columns.items()}
 
 def _plain(values:np.ndarray)->np.ndarray:
