@@ -138,7 +138,7 @@ def _named(model:Recommender|None, item:int|str)->dict:
     "Title and category of an item, where they are known."
     row, columns = (model.bundle.items.row(item), model.bundle.item_columns) if model else (None, {})
     cold = model.bundle.cold_items.get(item) if model and row is None else None
-    told = lambda name: plain(columns[name][row]) if row is not None and name in columns else (cold or {}).get(name)
+    told = lambda name: plain(columns[name][row] if row is not None and name in columns else (cold or {}).get(name))
     text = lambda name: None if (value := told(name)) is None else str(value)
     return {"title": text("title"), "category": text("category")}
 
@@ -214,7 +214,7 @@ def find_items(
     bundle, words = model.bundle, query.lower().split()
     if "_titles" not in vars(model): # once a model: the titles in lower case, each word after a space
         titles = bundle.item_columns.get("title", np.full(len(bundle.items), None, object))
-        model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in titles], object)
+        model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in map(plain, titles)], object)
     rows = [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)] if words else []
     wanted = as_id(bundle.items, query.strip())
     exact = bundle.items.row(wanted)

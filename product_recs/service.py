@@ -164,7 +164,8 @@ class _Answers(_Worker):
     def popular(self, model:Recommender, n:int, category:str|None=None)->Recommendations:
         "What most users have and can be bought now."
         shelf = self.shelf()
-        return popular_items(model, n, filters=Filters(where={"category": [category]}) if category else NO_FILTERS, unavailable=shelf.unavailable, available=shelf.available)
+        wanted = Filters(where={"category": [model.catalogue.attributes.read("category", category)]}) if category else NO_FILTERS
+        return popular_items(model, n, filters=wanted, unavailable=shelf.unavailable, available=shelf.available)
 
 # %% ../nbs/06_service.ipynb #845bf259
 class _KeptAnswers(_Answers):
