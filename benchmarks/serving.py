@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 from scipy.sparse import csr_matrix
 
-from product_recs.api import free_port
+from product_recs.api import bindable
 from product_recs.bundle import publish, write_bundle
 from product_recs.ids import IdTable
 
@@ -59,7 +59,7 @@ def make_model(folder: Path) -> None:
 
 def start(command: list[str], folder: Path, **settings) -> tuple[subprocess.Popen, int]:
     "A service in a process of its own, as soon as it answers."
-    port = free_port("127.0.0.1", 0)
+    port, _ = bindable("127.0.0.1", 0)
     environment = os.environ | {"PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}"} | {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in {**settings, "port": port}.items()}
     process = subprocess.Popen([*command, *(["--port", str(port)] if "uvicorn" in command else [])], env=environment, stdout=open(folder / f"{port}.log", "w", encoding="utf-8"), stderr=subprocess.STDOUT)
     for _ in range(300):

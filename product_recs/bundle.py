@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'INDEX_FILE', 'save_csr', 'load_array', 'load_csr', 'save_table', 'load_table', 'write_bundle', 'Bundle',
-           'read_manifest', 'verify_files', 'open_bundle', 'current_version', 'previous_versions', 'publish',
-           'annotate', 'list_versions', 'version_of', 'remove_bundle']
+           'read_manifest', 'verify_files', 'open_bundle', 'current_version', 'live_version', 'previous_versions',
+           'publish', 'annotate', 'list_versions', 'version_of', 'remove_bundle']
 
 # %% ../nbs/00_bundle.ipynb #b1ee8642
 import hashlib
@@ -96,8 +96,13 @@ def load_table(
     path:Path,
 )->dict[str, np.ndarray]: # text, whole numbers with gaps and yes/no with gaps as object arrays with None where unknown
     "Read a Parquet file as columns, in the order of its rows."
-    with database_errors(BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"), duckdb.connect() as database:
-        columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
+    try:
+        with database_errors(BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"), duckdb.connect() as database:
+            columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
+    except BundleError as error:
+        # short of memory or of open files: the file is not to blame, and may be read a moment later
+        if isinstance(error.__context__, duckdb.OperationalError) and path.is_file(): raise OSError(f"{path}: cannot be read now ({error})") from None
+        raise
     return {name: _plain(values) for name, values in columns.items()}
 
 def _plain(values:np.ndarray)->np.ndarray:
@@ -114,8 +119,11 @@ def _plain(values:np.ndarray)->np.ndarray:
 FORMAT = 1 # of the bundle; a reader refuses a newer one
 INDEX_FILE = "items.faiss" # in a bundle that has an index of its items
 
+def _is_version(name:str)->bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None and name not in ("current", "previous")
+
 def _valid_version(version:str)->str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", version) or version in ("current", "previous"):
+    if not _is_version(version):
         raise BundleError(f"{version!r} is no version name: letters, digits, '.', '_' and '-' only")
     return version
 
@@ -214,15 +222,28 @@ class Bundle:
         "Name of the model version."
         return self.manifest["version"]
 
+_PARTS = {"version": str, "created_at": str, "algorithm": str, "parameters": dict, "data": dict, "shape": dict, "metrics": dict, "files": dict}
+
+def _missing(manifest:dict)->str|None:
+    "The first part of a manifest that is not what `write_bundle` wrote."
+    for name, kind in _PARTS.items():
+        if not isinstance(manifest.get(name), kind): return f"`{name}` is missing or no {kind.__name__}"
+    if not all(type(count) is int for count in manifest["shape"].values()): return "`shape` has something else than counts"
+    for name, file in manifest["files"].items():
+        fits = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
+        if not fits or Path(name).name != name: return f"`files` has no size and sha256 of {name!r}"
+    return None
+
 def read_manifest(
     path:Path, # folder of a bundle
 )->dict:
-    "The manifest of a bundle, refused where its format is unknown."
+    "The manifest of a bundle; refused where its format is unknown or where it is another program's."
     try: manifest = json.loads((path/"manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError): raise BundleError(f"{path/'manifest.json'}: the file is missing, so this is no complete bundle") from None
     except ValueError as error: raise BundleError(f"{path/'manifest.json'}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{path/'manifest.json'}: bundle format {manifest.get('format') if isinstance(manifest, dict) else '?'!r}, this version reads {FORMAT}; update product-recs or train again")
+    if missing := _missing(manifest): raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}")
     return manifest
 
 # %% ../nbs/00_bundle.ipynb #328574e2
@@ -285,8 +306,15 @@ def current_version(
     "Name of the live version."
     try: name = (Path(models_dir)/"current").read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError): return None
-    except (OSError, UnicodeDecodeError) as error: raise BundleError(f"{Path(models_dir)/'current'}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error: raise BundleError(f"{Path(models_dir)/'current'}: cannot be read ({error})") from None
     return _valid_version(name)
+
+def live_version(
+    models_dir:Path,
+)->str|None: # None also where `current` names no version
+    "The live version, for those who go on where `current` is broken: to list, to publish, to go back."
+    try: return current_version(models_dir)
+    except (BundleError, OSError): return None
 
 def previous_versions(
     models_dir:Path,
@@ -294,7 +322,7 @@ def previous_versions(
     "Versions that were live before the one that is."
     try: names = (Path(models_dir)/"previous").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError): return []
-    live, there = current_version(models_dir), set(list_versions(models_dir))
+    live, there = live_version(models_dir), set(list_versions(models_dir))
     return [name for name in names if name != live and name in there]
 
 def publish(
@@ -305,7 +333,7 @@ def publish(
     "Make a version the live one, after comparing its files with its manifest."
     models_dir = Path(models_dir)
     verify_files(models_dir/_valid_version(version))
-    live, before = current_version(models_dir), previous_versions(models_dir)
+    live, before = live_version(models_dir), previous_versions(models_dir)
     if previous is None: previous = before if live in (None, version) else [live, *before]
     if kept := [name for name in previous if name != version][:10]: atomic_write(models_dir/"previous", "\n".join(kept) + "\n")
     else: (models_dir/"previous").unlink(missing_ok=True)
@@ -324,22 +352,27 @@ def annotate(
 def list_versions(
     models_dir:Path,
 )->list[str]: # oldest first
-    "Names of the complete bundles in a folder."
-    return sorted(path.parent.name for path in Path(models_dir).glob("[!.]*/manifest.json"))
+    "Names of the folders with a manifest, which `read_manifest` may refuse all the same."
+    return sorted(path.parent.name for path in Path(models_dir).glob("*/manifest.json") if _is_version(path.parent.name))
 
 def version_of(
     models_dir:Path,
     fingerprint:str, # of ingested interactions
 )->str|None:         # None where no bundle was made from them
     "The live version if it was made from these interactions, else the newest one that was."
-    versions = [version for version in list_versions(models_dir) if read_manifest(Path(models_dir)/version)["data"].get("fingerprint") == fingerprint]
-    live = current_version(models_dir)
+    versions = [version for version in list_versions(models_dir) if _fingerprint(Path(models_dir)/version) == fingerprint]
+    live = live_version(models_dir)
     return live if live in versions else versions[-1] if versions else None
+
+def _fingerprint(path:Path)->str|None:
+    "Of the interactions that a bundle was made from; None for a folder of something else."
+    try: return read_manifest(path)["data"].get("fingerprint")
+    except (BundleError, OSError): return None
 
 def remove_bundle(
     models_dir:Path,
     version:str, # any but the live one
 )->None:
     "Delete a bundle that is not live."
-    if version == current_version(models_dir): raise BundleError(f"{version} is live; publish another version first")
+    if version == live_version(models_dir): raise BundleError(f"{version} is live; publish another version first")
     shutil.rmtree(Path(models_dir)/_valid_version(version))

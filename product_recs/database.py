@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .core import IngestError, project_root, resolve_path
 from .ids import BLANK_IDS
+from .credentials import masked, parse_url, shown_url, without_secrets
 
 # %% ../nbs/01_database.ipynb #a622f754
 BATCH = 50_000 # rows fetched at once
@@ -27,20 +28,21 @@ def is_database(
     "Tell a database URL from a path."
     return isinstance(source, str) and "://" in source
 
-def _database(url:str):
-    "The engine, and its URL without the password."
+def _database(text:str):
+    "The engine, its URL, and how messages name it."
     from sqlalchemy import create_engine
-    from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+    url = parse_url(text)
     try:
-        parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
-            path = resolve_path(parsed.database)
-            if not path.is_file(): raise IngestError(f"{path}: there is no such SQLite database. Check the path; it counts from {project_root()}")
-            parsed = parsed.set(database=str(path))
-        return create_engine(parsed), parsed.render_as_string(hide_password=True)
+        if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+            path = resolve_path(url.database)
+            if not path.is_file():
+                raise IngestError(f"{path}: there is no such SQLite database. Check the path; it counts from {project_root()}")
+            url = url.set(database=str(path))
+        return create_engine(url), url, shown_url(url)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
-        raise IngestError(f"This database URL cannot be used: {str(error).splitlines()[0]}. Write it like sqlite:///shop.db or postgresql+psycopg://user@host/shop.") from None
+        raise IngestError(f"This database URL cannot be used: {without_secrets(str(error).splitlines()[0], url)}. "
+                          "Write it like sqlite:///shop.db or postgresql+psycopg://user@host/shop.") from None
 
 def _plain(value):
     "A database value as a text that the validation understands."
@@ -99,7 +101,7 @@ def _fetch(result, wanted:Mapping[str, str], ids:Iterable[str], names:list[str],
 
 # %% ../nbs/01_database.ipynb #8977a2be
 def fetch_query(
-    url:str,                           # SQLAlchemy URL
+    url:str,                           # SQLAlchemy URL; no reference
     query:str,                         # one SELECT
     match:Callable[[list[str]], dict], # columns of the answer -> output column: the answer's column
     ids:Iterable[str],                 # output columns that hold ids
@@ -109,8 +111,7 @@ def fetch_query(
     "Write the answer of a query to a file."
     if not query.strip(): raise IngestError('A database needs a query: pass query="select user_id, item_id, ... from ...".')
     from sqlalchemy import text
-    from sqlalchemy.exc import SQLAlchemyError
-    engine, shown = _database(url)
+    engine, parsed, shown = _database(url)
     try:
         with closing(engine.connect().execution_options(stream_results=True, yield_per=BATCH)) as connection:
             result = connection.execute(text(query.replace(":", r"\:")))
@@ -118,8 +119,10 @@ def fetch_query(
             names = list(result.keys())
             wanted = match(names)
             kinds, faults = _fetch(result, wanted, ids, names, staged, shown, progress)
-    except SQLAlchemyError as error:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        raise IngestError(f"{shown}: the database refused: {reason}. Query: {' '.join(query.split())[:200]}") from None
+    except IngestError: raise
+    except Exception as error: # of any driver; what it says may quote the URL
+        reason = (str(getattr(error, "orig", None) or error).strip() or type(error).__name__).splitlines()[0]
+        raise IngestError(f"{shown}: the database refused: {without_secrets(reason, parsed)}. "
+                          f"Query: {masked(' '.join(query.split()))[:200]}") from None
     finally: engine.dispose()
     return shown, names, wanted, kinds, faults

@@ -18,7 +18,7 @@ from math import ceil, floor
 import numpy as np
 
 from .core import ProductRecsError
-from .ids import IdTable
+from .ids import IdTable, key_or_none, number_or_text
 from .ranking import top_n
 
 # %% ../nbs/05_filters.ipynb #3277c6bf
@@ -186,11 +186,11 @@ UNAVAILABLE, NOT_ALLOWED = "not available at the moment", "not in the list of al
 
 def rows_of(
     table:IdTable,
-    ids:Iterable,  # external ids
+    ids:Iterable,  # external ids, as somebody wrote them
 )->np.ndarray:     # (m,) int64, ascending and free of duplicates
-    "Rows of external ids; ids that the table does not have are left out."
-    if table.is_int: known = [id for id in ids if isinstance(id, (int, np.integer)) and not isinstance(id, bool) and -2**63 <= id < 2**63]
-    else: known = [id for id in ids if isinstance(id, str)]
+    "Rows of external ids, found by key; ids that the table does not have are left out."
+    keys = {key for id in ids if (key := key_or_none(id)) is not None}
+    known = [number for key in keys if type(number := number_or_text(key)) is int] if table.is_int else list(keys)
     if not known or not len(table): return np.empty(0, np.int64)
     wanted = np.array(known, table.ids.dtype)
     rows = np.minimum(np.searchsorted(table.ids, wanted), len(table) - 1)

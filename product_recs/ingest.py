@@ -21,6 +21,7 @@ import duckdb
 from .attributes import attribute_names, united
 from .core import Columns, IngestError, atomic_folder, resolve_path
 from .csvfiles import staged_query
+from .credentials import is_reference, masked, masked_parameters, password_note
 from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
@@ -146,7 +147,7 @@ def _load(con, source, options:dict, rules:list, latest:str, folder:Path, ledger
             if guess: ledger.warnings.append(f"{shown} has no column {name}, but {guess}: if that is it, pass columns={{{name!r}: {guess!r}}}.")
         return current["wanted"]
     def load(number, sql, again=""):
-        return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {source}"[:60], options)
+        return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {masked(str(source))}"[:60], options)
     def each(read):
         rows = _account(con, read, rules, "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
@@ -256,7 +257,7 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, even
     if feedback.forgotten: # the rows of one user are taken out of one table
         con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, timestamp, NULL, NULL FROM plain", [events])
         con.execute("DELETE FROM plain")
-    ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten, types.get(Columns.User, "VARCHAR"))
+    ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten)
     if types: rules = rules + [(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL") for column, type in types.items() if type == "BIGINT"]
     con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, rules))
     read = FileRead(feedback.shown, feedback.rows, list(Columns.All), {}, {})
@@ -268,6 +269,8 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, even
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
     "Fill the folder `out`."
     ledger = Ledger()
+    for name, value in {"source": source, **options}.items():
+        if not is_reference(value) and masked_parameters(value) != value: ledger.warnings.append(password_note(name))
     latest = latest.strftime("%Y-%m-%d %H:%M:%S")
     rules = interaction_rules(options["events"], options["max_quantity"], latest)
     reads, kinds = _load(con, source, options, rules, latest, work, ledger) if source else ([], {})
@@ -294,17 +297,18 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     if options["users"] and wishes and (dropped := drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet")):
         ledger.tables["users"] |= {"rows_kept": ledger.tables["users"]["rows_kept"] - dropped, "rows_forgotten": dropped}
     con.execute(f"COPY (SELECT * FROM rejects ORDER BY file, line) TO {file_name(out/'rejects.csv')} (HEADER)")
-    ledger.parameters = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
-    ledger.parameters = json.loads(json.dumps(ledger.parameters, default=str))
+    given = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
+    given = json.loads(json.dumps(given, default=str))
+    ledger.parameters = masked_parameters(given)
     (out/"ledger.json").write_text(json.dumps(asdict(ledger), indent=2) + "\n", encoding="utf-8")
     return ledger
 
 # %% ../nbs/01_ingest.ipynb #22a1a466
 def ingest(
-    source:str|Path|Iterable,                   # path, pattern, list of those, or a database URL; "" for the feedback alone
+    source:str|Path|Iterable,                   # path, pattern, list of those, a database URL, env:NAME or file:PATH with one; "" for the feedback alone
     out:str|Path,                               # folder to create or replace
-    *, query:str = "",                          # SELECT, for a database URL
-    feedback:str = "",                          # URL of a feedback store, "settings" for the service's own, "" for none
+    *, query:str = "",                          # SELECT, for a database URL; or env:NAME, file:PATH
+    feedback:str = "",                          # URL of a feedback store, env:NAME or file:PATH with one, "settings" for the service's own, "" for none
     columns:Mapping[str, str]|None = None,      # our column -> yours
     products:str|Path = "", users:str|Path = "",# tables with attributes; "" for none
     delimiter:str = "",                         # of CSV; "" finds it in the header
@@ -330,7 +334,7 @@ def ingest(
         work, result = Path(folder), Path(folder)/"result"
         result.mkdir()
         con = _connect(work, memory_limit)
-        what = "the query" if is_database(source) else str(source) # a URL may hold a password
+        what = "the query" if is_database(source) else masked(str(source))
         failed = "the ingest stopped at a fault of this program, not of your data. Its log has the details at the level DEBUG."
         try:
             with database_errors(IngestError, what, failed, memory_limit): ledger = _build(con, source, work, result, options, latest)
@@ -344,8 +348,8 @@ def ingest(
 DEFAULT_SOURCE, DEFAULT_PRODUCTS = "data/interactions.csv", "data/products.csv"
 
 def _unchanged(ledger:Ledger, given:dict)->bool:
-    "Whether the ledger belongs to these parameters and to the files as they are now; a store that is asked for has always news."
-    if given.get("feedback"): return False
+    "Whether the ledger belongs to these parameters and to the files as they are now; a database that is asked for has always news."
+    if given.get("feedback") or is_database(given.get("source")) or is_reference(given.get("source")): return False
     if any(ledger.parameters.get(name) != value for name, value in given.items()): return False
     for file in ledger.files:
         path = resolve_path(local_name(file["file"]))

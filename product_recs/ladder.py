@@ -17,6 +17,7 @@ from .bundle import Bundle
 from .core import Columns, ProductRecsError
 from .events import UNCHANGED, Event, UserState
 from .filters import NO_FILTERS, SEEN, TEXT, YES_NO, Attributes, Filters, read_value, rows_of, rule_out
+from .ids import id_key
 from .foldin import Person, person, prepare_people, score_person
 from .inference import Recommendations, Recommender, checked_n, make_list, search_list
 
@@ -39,6 +40,7 @@ class Request:
 
     def __post_init__(self):
         checked_n(self.n)
+        if self.new_items: object.__setattr__(self, "new_items", {id_key(item): words for item, words in self.new_items.items()}) # as the events have it
         if self.task not in TASKS: raise ProductRecsError(f"task={self.task!r}: must be discovery or next_purchase")
 
 # %% ../nbs/05_ladder.ipynb #1a689821

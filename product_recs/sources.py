@@ -22,6 +22,7 @@ import duckdb
 from tqdm import tqdm
 
 from .core import IngestError, project_root, resolve_path
+from .credentials import masked, resolve
 from .csvfiles import careful_files, count_lines, file_errors, known_encoding, open_csv, quick_query, read_lines, staged_query
 from .database import EXACT, INEXACT, NO_ID, fetch_query, is_database
 from .ids import BLANK_IDS
@@ -56,6 +57,7 @@ def find_files(
     if isinstance(source, (str, Path)): source = [source]
     files = []
     for entry in source:
+        if is_database(entry): raise IngestError(f"{masked(entry)} in a list: a database stands alone, as the only source.")
         try: path = resolve_path(entry)
         except (OSError, RuntimeError): raise IngestError(f"{entry}: cannot be read (a link that leads back to itself). Check the path.") from None
         if path.is_dir(): raise IngestError(f"{shown_path(path)} is a folder. Name its files, for example {shown_path(path)}/*.csv")
@@ -314,8 +316,8 @@ def read_json_file(
 
 # %% ../nbs/01_sources.ipynb #077ca063
 def read_source(
-    source:str|Path|Iterable,          # path, pattern, several of them, or a database URL
-    query:str,                         # for a database
+    source:str|Path|Iterable,          # path, pattern, several of them, a database URL, or a reference to one
+    query:str,                         # for a database; or a reference to a query
     load:Callable[..., int],           # number of the file, query (and, where its lines are NULL, the same with lines) -> rows
     match:Callable[[list[str], str], dict], # columns and name of the file -> output column: the file's column
     ids:Iterable[str],                 # output columns that hold ids
@@ -326,13 +328,14 @@ def read_source(
     each:Callable[[FileRead], None] = lambda read: None, # called after each file
 )->list[FileRead]:
     "Load all files of a source, one after the other."
+    source, query = resolve(source), resolve(query, url=False)
     if is_database(source):
         staged = folder/"query.csv"
         shown, names, wanted, kinds, faults = fetch_query(source, query, lambda names: match(names, "the query"), ids, staged, progress)
         read = FileRead(shown, load(0, staged_query(staged, wanted)), names, wanted, kinds, faults)
         each(read)
         return [read]
-    if query: raise IngestError(f"query= is for a database URL such as sqlite:///shop.db; the source is {source}.")
+    if query: raise IngestError(f"query= is for a database URL such as sqlite:///shop.db; the source is {masked(str(source))}.")
     reads = []
     for number, path in enumerate(find_files(source)):
         shown = shown_path(path)
