@@ -25,6 +25,7 @@ from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
 from .sources import FileRead, is_blank, match_columns, near_name, read_source, run_query
+from .text import safe_cell_sql
 from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed
 from .ids import whole_number
 
@@ -298,7 +299,8 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
         if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
     if options["users"] and wishes and (dropped := drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet")):
         ledger.tables["users"] |= {"rows_kept": ledger.tables["users"]["rows_kept"] - dropped, "rows_forgotten": dropped}
-    con.execute(f"COPY (SELECT * FROM rejects ORDER BY file, line) TO {quoted(out/'rejects.csv')} (HEADER)")
+    texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}' for column in ("file", "column", "value", "reason"))
+    con.execute(f"COPY (SELECT * REPLACE ({texts}) FROM rejects ORDER BY rejects.file, line) TO {quoted(out/'rejects.csv')} (HEADER)")
     given = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
     given = json.loads(json.dumps(given, default=str))
     ledger.parameters = masked_parameters(given)
