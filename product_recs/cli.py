@@ -261,6 +261,8 @@ def main(
     arguments:Sequence[str]|None=None, # default: of the process
 )->int:                                # exit code: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted
     "The command `product-recs`."
+    for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     # a container or a job runner ends a process with SIGTERM; it deserves the same clean-up as Ctrl-C (a server has its own way to stop)
     if options.function is not _serve and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)

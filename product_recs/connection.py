@@ -41,17 +41,24 @@ def store_url(
     raise StoreError(f"{backend}: a feedback store is a SQLite file or a PostgreSQL database")
 
 # %% ../nbs/06_connection.ipynb #6e3b2977
+def _check_encoding(encoding:str)->None:
+    "Text of any language must come back as it was."
+    if encoding == "UTF8": return
+    raise StoreError(f"the database has the encoding {encoding}, in which not every id can be kept; "
+                     "make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0")
+
 def _engine(url:URL)->Engine:
     "An engine whose transactions are what they seem."
     if url.get_backend_name() == "sqlite":
         engine = create_engine(url, connect_args={"timeout": 5})
         statements = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
     else:
-        limits = {"connect_timeout": 3, "keepalives_idle": 10, "tcp_user_timeout": 5000}
+        limits = {"connect_timeout": 3, "keepalives_idle": 10, "tcp_user_timeout": 5000, "client_encoding": "utf8"}
         engine = create_engine(url, pool_pre_ping=True, pool_timeout=3, connect_args={name: value for name, value in limits.items() if name not in url.query})
         statements = ("SET lock_timeout = 5000", "SET idle_in_transaction_session_timeout = 60000")
-    @event.listens_for(engine, "connect")
+    @event.listens_for(engine, "connect", insert=True) # before SQLAlchemy asks anything itself
     def prepare(connection, record):
+        if url.get_backend_name() != "sqlite": _check_encoding(connection.info.parameter_status("server_encoding"))
         if url.get_backend_name() == "sqlite": connection.isolation_level = None
         cursor = connection.cursor()
         for statement in statements: cursor.execute(statement)
@@ -181,7 +188,17 @@ class StoreConnection:
     @contextmanager
     def _errors(self, operation:str)->Iterator[None]:
         try: yield
-        except (SQLAlchemyError, OSError) as error: raise StoreError(f"feedback store {self.shown}: {operation}: {_reason(error, self.url)}") from None
+        except StoreError as error:
+            if self.shown in str(error): raise
+            raise StoreError(f"feedback store {self.shown}: {operation}: {error}") from None
+        except (SQLAlchemyError, OSError) as error: raise self._error(operation, error) from None
+        except Exception as error:
+            # a database that is no feedback store can make a library stumble anywhere while it is opened
+            if operation != "open": raise
+            raise self._error(operation, error) from error
+
+    def _error(self, operation:str, error:Exception)->StoreError:
+        return StoreError(f"feedback store {self.shown}: {operation}: {_reason(error, self.url)}")
 
     @contextmanager
     def transaction(self,

@@ -38,6 +38,7 @@ class Columns:
     Required = (User, Item)
     Optional = (Event, Quantity, Timestamp)
     All = Required + Optional
+    Counted = ("popularity", "first_seen", "last_seen") # what a model knows of each user and item besides the attributes
 
 # %% ../nbs/00_core.ipynb #2e41923f
 class ProductRecsError(Exception):
@@ -85,7 +86,10 @@ class Settings(BaseSettings):
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least severe log line")
     database_url: str = Field("sqlite:///data/feedback.db", description="feedback store, a SQLAlchemy URL; a SQLite path is relative to the project root; empty: none")
     impressions: float = Field(1.0, ge=0, le=1, description="share of the answers that the store keeps as impressions")
-    auth: Literal["auto", "on", "off"] = Field("auto", description="are API keys required? auto: where the host is no loopback address")
+    auth: Literal["auto", "on", "off"] = Field("auto", description="are API keys required? auto: yes, unless `product-recs serve` has bound a loopback address")
+    allowed_hosts: list[str] = Field([], description="without API keys: further host names to answer to, beside localhost and loopback addresses, as JSON; [\"*\"]: all")
+    root_path: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$", description="path under which a proxy shows the service, such as /shop")
+    forwarded_allow_ips: list[str] = Field(["127.0.0.1", "::1"], description="proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, addresses or networks, as JSON")
     api_keys_file: Path = Field(Path("api_keys.json"), description="hashed API keys; relative to the project root")
     rate_limit: float = Field(0, ge=0, description="requests a second for each key, in all workers together; 0: no limit")
     max_body_bytes: int = Field(1_000_000, ge=1000, description="largest request body")
@@ -162,7 +166,7 @@ def locked(
     "Run the block while no other process runs one under the same lock."
     import fcntl
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
+    with open(path, "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -175,7 +179,7 @@ def write_metrics(
     "Set the section `job` of `metrics.json`, leaving the other sections as they are."
     path = resolve_path(report_dir)/"metrics.json"
     with locked(path.with_name(".metrics.lock")):
-        sections = json.loads(path.read_text()) if path.exists() else {}
+        sections = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         sections[job] = metrics
         return atomic_write(path, json.dumps(sections, indent=2, sort_keys=True, default=str) + "\n")
 

@@ -17,7 +17,7 @@ from .core import Columns, IngestError, Settings, project_root
 from .connection import store_url
 from .credentials import parse_url, resolve
 from .store import Store, StoreError
-from .ids import whole_number
+from .ids import key_sql, number_or_text
 
 # %% ../nbs/01_feedback.ipynb #7acd788a
 def feedback_url(
@@ -43,7 +43,7 @@ class Feedback:
     until: datetime           # the cut, UTC
     rows: int                 # events in `staged`
     kinds: dict[str, set]     # id column -> number, text
-    forgotten: dict           # user id -> moment of the wish, UTC
+    forgotten: dict           # key of a user -> moment of the wish, UTC
     staged: Path              # CSV without a header: number, user_id, item_id, event, quantity, timestamp
 
 def stage_feedback(
@@ -53,12 +53,12 @@ def stage_feedback(
     "Write the events of a store up to now into a file."
     rows, kinds, staged = 0, {name: set() for name in Columns.Required}, folder/"feedback.csv"
     try:
-        with Store(feedback_url(feedback)) as store, open(staged, "w", newline="") as file:
+        with Store(feedback_url(feedback)) as store, open(staged, "w", encoding="utf-8", newline="") as file:
             until, out = store.cut(), csv.writer(file)
             forgotten = store.forgotten()
             for event in store.read_events(until):
                 out.writerow([event.seq, event.user_id, event.item_id, event.event, event.quantity, event.timestamp.isoformat()])
-                for name in kinds: kinds[name].add("number" if isinstance(getattr(event, name), int) else "text")
+                for name in kinds: kinds[name].add("text" if isinstance(number_or_text(getattr(event, name)), str) else "number")
                 rows += 1
     except StoreError as error: raise IngestError(str(error)) from None
     return Feedback(store.shown, until, rows, kinds, forgotten, staged)
@@ -66,16 +66,15 @@ def stage_feedback(
 # %% ../nbs/01_feedback.ipynb #bf42d0c6
 def drop_forgotten(
     con:duckdb.DuckDBPyConnection, # with the table `checked`
-    forgotten:dict,                # user id -> moment, UTC
-    type:str,                      # of the final user ids, BIGINT or VARCHAR
+    forgotten:dict,                # key of a user -> moment, UTC
 )->int:                            # rows that were dropped
-    "Take the rows of forgotten users out of `checked`."
+    "Take the rows of forgotten users out of `checked`, whatever way a file writes their ids."
     if not forgotten: return 0
     con.execute("CREATE OR REPLACE TEMP TABLE forgotten (id VARCHAR, until TIMESTAMP)")
-    pairs = [(str(user), moment.replace(tzinfo=None)) for user, moment in forgotten.items()]
-    con.execute("INSERT INTO forgotten SELECT unnest(?::VARCHAR[]), unnest(?::TIMESTAMP[])", [list(column) for column in zip(*pairs)])
-    user, id = (whole_number(column) if type == "BIGINT" else column for column in ("checked.user_id", "forgotten.id"))
-    return con.execute(f"DELETE FROM checked USING forgotten WHERE fault IS NULL AND {user} = {id} AND (timestamp IS NULL OR timestamp < until)").fetchone()[0]
+    moments = [moment.replace(tzinfo=None) for moment in forgotten.values()]
+    con.execute("INSERT INTO forgotten SELECT unnest(?::VARCHAR[]), unnest(?::TIMESTAMP[])", [list(forgotten), moments])
+    return con.execute(f"""DELETE FROM checked USING forgotten WHERE fault IS NULL AND {key_sql('checked.user_id')} = forgotten.id
+        AND (timestamp IS NULL OR timestamp < until)""").fetchone()[0]
 
 # %% ../nbs/01_feedback.ipynb #8085df4a
 def drop_forgotten_people(
@@ -85,7 +84,7 @@ def drop_forgotten_people(
 )->int:                            # rows that were dropped
     "Take forgotten users who have no interactions out of the users file."
     table, log = (f"""read_parquet('{str(path).replace("'", "''")}')""" for path in (users, interactions))
-    gone = f"CAST(user_id AS VARCHAR) IN (SELECT id FROM forgotten) AND user_id NOT IN (SELECT user_id FROM {log})"
+    gone = f"{key_sql('CAST(user_id AS VARCHAR)')} IN (SELECT id FROM forgotten) AND user_id NOT IN (SELECT user_id FROM {log})"
     dropped, = con.execute(f"SELECT count(*) FROM {table} WHERE {gone}").fetchone()
     if dropped:
         kept = users.with_suffix(".kept")

@@ -18,7 +18,7 @@ from .core import ProductRecsError
 from .events import UNCHANGED, Event, UserState
 from .inference import Recommender
 from .signals import score_histories
-from .solver import solve_rows
+from .solver import solve_rows, solve_triangle_of, stable_triangle
 
 # %% ../nbs/05_foldin.ipynb #edf4f206
 class Solver:
@@ -39,13 +39,19 @@ class Solver:
         inverse = np.linalg.inv(self.base)
         return (inverse + inverse.T)/2
 
+    @cached_property
+    def heaviest(self)->float:
+        "Largest confidence, with alpha in it, up to which the normal matrix of a user keeps five digits of sixteen."
+        return 1e11*self.regularization/max(np.abs(self.base).sum(axis=0).max(initial=0), 1e-300)
+
     def solve(self,
         items:np.ndarray,      # (k,) rows of the user's items, each once
         confidence:np.ndarray, # (k,) positive
     )->np.ndarray:             # (f,) float32; zeros where there are no items
         "Factors of one user."
-        weight = self.alpha*np.asarray(confidence, np.float64)
-        return self.apply(items, confidence, weight @ self.item_factors[items].astype(np.float64), weight).astype(np.float32)
+        weight, factors = self.alpha*np.asarray(confidence, np.float64), self.item_factors[items].astype(np.float64)
+        if weight.max(initial=0) > self.heaviest: return solve_triangle_of(*stable_triangle(self.base, factors, weight)).astype(np.float32)
+        return self.apply(items, confidence, weight @ factors, weight).astype(np.float32)
 
     def apply(self,
         items:np.ndarray,      # (k,) rows of the user's items, each once
@@ -55,16 +61,18 @@ class Solver:
     )->np.ndarray:             # (f,) float64
         "The inverse of the user's matrix A, times a vector."
         factors = self.item_factors[items].astype(np.float64)
-        extra = self.alpha*np.asarray(confidence, np.float64) - 1
+        weight = self.alpha*np.asarray(confidence, np.float64)
+        if weight.max(initial=0) > self.heaviest:
+            triangle = stable_triangle(self.base, factors, weight)[0]
+            return solve_triangle_of(triangle, solve_triangle_of(triangle, vector, transposed=True))
+        extra = weight - 1
         if 2*len(items) <= len(self.base) and self.inverse is not None:
             across = factors @ self.inverse
             inner = np.eye(len(items)) + extra[:, None]*(across @ factors.T)
             if target is not None: return np.linalg.solve(inner, target) @ across
             first = self.inverse @ vector
             return first - across.T @ np.linalg.solve(inner, extra*(factors @ first))
-        matrix = self.base + (factors.T*extra) @ factors
-        try: return np.linalg.solve(matrix, vector)
-        except np.linalg.LinAlgError: return np.linalg.lstsq(matrix, vector, rcond=None)[0]
+        return np.linalg.solve(self.base + (factors.T*extra) @ factors, vector)
 
 def _gram(factors:np.ndarray)->np.ndarray:
     "The sum of the outer products of all rows, in float64, without a second copy of them all."

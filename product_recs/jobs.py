@@ -136,7 +136,7 @@ def _claim(reports:Path):
     import fcntl
     try:
         reports.mkdir(parents=True, exist_ok=True)
-        lock = open(reports/".lock", "w")
+        lock = open(reports/".lock", "w", encoding="utf-8")
     except OSError as error: raise JobError(f"{reports}: cannot be written ({error.strerror})") from None
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -161,7 +161,7 @@ def _check_name(name:str):
 
 def _metrics(reports:Path)->dict:
     path = reports/"metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 # %% ../nbs/07_jobs.ipynb #a0d3cfa4
 def run(
