@@ -204,7 +204,7 @@ def find_items(
     bundle, words = model.bundle, query.lower().split()
     if "_titles" not in vars(model): # once a model: the titles in lower case, each word after a space
         titles = bundle.item_columns.get("title", np.full(len(bundle.items), None, object))
-        model._titles = np.array([f" {'' if (title := plain(title)) is None else str(title).lower()}" for title in titles], object)
+        model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in map(plain, titles)], object)
     rows = [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)] if words else []
     wanted = as_id(bundle.items, query.strip())
     exact = bundle.items.row(wanted)
