@@ -20,13 +20,14 @@ import duckdb
 
 from .attributes import attribute_names, united
 from .core import Columns, IngestError, atomic_folder, resolve_path
-from .csvfiles import staged_query
 from .credentials import is_reference, masked, masked_parameters, password_note
+from .csvfiles import staged_query
 from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
 from .sources import FileRead, match_columns, near_name, read_source, run_query
 from .sql import database_errors, file_name, local_name, named, parquet, quoted, temporary_database
+from .text import safe_cell_sql
 from .events import KNOWN_EVENTS, LEEWAY, EventRules
 from .validate import ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed
 from .ids import key_sql, whole_number
@@ -301,7 +302,8 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
         if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
     if options["users"] and wishes and (dropped := drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet")):
         ledger.tables["users"] |= {"rows_kept": ledger.tables["users"]["rows_kept"] - dropped, "rows_forgotten": dropped}
-    con.execute(f"COPY (SELECT * FROM rejects ORDER BY file, line) TO {file_name(out/'rejects.csv')} (HEADER)")
+    texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}' for column in ("file", "column", "value", "reason"))
+    con.execute(f"COPY (SELECT * REPLACE ({texts}) FROM rejects ORDER BY rejects.file, line) TO {file_name(out/'rejects.csv')} (HEADER)")
     given = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
     given = json.loads(json.dumps(given, default=str))
     ledger.parameters = masked_parameters(given)

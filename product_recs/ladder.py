@@ -16,7 +16,7 @@ import numpy as np
 from .bundle import Bundle
 from .core import Columns, ProductRecsError
 from .events import UNCHANGED, Event, UserState
-from .filters import NO_FILTERS, SEEN, TEXT, YES_NO, Attributes, Filters, rows_of, rule_out
+from .filters import NO_FILTERS, SEEN, TEXT, YES_NO, Attributes, Filters, read_value, rows_of, rule_out
 from .foldin import Person, counted, person, prepare_people, score_person
 from .ids import id_key
 from .inference import Recommendations, Recommender, checked_n, make_list, search_list
@@ -245,7 +245,7 @@ def new_for(
 )->Recommendations:          # source `content` or `new`; without rows: they have none
     "The `n` items without interactions that fit best what the user has, and that can be bought."
     cold, state = model.bundle.cold_items, request.state
-    if category is not None: category = model.catalogue.attributes.read("category", category)
+    if category is not None: category = read_value(model.catalogue.attributes, "category", category)
     who, weights = person(model, request.user, state, request.session), {}
     things = list(described(model, request).new_items.values())
     if len(who.items) or things:

@@ -76,7 +76,7 @@ class Shop(RuleBasedStateMachine):
         if kind != "none":
             publish(self.folder / "models", kind)
         folder = self.folder / ("none" if kind == "none" else "models")
-        self.kind, self.client = kind, TestClient(create_app(Settings(models_dir=folder, database_url=self.url, log_level="ERROR", watch_seconds=60)))
+        self.kind, self.client = kind, TestClient(create_app(Settings(models_dir=folder, database_url=self.url, log_level="ERROR", auth="off", watch_seconds=60)), base_url="http://localhost")
         self.client.__enter__()
 
     def stop(self):

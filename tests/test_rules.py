@@ -116,7 +116,7 @@ def test_what_the_service_accepts_the_next_training_learns(tmp_path):
     assert bundle.manifest["parameters"]["ingest"] == {"events": ["purchase", "wishlist"], "max_quantity": 5, "numbers": ["user_id", "item_id"]}
     tried = [("purchase", 1, 5, None), ("wishlist", "1.0", 1, None), ("subscribe", 1, 1, "event"), ("cart", 1, 1, "event"), ("purchase", 1, 6, "quantity"),
              ("purchase", "anna", 1, "user_id"), ("deny", "anna", 6, None), ("undeny", 1, 5000, None)]  # fmt: skip
-    with TestClient(create_app(Settings(models_dir=tmp_path / "models", database_url=url, log_level="ERROR"))) as client:
+    with TestClient(create_app(Settings(models_dir=tmp_path / "models", database_url=url, log_level="ERROR", auth="off")), base_url="http://localhost") as client:
         for name, user, quantity, fault in tried:
             body = {"user_id": user, "item_id": 101, "event": name, "quantity": quantity}
             answer = client.post("/events", json=body).json()
@@ -144,7 +144,7 @@ def test_what_was_accepted_under_other_rules_is_told_and_not_counted(tmp_path):
     "No model is live, the defaults hold; then a run with stricter rules comes."
     (tmp_path / "log.csv").write_text(LOG)
     url = f"sqlite:///{tmp_path}/feedback.db"
-    with TestClient(create_app(Settings(models_dir=tmp_path / "models", database_url=url, log_level="ERROR"))) as client:
+    with TestClient(create_app(Settings(models_dir=tmp_path / "models", database_url=url, log_level="ERROR", auth="off")), base_url="http://localhost") as client:
         events = [{"user_id": 1, "item_id": 101, "event": "rating"}, {"user_id": 1, "item_id": 103, "quantity": 900}, {"user_id": 1, "item_id": 105}, {"user_id": "anna", "item_id": 105}]
         assert client.post("/events", json={"events": [*events, {"user_id": 1, "item_id": 101, "event": "subscribe"}]}).json()["accepted"] == 4
         with Store(url) as store:
