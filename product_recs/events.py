@@ -12,7 +12,7 @@ from datetime import datetime
 from .ids import id_key
 
 # %% ../nbs/00_events.ipynb #a51b4068
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Event:
     "One thing that a user did."
     item_id: int|str                # as somebody wrote it; the event has the key
@@ -23,7 +23,7 @@ class Event:
     def __post_init__(self): object.__setattr__(self, "item_id", id_key(self.item_id))
 
 # %% ../nbs/00_events.ipynb #b83890d6
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UserState:
     "What the service knows of one user that the live model does not."
     events: tuple[Event, ...] = ()            # newer than the model, oldest first

@@ -156,7 +156,8 @@ def add_people(
         model = service.live.get() if users else None
         user = as_id(users, path_id(request.scope, -2))
         recent = await service.stored("history", user, limit) if service.store else []
-        return await run_in_threadpool(history, model, user, service.state(user), recent, limit)
+        state, = await service.states([user])
+        return await run_in_threadpool(history, model, user, state, recent, limit)
 
     @app.delete("/users/{user_id}", response_model=Forgotten, tags=["people"], summary="Forget a person",
                 responses=documented("Nothing that was known of them is used any more; a second time does no harm.", 422, 503, model=False))
@@ -228,7 +229,7 @@ def add_new(
                         user_id:Annotated[str | None, Query(max_length=LONGEST_ID, description="absent: a guest", openapi_examples={"sample": {"value": "1"}})]=None,
                         category:Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]=None):
         model = service.live.get()
-        asked = service.question(None if user_id is None else as_id(model.bundle.users, user_id), n)
+        asked = await service.question(None if user_id is None else as_id(model.bundle.users, user_id), n)
         found = await run_in_threadpool(new_for, model, asked, category)
         facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
         if detail: facts["items"] = await run_in_threadpool(_told_of, model, found)
