@@ -78,7 +78,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
               responses=documented("One result a user, in the order asked.", 400, 413, 415, 422, 503))
     async def recommend_many(request:Request, body:Body):
         model = service.live.get()
-        session = [event.to_event() for event in body.events]
+        session = body.session(model.bundle.rules)
         filters = body.filters.to_filters()
         users = body.users if body.users is not None else [None]
         told = body.told()

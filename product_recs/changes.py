@@ -24,10 +24,10 @@ from typing import NamedTuple
 from sqlalchemy import func, select
 from sqlalchemy.engine import Connection
 
-from .events import UNCHANGED, Event, UserState
+from .events import INSTRUCTIONS, UNCHANGED, Event, UserState
 from .ids import key_or_none
-from .records import (AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, INSTRUCTIONS, Impression, StoreError,
-                                  from_micros, to_micros)
+from .records import (AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, Impression, StoreError, from_micros,
+                                  to_micros)
 from .store import Store
 
 # %% ../nbs/06_changes.ipynb #05652601

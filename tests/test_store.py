@@ -446,7 +446,7 @@ def test_what_was_accepted_is_in_the_next_model_and_new_to_no_one(url, tmp_path,
     log.write_text(LOG)
 
     def train(name):
-        ledger = ingest(log, tmp_path / name, feedback=url, progress=False)
+        ledger = ingest(log, tmp_path / name, feedback=url, max_reject_share=0.4, progress=False)
         assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten
         version, _ = train_bundle(build_features(tmp_path / name, tmp_path / f"{name}-features"), tmp_path / "models", factors=4, iterations=2, blend=False, progress=False)
         return ledger, open_bundle(tmp_path / "models", version)
