@@ -7,14 +7,16 @@ __all__ = ['json_body', 'read_events', 'tables', 'rules_now', 'add_feedback', 'h
            'add_new', 'add_items']
 
 # %% ../nbs/06_people.ipynb #990393da
+import json
+import re
 from typing import Annotated
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from .answers import (AvailabilityItem, EventsAnswer, FeedbackEvent, Forgotten, FoundItems, History, ItemFacts, NewList, UserSample, as_id, plain)
@@ -34,11 +36,17 @@ from .web import documented, id_in_path, path_id
 async def json_body(
     request:Request,
 )->object: # what the JSON says
-    "The body as JSON; an HTTP error where it is none."
+    "The body as JSON; where it is none, the same error as of the other routes."
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json": raise HTTPException(415, f"the body must be application/json, not {kind or 'without a content type'}")
-    try: return from_json(await request.body(), allow_inf_nan=False)
-    except ValueError as error: raise HTTPException(400, f"the body is not readable as JSON: {error}") from None
+    if not re.fullmatch(r"application/(json|[^/]+\+json)", kind):
+        raise HTTPException(415, f"the body must be application/json, not {kind or 'without a content type'}")
+    if not await request.body(): raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+    try: return await request.json()
+    except json.JSONDecodeError as error:
+        wrong = {"type": "json_invalid", "loc": ("body", error.pos), "msg": error.msg, "ctx": {"error": error.msg}}
+        raise RequestValidationError([wrong]) from None
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the body is not readable as JSON ({type(error).__name__})") from None
 
 def read_events(
     body:object, # of POST /events
