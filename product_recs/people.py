@@ -7,14 +7,16 @@ __all__ = ['json_body', 'read_events', 'tables', 'rules_now', 'add_feedback', 'h
            'add_new', 'add_items']
 
 # %% ../nbs/06_people.ipynb #990393da
+import json
+import re
 from typing import Annotated
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from .answers import (AvailabilityItem, EventsAnswer, FeedbackEvent, Forgotten, FoundItems, History, ItemFacts, NewList, UserSample, as_id, plain)
@@ -34,11 +36,17 @@ from .web import documented, id_in_path, path_id
 async def json_body(
     request:Request,
 )->object: # what the JSON says
-    "The body as JSON; an HTTP error where it is none."
+    "The body as JSON; where it is none, the same error as of the other routes."
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json": raise HTTPException(415, f"the body must be application/json, not {kind or 'without a content type'}")
-    try: return from_json(await request.body(), allow_inf_nan=False)
-    except ValueError as error: raise HTTPException(400, f"the body is not readable as JSON: {error}") from None
+    if not re.fullmatch(r"application/(json|[^/]+\+json)", kind):
+        raise HTTPException(415, f"the body must be application/json, not {kind or 'without a content type'}")
+    if not await request.body(): raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+    try: return await request.json()
+    except json.JSONDecodeError as error:
+        wrong = {"type": "json_invalid", "loc": ("body", error.pos), "msg": error.msg, "ctx": {"error": error.msg}}
+        raise RequestValidationError([wrong]) from None
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the body is not readable as JSON ({type(error).__name__})") from None
 
 def read_events(
     body:object, # of POST /events
@@ -166,7 +174,8 @@ def add_people(
         model = service.live.get() if users else None
         user = as_id(users, path_id(request.scope, -2))
         recent = await service.stored("history", user, limit) if service.store else []
-        return await run_in_threadpool(history, model, user, service.state(user), recent, limit)
+        state, = await service.states([user])
+        return await run_in_threadpool(history, model, user, state, recent, limit)
 
     @app.delete("/users/{user_id}", response_model=Forgotten, tags=["people"], summary="Forget a person",
                 responses=documented("Nothing that was known of them is used any more; a second time does no harm.", 422, 503, model=False))
@@ -238,7 +247,7 @@ def add_new(
                         user_id:Annotated[str | None, Query(max_length=LONGEST_ID, description="absent: a guest", openapi_examples={"sample": {"value": "1"}})]=None,
                         category:Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]=None):
         model = service.live.get()
-        asked = service.question(None if user_id is None else as_id(model.bundle.users, user_id), n)
+        asked = await service.question(None if user_id is None else as_id(model.bundle.users, user_id), n)
         found = await run_in_threadpool(new_for, model, asked, category)
         facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
         if detail: facts["items"] = await run_in_threadpool(_told_of, model, found)
