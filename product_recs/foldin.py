@@ -20,6 +20,15 @@ from .inference import Recommender
 from .signals import score_histories
 from .solver import solve_rows, solve_triangle_of, stable_triangle
 
+# %% ../nbs/05_foldin.ipynb #e499ec80
+def _gram(factors:np.ndarray)->np.ndarray:
+    "The sum of the outer products of all rows, in float64, without a second copy of them all."
+    total = np.zeros((factors.shape[1],)*2)
+    for start in range(0, len(factors), 1 << 16):
+        part = factors[start:start + (1 << 16)].astype(np.float64)
+        total += part.T @ part
+    return total
+
 # %% ../nbs/05_foldin.ipynb #edf4f206
 class Solver:
     "Item factors that stay as they are, and what every solve against them shares."
@@ -73,14 +82,6 @@ class Solver:
             first = self.inverse @ vector
             return first - across.T @ np.linalg.solve(inner, extra*(factors @ first))
         return np.linalg.solve(self.base + (factors.T*extra) @ factors, vector)
-
-def _gram(factors:np.ndarray)->np.ndarray:
-    "The sum of the outer products of all rows, in float64, without a second copy of them all."
-    total = np.zeros((factors.shape[1],)*2)
-    for start in range(0, len(factors), 1 << 16):
-        part = factors[start:start + (1 << 16)].astype(np.float64)
-        total += part.T @ part
-    return total
 
 # %% ../nbs/05_foldin.ipynb #1da9af03
 def fold_in(

@@ -23,6 +23,7 @@ from .bundle import Bundle
 from .core import ProductRecsError
 from .filters import NO_FILTERS, NOT_A_CANDIDATE, SEEN, Attributes, Catalogue, Filters, best_allowed, rule_out
 from .nearest import NearestItems, open_index
+from .parameters import number
 from .search import Searcher
 from .signals import BlendError, Signals, read_weights, score_users
 
@@ -46,9 +47,7 @@ def checked_n(
     n:int,   # as the caller gave it
 )->int:      # the same
     "Refuse an `n` that is not a whole number of at least 1."
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ProductRecsError(f"n is the number of items, a whole number of at least 1, and not {n!r}")
-    return int(n)
+    return number("n", n, 1, 10**9, whole=True)
 
 # %% ../nbs/05_inference.ipynb #5abadb78
 class Recommender:
