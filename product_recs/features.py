@@ -152,10 +152,10 @@ def _counts(chosen:np.ndarray|None, starts:np.ndarray, rows:int)->np.ndarray:
     borders = np.append(starts, rows)
     return np.diff(borders if chosen is None else np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]).astype(np.float32)
 
-def _snapshot(log:tuple, starts:np.ndarray, until:str|None, ends:str|None, half_life:float)->dict[str, np.ndarray]:
-    "Sum of the worth, number of the rows and age in days of each pair, over the rows known before `until` (None: all)."
+def _snapshot(log:tuple, starts:np.ndarray, until:str|None, ends:int, half_life:float)->dict[str, np.ndarray]:
+    "Sum of the worth, number of the rows and age in days of each pair, over the rows known before `until` (None: all, up to `ends`)."
     _, _, worth, time = log
-    moment = _micros(until or ends) if until or ends else 0
+    moment = _micros(until) if until else ends
     known = time < moment if until else None
     when = np.where(time == UNTIMED, moment, time) if (time == UNTIMED).any() else time # a row without a time has age 0
     if half_life: worth = worth * np.exp2(np.minimum(when - moment, 0) / (half_life * 86_400e6)) # what is not known yet is taken out below
@@ -330,12 +330,13 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
     "Id tables, snapshots and targets, as files in `folder`; returns the shape, and the mean total of a user where BM25 needs it."
     for key, table in (("user_id", "log_users"), ("item_id", "log_items")): _number_ids(database, key, table)
     log, room = _read_log(database, parameters), {}
+    ends = max(int(log[3].max()), 0) # of the log, also where it is too short for a split; 0 without times
     with ThreadPoolExecutor(os.cpu_count()) as pool: # NumPy lets go of the interpreter while it works
         borders = _borders(*log[:2])
         blocks = list(zip(borders, borders[1:], pool.map(lambda first, end: _starts(log, first, end), borders, borders[1:])))
         for name in ("all", "train_validation", "train"):
             until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
-            found = _by_blocks(pool, log, blocks, lambda part, starts, until=until: _snapshot(part, starts, until, split.get("ends"), parameters["half_life_days"]), room)
+            found = _by_blocks(pool, log, blocks, lambda part, starts, until=until: _snapshot(part, starts, until, ends, parameters["half_life_days"]), room)
             kept = _enough(found["user"], found["item"], parameters)
             found = {value: column[kept] for value, column in found.items()}
             if name == "all":

@@ -119,7 +119,9 @@ def _fit_implicit(confidence:csr_matrix, takes_loss, after, *, factors:int, regu
         def each(iteration, seconds, loss): # iteration counts from 0
             after(iteration + 1, loss if model.calculate_training_loss else None)
             model.calculate_training_loss = takes_loss(iteration + 2)
-        model.fit(confidence, show_progress=False, callback=each)
+        try: model.fit(confidence, show_progress=False, callback=each)
+        except implicit_module("recommender_base").ModelFitError as error:
+            raise TrainError(f"implicit gave up ({error}) with regularization={regularization} and alpha={alpha}; raise the one or lower the other, or take solver='rotated'") from None
         finite = np.isfinite(model.item_factors).all()
         user_factors = fold_in(model.item_factors, confidence, regularization, alpha, num_threads=num_threads) if finite else model.user_factors
         return user_factors, model.item_factors, _loss(confidence, user_factors, model.item_factors, regularization, alpha, num_threads) if last_loss else None

@@ -68,7 +68,8 @@ def continued_fit(
     for look in looks:
         model.iterations, done = look - done, look
         with one_blas_thread():
-            model.fit(matrix, show_progress=False)
+            try: model.fit(matrix, show_progress=False)
+            except implicit_module("recommender_base").ModelFitError: return # there is nothing to look at
             users = fold_in(model.item_factors, matrix, regularization, alpha, num_threads=0) if np.isfinite(model.item_factors).all() else model.user_factors
         yield done, users, model.item_factors
 
