@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, Strict, StrictBool, StrictInt, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from .ids import IdTable
+from .ids import LONGEST_ID, IdError, IdTable, id_key, key_or_none, number_or_text
 from .events import Event
 from .filters import Filters
 from .records import NewEvent
@@ -30,28 +30,28 @@ def plain(
     "A value as JSON can hold it."
     if isinstance(value, dict): return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)): return [plain(inner) for inner in value]
-    if isinstance(value, np.datetime64): return None if np.isnat(value) else str(value.astype("datetime64[s]"))
+    if isinstance(value, np.datetime64): value = value.astype("datetime64[us]").astype(object) # NaT becomes None
     if isinstance(value, np.generic): value = value.item()
     if isinstance(value, float) and not np.isfinite(value): return None
     if isinstance(value, (datetime, date)): return value.isoformat()
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 # %% ../nbs/06_answers.ipynb #abedc06e
-def _id(value:Any)->int|str:
-    if type(value) is int and -2**63 <= value < 2**63: return value
-    if type(value) is str and 1 <= len(value) <= 512 and not re.search("[\x00-\x1f\x7f\ud800-\udfff]", value): return value
-    raise PydanticCustomError("id", "an id is a whole number of 64 bits or a text of 1 to 512 characters, without control characters and lone surrogates")
+def _id(value:Any)->str:
+    try: return id_key(value)
+    except IdError as error: raise PydanticCustomError("id", "{reason}", {"reason": str(error)}) from None
 
-Id = Annotated[int | str, PlainValidator(_id), WithJsonSchema({"anyOf": [
-    {"type": "integer", "minimum": -2**63, "maximum": 2**63 - 1}, {"type": "string", "minLength": 1, "maxLength": 512, "pattern": "^[^\\u0000-\\u001f\\u007f]+$"}]})]
+_TEXT_ID = {"type": "string", "minLength": 1, "maxLength": LONGEST_ID, "pattern": '^[^\\u0000-\\u001f"]+$'}
+Id = Annotated[str, PlainValidator(_id), WithJsonSchema({"anyOf": [{"type": "integer"}, _TEXT_ID]})] # comes in as the key
 
 def as_id(
     table:IdTable|None, # of the model; None: there is no model yet
-    value:int|str,
+    value:int|str,      # key, or an id as somebody wrote it
 )->int|str:
-    "The id in the type that the model's data has."
-    if table is None: return value
-    return table.shown(value)
+    "An id as answers show it: in the type that the model's data has, else a whole number as a number; what is no id stays as it is."
+    key = key_or_none(value)
+    if key is None: return value
+    return number_or_text(key) if table is None else table.shown(key)
 
 # %% ../nbs/06_answers.ipynb #2ba777fb
 EventName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_-]{0,49}$")]
@@ -70,12 +70,12 @@ class SessionEvent(_Strict):
     event: EventName = Field("view", description="view, cart, purchase, ...")
     quantity: _Number = Field(1.0, gt=0, le=1_000_000)
 
-    def to_event(self, items:IdTable)->Event: return Event(as_id(items, self.item_id), self.event, self.quantity)
+    def to_event(self)->Event: return Event(self.item_id, self.event, self.quantity)
 
 class NumberRange(_Strict):
     "From `min` to `max`, both included."
-    min: _Number | None = None
-    max: _Number | None = None
+    min: StrictInt | _Number | None = None
+    max: StrictInt | _Number | None = None
 
 class FilterRules(_Strict):
     "What may come back; all rules hold together."
@@ -85,11 +85,10 @@ class FilterRules(_Strict):
     where: dict[str, list[StrictBool | StrictInt | float | str] | NumberRange] = Field({}, description="attribute -> its allowed values, or a range of numbers", max_length=20)
     max_per: dict[str, Annotated[StrictInt, Field(ge=1)]] = Field({}, description="attribute -> most items that share one value of it", max_length=5)
 
-    def to_filters(self, items:IdTable)->Filters:
+    def to_filters(self)->Filters:
         "As the ranking takes them."
         where = {name: rule.model_dump(exclude_none=True) if isinstance(rule, NumberRange) else rule for name, rule in self.where.items()}
-        ids = lambda given: tuple(as_id(items, item) for item in given)
-        return Filters(self.exclude_seen, ids(self.deny), None if self.allow is None else ids(self.allow), where, dict(self.max_per))
+        return Filters(self.exclude_seen, tuple(self.deny), None if self.allow is None else tuple(self.allow), where, dict(self.max_per))
 
 # %% ../nbs/06_answers.ipynb #27b4c49d
 Task = Literal["discovery", "next_purchase"]
@@ -111,13 +110,13 @@ def recommend_body(
         task: Task = "discovery"
         events: list[SessionEvent] = Field([], max_length=min(max_batch, 200), description="of this session; with `users`, they count for each of them")
         attributes: _Words = Field({}, description="what is known of the guest, column of the users file -> value, such as {\"age\": \"35-44\"}; with `users`, of each whom the model does not know")
-        items: dict[str, _Words] = Field({}, max_length=200, description="what is known of new items in `events`, item id -> column of the products file -> value; nothing is stored")
+        items: dict[Id, _Words] = Field({}, max_length=200, description="what is known of new items in `events`, item id -> column of the products file -> value; nothing is stored")
         filters: FilterRules = Field(default_factory=FilterRules)
         detail: StrictBool = False
 
-        def told(self, items:IdTable)->dict:
+        def told(self)->dict:
             "`attributes` and `new_items`, as the ladder takes them; the columns are still to be checked."
-            return {"attributes": self.attributes, "new_items": {as_id(items, item): words for item, words in self.items.items()}}
+            return {"attributes": self.attributes, "new_items": self.items}
     return RecommendRequest
 
 # %% ../nbs/06_answers.ipynb #59627ada
@@ -130,9 +129,9 @@ class FeedbackEvent(_Strict):
     quantity: _Number = Field(1.0, gt=0, le=1_000_000)
     timestamp: Annotated[datetime | None, BeforeValidator(_iso)] = Field(None, description="ISO 8601, without a zone it is UTC, not in the future; absent: now")
 
-    def to_event(self, users:IdTable|None, items:IdTable|None)->NewEvent:
+    def to_event(self)->NewEvent:
         "As the store takes it; a `FeedbackError` names the field that it does not take."
-        return NewEvent(as_id(users, self.user_id), as_id(items, self.item_id), self.event, self.quantity, self.timestamp, self.key)
+        return NewEvent(self.user_id, self.item_id, self.event, self.quantity, self.timestamp, self.key)
     key: Annotated[str, StringConstraints(pattern="^[!-~]{1,200}$")] | None = Field(None, description="makes a repeated request harmless; absent: made here")
 
 class EventStatus(BaseModel):

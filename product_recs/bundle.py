@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'INDEX_FILE', 'save_csr', 'load_array', 'load_csr', 'save_table', 'load_table', 'write_bundle', 'Bundle',
-           'read_manifest', 'verify_files', 'open_bundle', 'current_version', 'previous_versions', 'publish',
-           'annotate', 'list_versions', 'version_of', 'remove_bundle']
+           'read_manifest', 'verify_files', 'open_bundle', 'current_version', 'live_version', 'previous_versions',
+           'publish', 'annotate', 'list_versions', 'version_of', 'remove_bundle']
 
 # %% ../nbs/00_bundle.ipynb #b1ee8642
 import hashlib
@@ -25,6 +25,7 @@ from scipy.sparse import csr_matrix
 from .cold import NO_COLD, ColdTable
 from .core import BundleError, atomic_folder, atomic_write
 from .ids import IdTable
+from .sql import database_errors, file_name, named, parquet
 
 # %% ../nbs/00_bundle.ipynb #962608b3
 def save_csr(
@@ -64,38 +65,52 @@ def load_csr(
     return matrix
 
 # %% ../nbs/00_bundle.ipynb #7ff1b3c6
+_TYPES = {"i": "BIGINT", "u": "BIGINT", "f": "DOUBLE", "b": "BOOLEAN", "M": "TIMESTAMP"} # kind of a NumPy array -> DuckDB
+
+def _with_gaps(values:np.ndarray)->tuple[np.ndarray, np.ndarray|None]:
+    "Objects that are whole numbers or yes/no as an array of those, and where they are known; other objects as they are, and None."
+    first = next((value for value in values if value is not None), None)
+    kind = bool if isinstance(first, (bool, np.bool_)) else np.int64 if isinstance(first, (int, np.integer)) else None
+    if kind is None: return values, None
+    return np.array([0 if value is None else value for value in values], kind), np.array([value is not None for value in values])
+
 def save_table(
     path:Path,
     columns:dict[str, np.ndarray], # all of one length; NaN, NaT and None mean unknown
 )->None:
     "Write columns as one Parquet file."
-    types = {"i": "BIGINT", "u": "BIGINT", "f": "DOUBLE", "b": "BOOLEAN", "M": "TIMESTAMP"}
+    data, chosen = {}, []
+    for at, (name, values) in enumerate(columns.items()):
+        values, value, known = np.asarray(values), f"c{at}", None
+        if values.dtype.kind == "M": values = values.astype("datetime64[us]")
+        if values.dtype.kind == "O": values, known = _with_gaps(values)
+        if known is not None: data[f"known{at}"], value = known, f"CASE WHEN known{at} THEN c{at} END"
+        data[f"c{at}"] = values
+        chosen.append(f"CAST({value} AS {_TYPES.get(values.dtype.kind, 'VARCHAR')}) AS {named(name)}")
     with duckdb.connect() as database:
-        data = {f"c{i}": np.asarray(values) for i, values in enumerate(columns.values())}
-        data = {name: values.astype("datetime64[us]") if values.dtype.kind == "M" else values for name, values in data.items()}
         database.register("data", data)
-        as_named = ", ".join(f'CAST(c{i} AS {types.get(data[f"c{i}"].dtype.kind, "VARCHAR")}) AS "{name.replace(chr(34), chr(34) * 2)}"'
-                             for i, name in enumerate(columns))
-        database.execute(f"COPY (SELECT {as_named} FROM data) TO '{_quoted(path)}' (FORMAT parquet)")
+        database.execute(f"COPY (SELECT {', '.join(chosen)} FROM data) TO {file_name(path)} (FORMAT parquet)")
 
+# %% ../nbs/00_bundle.ipynb #7ff1b3c7
 def load_table(
     path:Path,
-)->dict[str, np.ndarray]: # text columns as object arrays with None where unknown
+)->dict[str, np.ndarray]: # text, whole numbers with gaps and yes/no with gaps as object arrays with None where unknown
     "Read a Parquet file as columns, in the order of its rows."
     try:
-        with duckdb.connect() as database:
-            columns = database.execute(f"SELECT * FROM read_parquet('{_quoted(path)}')").fetchnumpy()
-    except duckdb.Error as error: raise BundleError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+        with database_errors(BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"), duckdb.connect() as database:
+            columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
+    except BundleError as error:
+        # short of memory or of open files: the file is not to blame, and may be read a moment later
+        if isinstance(error.__context__, duckdb.OperationalError) and path.is_file(): raise OSError(f"{path}: cannot be read now ({error})") from None
+        raise
     return {name: _plain(values) for name, values in columns.items()}
 
-def _quoted(path:Path)->str: return str(path).replace("'", "''")
-
 def _plain(values:np.ndarray)->np.ndarray:
-    "DuckDB's masked array as a plain one: NaN, NaT or None where masked."
+    "DuckDB's masked array as a plain one: NaN, NaT or None where masked; a whole number stays one, with all its digits."
     if not isinstance(values, np.ma.MaskedArray): return values
     if not values.mask.any(): return values.data
     if values.dtype.kind == "M": return values.filled(np.datetime64("NaT", np.datetime_data(values.dtype)[0]))
-    if values.dtype.kind not in "bO": return values.astype(np.float64).filled(np.nan)
+    if values.dtype.kind == "f": return values.filled(np.nan)
     plain = values.data.astype(object)
     plain[values.mask] = None
     return plain
@@ -104,8 +119,11 @@ def _plain(values:np.ndarray)->np.ndarray:
 FORMAT = 1 # of the bundle; a reader refuses a newer one
 INDEX_FILE = "items.faiss" # in a bundle that has an index of its items
 
+def _is_version(name:str)->bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None and name not in ("current", "previous")
+
 def _valid_version(version:str)->str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", version) or version in ("current", "previous"):
+    if not _is_version(version):
         raise BundleError(f"{version!r} is no version name: letters, digits, '.', '_' and '-' only")
     return version
 
@@ -165,7 +183,7 @@ def write_bundle(
         manifest = {"format": FORMAT, "version": version, "created_at": created.isoformat(timespec="seconds"), "algorithm": algorithm,
                     "parameters": parameters, "data": data, "shape": {"users": len(users), "items": len(items), "factors": user_factors.shape[1], "seen": int(seen.nnz)},
                     "dtype": "float32", "libraries": _libraries(), "metrics": metrics, "blend": blend, "index": index, "files": files}
-        (folder/"manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n")
+        (folder/"manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 def _check_shapes(user_factors, item_factors, seen_shape, n_users:int, n_items:int, where:str="bundle")->None:
@@ -204,15 +222,28 @@ class Bundle:
         "Name of the model version."
         return self.manifest["version"]
 
+_PARTS = {"version": str, "created_at": str, "algorithm": str, "parameters": dict, "data": dict, "shape": dict, "metrics": dict, "files": dict}
+
+def _missing(manifest:dict)->str|None:
+    "The first part of a manifest that is not what `write_bundle` wrote."
+    for name, kind in _PARTS.items():
+        if not isinstance(manifest.get(name), kind): return f"`{name}` is missing or no {kind.__name__}"
+    if not all(type(count) is int for count in manifest["shape"].values()): return "`shape` has something else than counts"
+    for name, file in manifest["files"].items():
+        fits = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
+        if not fits or Path(name).name != name: return f"`files` has no size and sha256 of {name!r}"
+    return None
+
 def read_manifest(
     path:Path, # folder of a bundle
 )->dict:
-    "The manifest of a bundle, refused where its format is unknown."
+    "The manifest of a bundle; refused where its format is unknown or where it is another program's."
     try: manifest = json.loads((path/"manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError): raise BundleError(f"{path/'manifest.json'}: the file is missing, so this is no complete bundle") from None
     except ValueError as error: raise BundleError(f"{path/'manifest.json'}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{path/'manifest.json'}: bundle format {manifest.get('format') if isinstance(manifest, dict) else '?'!r}, this version reads {FORMAT}; update product-recs or train again")
+    if missing := _missing(manifest): raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}")
     return manifest
 
 # %% ../nbs/00_bundle.ipynb #328574e2
@@ -275,8 +306,15 @@ def current_version(
     "Name of the live version."
     try: name = (Path(models_dir)/"current").read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError): return None
-    except (OSError, UnicodeDecodeError) as error: raise BundleError(f"{Path(models_dir)/'current'}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error: raise BundleError(f"{Path(models_dir)/'current'}: cannot be read ({error})") from None
     return _valid_version(name)
+
+def live_version(
+    models_dir:Path,
+)->str|None: # None also where `current` names no version
+    "The live version, for those who go on where `current` is broken: to list, to publish, to go back."
+    try: return current_version(models_dir)
+    except (BundleError, OSError): return None
 
 def previous_versions(
     models_dir:Path,
@@ -284,7 +322,7 @@ def previous_versions(
     "Versions that were live before the one that is."
     try: names = (Path(models_dir)/"previous").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError): return []
-    live, there = current_version(models_dir), set(list_versions(models_dir))
+    live, there = live_version(models_dir), set(list_versions(models_dir))
     return [name for name in names if name != live and name in there]
 
 def publish(
@@ -295,7 +333,7 @@ def publish(
     "Make a version the live one, after comparing its files with its manifest."
     models_dir = Path(models_dir)
     verify_files(models_dir/_valid_version(version))
-    live, before = current_version(models_dir), previous_versions(models_dir)
+    live, before = live_version(models_dir), previous_versions(models_dir)
     if previous is None: previous = before if live in (None, version) else [live, *before]
     if kept := [name for name in previous if name != version][:10]: atomic_write(models_dir/"previous", "\n".join(kept) + "\n")
     else: (models_dir/"previous").unlink(missing_ok=True)
@@ -314,22 +352,27 @@ def annotate(
 def list_versions(
     models_dir:Path,
 )->list[str]: # oldest first
-    "Names of the complete bundles in a folder."
-    return sorted(path.parent.name for path in Path(models_dir).glob("[!.]*/manifest.json"))
+    "Names of the folders with a manifest, which `read_manifest` may refuse all the same."
+    return sorted(path.parent.name for path in Path(models_dir).glob("*/manifest.json") if _is_version(path.parent.name))
 
 def version_of(
     models_dir:Path,
     fingerprint:str, # of ingested interactions
 )->str|None:         # None where no bundle was made from them
     "The live version if it was made from these interactions, else the newest one that was."
-    versions = [version for version in list_versions(models_dir) if read_manifest(Path(models_dir)/version)["data"].get("fingerprint") == fingerprint]
-    live = current_version(models_dir)
+    versions = [version for version in list_versions(models_dir) if _fingerprint(Path(models_dir)/version) == fingerprint]
+    live = live_version(models_dir)
     return live if live in versions else versions[-1] if versions else None
+
+def _fingerprint(path:Path)->str|None:
+    "Of the interactions that a bundle was made from; None for a folder of something else."
+    try: return read_manifest(path)["data"].get("fingerprint")
+    except (BundleError, OSError): return None
 
 def remove_bundle(
     models_dir:Path,
     version:str, # any but the live one
 )->None:
     "Delete a bundle that is not live."
-    if version == current_version(models_dir): raise BundleError(f"{version} is live; publish another version first")
+    if version == live_version(models_dir): raise BundleError(f"{version} is live; publish another version first")
     shutil.rmtree(Path(models_dir)/_valid_version(version))

@@ -18,12 +18,13 @@ from sqlalchemy import select
 from sqlalchemy.engine import Connection
 
 from .events import UNCHANGED, Event, UserState
-from .records import AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, INSTRUCTIONS, Impression, StoreError, from_micros, from_text, to_micros
+from .ids import key_or_none
+from .records import AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, INSTRUCTIONS, Impression, StoreError, from_micros, to_micros
 from .store import Store
 
 # %% ../nbs/06_changes.ipynb #05652601
 class Availability(NamedTuple):
-    "What the shop said about items; it beats the products file."
+    "What the shop said about items, by key; it beats the products file."
     unavailable: frozenset
     available: frozenset
     revision: int # of the last change
@@ -44,10 +45,10 @@ class _View:
         denied = connection.execute(select(DENIED)).all() if self.top < 0 else []
         events = list(self._events(connection, top))
         self.revision, self.top, touched = self.revision + 1, top, set()
-        for user, at in ((from_text(row.user_id), row.at) for row in forgotten):
+        for user, at in ((row.user_id, row.at) for row in forgotten):
             self.forgotten[user] = at
             self.events.pop(user, None), self.denied.pop(user, None), touched.add(user)
-        for user, item in ((from_text(row.user_id), from_text(row.item_id)) for row in denied):
+        for user, item in ((row.user_id, row.item_id) for row in denied):
             self.denied.setdefault(user, set()).add(item)
             touched.add(user)
         for user, received_at, event in events:
@@ -56,7 +57,7 @@ class _View:
             elif event.event == "deny": self.denied.setdefault(user, set()).add(event.item_id)
             else: self.denied.get(user, set()).discard(event.item_id)
         for user in touched: self.states[user] = self._state(user)
-        if items: self._set_items({from_text(row.item_id): row.available for row in items})
+        if items: self._set_items({row.item_id: row.available for row in items})
 
     def advance(self, learned:int)->None:
         "The same store as another model sees it, as far as that is in memory."
@@ -70,7 +71,7 @@ class _View:
         names, seq = {}, self.top # each event name once in memory
         while True:
             rows = connection.execute(select(EVENTS).where(EVENTS.c.seq > seq, EVENTS.c.seq <= top, EVENTS.c.received_at > self.learned).order_by(EVENTS.c.seq).limit(page)).all()
-            for row in rows: yield from_text(row.user_id), row.received_at, Event(from_text(row.item_id), names.setdefault(row.event, row.event), row.quantity, from_micros(row.at))
+            for row in rows: yield row.user_id, row.received_at, Event(row.item_id, names.setdefault(row.event, row.event), row.quantity, from_micros(row.at))
             if len(rows) < page: return
             seq = rows[-1].seq
 
@@ -154,11 +155,11 @@ class Changes(_Follower):
         self._view, self._next, self._reading = _View(learned_micros(learned_until)), None, threading.Lock()
 
     def state(self,
-        user:int|str,
+        user:int|str, # as somebody wrote it
     )->UserState: # `UNCHANGED` for most; its revision grows with each change that this worker sees
         "What is known of a user beyond the model."
         if not self.stale and self._counter.value != self._seen: self._refresh(self.wait)
-        return self._view.states.get(user, UNCHANGED)
+        return self._view.states.get(key_or_none(user), UNCHANGED)
 
     def availability(self)->Availability:
         "What was said about items."
@@ -206,7 +207,7 @@ class ImpressionLog:
 
     def add(self,
         request_id:str,
-        user_id:int|str|None, # None: a guest
+        user_id:int|str|None, # None: a guest, and so is what is no id
         model_version:str,
         source:str,           # the rung that answered
         items:Sequence,       # ids, best first
@@ -214,7 +215,7 @@ class ImpressionLog:
         "Note one answer; never blocks and never fails."
         if self.share < 1 and random.random() >= self.share: return
         if len(self._waiting) >= self.limit: self.dropped += 1
-        else: self._waiting.append((time.time_ns() // 1000, request_id, user_id, model_version, source, items))
+        else: self._waiting.append((time.time_ns() // 1000, request_id, key_or_none(user_id), model_version, source, items))
 
     def close(self)->None:
         "Write what waits, once; what cannot be written is dropped and counted."

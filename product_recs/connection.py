@@ -19,10 +19,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from sqlalchemy import create_engine, event, func, literal_column, text, update
-from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from .core import locked, resolve_path
+from .credentials import CredentialError, parse_url, shown_url, without_secrets
 from .records import CLOCK, StoreError
 
 # %% ../nbs/06_connection.ipynb #43547c06
@@ -30,8 +31,8 @@ def store_url(
     url:str, # such as sqlite:///data/feedback.db or postgresql://user:password@host/database
 )->URL:      # with an absolute path, or with the driver psycopg
     "The URL of a feedback store, checked and complete."
-    try: parsed = make_url(url)
-    except ArgumentError: raise StoreError("this is no database URL; write it like sqlite:///data/feedback.db or postgresql://user@host/database") from None
+    try: parsed = parse_url(url)
+    except CredentialError as error: raise StoreError(str(error)) from None
     backend = parsed.drivername.split("+")[0]
     if backend == "sqlite":
         if parsed.database in (None, "", ":memory:"): raise StoreError("a feedback store in memory would be lost, and each worker would have its own; name a file, such as sqlite:///data/feedback.db")
@@ -40,17 +41,24 @@ def store_url(
     raise StoreError(f"{backend}: a feedback store is a SQLite file or a PostgreSQL database")
 
 # %% ../nbs/06_connection.ipynb #6e3b2977
+def _check_encoding(encoding:str)->None:
+    "Text of any language must come back as it was."
+    if encoding == "UTF8": return
+    raise StoreError(f"the database has the encoding {encoding}, in which not every id can be kept; "
+                     "make one with CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0")
+
 def _engine(url:URL)->Engine:
     "An engine whose transactions are what they seem."
     if url.get_backend_name() == "sqlite":
         engine = create_engine(url, connect_args={"timeout": 5})
         statements = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
     else:
-        limits = {"connect_timeout": 3, "keepalives_idle": 10, "tcp_user_timeout": 5000}
+        limits = {"connect_timeout": 3, "keepalives_idle": 10, "tcp_user_timeout": 5000, "client_encoding": "utf8"}
         engine = create_engine(url, pool_pre_ping=True, pool_timeout=3, connect_args={name: value for name, value in limits.items() if name not in url.query})
         statements = ("SET lock_timeout = 5000", "SET idle_in_transaction_session_timeout = 60000")
-    @event.listens_for(engine, "connect")
+    @event.listens_for(engine, "connect", insert=True) # before SQLAlchemy asks anything itself
     def prepare(connection, record):
+        if url.get_backend_name() != "sqlite": _check_encoding(connection.info.parameter_status("server_encoding"))
         if url.get_backend_name() == "sqlite": connection.isolation_level = None
         cursor = connection.cursor()
         for statement in statements: cursor.execute(statement)
@@ -134,9 +142,9 @@ def counter_path(
     return Path(tempfile.gettempdir())/f"product_recs-{os.getuid()}-{name}.changes"
 
 def _reason(error:Exception, url:URL)->str:
-    "The first line of what the database says, without the password."
+    "The first line of what the database says, without secrets of the URL."
     reason = (str(getattr(error, "orig", None) or error).strip() or type(error).__name__).splitlines()[0]
-    return reason.replace(str(url.password), "***") if url.password else reason
+    return without_secrets(reason, url)
 
 # %% ../nbs/06_connection.ipynb #7a42a6f7
 class StoreConnection:
@@ -145,7 +153,7 @@ class StoreConnection:
         url:str, # see `store_url`
     ):
         self.url, self._engine, self._counter, self._lock = store_url(url), None, None, threading.RLock()
-        self.shown = self.url.render_as_string(hide_password=True) # how messages name the store
+        self.shown = shown_url(self.url) # how messages name the store
 
     @property
     def counter(self)->Counter:
@@ -180,7 +188,17 @@ class StoreConnection:
     @contextmanager
     def _errors(self, operation:str)->Iterator[None]:
         try: yield
-        except (SQLAlchemyError, OSError) as error: raise StoreError(f"feedback store {self.shown}: {operation}: {_reason(error, self.url)}") from None
+        except StoreError as error:
+            if self.shown in str(error): raise
+            raise StoreError(f"feedback store {self.shown}: {operation}: {error}") from None
+        except (SQLAlchemyError, OSError) as error: raise self._error(operation, error) from None
+        except Exception as error:
+            # a database that is no feedback store can make a library stumble anywhere while it is opened
+            if operation != "open": raise
+            raise self._error(operation, error) from error
+
+    def _error(self, operation:str, error:Exception)->StoreError:
+        return StoreError(f"feedback store {self.shown}: {operation}: {_reason(error, self.url)}")
 
     @contextmanager
     def transaction(self,

@@ -9,21 +9,25 @@ __all__ = ['UNCHANGED', 'Event', 'UserState']
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from .ids import id_key
+
 # %% ../nbs/00_events.ipynb #a51b4068
 @dataclass(frozen=True)
 class Event:
     "One thing that a user did."
-    item_id: int|str
+    item_id: int|str                # as somebody wrote it; the event has the key
     event: str = "purchase"
     quantity: float = 1.0
     timestamp: datetime|None = None # with time zone; None: now
+
+    def __post_init__(self): object.__setattr__(self, "item_id", id_key(self.item_id))
 
 # %% ../nbs/00_events.ipynb #b83890d6
 @dataclass(frozen=True)
 class UserState:
     "What the service knows of one user that the live model does not."
     events: tuple[Event, ...] = ()            # newer than the model, oldest first
-    denied: frozenset = field(default_factory=frozenset) # item ids that the user does not want to see
+    denied: frozenset = field(default_factory=frozenset) # keys of items that the user does not want to see
     forgotten: bool = False                   # nothing that the model has of this user may be used
     revision: int = 0                         # of the last change
 

@@ -23,10 +23,11 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from .bundle import load_csr, load_table, save_csr
-from .core import FeatureError, atomic_folder, locked, resolve_path
+from .core import Columns, FeatureError, atomic_folder, locked, resolve_path
 from .ids import IdTable
 from .ingest import ensure_ingested
 from .parameters import number
+from .sql import database_errors, file_name, named, parquet, temporary_database
 
 # %% ../nbs/02_features.ipynb #92e5b1f3
 EVENT_WEIGHTS = {"view": 1.0, "cart": 2.0, "purchase": 4.0} # an event that is not named here weighs 1
@@ -268,29 +269,26 @@ def _checked(parameters:dict)->dict:
     return parameters
 
 # %% ../nbs/02_features.ipynb #b3f97f15
-def _file(path:Path)->str: return f"""read_parquet('{str(path).replace("'", "''")}')"""
-
 def _id_table(database, key:str, kept:np.ndarray, popularity:np.ndarray, attributes:Path, out:Path)->None:
     "The Parquet file of the ids with the row numbers `kept`: popularity, span and the attributes."
     database.register("kept", {"row": kept, "popularity": popularity})
     extra, join = "", ""
     if attributes.exists():
-        names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {_file(attributes)}").fetchall()]
-        extra = "".join(f', a."{name}"' for name in names if name not in (key, "row", "popularity", "first_seen", "last_seen"))
-        join = f"LEFT JOIN {_file(attributes)} a ON a.{key} = t.{key}"
-    quoted = str(out).replace("'", "''")
-    database.execute(f"COPY (SELECT t.{key}, k.popularity, t.first_seen, t.last_seen{extra} FROM log_{out.stem} t JOIN kept k ON k.row = t.row {join} ORDER BY t.row) TO '{quoted}' (FORMAT parquet)")
+        names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {parquet(attributes)}").fetchall()]
+        if taken := set(names) & set(Columns.Counted): raise FeatureError(f"{attributes}: the model counts {', '.join(sorted(taken))} itself; run 01_ingest again")
+        extra = "".join(f", a.{named(name)}" for name in names if name != key)
+        join = f"LEFT JOIN {parquet(attributes)} a ON a.{key} = t.{key}"
+    database.execute(f"""COPY (SELECT t.{key}, k.popularity, t.first_seen, t.last_seen{extra} FROM log_{out.stem} t
+        JOIN kept k ON k.row = t.row {join} ORDER BY t.row) TO {file_name(out)} (FORMAT parquet)""")
     database.unregister("kept")
     if attributes.exists(): _cold_rows(database, key, attributes, out)
 
 def _cold_rows(database, key:str, attributes:Path, table:Path)->None:
     "The rows of the attributes that the id table does not have, beside it as `cold_users.parquet` or `cold_items.parquet`; no file where there are none."
-    names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {_file(attributes)}").fetchall()]
-    kept = ", ".join(f'a."{name}"' for name in names if name not in ("row", "popularity", "first_seen", "last_seen"))
-    cold = f"{_file(attributes)} a ANTI JOIN {_file(table)} USING ({key})"
+    cold = f"{parquet(attributes)} a ANTI JOIN {parquet(table)} USING ({key})"
     if not database.execute(f"SELECT count(*) FROM {cold}").fetchall()[0][0]: return
-    out = str(table.with_name(f"cold_{table.name}")).replace("'", "''")
-    database.execute(f"COPY (SELECT {kept} FROM {cold} ORDER BY {key}) TO '{out}' (FORMAT parquet, ROW_GROUP_SIZE 10240)")
+    out = file_name(table.with_name(f"cold_{table.name}"))
+    database.execute(f"COPY (SELECT a.* FROM {cold} ORDER BY {key}) TO {out} (FORMAT parquet, ROW_GROUP_SIZE 10240)")
 
 # %% ../nbs/02_features.ipynb #bca7ac55
 def build_features(
@@ -313,14 +311,15 @@ def build_features(
     interactions, out = resolve_path(interactions), resolve_path(out)
     log = interactions/"interactions.parquet"
     if not log.exists(): raise FeatureError(f"{log}: the file is missing; run 01_ingest first")
+    failed = "the features stopped at a fault of this program, not of your data. Its log has the details at the level DEBUG."
     with atomic_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent) as spill, \
-         duckdb.connect(config={"memory_limit": memory_limit, "temp_directory": spill}) as database:
-        database.execute(f"CREATE VIEW interactions AS SELECT * FROM {_file(log)}")
+         database_errors(FeatureError, str(log), failed, memory_limit), temporary_database(memory_limit, spill, FeatureError) as database:
+        database.execute(f"CREATE VIEW interactions AS SELECT * FROM {parquet(log)}")
         split = choose_split(database, parameters["validation_from"], parameters["test_from"])
         shape, mean_total = _write_matrices(database, folder, interactions, split, parameters)
-        ledger = json.loads((interactions/"ledger.json").read_text())
+        ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
         (folder/"features.json").write_text(json.dumps({"parameters": parameters, "split": split, "fingerprint": ledger["fingerprint"], "feedback_until": ledger.get("feedback_until"),
-            "interactions": str(interactions), "mean_total": mean_total, "users": shape[0], "items": shape[1]}, indent=2) + "\n")
+            "interactions": str(interactions), "mean_total": mean_total, "users": shape[0], "items": shape[1]}, indent=2) + "\n", encoding="utf-8")
     return open_features(out)
 
 # %% ../nbs/02_features.ipynb #40bfaefc
@@ -376,7 +375,7 @@ def open_features(
 )->Features:
     "Open a feature artifact; its matrices are memory-mapped."
     path = resolve_path(path)
-    try: facts = json.loads((path/"features.json").read_text())
+    try: facts = json.loads((path/"features.json").read_text(encoding="utf-8"))
     except FileNotFoundError: raise FeatureError(f"{path/'features.json'}: the file is missing; run 02_features first") from None
     shape = (facts["users"], facts["items"])
     snapshots = {}
@@ -405,7 +404,7 @@ def ensure_features(
     with locked(out.with_name(".features.lock")):
         try: there = open_features(out)
         except FeatureError: there = None
-        ledger = json.loads((interactions/"ledger.json").read_text())
+        ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
         fresh = there and (there.fingerprint, there.feedback_until) == (ledger["fingerprint"], ledger.get("feedback_until"))
         if fresh and all(there.parameters[name] == value for name, value in parameters.items()): return there
         return build_features(interactions, out, **parameters)

@@ -12,29 +12,28 @@ from datetime import datetime
 from pathlib import Path
 
 import duckdb
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from .core import Columns, IngestError, Settings, project_root
 from .connection import store_url
+from .credentials import parse_url, resolve
 from .store import Store, StoreError
-from .ids import whole_number
+from .ids import key_sql, number_or_text
 
 # %% ../nbs/01_feedback.ipynb #7acd788a
 def feedback_url(
-    feedback:str, # a URL, or `settings`
+    feedback:str, # a URL, `env:NAME` or `file:PATH` with one, or `settings`
 )->str:           # a URL
     "The URL that the parameter `feedback` stands for."
     if feedback == "settings":
         if url := Settings().database_url: return url
         raise IngestError('feedback="settings": the setting PRODUCT_RECS_DATABASE_URL is empty, so the service keeps no feedback.')
-    try: password = make_url(feedback).password
-    except ArgumentError: raise IngestError('feedback= must be a database URL such as sqlite:///data/feedback.db, "settings", or "" for none.') from None
-    if password: raise IngestError('feedback= has a password, and parameters are written into reports. Put the URL into PRODUCT_RECS_DATABASE_URL and pass feedback="settings".')
-    try: where = store_url(feedback)
+    url = resolve(feedback)
+    if "://" not in url: raise IngestError('feedback= must be a database URL such as sqlite:///data/feedback.db, env:NAME or file:PATH with one, "settings", or "" for none.')
+    parse_url(url)
+    try: where = store_url(url)
     except StoreError as error: raise IngestError(f"feedback=: {error}") from None
     if where.get_backend_name() == "sqlite" and not Path(where.database).exists(): raise IngestError(f"{where.database}: there is no such feedback store. Check the path; it counts from {project_root()}")
-    return feedback
+    return url
 
 # %% ../nbs/01_feedback.ipynb #01cce18a
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Feedback:
     until: datetime           # the cut, UTC
     rows: int                 # events in `staged`
     kinds: dict[str, set]     # id column -> number, text
-    forgotten: dict           # user id -> moment of the wish, UTC
+    forgotten: dict           # key of a user -> moment of the wish, UTC
     staged: Path              # CSV without a header: number, user_id, item_id, event, quantity, timestamp
 
 def stage_feedback(
@@ -54,12 +53,12 @@ def stage_feedback(
     "Write the events of a store up to now into a file."
     rows, kinds, staged = 0, {name: set() for name in Columns.Required}, folder/"feedback.csv"
     try:
-        with Store(feedback_url(feedback)) as store, open(staged, "w", newline="") as file:
+        with Store(feedback_url(feedback)) as store, open(staged, "w", encoding="utf-8", newline="") as file:
             until, out = store.cut(), csv.writer(file)
             forgotten = store.forgotten()
             for event in store.read_events(until):
                 out.writerow([event.seq, event.user_id, event.item_id, event.event, event.quantity, event.timestamp.isoformat()])
-                for name in kinds: kinds[name].add("number" if isinstance(getattr(event, name), int) else "text")
+                for name in kinds: kinds[name].add("text" if isinstance(number_or_text(getattr(event, name)), str) else "number")
                 rows += 1
     except StoreError as error: raise IngestError(str(error)) from None
     return Feedback(store.shown, until, rows, kinds, forgotten, staged)
@@ -67,16 +66,15 @@ def stage_feedback(
 # %% ../nbs/01_feedback.ipynb #bf42d0c6
 def drop_forgotten(
     con:duckdb.DuckDBPyConnection, # with the table `checked`
-    forgotten:dict,                # user id -> moment, UTC
-    type:str,                      # of the final user ids, BIGINT or VARCHAR
+    forgotten:dict,                # key of a user -> moment, UTC
 )->int:                            # rows that were dropped
-    "Take the rows of forgotten users out of `checked`."
+    "Take the rows of forgotten users out of `checked`, whatever way a file writes their ids."
     if not forgotten: return 0
     con.execute("CREATE OR REPLACE TEMP TABLE forgotten (id VARCHAR, until TIMESTAMP)")
-    pairs = [(str(user), moment.replace(tzinfo=None)) for user, moment in forgotten.items()]
-    con.execute("INSERT INTO forgotten SELECT unnest(?::VARCHAR[]), unnest(?::TIMESTAMP[])", [list(column) for column in zip(*pairs)])
-    user, id = (whole_number(column) if type == "BIGINT" else column for column in ("checked.user_id", "forgotten.id"))
-    return con.execute(f"DELETE FROM checked USING forgotten WHERE fault IS NULL AND {user} = {id} AND (timestamp IS NULL OR timestamp < until)").fetchone()[0]
+    moments = [moment.replace(tzinfo=None) for moment in forgotten.values()]
+    con.execute("INSERT INTO forgotten SELECT unnest(?::VARCHAR[]), unnest(?::TIMESTAMP[])", [list(forgotten), moments])
+    return con.execute(f"""DELETE FROM checked USING forgotten WHERE fault IS NULL AND {key_sql('checked.user_id')} = forgotten.id
+        AND (timestamp IS NULL OR timestamp < until)""").fetchone()[0]
 
 # %% ../nbs/01_feedback.ipynb #8085df4a
 def drop_forgotten_people(
@@ -86,7 +84,7 @@ def drop_forgotten_people(
 )->int:                            # rows that were dropped
     "Take forgotten users who have no interactions out of the users file."
     table, log = (f"""read_parquet('{str(path).replace("'", "''")}')""" for path in (users, interactions))
-    gone = f"CAST(user_id AS VARCHAR) IN (SELECT id FROM forgotten) AND user_id NOT IN (SELECT user_id FROM {log})"
+    gone = f"{key_sql('CAST(user_id AS VARCHAR)')} IN (SELECT id FROM forgotten) AND user_id NOT IN (SELECT user_id FROM {log})"
     dropped, = con.execute(f"SELECT count(*) FROM {table} WHERE {gone}").fetchone()
     if dropped:
         kept = users.with_suffix(".kept")

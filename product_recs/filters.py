@@ -8,14 +8,16 @@ __all__ = ['NO_FILTERS', 'TEXT', 'NUMBER', 'YES_NO', 'TIME', 'UNKNOWN', 'NOT_A_C
 
 # %% ../nbs/05_filters.ipynb #51b2d278
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from functools import cached_property
+from math import ceil, floor
 
 import numpy as np
 
 from .core import ProductRecsError
-from .ids import IdTable
+from .ids import IdTable, key_or_none, number_or_text
 from .ranking import top_n
 
 # %% ../nbs/05_filters.ipynb #3277c6bf
@@ -55,7 +57,9 @@ def _kind(values:np.ndarray)->str|None:
     "What a column holds; None for what cannot be filtered."
     if values.dtype.kind in "iufbMU": return {"b": YES_NO, "M": TIME, "U": TEXT}.get(values.dtype.kind, NUMBER)
     first = next((value for value in values if value is not None), None)
-    return UNKNOWN if first is None else TEXT if isinstance(first, str) else YES_NO if isinstance(first, (bool, np.bool_)) else None
+    if first is None: return UNKNOWN
+    kinds = ((str, TEXT), ((bool, np.bool_), YES_NO), ((int, np.integer), NUMBER)) # whole numbers with a gap are objects
+    return next((kind for types, kind in kinds if isinstance(first, types)), None)
 
 def _time(value)->np.datetime64:
     "A moment as the bundle has it: UTC without a time zone."
@@ -79,6 +83,12 @@ def _inside(values:np.ndarray, name:str, ends:dict)->np.ndarray:
     "Which values lie in a range."
     if len(ends) == 2 and ends["min"] > ends["max"]: raise ProductRecsError(f"where: for {name!a} min {ends['min']} is above max {ends['max']}")
     inside = values == values # unknown: NaN and NaT
+    if values.dtype.kind == "O":
+        inside = np.array([value is not None for value in values], bool)
+        values = np.array([0 if value is None else value for value in values], np.int64)
+    if values.dtype.kind in "iu": # whole ends: a comparison with a float would round the values
+        rounded = {"min": ceil, "max": floor}
+        ends = {end: rounded[end](value) if isinstance(value, (float, np.floating)) and np.isfinite(value) else value for end, value in ends.items()}
     if "min" in ends: inside &= values >= ends["min"]
     if "max" in ends: inside &= values <= ends["max"]
     return inside
@@ -134,6 +144,18 @@ class Attributes:
         flags[[table[value] for value in map(_plain, values) if value in table]] = True
         return flags[codes]
 
+    def read(self,
+        name:str,         # of a column
+        text:str,         # a value as a URL has it
+        rule:str="where", # the rule that asks
+    ):                    # of the column's kind
+        "A value that could only come as text."
+        kind, value = self.kind(name, rule), text
+        if kind == YES_NO: value = {"true": True, "false": False}.get(text.lower(), text)
+        if kind == NUMBER:
+            with suppress(ValueError): value = float(text) if self.columns[name].dtype.kind == "f" or not text.strip("+-").isdecimal() else int(text)
+        return _plain(_value(kind, name, value, rule))
+
     def code(self,
         name:str,          # of a column
         value,             # of the column's kind
@@ -160,11 +182,11 @@ UNAVAILABLE, NOT_ALLOWED = "not available at the moment", "not in the list of al
 
 def rows_of(
     table:IdTable,
-    ids:Iterable,  # external ids
+    ids:Iterable,  # external ids, as somebody wrote them
 )->np.ndarray:     # (m,) int64, ascending and free of duplicates
-    "Rows of external ids; ids that the table does not have are left out."
-    if table.is_int: known = [id for id in ids if isinstance(id, (int, np.integer)) and not isinstance(id, bool) and -2**63 <= id < 2**63]
-    else: known = [id for id in ids if isinstance(id, str)]
+    "Rows of external ids, found by key; ids that the table does not have are left out."
+    keys = {key for id in ids if (key := key_or_none(id)) is not None}
+    known = [number for key in keys if type(number := number_or_text(key)) is int] if table.is_int else list(keys)
     if not known or not len(table): return np.empty(0, np.int64)
     wanted = np.array(known, table.ids.dtype)
     rows = np.minimum(np.searchsorted(table.ids, wanted), len(table) - 1)

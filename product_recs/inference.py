@@ -20,12 +20,13 @@ import duckdb
 import numpy as np
 
 from .bundle import Bundle
-from .core import ProductRecsError
+from .core import Columns, ProductRecsError
 from .filters import NO_FILTERS, NOT_A_CANDIDATE, SEEN, Attributes, Catalogue, Filters, best_allowed, rule_out
 from .nearest import NearestItems, open_index
 from .parameters import number
 from .search import Searcher
 from .signals import BlendError, Signals, read_weights, score_users
+from .sql import database_errors, file_name, utf8_name
 
 # %% ../nbs/05_inference.ipynb #6f5db027
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Recommender:
     @cached_property
     def user_attributes(self)->Attributes:
         "What the users file told of the users."
-        return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in ("popularity", "first_seen", "last_seen")})
+        return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in Columns.Counted})
 
     def seen_by(self, row:int|None)->np.ndarray: # row of a user, None: one that the model does not know; rows of items
         "What a user had interacted with when the model was trained."
@@ -264,7 +265,7 @@ def _append(database:duckdb.DuckDBPyConnection, bundle:Bundle, users:np.ndarray,
 
 def _open_lists(folder:Path, bundle:Bundle)->duckdb.DuckDBPyConnection:
     "An empty table of lists in a database file of its own."
-    database = duckdb.connect(str(folder/"lists.duckdb"), config={"memory_limit": "128MB", "threads": 2, "temp_directory": str(folder/"spill")})
+    database = duckdb.connect(utf8_name(folder/"lists.duckdb"), config={"memory_limit": "128MB", "threads": 2, "temp_directory": utf8_name(folder/"spill")})
     user, item = ("BIGINT" if table.is_int else "VARCHAR" for table in (bundle.users, bundle.items))
     database.execute(f"CREATE TABLE lists (user_id {user}, rank INTEGER, item_id {item}, score FLOAT)")
     return database
@@ -283,12 +284,14 @@ def recommend_all(
     starts = range(0, len(bundle.users), checked_n(block))
     out.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, _open_lists(Path(folder), bundle) as database:
+    failed = "the lists could not be written. The log has the details at the level DEBUG."
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, \
+         database_errors(ProductRecsError, str(out), failed), _open_lists(Path(folder), bundle) as database:
         for start in _bar(starts, progress):
             rows = np.arange(start, min(start + starts.step, len(bundle.users)))
             written += _append(database, bundle, rows, *top_rows(model, rows, n, exclude_seen))
         made = Path(folder)/"lists.parquet"
-        database.execute(f"COPY lists TO '{str(made).replace(chr(39), chr(39) * 2)}' (FORMAT parquet, COMPRESSION zstd)")
+        database.execute(f"COPY lists TO {file_name(made)} (FORMAT parquet, COMPRESSION zstd)")
         with open(made, "rb") as file: os.fsync(file.fileno())
         os.replace(made, out)
     return written

@@ -14,8 +14,8 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from .csvfiles import quoted
 from .sources import run_query
+from .sql import file_name, quoted
 
 # %% ../nbs/01_merge.ipynb #d8457bca
 WORD, WIDEST = 63, 40 # bits of a BIGINT; ids that need more bits than this get a list
@@ -150,7 +150,7 @@ def write_merged(
     table, turn = ("(SELECT *, row_number() OVER () AS turn FROM sorted) sorted", ", turn") if joins else ("sorted", "") # a join loses the order
     columns = ", ".join(f"{part.back.format(value)} AS {name}" for part, value, name in zip(parts, values, (*types, "timestamp", "event", "quantity")))
     run_query(con, f"""COPY (SELECT user_id, item_id, event, quantity, timestamp FROM (SELECT {columns}{turn} FROM {table}{joins}){' ORDER BY turn' if joins else ''})
-        TO {quoted(target)} (FORMAT parquet, PARQUET_VERSION V2, {'COMPRESSION snappy' if joins else 'COMPRESSION uncompressed, DICTIONARY_SIZE_LIMIT 1000'})""", "writing", progress)
+        TO {file_name(target)} (FORMAT parquet, PARQUET_VERSION V2, {'COMPRESSION snappy' if joins else 'COMPRESSION uncompressed, DICTIONARY_SIZE_LIMIT 1000'})""", "writing", progress)
     if isinstance(found, list): con.unregister("sorted")
     moments = con.execute("SELECT strftime(make_timestamp(?), '%Y-%m-%dT%H:%M:%S'), strftime(make_timestamp(?), '%Y-%m-%dT%H:%M:%S')", [seen["first"], seen["last"]]).fetchone()
     return Merged(seen["rows"], seen["rows"] - repeated, seen["rows"] - seen["timed"], users, items, *moments, digest.hexdigest())

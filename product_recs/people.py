@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from .answers import (AvailabilityItem, EventsAnswer, FeedbackEvent, Forgotten, FoundItems, History, ItemFacts, NewList, UserSample, as_id, plain)
 from .core import BundleError, ProductRecsError
-from .ids import IdTable
+from .ids import LONGEST_ID, id_key
 from .filters import is_available
 from .inference import Recommendations, Recommender, UnknownItem
 from .ladder import new_for
@@ -42,8 +42,6 @@ async def json_body(
 def read_events(
     body:object, # of POST /events
     most:int,    # events in a request
-    users:IdTable|None=None, # of the model, for the type of the ids
-    items:IdTable|None=None,
 )->tuple[list[NewEvent|None], list[str|None]]: # each event, or the reason why it is none
     "One event, or `{\"events\": [...]}`."
     many = isinstance(body, dict) and "events" in body
@@ -54,7 +52,7 @@ def read_events(
     events, errors = [], []
     for one in given:
         event, error = None, None
-        try: event = FeedbackEvent.model_validate(one).to_event(users, items)
+        try: event = FeedbackEvent.model_validate(one).to_event()
         except ValidationError as wrong: error = "; ".join(dict.fromkeys(f"{e['loc'][0] if e['loc'] else 'event'}: {e['msg']}" for e in wrong.errors()))[:500]
         except FeedbackError as wrong: error = str(wrong)
         events.append(event); errors.append(error)
@@ -82,7 +80,7 @@ def add_feedback(
     @app.post("/events", response_model=EventsAnswer, response_model_exclude_none=True, tags=["feedback"], openapi_extra=_EVENTS_BODY,
               summary="Tell what users did", responses=documented("What became of each event; good ones are kept beside bad ones.", 400, 413, 415, 422, 503, model=False))
     async def post_events(request:Request):
-        events, errors = read_events(await json_body(request), service.settings.max_batch, *tables(service))
+        events, errors = read_events(await json_body(request), service.settings.max_batch)
         good = [event for event in events if event]
         found = iter(zip(good, await service.stored("add_events", good) if good else []))
         results = []
@@ -102,9 +100,7 @@ def add_feedback(
 
     @app.post("/availability", tags=["feedback"], summary="Tell which items can be bought", responses=documented("Done; it counts at the next request.", 400, 413, 415, 422, 503, model=False))
     async def post_availability(body:AvailabilityRequest):
-        _, items = tables(service)
-        changes = {as_id(items, one.item_id): one.available for one in body.items}
-        return {"changed": await service.stored("set_availability", changes)}
+        return {"changed": await service.stored("set_availability", {one.item_id: one.available for one in body.items})}
 
 # %% ../nbs/06_people.ipynb #b81ab740
 def history(
@@ -118,20 +114,21 @@ def history(
     row = model.bundle.users.row(user) if model else None
     learned = _learned(model, row) if row is not None and not state.forgotten else lambda event: False
     recent = [event for event in recent if not learned(event)]
-    lines = [{"item_id": e.item_id, **_named(model, e.item_id), "event": e.event, "interactions": e.quantity, "last": plain(e.timestamp), "origin": "feedback"} for e in recent[:limit]]
+    shown = lambda item: as_id(model and model.bundle.items, item)
+    lines = [{"item_id": shown(e.item_id), **_named(model, e.item_id), "event": e.event, "interactions": e.quantity, "last": plain(e.timestamp), "origin": "feedback"} for e in recent[:limit]]
     if row is not None and not state.forgotten and len(lines) < limit: lines += _trained(model, row, limit - len(lines))
     return {"user_id": user, "known": row is not None and not state.forgotten, "forgotten": state.forgotten, "history": lines}
 
 def _learned(model:Recommender, row:int):
     "A test for the events that are part of what the model learned of a user, which is told from there."
-    until, items = learned_micros(model.bundle.manifest["data"].get("feedback_until")), set(model.bundle.items.take(model.bundle.seen[row].indices))
-    return lambda event: event.event not in INSTRUCTIONS and event.item_id in items and to_micros(event.received_at) <= until
+    until, items = learned_micros(model.bundle.manifest["data"].get("feedback_until")), set(model.bundle.seen[row].indices.tolist())
+    return lambda event: event.event not in INSTRUCTIONS and model.bundle.items.row(event.item_id) in items and to_micros(event.received_at) <= until
 
 def _named(model:Recommender|None, item:int|str)->dict:
     "Title and category of an item, where they are known."
     row, columns = (model.bundle.items.row(item), model.bundle.item_columns) if model else (None, {})
     cold = model.bundle.cold_items.get(item) if model and row is None else None
-    told = lambda name: plain(columns[name][row]) if row is not None and name in columns else (cold or {}).get(name)
+    told = lambda name: plain(columns[name][row] if row is not None and name in columns else (cold or {}).get(name))
     text = lambda name: None if (value := told(name)) is None else str(value)
     return {"title": text("title"), "category": text("category")}
 
@@ -185,8 +182,8 @@ def item_facts(
     if row is None and cold is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
     columns = {name: plain(value) for name, value in cold.items()} if row is None else {name: plain(values[row]) for name, values in model.bundle.item_columns.items()}
     for_sale = bool(model.candidates[row]) if row is not None else bool(is_available(np.array([columns.get("available")], object))[0])
-    title, shelf = columns.pop("title", None), service.shelf()
-    available = item in shelf.available or (for_sale and item not in shelf.unavailable)
+    title, shelf, key = columns.pop("title", None), service.shelf(), id_key(item)
+    available = key in shelf.available or (for_sale and key not in shelf.unavailable)
     return {"item_id": item, "title": None if title is None else str(title), "attributes": columns, "available": available}
 
 def _told_of(model:Recommender, found:Recommendations)->list[dict]:
@@ -207,9 +204,9 @@ def find_items(
     bundle, words = model.bundle, query.lower().split()
     if "_titles" not in vars(model): # once a model: the titles in lower case, each word after a space
         titles = bundle.item_columns.get("title", np.full(len(bundle.items), None, object))
-        model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in titles], object)
+        model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in map(plain, titles)], object)
     rows = [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)] if words else []
-    wanted = bundle.items.shown(query.strip())
+    wanted = as_id(bundle.items, query.strip())
     exact = bundle.items.row(wanted)
     rows = ([exact] if exact is not None else []) + [row for row in rows if row != exact]
     popular = bundle.item_columns["popularity"]
@@ -228,7 +225,7 @@ def add_new(
     @app.get("/new", response_model=NewList, response_model_exclude_unset=True, tags=["recommendations"], summary="What nobody has bought yet, for a user",
              responses=documented("By what they have in common with the user's items; the newest for a stranger.", 422, 503))
     async def new_items(n:Annotated[int, Query(ge=1, le=service.settings.max_n)]=min(service.settings.default_n, service.settings.max_n), detail:bool=False,
-                        user_id:Annotated[str | None, Query(max_length=512, description="absent: a guest", openapi_examples={"sample": {"value": "1"}})]=None,
+                        user_id:Annotated[str | None, Query(max_length=LONGEST_ID, description="absent: a guest", openapi_examples={"sample": {"value": "1"}})]=None,
                         category:Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]=None):
         model = service.live.get()
         asked = service.question(None if user_id is None else as_id(model.bundle.users, user_id), n)

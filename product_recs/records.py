@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['INSTRUCTIONS', 'METADATA', 'CLOCK', 'EVENTS', 'DENIED', 'FORGOTTEN', 'AVAILABILITY', 'IMPRESSIONS', 'StoreError',
-           'FeedbackError', 'checked_id', 'NewEvent', 'StoredEvent', 'Impression', 'to_text', 'from_text', 'to_micros',
-           'from_micros']
+           'FeedbackError', 'stored_key', 'NewEvent', 'StoredEvent', 'Impression', 'to_micros', 'from_micros']
 
 # %% ../nbs/06_records.ipynb #4881e0b7
 import math
@@ -17,6 +16,7 @@ from datetime import datetime, timedelta, timezone
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Double, Index, Integer, MetaData, Table, Text
 
 from .core import ProductRecsError
+from .ids import IdError, id_key, key_or_none
 
 # %% ../nbs/06_records.ipynb #87ce90ee
 class StoreError(ProductRecsError):
@@ -25,23 +25,13 @@ class StoreError(ProductRecsError):
 class FeedbackError(ProductRecsError):
     "Feedback that the store does not take; the message names the field."
 
-_BLANK = {"", "nan", "nat", "null", "none", "<na>", "na"} # an ingest takes these words for no value
-_LONGEST = 256
-
-def checked_id(
-    value,         # from a request
-    field:str,     # its name in the message
-)->int|str:        # `value`
-    "An id that an ingest will keep; a `FeedbackError` says why it would not."
-    if isinstance(value, bool) or not isinstance(value, (int, str)): raise FeedbackError(f"{field}: must be a whole number or a text")
-    if isinstance(value, int):
-        if not -2**63 <= value < 2**63: raise FeedbackError(f"{field}: must fit in 64 bits")
-        return int(value)
-    if value.lower() in _BLANK: raise FeedbackError(f"{field}: is blank")
-    if len(value) > _LONGEST: raise FeedbackError(f"{field}: longer than {_LONGEST} characters")
-    if value != value.strip(" \t\r\n\xa0\ufeff"): raise FeedbackError(f"{field}: begins or ends with a space")
-    if re.search('[\x00-\x1f"\ud800-\udfff]', value): raise FeedbackError(f"{field}: has a quote or a control character")
-    return value
+def stored_key(
+    id:int|str, # as somebody wrote it
+    field:str,  # its name in the message
+)->str:         # as the tables have it
+    "The key of an id on its way into the store; a `FeedbackError` says why it has none."
+    try: return id_key(id)
+    except IdError as error: raise FeedbackError(f"{field}: {error}") from None
 
 # %% ../nbs/06_records.ipynb #ab5d434e
 INSTRUCTIONS = ("deny", "undeny") # events that are no interactions
@@ -49,16 +39,15 @@ INSTRUCTIONS = ("deny", "undeny") # events that are no interactions
 @dataclass(frozen=True)
 class NewEvent:
     "One event on its way into the store; wrong values raise `FeedbackError`."
-    user_id: int|str
-    item_id: int|str
+    user_id: int|str                # as somebody wrote it; the event has the key
+    item_id: int|str                # likewise
     event: str = "purchase"
     quantity: float = 1.0
     timestamp: datetime|None = None # when it happened, UTC where it has no zone; None: now
-    key: str|None = None            # the same key counts once; None: one is made
+    key: str|None = None            # of the event: the same one counts once; None: one is made
 
     def __post_init__(self):
-        checked_id(self.user_id, "user_id")
-        checked_id(self.item_id, "item_id")
+        for field in ("user_id", "item_id"): object.__setattr__(self, field, stored_key(getattr(self, field), field))
         if not isinstance(self.event, str) or not re.fullmatch("[a-z][a-z0-9_-]{0,49}", self.event): raise FeedbackError("event: must be a name in lower case, such as purchase")
         if isinstance(self.quantity, bool) or not isinstance(self.quantity, (int, float)) or not math.isfinite(self.quantity): raise FeedbackError("quantity: must be a number")
         if not self.quantity > 0: raise FeedbackError("quantity: must be above 0")
@@ -79,8 +68,8 @@ def _checked_time(moment:datetime)->datetime:
 class StoredEvent:
     "One event as the store has it."
     seq: int                # in the order of acceptance
-    user_id: int|str
-    item_id: int|str
+    user_id: str            # key
+    item_id: str            # key
     event: str
     quantity: float
     timestamp: datetime     # when it happened, UTC
@@ -90,11 +79,16 @@ class StoredEvent:
 class Impression:
     "One answer that a user was shown."
     request_id: str
-    user_id: int|str|None   # None: a guest
+    user_id: int|str|None   # as somebody wrote it; the impression has the key. None: a guest, or what is no id
     model_version: str
     source: str             # the rung that answered
-    items: tuple            # ids, best first
+    items: tuple            # ids, best first; the impression has the keys
     at: datetime
+
+    def __post_init__(self):
+        keys = tuple(key for item in self.items if (key := key_or_none(item)) is not None)
+        object.__setattr__(self, "items", keys)
+        object.__setattr__(self, "user_id", key_or_none(self.user_id))
 
 # %% ../nbs/06_records.ipynb #fbb6e444
 METADATA = MetaData()
@@ -114,18 +108,6 @@ IMPRESSIONS = Table("impressions", METADATA, Column("id", _NUMBER, primary_key=T
 
 # %% ../nbs/06_records.ipynb #8378c8b9
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-
-def to_text(
-    id:int|str, # external id
-)->str:         # as the tables have it
-    "An id with its type: `i1` for 1, `s1` for the text 1."
-    return f"s{id}" if isinstance(id, str) else f"i{int(id)}"
-
-def from_text(
-    text:str,   # of `to_text`
-)->int|str:     # external id
-    "The id behind the text."
-    return text[1:] if text[0] == "s" else int(text[1:])
 
 def to_micros(
     moment:datetime|str, # with time zone, or UTC without one; a text is ISO-8601

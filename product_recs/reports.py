@@ -114,6 +114,7 @@ _INDEX = """<!DOCTYPE html>
 <p>{% if failed %}<strong class="no">Failed</strong> in {{ failed }}; no model was published.{% else %}<strong class="ok">Succeeded.</strong>
 {% if version %}Model <code>{{ version }}</code> is live.{% endif %}{% endif %} {{ started }}, {{ '%.0f' | format(seconds) }} seconds.</p>
 {% if error %}<div class="failed">{{ error }}</div>{% endif %}
+{% for note in notes or [] %}<p class="note">{{ note }}</p>{% endfor %}
 {% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{% endfor %}</div>{% endif %}
 <h2>Steps</h2><table class="text"><thead><tr><th>report</th><th>result</th><th>seconds</th><th>notebook</th></tr></thead><tbody>
 {% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.name }}</a>{% else %}{{ step.name }}{% endif %}</td>

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCOPES', 'KeyFileError', 'Key', 'list_keys', 'add_key', 'remove_key', 'Keys', 'required_scope', 'auth_required',
-           'RateLimit', 'Guard', 'describe_keys']
+           'is_loopback', 'RateLimit', 'Guard', 'describe_keys']
 
 # %% ../nbs/06_security.ipynb #3c3cc4f7
 import hashlib
@@ -22,10 +22,12 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 
 from .core import ProductRecsError, Settings, locked, resolve_path
@@ -62,7 +64,7 @@ def list_keys(
 def _write(path:Path, keys:list[Key])->None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.") # with mode 0600
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps({"keys": [asdict(key) for key in keys]}, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -107,7 +109,7 @@ class Keys:
         path:str|Path, # the file; a `KeyFileError` where it cannot be used at the start
     ):
         self.path = resolve_path(path)
-        self._stamp, self._next_look = self._look(), 0.0
+        self._stamp, self._next_look, self._complaint = self._look(), 0.0, None
         self._keys = self._read()
 
     def _look(self)->tuple|None:
@@ -116,18 +118,25 @@ class Keys:
 
     def _read(self)->list[tuple[bytes, Key]]: return [(bytes.fromhex(key.sha256), key) for key in list_keys(self.path)]
 
-    def _refresh(self)->None:
+    @property
+    def due(self)->bool:
+        "Has nobody looked at the file for a second?"
+        return time.monotonic() >= self._next_look
+
+    def refresh(self)->None:
+        "Read the file where it has changed; for a thread."
         self._next_look = time.monotonic() + 1
         if (stamp := self._look()) == self._stamp: return
-        self._stamp = stamp
-        try: self._keys = self._read()
-        except KeyFileError as error: _log.error("the keys stay as they were: %s", error)
+        # only what was read is remembered: a file that cannot be read for a moment is read at the next look
+        try: self._keys, self._stamp, self._complaint = self._read(), stamp, None
+        except KeyFileError as error:
+            if str(error) != self._complaint: _log.error("the keys stay as they were: %s", error)
+            self._complaint = str(error)
 
     def find(self,
         sent:bytes, # what the client sent as its key
     )->Key|None:    # None where it is no key of the file
-        "The key of a request."
-        if time.monotonic() >= self._next_look: self._refresh()
+        "The key of a request, as of the last `refresh`."
         digest, found = hashlib.sha256(sent).digest(), None
         for sha256, key in self._keys:
             if hmac.compare_digest(digest, sha256): found = key
@@ -149,9 +158,14 @@ def auth_required(
     settings:Settings,
 )->bool:
     "Are API keys asked for?"
-    if settings.auth != "auto": return settings.auth == "on"
-    try: return not ipaddress.ip_address(settings.host).is_loopback
-    except ValueError: return settings.host != "localhost"
+    return settings.auth != "off"
+
+def is_loopback(
+    address:str, # of a socket, such as 127.0.0.1 or ::1
+)->bool:
+    "Does this address reach this machine alone?"
+    try: return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError: return False
 
 # %% ../nbs/06_security.ipynb #315c4017
 _SLOTS = 1 << 20
@@ -220,9 +234,24 @@ def _sent_key(headers:dict[bytes, bytes])->bytes|None:
     scheme, _, key = value.partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else b""
 
-def _from_elsewhere(needed:str, headers:dict[bytes, bytes], origins:set[bytes])->tuple|None:
-    "Without keys: the refusal of a change that a page of another site sends through its visitor's browser."
-    if needed == "read" or headers.get(b"sec-fetch-site", b"none") in (b"none", b"same-origin") or {headers.get(b"origin"), b"*"} & origins: return None
+_HOST = re.compile(rb"(\[[0-9a-f:.]+\]|[^\[\]:]+)(:[0-9]{1,5})?")
+
+@lru_cache(256) # the same few names come with every request
+def _is_own_name(host:bytes, allowed:frozenset)->bool:
+    "Is a `Host` one of this machine's own names, or of those that are allowed?"
+    if "*" in allowed: return True
+    found = _HOST.fullmatch(host.lower())
+    name = found[1].decode("latin-1").strip("[]").removesuffix(".") if found else ""
+    return name == "localhost" or is_loopback(name) or name in allowed
+
+def _from_elsewhere(needed:str, headers:dict[bytes, bytes], origins:set[bytes], hosts:frozenset)->tuple|None:
+    "Without keys: the refusal of what a page of another site sends through its visitor's browser."
+    host = headers.get(b"host", b"")
+    if not _is_own_name(host, hosts):
+        return 403, f"without API keys this service answers to localhost alone, and not to {host.decode('latin-1')[:100]!a}; list the name in PRODUCT_RECS_ALLOWED_HOSTS, or ask for API keys", {}
+    origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
+    if needed == "read" or site == b"same-origin" or {origin, b"*"} & origins: return None
+    if site in (None, b"none") and (origin is None or origin.partition(b"://")[2] == host): return None # a program, or a browser of before 2023
     return 403, "a page of another site may not change anything here; list its origin in PRODUCT_RECS_CORS_ORIGINS, or ask for API keys", {}
 
 def _client(scope:dict)->str:
@@ -244,6 +273,7 @@ class Guard:
         self.keys = Keys(settings.api_keys_file) if auth_required(settings) else None
         self.limit = RateLimit(settings.rate_limit, shared_folder and Path(shared_folder)/"rate_limit") if settings.rate_limit else None
         self.origins = {origin.encode() for origin in settings.cors_origins}
+        self.hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._entry = self._check if not self.origins else CORSMiddleware(
             self._check, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID"],
             expose_headers=["X-Model-Version", "X-Recommendation-Source", "X-Recommendation-Shortfall", "X-Feedback-Stale", "X-Request-ID", "Retry-After"], max_age=600)
@@ -261,6 +291,7 @@ class Guard:
             if message["type"] == "http.response.start": message["headers"] = [*message["headers"], *added]
             await send(message)
 
+        if needed and self.keys and self.keys.due: await run_in_threadpool(self.keys.refresh)
         refusal = (needed and self._refusal(scope, needed, headers)) or _too_long(headers, self.settings.max_body_bytes)
         if refusal is None and b"transfer-encoding" in headers:
             receive = await _whole_body(receive, self.settings.max_body_bytes)
@@ -274,7 +305,7 @@ class Guard:
         key = self.keys.find(sent) if sent else None
         if self.limit and (wait := self.limit.wait(f"key {key.name}" if key else f"address {_client(scope)}")):
             return 429, f"more than {self.settings.rate_limit:g} requests a second; try again in {wait:.2g} s", {"Retry-After": str(math.ceil(wait))}
-        if self.keys is None: return _from_elsewhere(needed, headers, self.origins)
+        if self.keys is None: return _from_elsewhere(needed, headers, self.origins, self.hosts)
         if key is None:
             return (401, "this needs an API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`", {"WWW-Authenticate": _NAME}) if sent is None else (
                 401, "there is no such API key; it was mistyped or has been removed", {"WWW-Authenticate": f'{_NAME}, error="invalid_token"'})

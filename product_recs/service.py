@@ -164,7 +164,8 @@ class _Answers(_Worker):
     def popular(self, model:Recommender, n:int, category:str|None=None)->Recommendations:
         "What most users have and can be bought now."
         shelf = self.shelf()
-        return popular_items(model, n, filters=Filters(where={"category": [category]}) if category else NO_FILTERS, unavailable=shelf.unavailable, available=shelf.available)
+        wanted = Filters(where={"category": [model.catalogue.attributes.read("category", category)]}) if category else NO_FILTERS
+        return popular_items(model, n, filters=wanted, unavailable=shelf.unavailable, available=shelf.available)
 
 # %% ../nbs/06_service.ipynb #845bf259
 class _KeptAnswers(_Answers):
@@ -185,7 +186,6 @@ class _KeptAnswers(_Answers):
     def shown(self, scope:dict, model:Recommender, user:int|str|None, source:str, items:list, short:bool=False)->None:
         "Count an answer, and put it in the log of impressions."
         self.metrics.recommended(source, short)
-        if isinstance(user, str) and not (len(user) <= 256 and user.isprintable()): user = None # no id of anybody, and no database could store it
         if self.impressions: self.impressions.add(scope["request_id"], user, model.bundle.version, source, items)
 
 # %% ../nbs/06_service.ipynb #84a7f8ff

@@ -14,13 +14,13 @@ from sqlalchemy.engine import Connection
 
 from .connection import StoreConnection, tick
 from .records import (AVAILABILITY, DENIED, EVENTS, FORGOTTEN, IMPRESSIONS, INSTRUCTIONS, FeedbackError, Impression, NewEvent, StoredEvent,
-                                  StoreError, checked_id, from_micros, from_text, to_micros, to_text)
+                                  StoreError, from_micros, stored_key, to_micros)
 
 # %% ../nbs/06_store.ipynb #2d82e4b2
 _all_ = ["FeedbackError", "StoreError", "NewEvent", "StoredEvent", "Impression"] # so that who uses the store needs one import
 
 def _row(row)->StoredEvent:
-    return StoredEvent(row.seq, from_text(row.user_id), from_text(row.item_id), row.event, row.quantity, from_micros(row.at), from_micros(row.received_at))
+    return StoredEvent(row.seq, row.user_id, row.item_id, row.event, row.quantity, from_micros(row.at), from_micros(row.received_at))
 
 def _set_denied(connection:Connection, user:str, item:str, denied:bool)->None:
     connection.execute(delete(DENIED).where(DENIED.c.user_id == user, DENIED.c.item_id == item))
@@ -42,7 +42,7 @@ class _Feedback(StoreConnection):
                 statuses.append("duplicate" if new.key in known else "accepted")
                 if new.key in known: continue
                 known.add(new.key)
-                rows.append(dict(seq=number, key=new.key, user_id=to_text(new.user_id), item_id=to_text(new.item_id), event=new.event, quantity=float(new.quantity),
+                rows.append(dict(seq=number, key=new.key, user_id=new.user_id, item_id=new.item_id, event=new.event, quantity=float(new.quantity),
                                  at=to_micros(new.timestamp) if new.timestamp else now + number - seq, received_at=now))
             if rows: connection.execute(insert(EVENTS), rows)
             for row in rows:
@@ -55,14 +55,14 @@ class _Feedback(StoreConnection):
         limit:int=50,       # at most so many
     )->list[StoredEvent]:   # the newest first
         "What the store has of a user, instructions included."
-        query = select(EVENTS).where(EVENTS.c.user_id == to_text(checked_id(user, "user_id"))).order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
+        query = select(EVENTS).where(EVENTS.c.user_id == stored_key(user, "user_id")).order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
         with self.transaction("history") as connection: return [_row(row) for row in connection.execute(query)]
 
     def forget(self,
         user:int|str,
     )->int: # events that were deleted
         "Delete all that the store has of a user, and remember that the user wants to be forgotten."
-        id = to_text(checked_id(user, "user_id"))
+        id = stored_key(user, "user_id")
         with self.transaction("forget", write=True) as connection:
             seq, now = tick(connection, 1)
             deleted = connection.execute(delete(EVENTS).where(EVENTS.c.user_id == id)).rowcount
@@ -74,9 +74,9 @@ class _Feedback(StoreConnection):
 # %% ../nbs/06_store.ipynb #c14feb9e
 class _Training(_Feedback):
     "What training asks for."
-    def forgotten(self)->dict: # user id -> moment, UTC
+    def forgotten(self)->dict[str, datetime]: # key of a user -> moment, UTC
         "Users that want to be forgotten, and since when."
-        with self.transaction("forgotten") as connection: return {from_text(row.user_id): from_micros(row.at) for row in connection.execute(select(FORGOTTEN))}
+        with self.transaction("forgotten") as connection: return {row.user_id: from_micros(row.at) for row in connection.execute(select(FORGOTTEN))}
 
     def cut(self,
         seconds:float=2.0, # before now
@@ -98,18 +98,13 @@ class _Training(_Feedback):
             seq = rows[-1].seq
 
 # %% ../nbs/06_store.ipynb #7a1b8774
-def _is_id(user)->bool:
-    try: checked_id(user, "user_id")
-    except FeedbackError: return False
-    return True
-
 class Store(_Training):
     "The feedback of users, in a SQLite file or a PostgreSQL database; safe to share between threads."
     def set_availability(self,
-        items:Mapping, # item id -> can it be had
+        items:Mapping, # item id -> can it be had; of two ways to write one id the last counts
     )->int:            # items for which that is new
         "Say which items can be had; this beats what the products file told."
-        items = {to_text(checked_id(item, "item_id")): bool(available) for item, available in items.items()}
+        items = {stored_key(item, "item_id"): bool(available) for item, available in items.items()}
         with self.transaction("set_availability", write=True) as connection:
             seq, now = tick(connection, len(items))
             known = dict(connection.execute(select(AVAILABILITY.c.item_id, AVAILABILITY.c.available)).all())
@@ -120,16 +115,16 @@ class Store(_Training):
         if changed: self.counter.bump()
         return len(changed)
 
-    def availability(self)->dict: # item id -> can it be had
+    def availability(self)->dict[str, bool]: # key of an item -> can it be had
         "What was said about items with `set_availability`."
-        with self.transaction("availability") as connection: return {from_text(row.item_id): row.available for row in connection.execute(select(AVAILABILITY))}
+        with self.transaction("availability") as connection: return {row.item_id: row.available for row in connection.execute(select(AVAILABILITY))}
 
     def add_impressions(self,
         impressions:Sequence[Impression],
     )->int: # how many were kept
-        "Keep answers, but for those from before a user was forgotten, and those of a user id that no store takes."
-        rows = [dict(at=to_micros(one.at), request_id=one.request_id, user_id=None if one.user_id is None else to_text(one.user_id), model_version=one.model_version,
-                     source=one.source, items=list(one.items)) for one in impressions if one.user_id is None or _is_id(one.user_id)]
+        "Keep answers, but for those from before a user was forgotten."
+        rows = [dict(at=to_micros(one.at), request_id=one.request_id, user_id=one.user_id, model_version=one.model_version, source=one.source,
+                     items=list(one.items)) for one in impressions]
         if not rows: return 0
         with self.transaction("add_impressions", write=True) as connection:
             tick(connection)
@@ -143,5 +138,5 @@ class Store(_Training):
     )->list[Impression]:    # the newest first
         "Answers that were shown."
         with self.transaction("impressions") as connection:
-            return [Impression(row.request_id, None if row.user_id is None else from_text(row.user_id), row.model_version, row.source, tuple(row.items), from_micros(row.at))
+            return [Impression(row.request_id, row.user_id, row.model_version, row.source, tuple(row.items), from_micros(row.at))
                     for row in connection.execute(select(IMPRESSIONS).order_by(IMPRESSIONS.c.id.desc()).limit(limit))]

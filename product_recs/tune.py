@@ -228,7 +228,7 @@ _KEPT_PERCENT = 66.0  # of the complete trials are above the line below which a 
 def _alone(file:Path)->Iterator[None]:
     "Refuse to search in a file in which another process is searching."
     import fcntl
-    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
+    with open(file.with_name(f".{file.name}.lock"), "w", encoding="utf-8") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError: raise ProductRecsError(f"{file}: another search is going on in this file; wait for it") from None
         yield

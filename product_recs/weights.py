@@ -24,6 +24,7 @@ from .evaluate import PERIODS, TASKS, Task, make_task, past_and_future
 from .features import EVENT_WEIGHTS, LEAST, QUANTITY, Features, Snapshot, _weigh, checked_event_weights
 from .metrics import bootstrap_means, find_hits, interval, paired_bootstrap
 from .parameters import number
+from .sql import parquet
 from .train import ALS_DEFAULTS, fit_als
 
 # %% ../nbs/10_weights.ipynb #441f2a1a
@@ -72,9 +73,8 @@ def weigh(
         database.register("users", pd.DataFrame(_row_table(features.users)))
         database.register("items", pd.DataFrame(_row_table(features.items)))
         found = database.execute(f"""SELECT u.row AS user_row, i.row AS item_row, {', '.join(f'{sql} AS {name}' for sql, name in columns.items())}
-            FROM read_parquet(?) log JOIN users u ON log.user_id = u.id JOIN items i ON log.item_id = i.id
-            WHERE {f"timestamp IS NULL OR timestamp < '{past.until}'" if past.until else 'true'} GROUP BY ALL ORDER BY ALL""",
-            [str(features.interactions/"interactions.parquet")]).fetchnumpy()
+            FROM {parquet(features.interactions/'interactions.parquet')} log JOIN users u ON log.user_id = u.id JOIN items i ON log.item_id = i.id
+            WHERE {f"timestamp IS NULL OR timestamp < '{past.until}'" if past.until else 'true'} GROUP BY ALL ORDER BY ALL""").fetchnumpy()
     shape, rows = past.counts.shape, np.repeat(np.arange(past.counts.shape[0], dtype=np.int64), np.diff(past.counts.indptr))
     keys = found["user_row"].astype(np.int64)*shape[1] + found["item_row"]
     kept = np.searchsorted(keys, rows*shape[1] + past.counts.indices) # the artifact's own pairs
@@ -277,6 +277,6 @@ def open_lab(
     settings:dict|None=None,   # of `lab_settings`; None: whatever is there
 )->Lab|None:                   # None where there is none, or one with other settings
     "A comparison that was made before."
-    try: lab = Lab(**json.loads((Path(folder)/"weights.json").read_text()))
+    try: lab = Lab(**json.loads((Path(folder)/"weights.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError): return None
     return lab if settings is None or lab.facts["settings"] == settings else None

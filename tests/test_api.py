@@ -143,6 +143,16 @@ def problem(answer, status):
     return Problem(**body)
 
 
+def cause_of(server, answer):
+    """What the log has under the request id of an answer, which the document names."""
+    id = answer[1]["x-request-id"]
+    assert f"request id {id}" in answer[2]["detail"]
+    lines = server.lines()
+    while id not in {line["request_id"] for line in lines}:
+        lines = server.lines(len(lines) + 1)
+    return next(line["error"] for line in lines if line["request_id"] == id)
+
+
 # --- answers -----------------------------------------------------------------------------------------------------------
 
 def test_each_user_gets_the_one_right_item(server):
@@ -273,7 +283,7 @@ def test_unknown_item_path_and_method(server):
 
 
 HOSTILE = ["%00", "%0a%0d", "..%2f..%2fetc%2fpasswd", "%2F", "a%2Fb", "%25", "%", "%zz", "%ff%fe", "%ED%A0%80", "%F0%9F%8D%8E", quote("é✓"), "x" * 10_000,
-           "9" * 10_000, "'%20OR%201=1--", "%3Cscript%3E", "-0", "+1", "1.0", "%20", "%D9%A1", "null", "true", "{user_id}", "1;2", "%7B%7D", "~", "."]
+           "9" * 10_000, "'%20OR%201=1--", "%3Cscript%3E", "-0", "+1", "1.5", "%20", "%D9%A1", "null", "true", "{user_id}", "1;2", "%7B%7D", "~", "."]
 
 
 @pytest.mark.parametrize("id", HOSTILE, ids=lambda id: id[:20])
@@ -339,14 +349,33 @@ def test_a_model_that_comes_later_is_found(tmp_path):
         for path in ("/health/ready", "/recommend/1", "/similar/101", "/model"):
             answer = server.get(path)
             assert "no model is live" in problem(answer, 503).detail and answer[1]["retry-after"]
+            assert str(models) in cause_of(server, answer)
         assert problem(server.get("/recommend/1?n=0"), 422)
         damaged = publish_board(models)
         whole = (damaged / "item_factors.npy").read_bytes()
         (damaged / "item_factors.npy").write_bytes(whole[:-8])
-        assert "item_factors.npy" in problem(server.get("/health/ready"), 503).detail
+        refused = server.get("/health/ready")
+        assert f"model {damaged.name} cannot be used" in problem(refused, 503).detail and str(models) not in refused[2]["detail"]
+        assert "item_factors.npy" in cause_of(server, refused)
         (damaged / "item_factors.npy").write_bytes(whole)
         assert server.get("/health/ready")[0] == 200
         assert server.get("/recommend/1?n=1")[2]["recommendations"] == [101]
+
+
+@pytest.mark.parametrize("url", ["postgresql://shopuser:geheim@127.0.0.1:1/shopdb", "sqlite:////proc/nowhere/feedback.db"])
+def test_a_503_says_nothing_of_the_database_and_the_log_says_all(tmp_path, url):
+    """Host, port, user, file: a stranger learns none of them, and whoever reads the log by the request id learns the cause."""
+    publish_board(tmp_path / "models")
+    with Server(tmp_path, tmp_path / "models", database_url=url) as server:
+        asks = [("POST", "/events", {"user_id": 1, "item_id": 101}), ("DELETE", "/users/1", None), ("GET", "/users/1/history", None),
+                ("POST", "/availability", {"items": [{"item_id": 101, "available": True}]})]
+        for method, path, body in asks:
+            answer = server.ask(method, path, body)
+            assert "nothing was taken" in problem(answer, 503).detail and answer[1]["retry-after"] == "5"
+            told = json.dumps(answer[2]) + json.dumps(answer[1])
+            assert not any(word in told for word in ("shopuser", "geheim", "shopdb", "127.0.0.1", "psycopg", "nowhere", "refused", "sqlite"))
+            cause = cause_of(server, answer)
+            assert ("127.0.0.1" in cause and "shopuser" in cause or "/proc/nowhere" in cause) and "geheim" not in cause
 
 
 def ask_all(server, requests):

@@ -46,7 +46,7 @@ def send(port, case):
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
 
 
-def request(method, path, body=None, *headers, host="shop", kind="application/json", length=None):
+def request(method, path, body=None, *headers, host="localhost", kind="application/json", length=None):
     "One HTTP request."
     payload = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1".encode("latin-1"), f"Host: {host}".encode()]
@@ -125,9 +125,9 @@ def of_json():
 
 WRONG = {"a text": "x", "a list": [], "an object": {}, "true": True, "null": None, "1.5": 1.5, "a number as text": "1", "10**30": 10**30}
 TAKEN = {  # what each field takes of them
-    "users": {"null"}, "users.0": {"a text", "a number as text"}, "n": set(), "task": set(), "events": {"a list"}, "detail": {"true"}, "filters": {"an object"},
-    "events.0.item_id": {"a text", "a number as text"}, "events.0.event": {"a text"}, "events.0.quantity": {"1.5"},
-    "filters.exclude_seen": {"true", "null"}, "filters.deny": {"a list"}, "filters.deny.0": {"a text", "a number as text"}, "filters.allow": {"a list", "null"},
+    "users": {"null"}, "users.0": {"a text", "a number as text", "10**30"}, "n": set(), "task": set(), "events": {"a list"}, "detail": {"true"}, "filters": {"an object"},
+    "events.0.item_id": {"a text", "a number as text", "10**30"}, "events.0.event": {"a text"}, "events.0.quantity": {"1.5"},
+    "filters.exclude_seen": {"true", "null"}, "filters.deny": {"a list"}, "filters.deny.0": {"a text", "a number as text", "10**30"}, "filters.allow": {"a list", "null"},
     "filters.where": {"an object"}, "filters.where.price": {"a list", "an object"}, "filters.max_per": {"an object"}, "filters.max_per.category": {"10**30"},
     "filters.where.price.min": {"1.5", "null", "10**30"},
 }
@@ -146,7 +146,7 @@ def of_types():
         for what, value in WRONG.items():
             if what not in taken:
                 yield Hostile(f"`{path}` is {what}", request("POST", "/recommend", at(path, value)), 422, path.split(".")[0] if path.startswith("filters.where.price") else path)
-    good = {"user_id": {"a text", "a number as text"}, "item_id": {"a text", "a number as text"}, "event": {"a text"}, "quantity": {"1.5"}, "timestamp": {"null"}, "key": {"a text", "a number as text", "null"}}
+    good = {"user_id": {"a text", "a number as text", "10**30"}, "item_id": {"a text", "a number as text", "10**30"}, "event": {"a text"}, "quantity": {"1.5"}, "timestamp": {"null"}, "key": {"a text", "a number as text", "null"}}
     for field, taken in good.items():
         for what, value in WRONG.items():
             if what not in taken:
@@ -156,7 +156,7 @@ def of_types():
         yield Hostile(f"/events: `{field}` is {value!r}", request("POST", "/events", EVENT | {field: value}), 200, check=lambda _, body, field=field: body["rejected"] == 1 and field in body["results"][0]["error"])
     for field in ("item_id", "available"):
         for what, value in WRONG.items():
-            if not (field == "item_id" and "text" in what) and not (field == "available" and what == "true"):
+            if not (field == "item_id" and ("text" in what or what == "10**30")) and not (field == "available" and what == "true"):
                 yield Hostile(f"/availability: `{field}` is {what}", request("POST", "/availability", {"items": [{"item_id": 101, "available": True} | {field: value}]}), 422, f"items.0.{field}")
 
 
@@ -181,9 +181,9 @@ def of_paths():
     yield Hostile("the same parameter twice: `?n=1&n=2`", request("GET", "/recommend/1?n=1&n=2"), 200)
     yield Hostile("10,000 parameters", request("GET", "/recommend/1?" + "a=1&" * 10_000), 200)
     yield Hostile("a path of 10 MB", request("GET", "/recommend/" + "x" * HUGE), 431, big=True)
-    yield Hostile("a raw space in the path", b"GET /recommend/a b HTTP/1.1\r\nHost: shop\r\n\r\n", 400)
-    yield Hostile("raw bytes above 127 in the path", b"GET /recommend/\xff HTTP/1.1\r\nHost: shop\r\n\r\n", 400)
-    yield Hostile("a raw NUL in the path", b"GET /recommend/\x00 HTTP/1.1\r\nHost: shop\r\n\r\n", 400)
+    yield Hostile("a raw space in the path", b"GET /recommend/a b HTTP/1.1\r\nHost: localhost\r\n\r\n", 400)
+    yield Hostile("raw bytes above 127 in the path", b"GET /recommend/\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", 400)
+    yield Hostile("a raw NUL in the path", b"GET /recommend/\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n", 400)
     yield Hostile("a whole URL as the path", request("GET", "http://evil.example/health/live"), 200)
 
 
@@ -207,8 +207,14 @@ def of_methods():
 def of_headers():
     def unseen(word):
         return lambda headers, body: word not in json.dumps(headers).lower() and word not in (body if isinstance(body, bytes) else json.dumps(body).encode()).decode().lower()
+    forged = ("X-Forwarded-Host: evil.example", "X-Forwarded-Prefix: /evil.example")
     for path, status in (("/recommend/1", 200), ("/docs", 200), ("/", 200), ("/nowhere", 404), ("/static", 404), ("/openapi.json", 200)):
-        yield Hostile(f"another `Host` for {path}", request("GET", path, None, "X-Forwarded-Host: evil.example", "X-Forwarded-Prefix: /evil.example", host="evil.example"), status, check=unseen("evil.example"))
+        yield Hostile(f"a forged `X-Forwarded-Host` for {path}", request("GET", path, None, *forged), status, check=unseen("evil.example"))
+    for path, status in (("/recommend/1", 403), ("/metrics", 403), ("/docs", 200), ("/", 200), ("/nowhere", 403), ("/openapi.json", 200)):
+        yield Hostile(f"another `Host` for {path}", request("GET", path, None, host="evil.example"), status)
+    for host in ("localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "2130706433", "[::]", "localhost:1:2", "evil@localhost"):
+        yield Hostile(f"`Host: {host}`", request("GET", "/recommend/1", None, host=host), 403, "PRODUCT_RECS_ALLOWED_HOSTS")
+    yield Hostile("no `Host` for data", b"GET /recommend/1 HTTP/1.1\r\n\r\n", 403)
     yield Hostile("no `Host` at all", b"GET /health/live HTTP/1.1\r\n\r\n", 200)
     yield Hostile("a `Host` of rubbish", request("GET", "/docs", host='"><script>'), 200, check=unseen("\"><script>"))
     yield Hostile("CRLF in `X-Request-ID`", request("GET", "/health/live", None, "X-Request-ID: a\r\nX-Evil: 1"), 200, check=lambda headers, _: "x-evil" not in headers)
@@ -240,7 +246,7 @@ def of_smuggling():
         yield Hostile(name, request("POST", "/recommend", None, "Content-Type: application/json", *headers) + body, 400, method="POST")
     for name, tail in {"a chunk whose size is no number": b"zz\r\n{}\r\n0\r\n\r\n", "a chunk longer than it says": b"1\r\n{}\r\n0\r\n\r\n", "a chunk of 20 hex digits": b"f" * 20 + b"\r\n{}"}.items():
         yield Hostile(name, request("POST", "/recommend", None, "Content-Type: application/json", "Transfer-Encoding: chunked") + tail, 400, method="POST")
-    yield Hostile("HTTP/9.9", b"GET /health/live HTTP/9.9\r\nHost: shop\r\n\r\n", 400)
+    yield Hostile("HTTP/9.9", b"GET /health/live HTTP/9.9\r\nHost: localhost\r\n\r\n", 400)
     yield Hostile("HTTP/2 with prior knowledge", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400)
     yield Hostile("the hello of TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400)
 

@@ -145,14 +145,16 @@ def test_the_setting_of_the_service(models, monkeypatch):
     from product_recs.api import create_app
     monkeypatch.setenv("PRODUCT_RECS_INDEX", "approximate")
     options = {"models_dir": models, "database_url": "", "auth": "off"}
-    with TestClient(create_app(Settings(**options))) as client:
+    with TestClient(create_app(Settings(**options)), base_url="http://localhost") as client:
         approximate = client.get("/recommend/5?n=10").json()["recommendations"]
-    with TestClient(create_app(Settings(**options, index="exact"))) as client:
+    with TestClient(create_app(Settings(**options, index="exact")), base_url="http://localhost") as client:
         assert len(set(client.get("/recommend/5?n=10").json()["recommendations"]) & set(approximate)) >= 8
     publish(models, "plain", previous=[])
-    with TestClient(create_app(Settings(**options))) as client:
+    with TestClient(create_app(Settings(**options)), base_url="http://localhost") as client:
         ready = client.get("/health/ready")
-        assert ready.status_code == 503 and "index='approximate', but this model has none (few items)" in ready.text
+        assert ready.status_code == 503 and "model plain cannot be used" in ready.text
+        refused = client.app.state.service.live.refused.error
+        assert "index='approximate', but this model has none (few items)" in refused
 
 
 def test_threads_share_an_index(two):

@@ -1,6 +1,7 @@
 """Models change while they answer: real bundles, published and broken on disk, while threads and processes read."""
 import logging
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from product_recs.bundle import current_version, previous_versions, publish, wri
 from product_recs.core import BundleError, atomic_write
 from product_recs.ids import IdTable
 from product_recs.inference import Recommender, recommend
-from product_recs.live import LiveModel, Reload, rollback
+from product_recs.live import LiveModel, NoModel, Reload, rollback, version_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 ITEMS = 2000
@@ -166,7 +167,7 @@ def test_the_first_model_is_taken_up_while_waiting(tmp_path):
     live = live_model(tmp_path / "models")
     live.start()
     try:
-        with pytest.raises(BundleError, match="no model is live"):
+        with pytest.raises(NoModel, match="no model is live"):
             live.get()
         write(tmp_path / "models", "v1", 11)
         publish(tmp_path / "models", "v1")
@@ -191,9 +192,80 @@ def test_a_worker_that_starts_while_current_is_broken_answers_as_the_others(mode
 def test_a_folder_without_one_usable_model_says_why(models, caplog):
     flip(models / "v1" / "item_factors.npy")
     live = live_model(models)
-    with caplog.at_level(logging.ERROR, "product_recs.live"), pytest.raises(BundleError, match=r"item_factors\.npy.*sha256"):
+    with caplog.at_level(logging.ERROR, "product_recs.live"), pytest.raises(NoModel, match=r"item_factors\.npy.*sha256") as raised:
+        live.look()
         live.get()
+    assert raised.value.public == "model v1 cannot be used"
     assert "there is no other" in caplog.text
+
+
+def test_short_of_open_files_for_a_moment_refuses_no_good_model(models, live):
+    """The process has no file left when the second model comes; when it has some again, nobody has to do anything."""
+    results, held = [], []
+    live.listen(results.append)
+    write(models, "v2", 12)
+    (models / "next").write_text("v2\n")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        os.rename(models / "next", models / "current")
+        assert until(lambda: results)
+        assert results[0].status == "refused" and "Too many open files" in results[0].error
+        assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+    finally:
+        for file in held:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert until(lambda: live.version == "v2") and live.refused is None and recommend(live.get(), 7, 1).items == [12]
+
+
+def test_a_failing_preparation_is_tried_less_and_less_and_logged_once(models, caplog):
+    """Pauses of minutes, so that no try comes by itself here; the time of the next one tells the pause."""
+    def cannot(bundle):
+        raise MemoryError("no room")
+
+    live, pauses = LiveModel(models, cannot, watch_seconds=100, retry_seconds=1000), []
+    with caplog.at_level(logging.ERROR, "product_recs.live"):
+        for _ in range(7):
+            live._again_at = 0  # the pause is over
+            live._look()
+            pauses.append(live._again_at - time.monotonic())
+            live._look()  # and now it is not
+    assert [round(pause, -2) for pause in pauses] == [100, 200, 400, 800, 1000, 1000, 1000]
+    assert [record.message.count("no room") for record in caplog.records] == [1]
+    since = live.refused.at
+    assert live.reload().status == "refused" and live.refused.at == since
+    live.prepare = lambda bundle: Recommender(bundle).prepare()
+    assert live.reload() == Reload("reloaded", "v1") and live.refused is None and live._again_at == float("inf")
+
+
+def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(models, live):
+    """Another tool's manifests, half copies, files and a `current` that somebody spoilt."""
+    write(models, "v2", 12)
+    publish(models, "v2")
+    assert until(lambda: live.version == "v2")
+    for name, content in {"tool": '{"format": 1}', "list": "[1]", "text": "no json", "a b": "{}"}.items():
+        (models / name).mkdir()
+        (models / name / "manifest.json").write_text(content)
+    (models / "dir" / "manifest.json").mkdir(parents=True)
+    (models / "empty").mkdir()
+    (models / "notes.txt").write_text("x")
+    whole = '{"format": 1, "version": "wrong", "created_at": "", "algorithm": "", "parameters": {}, "metrics": {}, "data": {}, '
+    for name, part in {"shape": '"shape": {"users": "many"}, "files": {}', "files": '"shape": {}, "files": {"a": 1}', "path": '"shape": {}, "files": {"../a": {"bytes": 1, "sha256": ""}}'}.items():
+        (models / name).mkdir()
+        (models / name / "manifest.json").write_text(whole + part + "}")
+    usable = [line for line in version_lines(models) if "not usable" not in line]
+    assert [line.split()[:2] for line in usable] == [["live", "v2"], ["-1", "v1"]]
+    for name in ("tool", "list", "text", "shape", "files", "path", "a b", "empty"):
+        with pytest.raises(BundleError):
+            publish(models, name)
+    atomic_write(models / "current", "../v1\n")
+    atomic_write(models / "previous", "../v1\ntool\nno such\nv1\n")
+    assert previous_versions(models) == ["tool", "v1"] and rollback(models, "v1") == "v1" and current_version(models) == "v1"
+    assert until(lambda: live.version == "v1")
 
 
 def test_a_reader_in_another_process_sees_every_version_whole(models, tmp_path):

@@ -2,6 +2,7 @@
 import http.client
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from test_api import Server, publish_board
 
-from product_recs.security import SCOPES, add_key, remove_key
+from product_recs.security import SCOPES, Keys, add_key, remove_key
 
 ROOT = Path(__file__).resolve().parents[1]
 APPLICATION = '''
@@ -58,7 +60,7 @@ def create_app():
 class Service:
     """The small application in uvicorn, in processes of its own."""
 
-    def __init__(self, folder, workers=1, **settings):
+    def __init__(self, folder, workers=1, bind="127.0.0.1", **settings):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "guarded.py").write_text(APPLICATION)
         self.log, self.keys_file = folder / "log", folder / "keys.json"
@@ -68,7 +70,7 @@ class Service:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
         environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "SHARED": str(folder), "PRODUCT_RECS_API_KEYS_FILE": str(self.keys_file)}
         environment |= {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in settings.items()}
-        command = [sys.executable, "-m", "uvicorn", "guarded:create_app", "--factory", "--port", str(self.port), "--workers", str(workers), "--no-access-log"]
+        command = [sys.executable, "-m", "uvicorn", "guarded:create_app", "--factory", "--host", bind, "--port", str(self.port), "--workers", str(workers), "--no-access-log"]
         self.process = subprocess.Popen(command, env=environment, stdout=self.log.open("w"), stderr=(folder / "err").open("w"), stdin=subprocess.DEVNULL)
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx2.Client(base_url=self.url, timeout=20)
@@ -251,13 +253,80 @@ def test_headers_that_browsers_heed(service):
 
 
 def test_without_keys_a_page_of_another_site_changes_nothing(tmp_path):
-    service = Service(tmp_path / "open", auth="auto", host="127.0.0.1")
+    service = Service(tmp_path / "open", auth="off")
     try:
         assert service.client.post("/events", json={}).status_code == 200
+        assert "another site" in problem(service.client.post("/events", json={}, headers={"Origin": "https://evil.example"}), 403)
         assert "another site" in problem(service.client.post("/events", json={}, headers={"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}), 403)
         assert service.client.get("/recommend/1", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
     finally:
         service.close()
+
+
+# --- who can reach it --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_another_server_than_serve_asks_for_keys(tmp_path, host):
+    """The settings say nothing of the socket that uvicorn was told to bind; with `auth=auto` that means keys."""
+    service = Service(tmp_path / "auto", auth="auto", bind=host, host="127.0.0.1")
+    try:
+        for method, path in (("GET", "/recommend/1"), ("POST", "/events"), ("DELETE", "/users/1"), ("POST", "/model/reload")):
+            assert "API key" in problem(service.client.request(method, path), 401)
+        assert service.client.get("/recommend/1", headers=service.sign("read")).status_code == 200
+    finally:
+        service.close()
+
+
+@pytest.mark.parametrize(("settings", "asked"), [
+    ({}, False), ({"host": "localhost"}, False), ({"host": "0.0.0.0"}, True), ({"workers": 2}, False),
+    ({"host": "0.0.0.0", "workers": 2}, True), ({"auth": "on"}, True), ({"host": "0.0.0.0", "auth": "off"}, False),
+])
+def test_serve_asks_for_keys_where_others_can_reach_it(tmp_path, settings, asked):
+    with Server(tmp_path, tmp_path / "models", api_keys_file=tmp_path / "keys.json", **settings) as server:
+        for method, path in (("DELETE", "/users/1"), ("GET", "/recommend/1"), ("GET", "/metrics")):
+            assert (server.ask(method, path)[0] == 401) == asked
+
+
+def test_a_name_that_was_bound_to_this_machine_by_a_stranger_opens_nothing(tmp_path):
+    """DNS rebinding: to the browser page and service are one site; the `Host` alone tells them apart. Kept answers too."""
+    publish_board(tmp_path / "models")
+    with Server(tmp_path, tmp_path / "models") as server:
+        own, evil = f"localhost:{server.port}", f"evil.example:{server.port}"
+        for _ in range(2):  # the second one is a kept answer
+            assert server.get("/recommend/1")[0] == server.get("/recommend/1", headers={"Host": own})[0] == 200
+        for method, path in (("GET", "/recommend/1"), ("GET", "/users/1/history"), ("DELETE", "/users/1"), ("POST", "/events"), ("POST", "/model/reload")):
+            same = {"Host": evil, "Origin": f"http://{evil}", "Sec-Fetch-Site": "same-origin"}
+            status, headers, body = server.ask(method, path, headers=same)
+            assert status == 403 and headers["content-type"] == "application/problem+json" and "evil.example" in body["detail"]
+        assert server.get("/health/live", headers={"Host": evil})[0] == 200
+        same = {"Host": own, "Origin": f"http://{own}", "Sec-Fetch-Site": "same-origin"}
+        assert server.ask("DELETE", "/users/1", headers=same)[2]["forgotten"]
+    with Server(tmp_path, tmp_path / "models", allowed_hosts='["shop.internal"]') as server:
+        assert server.get("/recommend/1", headers={"Host": "shop.internal"})[0] == 200
+        assert server.get("/recommend/1", headers={"Host": "evil.example"})[0] == 403
+
+
+def test_a_file_of_keys_that_cannot_be_read_for_a_moment_is_read_again(tmp_path, caplog):
+    """What was removed meanwhile must not stay a key because the one look at the new file failed."""
+    file = tmp_path / "keys.json"
+    old, new = add_key(file, "old"), add_key(file, "new")
+    keys = Keys(file)
+    assert keys.find(old.encode()).name == "old"
+    remove_key(file, "old")
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        keys.refresh(), keys.refresh()
+        assert keys.find(old.encode()) and [record.message.count("cannot be read") for record in caplog.records] == [1]
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    keys.refresh()
+    assert keys.find(old.encode()) is None and keys.find(new.encode()).name == "new"
 
 
 # --- rate --------------------------------------------------------------------------------------------------------------

@@ -133,6 +133,10 @@ def test_a_wheel_with_kernels_serves_every_python(tmp_path):
     assert "cp310-abi3" in found.name
     with zipfile.ZipFile(found) as archive:
         assert sorted(name for name in archive.namelist() if name.endswith(".so")) == ["product_recs/_als.abi3.so", "product_recs/_search.abi3.so"]
+        archive.extractall(tmp_path / "site")
+    program = "from product_recs.core import compiled; print(compiled('_als') is not None, compiled('_search') is not None)"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    assert run.stdout.split() == ["True", "True"], run.stderr
 
 
 WIDTHS = ((0, 0), (-12, 0), (-6, 3), (0, 8), (-12, 12))  # powers of ten of the confidences

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import duckdb
 import pytest
-from sqlalchemy import inspect, select, text, update
+from sqlalchemy import create_engine, inspect, select, text, update
 
 from product_recs.bundle import open_bundle
 from product_recs.changes import Changes, ImpressionLog
 from product_recs.connection import VERSION_TABLE, Counter, migrate, tick
 from product_recs.features import build_features
 from product_recs.ingest import ingest
-from product_recs.records import EVENTS, StoreError, from_micros
+from product_recs.records import DENIED, EVENTS, FORGOTTEN, StoreError, from_micros
 from product_recs.store import NewEvent, Store
 from product_recs.train import train_bundle
 
@@ -117,7 +117,7 @@ def test_each_key_counts_once_however_many_processes_post_it(url, opened):
     counts = [tuple(map(int, out.split())) for out, _ in answers]
     assert sum(accepted for accepted, _ in counts) == 300 and all(sum(pair) == 300 for pair in counts)
     events = list(opened(Store(url)).read_events())
-    assert sorted(event.item_id for event in events) == list(range(300))
+    assert sorted(int(event.item_id) for event in events) == list(range(300))
     moments = [event.received_at for event in events]
     assert moments == sorted(moments), "the order of seq is not the order of acceptance"
 
@@ -139,7 +139,7 @@ def test_a_killed_process_loses_nothing_that_it_accepted(url, opened):
     accepted += [int(line) for line in process.stdout.read().splitlines() if line.strip()]
     process.communicate()
     store = opened(Store(url))
-    kept = [event.item_id for event in store.read_events()]
+    kept = [int(event.item_id) for event in store.read_events()]
     assert accepted == list(range(len(accepted))) and set(accepted) <= set(kept)
     assert all(kept.count(n) == 2 for n in set(kept)), "half of a list was kept"
     assert store.add_events([NewEvent(1, 0, key="0-a"), NewEvent(1, -1)]) == ["duplicate", "accepted"]  # and no lock is left
@@ -174,7 +174,7 @@ def test_feedback_counts_at_the_next_request_in_every_process(url, opened):
             store.add_events([NewEvent(1, n)])
             assert ask(1) == {f"{n} [] False"}
         store.add_events([NewEvent(1, 5, "deny")])
-        assert ask(1) == {"25 [5] False"} and ask(2) == {"0 [] False"}
+        assert ask(1) == {"25 ['5'] False"} and ask(2) == {"0 [] False"}
         store.forget(1)
         assert ask(1) == {"0 [] True"}
     finally:
@@ -182,17 +182,20 @@ def test_feedback_counts_at_the_next_request_in_every_process(url, opened):
             worker.communicate(timeout=20)
 
 
-def test_ids_come_back_as_they_were(url, opened):
+def test_ids_are_found_by_their_key_whoever_writes_them(url, opened):
     store = opened(Store(url))
-    ids = [1, "1", -1, "-1", 2**63 - 1, -(2**63), "i1", "s1", "ä ☕ 日本", "a'b;--", "%", "x" * 256]
+    ids = [1, -1, 2**63 - 1, -(2**63), 10**30, "01", "i1", "s1", "1e3", "1.50", "ä ☕ 日本", "a'b;--", "%", "x" * 256]
+    keys = [str(id) for id in ids]
     store.add_events([NewEvent(id, id) for id in ids])
-    found = list(store.read_events())
-    assert [(event.user_id, event.item_id) for event in found] == [(id, id) for id in ids]
-    assert all(type(event.item_id) is type(id) for event, id in zip(found, ids))
-    assert [len(store.history(id)) for id in ids] == [1] * len(ids)
-    assert store.set_availability(dict.fromkeys(ids, False)) == len(ids) and store.availability() == dict.fromkeys(ids, False)
+    assert [(event.user_id, event.item_id) for event in store.read_events()] == [(key, key) for key in keys]
     changes = opened(Changes(store, wait=30).start())
-    assert changes.availability().unavailable == frozenset(ids) and all(changes.state(id).events[0].item_id == id for id in ids)
+    for id, key in zip(ids, keys):
+        for written in [id, key, f"{key}.0"] if isinstance(id, int) else [id]:
+            assert len(store.history(written)) == 1 == len(changes.state(written).events) and changes.state(written).events[0].item_id == key
+    assert store.set_availability(dict.fromkeys(ids, False)) == len(ids) and store.availability() == dict.fromkeys(keys, False)
+    assert store.set_availability({"1.0": False, "-1": True}) == 1
+    assert changes.availability()[:2] == ({*keys} - {"-1"}, {"-1"})
+    assert store.forget("1.0") == 1 and changes.state(1).forgotten and list(store.forgotten()) == ["1"] and not changes.state("01").forgotten
 
 
 def test_moments_and_quantities_come_back_to_the_microsecond(url, opened):
@@ -229,7 +232,7 @@ def test_a_list_is_kept_whole_or_not_at_all(url, opened):
     object.__setattr__(bad, "event", None)  # what no check let through: the database refuses it
     with pytest.raises(StoreError, match="add_events"):
         store.add_events([NewEvent(1, 3, key="c"), bad])
-    assert [event.item_id for event in store.read_events()] == [1] and store.counter.value == before
+    assert [event.item_id for event in store.read_events()] == ["1"] and store.counter.value == before
 
 
 def test_random_feedback_is_followed_without_a_gap(url, opened):
@@ -247,9 +250,9 @@ def test_random_feedback_is_followed_without_a_gap(url, opened):
         else:
             store.add_events([NewEvent(user, item, kind)])
             if kind in ("purchase", "cart"):
-                account.setdefault(user, []).append((item, kind))
+                account.setdefault(user, []).append((str(item), kind))
             else:
-                (set.add if kind == "deny" else set.discard)(denied.setdefault(user, set()), item)
+                (set.add if kind == "deny" else set.discard)(denied.setdefault(user, set()), str(item))
         if step % 7 == 0:
             assert [(event.item_id, event.event) for event in follower.state(user).events] == account.get(user, [])
     for changes in (follower, opened(Changes(store, wait=30).start())):
@@ -279,7 +282,7 @@ def test_a_stopped_database_is_survived(postgres, postgres_url, opened):
             store.add_events([NewEvent(1, 102, key="again")])
         assert "add_events" in str(error.value)
         until(lambda: changes.stale)
-        assert [event.item_id for event in changes.state(1).events] == [101] and changes.failures == 1 and changes.error
+        assert [event.item_id for event in changes.state(1).events] == ["101"] and changes.failures == 1 and changes.error
         log.add("r1", 1, "v1", "popular", [101])
         asleep = opened(Changes(Store(postgres_url), poll=0.1).start())  # a worker that starts meanwhile
         assert asleep.stale and asleep.state(1).events == ()
@@ -306,11 +309,11 @@ def test_a_silent_database_delays_one_request_only(postgres_url, opened):
         connection.execute(text("LOCK TABLE clock IN ACCESS EXCLUSIVE MODE"))
         store.counter.bump()  # as after a commit
         for _ in range(50):
-            assert [event.item_id for event in changes.state(1).events] == [101]
+            assert [event.item_id for event in changes.state(1).events] == ["101"]
         assert waits == [0.2] and changes.stale and "in time" in changes.error
     until(lambda: not changes.stale)
     store.add_events([NewEvent(1, 102)])
-    until(lambda: [event.item_id for event in changes.state(1).events] == [101, 102])
+    until(lambda: [event.item_id for event in changes.state(1).events] == ["101", "102"])
 
 
 def test_a_broken_sqlite_file_is_an_error_and_mends(tmp_path, opened):
@@ -324,7 +327,7 @@ def test_a_broken_sqlite_file_is_an_error_and_mends(tmp_path, opened):
     assert changes.stale and "not a database" in changes.error and changes.state(1).events == ()
     path.write_bytes(kept)
     until(lambda: not changes.stale)
-    assert [event.item_id for event in changes.state(1).events] == [101]
+    assert [event.item_id for event in changes.state(1).events] == ["101"]
 
 
 def test_a_backup_is_noticed(tmp_path, opened):
@@ -347,7 +350,7 @@ def test_a_backup_is_noticed(tmp_path, opened):
 NEXT = '''
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision = "0002", "0001"
+revision, down_revision = "0003", "0002"
 def upgrade():
     op.create_table("later", sa.Column("id", sa.Integer, primary_key=True))
     op.add_column("events", sa.Column("channel", sa.Text))
@@ -358,19 +361,19 @@ def upgrade():
 def scripts(folder, last="pass"):
     "The migrations of a next release."
     shutil.copytree(files("product_recs") / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "versions/0002_next.py").write_text(NEXT.format(last=last))
+    (folder / "versions/0003_next.py").write_text(NEXT.format(last=last))
     return folder
 
 
-def test_the_first_version_is_migrated_with_its_rows(url, tmp_path, opened):
+def test_a_next_version_is_migrated_with_its_rows(url, tmp_path, opened):
     store = opened(Store(url))
     store.add_events([NewEvent(1, 101, key="a"), NewEvent("guest", 102)])
     before = list(store.read_events())
-    assert migrate(store._engine) == "0001"
-    assert migrate(store._engine, scripts(tmp_path / "next")) == "0002"
+    assert migrate(store._engine) == "0002"
+    assert migrate(store._engine, scripts(tmp_path / "next")) == "0003"
     assert {"later", VERSION_TABLE} <= set(inspect(store._engine).get_table_names())
     assert list(store.read_events()) == before and store.add_events([NewEvent(1, 101, key="a"), NewEvent(1, 103)]) == ["duplicate", "accepted"]
-    with pytest.raises(StoreError, match="version 0002 .* knows 0001; update product-recs"):
+    with pytest.raises(StoreError, match="version 0003 .* knows 0002; update product-recs"):
         Store(url).open()
 
 
@@ -381,7 +384,57 @@ def test_a_migration_that_fails_changes_nothing(url, tmp_path, opened):
         migrate(store._engine, scripts(tmp_path / "broken", last="1 / 0"))
     assert "later" not in inspect(store._engine).get_table_names()
     assert "channel" not in [column["name"] for column in inspect(store._engine).get_columns("events")]
-    assert migrate(store._engine) == "0001" and len(list(store.read_events())) == 1
+    assert migrate(store._engine) == "0002" and len(list(store.read_events())) == 1
+
+
+def first_version(url, folder):
+    "An empty store as the first release left it."
+    shutil.copytree(files("product_recs") / "migrations", folder, ignore=lambda _, names: {"__pycache__", "0002_keys.py"} & {*names})
+    store = Store(url)
+    engine = create_engine(store.url)
+    assert migrate(engine, folder) == "0001"
+    return store, engine
+
+
+def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_path, opened):
+    "i12, s12 and s12.0 were three people. What one of them had is put together, and what a wish had missed goes."
+    store, engine = first_version(url, tmp_path / "scripts")
+    opened(store)
+    events = [(1, "i12", "i5", "view"), (2, "s12", "s6.0", "cart"), (3, "s12.0", "s07", "view"), (4, "sanna", "sx.0", "view"), (5, "i-3", "i0", "view"),
+              (6, "i12", "i5", "deny"), (7, "s12", "s5", "undeny"),  # the last word
+              (8, "i12", "i6", "deny"), (9, "s12.0", "s6", "deny"),  # said twice
+              (10, "i9", "i1", "view"), (11, "i9", "i1", "deny"), (13, "i9", "i2", "view"), (14, "i9", "i3", "deny"),
+              (15, "s8", "i1", "view"), (17, "i8", "i1", "view"), (19, "s8", "i2", "view")]  # fmt: skip
+    with engine.begin() as connection:
+        def put(table, **columns):
+            names = ", ".join(columns)
+            connection.execute(text(f"INSERT INTO {table} ({names}) VALUES (:{', :'.join(columns)})"), columns)
+
+        for seq, user, item, event in events:
+            put("events", seq=seq, key=f"k{seq}", user_id=user, item_id=item, event=event, quantity=1, at=seq, received_at=seq)
+        for user, item in (("i12", "i5"), ("i12", "i6"), ("s12.0", "s6"), ("i9", "i1"), ("i9", "i3"), ("sbert", "i1"), ("i8", "i7")):
+            put("denied", user_id=user, item_id=item)
+        for user, seq in (("s9", 12), ("i8", 16), ("s8", 18)):
+            put("forgotten", user_id=user, at=seq, seq=seq)
+        for item, available, seq in (("i5", True, 20), ("s5", False, 21), ("s5.0", True, 22), ("sA7", False, 23)):
+            put("availability", item_id=item, available=available, at=seq, seq=seq)
+        for at, user, items in ((11, "i9", "[1]"), (13, "i9", '[2, "2.0", "A7"]'), (14, None, "[]"), (19, "s12.0", '["5"]'), (17, "i8", "[1]")):
+            put("impressions", at=at, request_id=f"r{at}", user_id=user, model_version="v", source="popular", items=items)
+        connection.execute(text("UPDATE clock SET seq = 23, at = 23"))
+    engine.dispose()
+
+    assert migrate(store.open()._engine) == "0002"
+    assert [(event.seq, event.user_id, event.item_id) for event in store.read_events()] == [
+        (1, "12", "5"), (2, "12", "6"), (3, "12", "07"), (4, "anna", "x.0"), (5, "-3", "0"), (13, "9", "2"), (19, "8", "2")]  # fmt: skip
+    with store.transaction("test") as connection:
+        assert sorted(connection.execute(select(DENIED)).all()) == [("12", "6"), ("9", "3"), ("bert", "1")]
+        assert sorted(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.seq)).all()) == [("8", 18), ("9", 12)]
+    assert store.availability() == {"5": True, "A7": False}
+    assert [(one.request_id, one.user_id, one.items) for one in store.impressions()[::-1]] == [("r13", "9", ("2", "2", "A7")), ("r14", None, ()), ("r19", "12", ("5",))]
+    changes = opened(Changes(store, wait=30).start())
+    assert changes.state(9).forgotten and changes.state("9").denied == {"3"} and [event.item_id for event in changes.state("9.0").events] == ["2"]
+    assert changes.availability()[:2] == ({"A7"}, {"5"}) and len(changes.state(12).events) == 3
+    assert store.add_events([NewEvent(12, 5, key="k1"), NewEvent(12, 5)]) == ["duplicate", "accepted"]
 
 
 LOG = "user_id,item_id,event,timestamp\n" + "".join(f"{user},{item},purchase,2026-01-{1 + (user * 7 + item) % 28:02}\n" for user in range(1, 13) for item in range(101, 113) if (user + item) % 2)
@@ -412,9 +465,9 @@ def test_what_was_accepted_is_in_the_next_model_and_new_to_no_one(url, tmp_path,
     row = second.users.row(99)
     assert sorted(second.items.take(second.seen[row].indices)) == [101, 103] and second.users.row(2) is None and second.users.row("a guest") is None
     changes.use(second.manifest["data"]["feedback_until"])
-    assert changes.state(99).events == () and changes.state(1).denied == {101}
+    assert changes.state(99).events == () and changes.state(1).denied == {"101"}
     store.add_events([NewEvent(99, 105), NewEvent(2, 105)])
-    assert [event.item_id for event in changes.state(99).events] == [105] == [event.item_id for event in changes.state(2).events]
+    assert [event.item_id for event in changes.state(99).events] == ["105"] == [event.item_id for event in changes.state(2).events]
     changes.use(first.manifest["data"]["feedback_until"])  # a rollback: the events and the wish are new again
     assert changes.state(2).forgotten
 
@@ -442,5 +495,5 @@ def test_a_forgotten_user_leaves_no_row_in_the_database(url, opened):
     with store.transaction("test") as connection:
         for table in inspect(connection).get_table_names():
             rows = [str(tuple(row)) for row in connection.execute(text(f"SELECT * FROM {table}"))]
-            assert ("sanna" in "".join(rows)) == (table == "forgotten"), table
-        assert connection.execute(select(EVENTS.c.user_id)).scalars().all() == ["sbert"]
+            assert ("anna" in "".join(rows)) == (table == "forgotten"), table
+        assert connection.execute(select(EVENTS.c.user_id)).scalars().all() == ["bert"]
