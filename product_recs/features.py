@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from .bundle import load_csr, load_table, save_csr
+from .bundle import NO_LEFT_OUT, LeftOut, load_csr, load_left_out, load_table, save_csr, save_left_out
 from .core import Columns, FeatureError, atomic_folder, locked, resolve_path
 from .ids import IdTable
 from .ingest import ensure_ingested
@@ -241,6 +241,7 @@ class Features:
     feedback_until: str|None=None # UTC; what the feedback store received until then is in the interactions
     cold_items: Path|None=None # file of the rows of the products file that have no row in the matrices; None: there are none
     cold_users: Path|None=None # likewise of the users file
+    left_out: LeftOut=NO_LEFT_OUT # what users had in `all` and the minimum counts took out
 
 def item_attributes(
     features:Features,
@@ -337,11 +338,12 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
             until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
             found = _by_blocks(pool, log, blocks, lambda part, starts, until=until: _snapshot(part, starts, until, ends, parameters["half_life_days"]), room)
             kept = _enough(found["user"], found["item"], parameters)
-            found = {value: column[kept] for value, column in found.items()}
+            every, found = found, {value: column[kept] for value, column in found.items()}
             if name == "all":
                 if not len(found["user"]): raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and min_item_users={parameters['min_item_users']}; lower them")
                 rows = {side: _write_ids(database, found[side], f"{side}_id", interactions/f"{attributes}.parquet", folder/f"{side}s.parquet") for side, attributes in (("user", "users"), ("item", "products"))}
                 shape = tuple(int(row.max()) + 1 for row in rows.values())
+                if not isinstance(kept, slice): save_left_out(folder, _left_out(database, {value: column[~kept] for value, column in every.items()}, rows, shape[1]))
             sums = _csr(_numbered(found, rows), "confidence", shape)
             if name == "all": mean_total = _mean_total(sums) if parameters["weighting"] == "bm25" else None
             save_csr(folder, f"{name}_confidence", _weigh(sums, parameters["weighting"]))
@@ -353,6 +355,19 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
             kept = (found["user"] >= 0) & (found["item"] >= 0)
             save_csr(folder, name, _csr({value: column[kept] for value, column in found.items()}, "counts", shape))
     return shape, mean_total
+
+def _left_out(database, pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray], known:int)->LeftOut:
+    "The pairs that the minimum counts keep away from the training, by the numbers of the log."
+    if not len(pairs["user"]): return NO_LEFT_OUT
+    ids = {side: database.execute(f"SELECT {side}_id AS id FROM log_{side}s ORDER BY row").fetchnumpy()["id"] for side in ("user", "item")}
+    users, user = np.unique(pairs["user"], return_inverse=True)
+    column = rows["item"][pairs["item"]].astype(np.int64)
+    items = np.unique(pairs["item"][column < 0])
+    column = np.where(column < 0, known + np.searchsorted(items, pairs["item"]), column)
+    order = np.lexsort((column, user))
+    found = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32)} | {value: pairs[value][order] for value in ("confidence", "counts", "age_days")}
+    shape = len(users), known + len(items)
+    return LeftOut(known, IdTable(ids["user"][users]), IdTable(ids["item"][items]), *(_csr(found, value, shape) for value in ("confidence", "counts", "age_days")))
 
 def _numbered(pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray])->dict[str, np.ndarray]:
     "The pairs with the row numbers of the matrices; the same arrays where nobody has left."
@@ -391,7 +406,8 @@ def open_features(
         validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape), split=facts["split"], parameters=facts["parameters"],
         fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
         mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"),
-        **{name: file if (file := path/f"{name}.parquet").exists() else None for name in ("cold_items", "cold_users")})
+        **{name: file if (file := path/f"{name}.parquet").exists() else None for name in ("cold_items", "cold_users")},
+        left_out=load_left_out(path, facts["items"]))
 
 # %% ../nbs/02_features.ipynb #3f8d95a6
 def ensure_features(

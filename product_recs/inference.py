@@ -93,6 +93,11 @@ class Recommender:
         "What a user had interacted with when the model was trained."
         return self.indices[self.indptr[row]:self.indptr[row + 1]] if row is not None else self.indices[:0]
 
+    def had(self, user:int|str)->np.ndarray: # external id, known or not; rows of items
+        "What a user had interacted with before the end of the data, also where the minimum counts kept it away from the training."
+        row = self.bundle.users.row(user)
+        return self.seen_by(row) if row is not None else self.bundle.left_out.of(user).items
+
     def prepare(self)->"Recommender": # itself
         "Compute now what the first recommendation would."
         _ = self.catalogue, self.popularity, self.nearest
@@ -157,7 +162,7 @@ def recommend(
     n, row = checked_n(n), model.bundle.users.row(user)
     known = row is not None and model.user_factors[row].any()
     filters = _filters(exclude_seen, deny, allow)
-    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.seen_by(row))] if exclude_seen else [])
+    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.had(user))] if exclude_seen else [])
     if known: return search_list(model, model.user_factors[row], n, "personalised", ruled_out, filters)
     return make_list(model, model.popularity.copy(), n, "popular", ruled_out, filters)
 
@@ -209,7 +214,7 @@ def next_purchase(
     known = row is not None and len(model.seen_by(row)) > 0
     scores = score_users(signals, np.array([row]))[0] if known else model.popularity.copy()
     filters = _filters(exclude_seen, deny, allow)
-    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.seen_by(row))] if exclude_seen else [])
+    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.had(user))] if exclude_seen else [])
     return make_list(model, scores, n, "next_purchase" if known else "popular", ruled_out, filters)
 
 

@@ -173,7 +173,7 @@ def train_bundle(
         data={"run": features.interactions.name, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until, **features.split, **({"mean_total": features.mean_total} if features.mean_total else {})},
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
         counts=features.all.counts, age_days=features.all.age_days, blend=weights,
-        cold_items=features.cold_items, cold_users=features.cold_users, index=facts, index_data=index_data)
+        cold_items=features.cold_items, cold_users=features.cold_users, left_out=features.left_out, index=facts, index_data=index_data)
     if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)): publish(path.parent, path.name)
     return path.name, model
 

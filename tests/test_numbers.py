@@ -24,7 +24,7 @@ from product_recs.weights import weigh
 JOBS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "10_weights", "11_tune")
 SNAPSHOTS = ("train", "train_validation", "all")
 BIN = Path(sys.executable).parent
-QUICK = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def log_of(seed, rows, days, users=8, items=6):
@@ -129,7 +129,9 @@ def test_every_declared_parameter_takes_its_value_in_every_form(job):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    return fresh_project(tmp_path_factory.mktemp("project"))
+    root = fresh_project(tmp_path_factory.mktemp("project"))
+    (root/"reports").mkdir()
+    return root
 
 
 def papermill(root, job, *options):
