@@ -31,7 +31,7 @@ def trained(folder, rows, texts=False, **parameters):
     return log, features, open_bundle(folder/"models", version, verify=True)
 
 
-def serving(folder, **options): return TestClient(create_app(Settings(models_dir=folder/"models", log_level="ERROR", auth="off", **{"database_url": ""} | options)))
+def serving(folder, **options): return TestClient(create_app(Settings(models_dir=folder/"models", log_level="ERROR", auth="off", **{"database_url": ""} | options)), base_url="http://localhost")
 
 
 def own_of(log): return {user: set(part.item_id.tolist()) for user, part in log.groupby("user_id")}
