@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version as package_version
 from pathlib import Path
@@ -25,6 +26,7 @@ from scipy.sparse import csr_matrix
 
 from .cold import NO_COLD, ColdTable
 from .core import BundleError, atomic_folder, atomic_write
+from .events import EventRules
 from .ids import IdTable
 from .sql import database_errors, file_name, named, parquet
 
@@ -297,6 +299,11 @@ class Bundle:
     def version(self)->str:
         "Name of the model version."
         return self.manifest["version"]
+
+    @cached_property
+    def rules(self)->EventRules:
+        "Which events a training by the rules of this model learns."
+        return EventRules(**self.manifest["parameters"].get("ingest", {}))
 
 _PARTS = {"version": str, "created_at": str, "algorithm": str, "parameters": dict, "data": dict, "shape": dict, "metrics": dict, "files": dict}
 

@@ -16,8 +16,8 @@ from uuid import UUID
 from tqdm import tqdm
 
 from .core import IngestError, project_root, resolve_path
-from .ids import BLANK_IDS
 from .credentials import masked, parse_url, shown_url, without_secrets
+from .ids import BLANK_IDS
 
 # %% ../nbs/01_database.ipynb #a622f754
 BATCH = 50_000 # rows fetched at once

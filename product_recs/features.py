@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
 
@@ -242,6 +242,7 @@ class Features:
     cold_items: Path|None=None # file of the rows of the products file that have no row in the matrices; None: there are none
     cold_users: Path|None=None # likewise of the users file
     left_out: LeftOut=NO_LEFT_OUT # what users had in `all` and the minimum counts took out
+    rules: dict=field(default_factory=dict) # what an interaction had to be at the ingest, as of `EventRules`
 
 def item_attributes(
     features:Features,
@@ -320,7 +321,7 @@ def build_features(
         shape, mean_total = _write_matrices(database, folder, interactions, split, parameters)
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
         (folder/"features.json").write_text(json.dumps({"parameters": parameters, "split": split, "fingerprint": ledger["fingerprint"], "feedback_until": ledger.get("feedback_until"),
-            "interactions": str(interactions), "mean_total": mean_total, "users": shape[0], "items": shape[1]}, indent=2) + "\n", encoding="utf-8")
+            "rules": ledger.get("rules", {}), "interactions": str(interactions), "mean_total": mean_total, "users": shape[0], "items": shape[1]}, indent=2) + "\n", encoding="utf-8")
     return open_features(out)
 
 # %% ../nbs/02_features.ipynb #40bfaefc
@@ -405,7 +406,7 @@ def open_features(
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots,
         validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape), split=facts["split"], parameters=facts["parameters"],
         fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
-        mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"),
+        mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"), rules=facts.get("rules", {}),
         **{name: file if (file := path/f"{name}.parquet").exists() else None for name in ("cold_items", "cold_users")},
         left_out=load_left_out(path, facts["items"]))
 
@@ -421,6 +422,6 @@ def ensure_features(
         try: there = open_features(out)
         except FeatureError: there = None
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
-        fresh = there and (there.fingerprint, there.feedback_until) == (ledger["fingerprint"], ledger.get("feedback_until"))
+        fresh = there and (there.fingerprint, there.feedback_until, there.rules) == (ledger["fingerprint"], ledger.get("feedback_until"), ledger.get("rules", {}))
         if fresh and all(there.parameters[name] == value for name, value in parameters.items()): return there
         return build_features(interactions, out, **parameters)

@@ -16,9 +16,9 @@ import numpy as np
 from .bundle import Bundle
 from .core import Columns, ProductRecsError
 from .events import UNCHANGED, Event, UserState
-from .filters import NO_FILTERS, SEEN, TEXT, YES_NO, Attributes, Filters, rows_of, rule_out
+from .filters import NO_FILTERS, SEEN, TEXT, YES_NO, Attributes, Filters, read_value, rows_of, rule_out
+from .foldin import Person, counted, person, prepare_people, score_person
 from .ids import id_key
-from .foldin import Person, person, prepare_people, score_person
 from .inference import Recommendations, Recommender, checked_n, make_list, search_list
 
 # %% ../nbs/05_ladder.ipynb #c41b08b3
@@ -127,7 +127,8 @@ class Scored:
 def _climb_down(model:Recommender, request:Request, who:Person)->tuple[str, np.ndarray]:
     "Rung and scores for somebody without factors."
     others = [] if request.state.forgotten else model.bundle.left_out.of(request.user).others
-    described = [request.new_items[event.item_id] for event in (*request.state.events, *request.session) if event.item_id in request.new_items] if who.unknown else []
+    events = counted(model, request.user, request.state, request.session) if who.unknown else ()
+    described = [request.new_items[event.item_id] for event in events if event.item_id in request.new_items]
     described += [request.new_items[item] for item in others if item in request.new_items]
     if len(who.items) or described:
         scores = content_scores(model, who.items, who.confidence, described)
@@ -190,7 +191,7 @@ def described(
     "The question with all that is known of new items and of a user without interactions."
     bundle, state = model.bundle, request.state
     items, attributes = {}, request.attributes
-    for event in (*state.events, *request.session):
+    for event in counted(model, request.user, state, request.session):
         if event.item_id in items or bundle.items.row(event.item_id) is not None: continue
         told, given = bundle.cold_items.get(event.item_id), request.new_items.get(event.item_id)
         if told is not None or given is not None: items[event.item_id] = {**(told or {}), **(given or {})}
@@ -249,7 +250,7 @@ def new_for(
 )->Recommendations:          # source `content` or `new`; without rows: they have none
     "The `n` items without interactions that fit best what the user has, and that can be bought."
     cold, state = model.bundle.cold_items, request.state
-    if category is not None: category = model.catalogue.attributes.read("category", category)
+    if category is not None: category = read_value(model.catalogue.attributes, "category", category)
     who, weights = person(model, request.user, state, request.session), {}
     things = list(described(model, request).new_items.values())
     if len(who.items) or things:

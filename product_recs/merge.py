@@ -55,7 +55,8 @@ def _parts(con, types:Mapping[str, str], events:list[str])->tuple[list[Part], di
     unit, first = 1_000_000 if seen["seconds"] else 1, seen["first"] or 0
     none = ((seen["last"] or 0) - first) // unit + 1 # the number of no time
     parts.append(Part(f"coalesce((epoch_us(timestamp) - ({first})) // {unit}, {none})", none, f"make_timestamp(nullif({{}}, {none}) * {unit} + ({first}))", facts=(first, unit)))
-    texts = ", ".join(quoted(events[place]) for place in present)
+    # an event's name may have braces, which `format` takes for its own
+    texts = ", ".join(quoted(events[place]).replace("{", "{{").replace("}", "}}") for place in present)
     places = "".join(f" WHEN {place} THEN {number}" for number, place in enumerate(present))
     parts.append(Part(f"(CASE event{places} END)::BIGINT", len(present) - 1, f"([{texts}]::ENUM({texts})[])[{{}} + 1]", facts=tuple(events[place] for place in present)))
     parts.append(_whole(con, "quantity", int(seen["least"]), int(seen["most"]), "DOUBLE") if seen["even"] else _listed(con, "quantity"))

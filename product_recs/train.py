@@ -169,7 +169,7 @@ def train_bundle(
                                     num_threads=parameters.get("num_threads", 0), progress=parameters.get("progress", True))
     path = write_bundle(resolve_path(models_dir), user_factors=model.user_factors, item_factors=model.item_factors, seen=features.all.confidence,
         users=features.users, items=features.items, user_columns=features.user_columns, item_columns=features.item_columns,
-        algorithm="als", parameters={**model.parameters, "features": features.parameters},
+        algorithm="als", parameters={**model.parameters, "features": features.parameters, "ingest": features.rules},
         data={"run": features.interactions.name, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until, **features.split, **({"mean_total": features.mean_total} if features.mean_total else {})},
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
         counts=features.all.counts, age_days=features.all.age_days, blend=weights,
