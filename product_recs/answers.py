@@ -19,9 +19,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError
 
 from .ids import LONGEST_ID, IdError, IdTable, id_key, key_or_none, number_or_text
-from .events import Event
+from .core import ProductRecsError
+from .events import INSTRUCTIONS, Event, EventRules, refusal
 from .filters import Filters
-from .records import NewEvent
+from .records import FeedbackError, NewEvent
 
 # %% ../nbs/06_answers.ipynb #9ff2ee3d
 def plain(
@@ -54,7 +55,7 @@ def as_id(
     return number_or_text(key) if table is None else table.shown(key)
 
 # %% ../nbs/06_answers.ipynb #2ba777fb
-EventName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9_-]{0,49}$")]
+EventName = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=100)] # the rules of the live model say which
 _Number = Annotated[float, Strict()] # a whole number fits too
 
 def _iso(value:Any)->Any:
@@ -67,8 +68,8 @@ class _Strict(BaseModel):
 class SessionEvent(_Strict):
     "Something that the user did just now, for this answer only; it is not stored."
     item_id: Id
-    event: EventName = Field("view", description="view, cart, purchase, ...")
-    quantity: _Number = Field(1.0, gt=0, le=1_000_000)
+    event: EventName = Field("view", description="view, cart, purchase, ...: one that the model's training knew")
+    quantity: _Number = Field(1.0, description="above 0, and not above what the model's training took, usually 1000")
 
     def to_event(self)->Event: return Event(self.item_id, self.event, self.quantity)
 
@@ -114,6 +115,13 @@ def recommend_body(
         filters: FilterRules = Field(default_factory=FilterRules)
         detail: StrictBool = False
 
+        def session(self, rules:EventRules)->list[Event]:
+            "The events as the fold-in takes them; an error names the first that a training by the rules would reject."
+            events = [event.to_event() for event in self.events]
+            for at, event in enumerate(events):
+                if wrong := refusal(rules, event): raise ProductRecsError(f"events.{at}.{wrong}")
+            return events
+
         def told(self)->dict:
             "`attributes` and `new_items`, as the ladder takes them; the columns are still to be checked."
             return {"attributes": self.attributes, "new_items": self.items}
@@ -125,13 +133,15 @@ class FeedbackEvent(_Strict):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [{"user_id": 1, "item_id": 101, "event": "purchase", "quantity": 2, "key": "order-1-line-1"}]})
     user_id: Id
     item_id: Id
-    event: EventName = Field("purchase", description="view, cart, purchase, ...; `deny`: never show it to this user, `undeny`: do again")
-    quantity: _Number = Field(1.0, gt=0, le=1_000_000)
-    timestamp: Annotated[datetime | None, BeforeValidator(_iso)] = Field(None, description="ISO 8601, without a zone it is UTC, not in the future; absent: now")
+    event: EventName = Field("purchase", description="view, cart, purchase, ...: one that the model's training knew; `deny`: never show it to this user, `undeny`: do again")
+    quantity: _Number = Field(1.0, description="above 0, and not above what the model's training took, usually 1000")
+    timestamp: Annotated[datetime | None, BeforeValidator(_iso)] = Field(None, description="ISO 8601, without a zone it is UTC, not before 1970 and not in the future; absent: now")
 
-    def to_event(self)->NewEvent:
-        "As the store takes it; a `FeedbackError` names the field that it does not take."
-        return NewEvent(self.user_id, self.item_id, self.event, self.quantity, self.timestamp, self.key)
+    def to_event(self, rules:EventRules)->NewEvent:
+        "As the store takes it; a `FeedbackError` names the field that it, or a training by the rules, does not take."
+        event = NewEvent(self.user_id, self.item_id, self.event, self.quantity, self.timestamp, self.key)
+        if event.event not in INSTRUCTIONS and (wrong := refusal(rules, event)): raise FeedbackError(wrong)
+        return event
     key: Annotated[str, StringConstraints(pattern="^[!-~]{1,200}$")] | None = Field(None, description="makes a repeated request harmless; absent: made here")
 
 class EventStatus(BaseModel):

@@ -45,7 +45,8 @@ def _spelled(column:str)->tuple[str, list[tuple[str, str, str]]]:
     "SQL of a text column without blanks, and what it may become: type, value, and the condition on each value."
     value = f"CASE WHEN NOT {is_blank(column)} THEN trim({column}) END"
     number, double = f"regexp_full_match({value}, '-?(0|[1-9][0-9]*)([.][0-9]*)?([eE][+-]?[0-9]+)?')", f"TRY_CAST({value} AS DOUBLE)"
-    exact = f"(abs({double}) < {EXACT['DOUBLE']} OR regexp_matches({value}, '[eE]'))"
+    def digits(text): return f"trim(translate(split_part(lower({text}), 'e', 1), '-.', ''), '0')"
+    exact = f"(abs({double}) < {EXACT['DOUBLE']} OR regexp_matches({value}, '[.eE]') AND {digits(value)} = {digits(f'CAST({double} AS VARCHAR)')})"
     return value, [("BOOLEAN", f"CAST({value} AS BOOLEAN)", f"lower({value}) IN ('true', 'false')"),
                    ("BIGINT", f"CAST({value} AS BIGINT)", f"{number} AND CAST(TRY_CAST({value} AS BIGINT) AS VARCHAR) = {value}"),
                    ("DOUBLE", f"CAST({value} AS DOUBLE)", f"{number} AND isfinite({double}) AND {exact}"),

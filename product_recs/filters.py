@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_FILTERS', 'TEXT', 'NUMBER', 'YES_NO', 'TIME', 'UNKNOWN', 'NOT_A_CANDIDATE', 'SEEN', 'DENIED', 'UNAVAILABLE',
-           'NOT_ALLOWED', 'Filters', 'Attributes', 'is_available', 'rows_of', 'Catalogue', 'rule_out', 'best_allowed']
+           'NOT_ALLOWED', 'Filters', 'Attributes', 'read_value', 'is_available', 'rows_of', 'Catalogue', 'rule_out',
+           'best_allowed']
 
 # %% ../nbs/05_filters.ipynb #51b2d278
 from collections.abc import Collection, Iterable, Mapping
@@ -144,18 +145,6 @@ class Attributes:
         flags[[table[value] for value in map(_plain, values) if value in table]] = True
         return flags[codes]
 
-    def read(self,
-        name:str,         # of a column
-        text:str,         # a value as a URL has it
-        rule:str="where", # the rule that asks
-    ):                    # of the column's kind
-        "A value that could only come as text."
-        kind, value = self.kind(name, rule), text
-        if kind == YES_NO: value = {"true": True, "false": False}.get(text.lower(), text)
-        if kind == NUMBER:
-            with suppress(ValueError): value = float(text) if self.columns[name].dtype.kind == "f" or not text.strip("+-").isdecimal() else int(text)
-        return _plain(_value(kind, name, value, rule))
-
     def code(self,
         name:str,          # of a column
         value,             # of the column's kind
@@ -164,6 +153,21 @@ class Attributes:
         "The code of one value."
         wanted = _value(self.kind(name, rule), name, value, rule)
         return self.coded(name)[1].get(_plain(wanted), -2)
+
+# %% ../nbs/05_filters.ipynb #f9923086
+def read_value(
+    attributes:Attributes,
+    name:str,         # of a column
+    text:str,         # a value as a URL has it
+    rule:str="where", # the rule that asks
+):                    # of the column's kind
+    "A value that could only come as text."
+    kind, value = attributes.kind(name, rule), text
+    if kind == YES_NO: value = {"true": True, "false": False}.get(text.lower(), text)
+    if kind == NUMBER:
+        whole = attributes.columns[name].dtype.kind != "f" and text.strip("+-").isdecimal()
+        with suppress(ValueError): value = int(text) if whole else float(text)
+    return _plain(_value(kind, name, value, rule))
 
 # %% ../nbs/05_filters.ipynb #fedafd78
 _NO = {"false", "f", "0", "0.0", "no", "n"}

@@ -12,8 +12,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timedelta, timezone
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import duckdb
@@ -25,10 +25,12 @@ from .csvfiles import staged_query
 from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
+from .parameters import number
 from .sources import FileRead, match_columns, near_name, read_source, run_query
 from .sql import database_errors, file_name, local_name, named, parquet, quoted, temporary_database
 from .text import safe_cell_sql
-from .validate import EVENTS, ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed
+from .events import KNOWN_EVENTS, LEEWAY, EventRules
+from .validate import ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed
 from .ids import key_sql, whole_number
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
@@ -49,6 +51,7 @@ class Ledger:
     first_timestamp: str | None = None             # UTC, ISO-8601
     last_timestamp: str | None = None
     feedback_until: str | None = None              # UTC, ISO-8601; what the feedback store received until then is in the rows
+    rules: dict = field(default_factory=dict)      # what an interaction had to be, as of `EventRules`
     fingerprint: str = ""                          # of the kept rows, whatever their order
     parameters: dict = field(default_factory=dict) # of the ingest
 
@@ -64,7 +67,8 @@ def open_ledger(
 # %% ../nbs/01_ingest.ipynb #addf8bd4
 REMEDIES = {"not valid text": 'pass the encoding of the file, such as encoding="latin-1" or "cp1252"', "unknown event": "name your events with events=[...]",
             "NUL byte": 'the file may be UTF-16: encoding="utf-16"', "too ": 'check delimiter="..."', "quantity above": "raise max_quantity",
-            "number too large": "write ids as whole numbers of 64 bits, or as text", "blank id": "check columns={...}", "timestamp": "write times as ISO-8601 or as an epoch in seconds"}
+            "number too large": "write ids as whole numbers of 64 bits, or as text", "blank id": "check columns={...}",
+            "timestamp": "write times as ISO-8601 or as an epoch in seconds", "id is text": "write all ids of the log as text, if these are ids of yours"}
 
 def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->None:
     "Raise if the rejects that `where` selects are too many."
@@ -123,21 +127,21 @@ def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
     ledger.files.append(dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
     return rows
 
-def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:list, latest:str, label:str, options:dict)->int:
+def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:EventRules, latest:datetime, label:str, options:dict)->int:
     "Load one file: the plain rows at a glance, the others by the rules; the number of all rows."
     for table in ("plain", "checked"): con.execute(f"DELETE FROM {table} WHERE file = ?", [number])
     numbers, rows = con.execute(f"SELECT count(*) FILTER ({is_number('user_id')} AND {is_number('item_id')}), count(*) FROM (FROM ({sql}) LIMIT 1000)").fetchone()
-    judge = wanted, options["events"], options["max_quantity"], latest, 2*numbers > rows
+    judge = wanted, rules, latest, 2*numbers > rows
     marked = "plain WHERE odd" if judge[-1] else f"checked WHERE fault = {ODD}"
     loaded = run_query(con, plain_query(sql, number, *judge), label, options["progress"])[0][0]
     count, = con.execute(f"SELECT count(*) FROM {marked} AND file = {number}").fetchone()
     if count:
         con.execute(f"DELETE FROM {marked} AND file = {number}")
-        again = run_query(con, check_query(odd_query(again or sql, *judge), number, wanted, rules), label, options["progress"])[0][0]
+        again = run_query(con, check_query(odd_query(again or sql, *judge), number, wanted, interaction_rules(rules, latest)), label, options["progress"])[0][0]
         assert again == count, f"{count} rows are odd at the first reading, {again} at the second"
     return loaded
 
-def _load(con, source, options:dict, rules:list, latest:str, folder:Path, ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
+def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:Path, ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
     "Read and check every file; fill `checked` and `rejects`."
     kinds = {Columns.User: set(), Columns.Item: set()}
     current = {}
@@ -150,7 +154,7 @@ def _load(con, source, options:dict, rules:list, latest:str, folder:Path, ledger
     def load(number, sql, again=""):
         return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {masked(str(source))}"[:60], options)
     def each(read):
-        rows = _account(con, read, rules, "interactions", ledger)
+        rows = _account(con, read, interaction_rules(rules, latest), "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
         _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], 1.0, read.shown)
     reads = read_source(source, options["query"], load, match, Columns.Required, Columns.All, con, folder,
@@ -234,8 +238,7 @@ def _checked_options(options:dict)->dict:
     "Refuse parameters that cannot be meant."
     if options["feedback"]: feedback_url(options["feedback"])
     if options["on_error"] not in ("skip", "fail"): raise IngestError(f"on_error={options['on_error']!r} must be \"skip\" or \"fail\".")
-    if not 0 <= options["max_reject_share"] <= 1: raise IngestError(f"max_reject_share={options['max_reject_share']} must lie between 0 and 1.")
-    if not options["max_quantity"] > 0: raise IngestError(f"max_quantity={options['max_quantity']} must be above 0.")
+    for name, ends in (("max_reject_share", (0, 1)), ("max_quantity", (1e-9, 1e9))): options[name] = number(name, options[name], *ends, error=IngestError)
     if isinstance(options["events"], str): raise IngestError(f"events must be a list, such as [{options['events']!r}].")
     options["events"] = sorted({str(event).strip().lower() for event in options["events"]})
     if not options["events"]: raise IngestError("events is empty. Name at least one, such as [\"purchase\"].")
@@ -253,16 +256,17 @@ def _connect(folder:Path, memory_limit:str):
     return con
 
 # %% ../nbs/01_ingest.ipynb #9ef49e28
-def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:list, events:list[str], ledger:Ledger)->dict[str, str]:
+def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules, latest:datetime, options:dict, ledger:Ledger)->dict[str, str]:
     "Load the feedback, drop the rows of forgotten users, and give the types of the ids."
     if feedback.forgotten: # the rows of one user are taken out of one table
-        con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, timestamp, NULL, NULL FROM plain", [events])
+        con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, timestamp, NULL, NULL FROM plain", [list(rules.events)])
         con.execute("DELETE FROM plain")
     ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten)
-    if types: rules = rules + [(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL") for column, type in types.items() if type == "BIGINT"]
-    con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, rules))
+    faults = interaction_rules(rules, latest)
+    con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, faults))
     read = FileRead(feedback.shown, feedback.rows, list(Columns.All), {}, {})
-    _account(con, read, rules, "feedback", ledger)
+    rows = _account(con, read, faults, "feedback", ledger)
+    _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], options["max_reject_share"], "the feedback store")
     ledger.feedback_until = feedback.until.isoformat()
     return types or {column: _id_type(con, column, feedback.kinds[column], [read], ledger.warnings) for column in Columns.Required}
 
@@ -272,18 +276,19 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     ledger = Ledger()
     for name, value in {"source": source, **options}.items():
         if not is_reference(value) and masked_parameters(value) != value: ledger.warnings.append(password_note(name))
-    latest = latest.strftime("%Y-%m-%d %H:%M:%S")
-    rules = interaction_rules(options["events"], options["max_quantity"], latest)
+    rules = EventRules(options["events"], options["max_quantity"])
     reads, kinds = _load(con, source, options, rules, latest, work, ledger) if source else ([], {})
     what = ", ".join(read.shown for read in reads[:3]) + (" ..." if len(reads) > 3 else "")
     rows = sum(file["rows_read"] for file in ledger.files)
     if source and not rows: raise IngestError(f"{what}: there are columns but no rows. Nothing was written.")
     _judge(con, "true", rows, options["on_error"], options["max_reject_share"], what)
     types = {column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required} if source else {}
-    wishes = {}
+    wishes, rules = {}, replace(rules, numbers=[column for column, type in types.items() if type == "BIGINT"])
+    ledger.rules = json.loads(json.dumps(asdict(rules)))
     if options["feedback"]:
         feedback = stage_feedback(options["feedback"], work)
-        types, what, wishes = _add_feedback(con, feedback, types, rules, options["events"], ledger), f"{what} and the feedback" if source else "the feedback store", feedback.forgotten
+        types, wishes = _add_feedback(con, feedback, types, rules, latest, options, ledger), feedback.forgotten
+        what = f"{what} and the feedback" if source else "the feedback store"
     ledger.rows_read = sum(file["rows_read"] for file in ledger.files)
     ledger.rows_rejected, = con.execute("SELECT count(*) FROM rejects").fetchone()
     ledger.reasons = dict(con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1").fetchall())
@@ -315,7 +320,7 @@ def ingest(
     products:str|Path = "", users:str|Path = "",# tables with attributes; "" for none
     delimiter:str = "",                         # of CSV; "" finds it in the header
     encoding:str = "utf-8",                     # of CSV
-    events:Iterable[str] = EVENTS,              # the events that are known
+    events:Iterable[str] = KNOWN_EVENTS,        # the events that are known
     max_quantity:float = 1000,                  # a larger quantity is a mistake
     on_error:str = "skip",                      # or "fail": the first bad row stops the job
     max_reject_share:float = 0.05,              # more bad rows than this stop the job
@@ -327,7 +332,7 @@ def ingest(
     options = _checked_options(dict(query=query, feedback=feedback, columns=dict(columns or {}), products=products, users=users, delimiter=delimiter, encoding=encoding, events=events,
         max_quantity=max_quantity, on_error=on_error, max_reject_share=max_reject_share, memory_limit=memory_limit, progress=progress))
     now = datetime.fromisoformat(now) if isinstance(now, str) else now or datetime.now(timezone.utc)
-    latest = (now.astimezone(timezone.utc) if now.tzinfo else now).replace(tzinfo=None) + timedelta(days=1)
+    latest = (now.astimezone(timezone.utc) if now.tzinfo else now).replace(tzinfo=None) + LEEWAY
     source = source if isinstance(source, (str, Path)) else list(source)
     if not source and (query or not feedback): raise IngestError('No source is named. Pass a path, a pattern, a database URL, or feedback="settings" for the events of the service.')
     out = resolve_path(out)

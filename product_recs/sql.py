@@ -64,8 +64,8 @@ def parquet(
     return f"read_parquet([{one_file(path)}]{options})"
 
 # %% ../nbs/00_sql.ipynb #5a1c000c
-_FAMILIES = {name: "integer" for name in ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "HUGEINT", "UTINYINT", "USMALLINT", "UINTEGER",
-                                          "UBIGINT", "UHUGEINT", "BIGNUM")}
+_INTEGERS = [f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")] + ["INTEGER", "UINTEGER", "BIGNUM"]
+_FAMILIES = dict.fromkeys(_INTEGERS, "integer")
 _FAMILIES |= {"DECIMAL": "decimal", "DOUBLE": "float", "FLOAT": "float"} | dict.fromkeys(("VARCHAR", "ENUM", "UUID", "JSON"), "text")
 _FAMILIES |= dict.fromkeys(("STRUCT", "MAP", "UNION", "VARIANT"), "nested") | {"DATE": "time"}
 

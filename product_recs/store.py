@@ -13,7 +13,8 @@ from sqlalchemy import bindparam, delete, insert, select
 from sqlalchemy.engine import Connection
 
 from .connection import StoreConnection, tick
-from .records import (AVAILABILITY, DENIED, EVENTS, FORGOTTEN, IMPRESSIONS, INSTRUCTIONS, FeedbackError, Impression, NewEvent, StoredEvent,
+from .events import INSTRUCTIONS
+from .records import (AVAILABILITY, DENIED, EVENTS, FORGOTTEN, IMPRESSIONS, FeedbackError, Impression, NewEvent, StoredEvent,
                                   StoreError, from_micros, stored_key, to_micros)
 
 # %% ../nbs/06_store.ipynb #2d82e4b2
