@@ -4,6 +4,7 @@
 # make test    set up, run every check
 # make lab     JupyterLab on the notebooks
 # make data    write the real sample to data/complete_journey
+# make kernels   compile the C of the trainer and of the search again, where it has changed
 # make bench   training, ranking, ingest and serving beside their peers, and a page about it: benchmarks/results/README.md (25 minutes)
 # make bench QUICK=1   the same with small sizes, in some minutes; the page goes to build/bench
 # make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data export notebooks readme bench bench-page bench-ranking bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
+.PHONY: help run serve test lab data kernels export notebooks readme bench bench-page bench-ranking bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -23,6 +24,15 @@ help:
 	@$(PYTHON) -m venv .venv
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[index,jobs,sample,dev]'
 	@touch $@
+
+# the installation compiles the kernels; again, when they are not what the C files say (without a compiler NumPy does it)
+.venv/.kernels: .venv/.ready product_recs/_als.c product_recs/_search.c
+	@$(BIN)/python -W ignore -c "import sys; from product_recs.core import compiled; \
+	  sys.exit(not (compiled('_als') and compiled('_search')))" \
+	  || $(BIN)/python -W ignore setup.py --quiet build_ext --inplace --force
+	@touch $@
+
+kernels: .venv/.kernels
 
 data/complete_journey/interactions.csv: .venv/.ready nbs/00_sample.ipynb
 	@$(BIN)/product-recs data
@@ -39,27 +49,27 @@ endif
 	@$(BIN)/product-recs recommend 1
 
 models/current:
-	@$(MAKE) --no-print-directory .venv/.ready
+	@$(MAKE) --no-print-directory .venv/.kernels
 	@$(BIN)/product-recs run --name sample
 
-serve: .venv/.ready models/current
+serve: .venv/.kernels models/current
 	@$(BIN)/product-recs serve
 
-lab: .venv/.ready
+lab: .venv/.kernels
 	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)
 
-export: .venv/.ready
+export: .venv/.kernels
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
 
 # the committed notebooks carry their outputs, so that they can be read without running them
-notebooks: .venv/.ready
+notebooks: .venv/.kernels
 	@$(BIN)/python tools/run_notebooks.py
 	@$(MAKE) --no-print-directory export readme
 
-readme: .venv/.ready
+readme: .venv/.kernels
 	@$(BIN)/python tools/make_readme.py
 
-test: .venv/.ready
+test: .venv/.kernels
 	@$(BIN)/python tools/check_export.py
 	@$(BIN)/python tools/check_notebooks.py
 	@$(BIN)/python tools/make_readme.py --check
@@ -67,16 +77,16 @@ test: .venv/.ready
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/pytest -q tests
 
-bench-overhead: .venv/.ready
+bench-overhead: .venv/.kernels
 	@$(BIN)/python benchmarks/overhead.py
 
 # the service under load while models are swapped, workers killed and the database stopped
 MINUTES_OF_LOAD ?= 10
-bench-endurance: .venv/.ready
+bench-endurance: .venv/.kernels
 	@$(BIN)/python benchmarks/endurance.py --minutes $(MINUTES_OF_LOAD) $(OPTIONS)
 
 # memory and time of the evaluation, at 20,000 and 100,000 users
-bench-scale: .venv/.ready
+bench-scale: .venv/.kernels
 	@$(BIN)/python benchmarks/evaluate_scale.py
 
 # the libraries that are compared have an environment of their own; one that cannot be installed is left out
@@ -86,35 +96,35 @@ bench-scale: .venv/.ready
 	@for library in numpy pandas threadpoolctl irspack pyspark usearch faiss-cpu voyager; do .venv-bench/bin/python -m pip install --quiet --disable-pip-version-check $$library || echo "$$library cannot be installed and is left out" >&2; done
 	@touch $@
 
-bench: .venv/.ready .venv-bench/.ready data
+bench: .venv/.kernels .venv-bench/.ready data
 	@$(BIN)/python benchmarks/bench.py $(if $(QUICK),--quick)
 
 # the page alone, from the files of figures
-bench-page: .venv/.ready
+bench-page: .venv/.kernels
 	@$(BIN)/python benchmarks/bench.py page
 
 # training beside implicit, and irspack and Spark where .venv-bench has them; OPTIONS="--sizes cj,1 --factors 64"
-bench-training: .venv/.ready data
+bench-training: .venv/.kernels data
 	@$(BIN)/python benchmarks/bench.py training $(OPTIONS)
 
 # the best ten beside implicit and the bare matrix product; OPTIONS="--sizes 23000x64 --rounds 5"
-bench-ranking: .venv/.ready
+bench-ranking: .venv/.kernels
 	@$(BIN)/python benchmarks/bench.py ranking $(OPTIONS)
 
 # CSV to matrices beside bare DuckDB; OPTIONS="--rows 1000000 --ids text --bad 100"
-bench-ingest: .venv/.ready
+bench-ingest: .venv/.kernels
 	@$(BIN)/python benchmarks/bench.py ingest $(OPTIONS)
 
 # requests a second and memory beside an empty route; OPTIONS="--models-dir models" takes the live model
-bench-serving: .venv/.ready
+bench-serving: .venv/.kernels
 	@$(BIN)/python benchmarks/bench.py serving $(OPTIONS)
 
 # one user of a million items: exact search, and the indexes of three libraries (an hour; OPTIONS="--items 100000 --arms ours,faiss-cells-8bit")
-bench-index: .venv/.ready .venv-bench/.ready
+bench-index: .venv/.kernels .venv-bench/.ready
 	@$(BIN)/python benchmarks/index.py --write $(OPTIONS)
 
 # OPTIONS go to the script, such as OPTIONS="--models als,blend --factors 256"
-bench-quality: .venv/.ready
+bench-quality: .venv/.kernels
 	@test -n "$(DATA)" || { echo "name the folder with train.parquet and test.parquet: make bench-quality DATA=folder" >&2; exit 2; }
 	@$(BIN)/python benchmarks/quality.py "$(DATA)" $(OPTIONS)
 

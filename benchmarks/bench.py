@@ -33,7 +33,7 @@ HEADINGS = {"training": "Training", "ranking": "Ranking", "ingest": "From a CSV 
 
 def machine():
     "The processor, its cores and the memory, in words."
-    named = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    named = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")/2**30
     return f"{os.cpu_count()} cores of {named[0] if named else platform.processor() or platform.machine()}, {memory:.0f} GiB of memory, Python {platform.python_version()}"
 
@@ -58,9 +58,9 @@ def run(part, calls, results):
         if subprocess.run([sys.executable, str(ROOT/f"benchmarks/{part}.py"), "--write", *call], env=environment, cwd=ROOT).returncode:
             print(f"{part} stopped; its figures stay as they were", file=sys.stderr)
             return False
-    facts = json.loads((results/"runs.json").read_text()) if (results/"runs.json").exists() else {}
+    facts = json.loads((results/"runs.json").read_text(encoding="utf-8")) if (results/"runs.json").exists() else {}
     facts[part] = {"date": date.today().isoformat(), "machine": machine(), "versions": versions(LIBRARIES[part]), "load before": round(load, 1), "minutes": round((time.perf_counter() - started)/60, 1)}
-    (results/"runs.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (results/"runs.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return True
 
 
@@ -115,12 +115,12 @@ MORE = {"training-scale": "seconds and memory of training by size, to 50 million
 
 def page(results):
     "Write README.md from the files of figures."
-    facts = json.loads((results/"runs.json").read_text()) if (results/"runs.json").exists() else {}
+    facts = json.loads((results/"runs.json").read_text(encoding="utf-8")) if (results/"runs.json").exists() else {}
     lines = ["# Measured side by side", "", "Ratios of one run, alternating: the median of the rounds, in brackets the smallest and the largest. `make bench` repeats all of it; ratios travel between machines, seconds do not.", ""]
     for part, heading in HEADINGS.items():
         file = results/f"{part}.json"
         if not file.exists(): continue
-        header, *rows = globals()[part](json.loads(file.read_text()))
+        header, *rows = globals()[part](json.loads(file.read_text(encoding="utf-8")))
         lines += [f"## {heading}", "", MEANING[part], "", f"| {' | '.join(header)} |", "|---"*len(header) + "|", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
         lines += ["", *(f"![{heading}]({name}.png)" for name in (part, f"{part}-scale") if (results/f"{name}.png").exists()), "", f"All figures: [{part}.md]({part}.md).", ""]
     more = [f"- [{text}]({name}.md)" for name, text in MORE.items() if (results/f"{name}.md").exists()]
@@ -129,7 +129,7 @@ def page(results):
         lines += ["## Where and when", "", "| part | date | machine | load before | minutes | libraries |", "|---|---|---|---|---|---|"]
         lines += [f"| {HEADINGS[part]} | {fact['date']} | {fact['machine']} | {fact['load before']} | {fact['minutes']} | {', '.join(f'{name} {version}' for name, version in fact['versions'].items())} |"
                   for part, fact in sorted(facts.items(), key=lambda one: list(PARTS).index(one[0]))]
-    (results/"README.md").write_text("\n".join(lines).rstrip() + "\n")
+    (results/"README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"\n{results/'README.md'}")
 
 

@@ -74,7 +74,7 @@ def write_data(folder, name, items, factors):
 
 
 def memory():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
 
 
 def augmented(y):
@@ -208,15 +208,15 @@ def main(options):
                 results.append({"data": name, "items": options.items, "arm": arm, **json.loads(done.stdout.splitlines()[-1])})
                 print(table(results[-1:]), flush=True)
     if options.write:  # results of other data and arms stay
-        old = json.loads((out / "index.json").read_text()) if (out / "index.json").exists() else []
+        old = json.loads((out / "index.json").read_text(encoding="utf-8")) if (out / "index.json").exists() else []
         mine = {(result["items"], result["data"], result["arm"]): result for result in [*old, *results]}
         rank = {name: at for at, name in enumerate(("shop", "directions", "noise", *ARMS))}
         results = sorted(mine.values(), key=lambda result: (result["items"], rank[result["data"]], rank[result["arm"]]))
-        (out / "index.json").write_text(json.dumps(results, indent=1) + "\n")
+        (out / "index.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     said = [f"- {result['items']:,} items, {result['data']}: exact search looks at {result['walk']:,.0f}; `auto`: {result['auto'].get('missing') or 'an index that looks at {:,}, recall@10 {:.3f}'.format(result['auto']['looks_at'], result['auto']['recall_at_10'])}" for result in results if "walk" in result]
     text = "\n\n".join([f"64 factors, one user at a time, one thread; {os.cpu_count()} cores build. The first setting of each index that reaches the recall@10, of 500 users; graphs have {LINKS} links and are built with an effort of {EFFORT}. Other work on the machine makes all times longer; the pass beside each row was taken in the same process, between its questions. Made by `make bench-index`.", *(f"{items:,} items:\n\n" + table([r for r in results if r["items"] == items]) for items in sorted({r["items"] for r in results})), "\n".join(said)]) + "\n"
     if options.write:
-        (out / "index.md").write_text(text)
+        (out / "index.md").write_text(text, encoding="utf-8")
     print("\n" + text)
 
 

@@ -121,11 +121,11 @@ def main():
     print(table([result]))
     if not options.write: return
     out = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent/"results"))
-    old = json.loads((out/"ingest.json").read_text()) if (out/"ingest.json").exists() else []
+    old = json.loads((out/"ingest.json").read_text(encoding="utf-8")) if (out/"ingest.json").exists() else []
     key = lambda result: (result["rows"], result["ids"], result["bad"])
     results = sorted({key(result): result for result in [*old, result]}.values(), key=key) # results of other files stay
-    (out/"ingest.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out/"ingest.md").write_text(table(results))
+    (out/"ingest.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out/"ingest.md").write_text(table(results), encoding="utf-8")
     plot(results, out/"ingest.png")
 
 

@@ -61,7 +61,7 @@ def load(folder):
 
 def memory(name):
     "VmRSS, or VmHWM (the highest so far), in MB."
-    return next(int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return next(int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(name))
 
 
 def prepared(arm, x, y):
@@ -95,7 +95,7 @@ def many(arm, folder):
     before = memory("VmRSS")
     run, packing = prepared(arm, x, y)
     run(x[:512], seen[:512])
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak of memory begins anew
     since, spent = time.perf_counter(), sum(os.times()[:2])
     found = run(x, seen)
     result = {"seconds": time.perf_counter() - since, "cpu": sum(os.times()[:2]) - spent, "packing": packing, "megabytes": memory("VmHWM") - before, "users": len(x)}
@@ -236,11 +236,11 @@ def main(options):
             print(tables(results[-1:]), flush=True)
     if not options.write: return
     out = RESULTS
-    old = json.loads((out/"ranking.json").read_text()) if (out/"ranking.json").exists() else []
+    old = json.loads((out/"ranking.json").read_text(encoding="utf-8")) if (out/"ranking.json").exists() else []
     key = lambda result: (result["one by one"], result["items"], result["factors"], result["kind"] == "gaussian")
     results = sorted({key(result): result for result in [*old, *results]}.values(), key=key)  # results of other sizes stay
-    (out/"ranking.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out/"ranking.md").write_text(tables(results))
+    (out/"ranking.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out/"ranking.md").write_text(tables(results), encoding="utf-8")
     plot(results, out/"ranking.png")
 
 

@@ -61,14 +61,14 @@ def start(command: list[str], folder: Path, **settings) -> tuple[subprocess.Pope
     "A service in a process of its own, as soon as it answers."
     port, _ = bindable("127.0.0.1", 0)
     environment = os.environ | {"PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}"} | {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in {**settings, "port": port}.items()}
-    process = subprocess.Popen([*command, *(["--port", str(port)] if "uvicorn" in command else [])], env=environment, stdout=open(folder / f"{port}.log", "w"), stderr=subprocess.STDOUT)
+    process = subprocess.Popen([*command, *(["--port", str(port)] if "uvicorn" in command else [])], env=environment, stdout=open(folder / f"{port}.log", "w", encoding="utf-8"), stderr=subprocess.STDOUT)
     for _ in range(300):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/openapi.json").read()
             return process, port
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.1)
-    raise SystemExit(f"{command} did not start:\n" + (folder / f"{port}.log").read_text()[-2000:])
+    raise SystemExit(f"{command} did not start:\n" + (folder / f"{port}.log").read_text(encoding="utf-8")[-2000:])
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -191,8 +191,8 @@ def main() -> None:
         sys.exit("benchmarks/serving.py needs wrk, such as Debian's package of that name")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "empty_route.py").write_text(EMPTY)
-        (folder / "walk.lua").write_text(LUA)
+        (folder / "empty_route.py").write_text(EMPTY, encoding="utf-8")
+        (folder / "walk.lua").write_text(LUA, encoding="utf-8")
         model = "a random model" if options.models_dir is None else f"the model in {options.models_dir}"
         if options.models_dir is None:
             options.models_dir = folder / "models"
@@ -202,8 +202,8 @@ def main() -> None:
     print(tables(result))
     if options.write:
         out = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))
-        (out / "serving.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "serving.md").write_text(tables(result))
+        (out / "serving.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (out / "serving.md").write_text(tables(result), encoding="utf-8")
         plot(result, out / "serving.png")
 
 

@@ -201,16 +201,16 @@ def compare(options):
                 print(table(results[-1:]), flush=True)
     out = Path(os.environ.get("BENCH_RESULTS", ROOT / "benchmarks/results"))
     if options.write:  # results of other sizes stay
-        old = json.loads((out / "training.json").read_text()) if (out / "training.json").exists() else []
+        old = json.loads((out / "training.json").read_text(encoding="utf-8")) if (out / "training.json").exists() else []
         mine = {(result["data"], result["factors"]): result for result in [*old, *results]}
         results = sorted(mine.values(), key=lambda result: (result["data"].split(":")[0], int(result["data"].split()[-2].replace(",", "")), result["factors"]))
-        (out / "training.json").write_text(json.dumps(results, indent=1) + "\n")
+        (out / "training.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         axes = {"xscale": "log", "xlabel": "seconds", "ylabel": "NDCG@10"}
         drawn(out / "training.png", [(f"{one['data']}\n{one['factors']} factors", {arm: tuple(zip(*[(row[0], row[2]) for row in rows if row[2] is not None])) for arm, rows in one["curves"].items()}, axes) for one in results])
     text = ("The same objective and parameters for all arms but Spark, whose regularization grows with the row and which is not judged; "
             f"{os.cpu_count()} cores. Ratios: median of the rounds (smallest to largest). Nothing was tuned for a size: where the best on the way is far above the end, the fit learns the noise, and an arm may never reach another's best. Made by `make bench-training`.\n\n{table(results)}\n")
     if options.write:
-        (out / "training.md").write_text(text)
+        (out / "training.md").write_text(text, encoding="utf-8")
     print("\n" + text)
 
 
@@ -234,8 +234,8 @@ def scale(options):
     print("\n" + text)
     if options.write:
         out = Path(os.environ.get("BENCH_RESULTS", ROOT / "benchmarks/results"))
-        (out / "training-scale.json").write_text(json.dumps(results, indent=1) + "\n")
-        (out / "training-scale.md").write_text(text)
+        (out / "training-scale.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (out / "training-scale.md").write_text(text, encoding="utf-8")
         curves = {name: tuple(zip(*found)) for arm in ("rotated", "implicit") for name, wanted in ((arm, lambda one: one["users"] != MANY[0]), (f"{arm}, {MANY[0]:,} users", lambda one: one["users"] == MANY[0]))
                   if (found := [(one["pairs"], one["seconds"]) for one in results if one["arm"] == arm and wanted(one)])}
         x, y = (np.array(part) for part in curves["rotated"])

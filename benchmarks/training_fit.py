@@ -32,12 +32,12 @@ def ndcg(users, items, seen, held, k=10):
 
 def memory(name, process="self"):
     "VmRSS or VmHWM (the highest so far) of a process, in MB."
-    return next(int(line.split()[1]) / 1e3 for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith(name))
+    return next(int(line.split()[1]) / 1e3 for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines() if line.startswith(name))
 
 
 def forget_peak():
     "VmHWM begins anew, so that judging does not count as memory of the fit."
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 class Clock:
@@ -109,10 +109,10 @@ def spark(matrix, factors, regularization, alpha, iterations):
         pairs.count()
 
         def fit(number):
-            spent, since = sum(map(int, Path(f"/proc/{machine}/stat").read_text().rsplit(")", 1)[1].split()[11:13])), time.perf_counter()
+            spent, since = sum(map(int, Path(f"/proc/{machine}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[11:13])), time.perf_counter()
             ALS(rank=factors, maxIter=number, regParam=regularization * matrix.shape[0] / matrix.nnz, implicitPrefs=True, alpha=1.0, seed=0).fit(pairs)
             wall = time.perf_counter() - since
-            return wall, (sum(map(int, Path(f"/proc/{machine}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) - spent) / os.sysconf("SC_CLK_TCK")
+            return wall, (sum(map(int, Path(f"/proc/{machine}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[11:13])) - spent) / os.sysconf("SC_CLK_TCK")
         fit(1)  # compiles
         one, more = fit(1), fit(1 + iterations)
         peak = memory("VmHWM", machine)

@@ -15,12 +15,25 @@
 #else
 #define API __attribute__((visibility("default")))
 #endif
+
+/* What core.compiled asks before it uses this library. KERNELS_ABI changes with every change of a structure or of a
+ * signature below, here and in core; SOURCE_DIGEST is that of this file, given by setup.py. */
+#define KERNELS_ABI 1
+#ifndef SOURCE_DIGEST
+#define SOURCE_DIGEST 0
+#endif
+API int32_t kernels_abi(void) { return KERNELS_ABI; }
+API uint64_t kernels_source(void) { return SOURCE_DIGEST; }
+
 #define INLINE static inline __attribute__((always_inline))
 #define SHORT 32  /* longest row that is solved exactly */
 #define BLOCK 64  /* rows of a block of gathered vectors */
 #define AHEAD 12  /* gathered vectors that are asked for early */
 #define KEEP (8 << 20) /* bytes of gathered vectors that a thread keeps between the steps of a row */
 #define CHUNK 64  /* rows that a thread takes at once */
+#define LOST 1e-4f /* of what a float32 number was made of; what is left after such a subtraction has no digits */
+#define HEAVY 1e5f /* unobserved weights; beside a heavier cell the residual in float32 does not see the others */
+#define LARGE 1e4f /* confidences above are scaled, so that squares of sums of them do not overflow */
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
@@ -35,6 +48,7 @@ struct half {
     int32_t steps, shortest;                      /* of conjugate gradients; rows up to `shortest` are solved exactly */
     double *loss;                                 /* (n,) for als_loss */
     int64_t *next;
+    uint8_t *hard;                                /* (n,) set to 1 where float32 is not enough for a row */
 };
 
 static void *aligned(size_t bytes) { /* 64-byte aligned; the caller frees the pointer before it */
@@ -121,7 +135,8 @@ INLINE TARGET void NAME(ask)(const struct half *h, const int F, int64_t at) {
     for (int j = 0; j < F; j++) __builtin_prefetch(y + 64*j);
 }
 
-/* out += sum over the row's vectors y of (e c + g (c - unobserved) (y . x)) y; the vectors are gathered into `kept` */
+/* out += sum over the row's vectors y of (e c + g (c - unobserved) (y . x)) y; the vectors are gathered into `kept`;
+ * e and g bring the scale of the row with them */
 INLINE TARGET void NAME(pass)(const struct half *h, const int F, int64_t s, int64_t m, float e, float g, const v16 *x, v16 *out, v16 *kept, int gather) {
     const int keep = m*h->f*4 <= KEEP;
     for (int64_t b = 0; b < m; b += BLOCK) {
@@ -152,35 +167,53 @@ INLINE TARGET void NAME(pass)(const struct half *h, const int F, int64_t s, int6
     }
 }
 
-/* a few steps of conjugate gradients from where the row is, preconditioned by the diagonal that all rows share */
-INLINE TARGET void NAME(conjugate)(const struct half *h, const int F, int64_t row, int64_t s, int64_t m, v16 *work, v16 *kept) {
+/* the largest confidence of a row */
+INLINE TARGET float NAME(heaviest)(const struct half *h, int64_t s, int64_t m) {
+    float most = 0;
+    for (int64_t i = s; i < s + m; i++) most = h->confidence[i] > most ? h->confidence[i] : most;
+    return h->alpha*most;
+}
+
+/* a few steps of conjugate gradients from where the row is, preconditioned by the diagonal that all rows share;
+ * 1/a lies between the extreme eigenvalues, so that steps of very different lengths tell that the row is ill conditioned */
+INLINE TARGET int NAME(conjugate)(const struct half *h, const int F, int64_t row, int64_t s, int64_t m, v16 *work, v16 *kept) {
     v16 *x = (v16 *)(h->solved + row*h->f), *base = work, *r = work + F, *p = work + 2*F, *ap = work + 3*F, *z = work + 4*F;
     const v16 *gram = (const v16 *)h->gram;
+    const float most = NAME(heaviest)(h, s, m), scale = most > LARGE ? ldexpf(1, -ilogbf(most)) : 1; /* the solution stays the same */
+    if (h->shortest == SHORT && most > HEAVY*h->unobserved) return 1; /* the solution itself is wanted */
     v16 total = {0}, zero = {0};
-    for (int j = 0; j < F; j++) { base[j] = gram[j] + h->regularization[row]; r[j] = -base[j]*x[j]; }
-    NAME(pass)(h, F, s, m, 1, -1, x, r, kept, 1);
+    for (int j = 0; j < F; j++) {
+        base[j] = scale*(gram[j] + h->regularization[row]);
+        if (scale < 1) for (int k = 0; k < 16; k++) base[j][k] = base[j][k] > 1e-35f ? base[j][k] : 1e-35f;
+        r[j] = -base[j]*x[j];
+    }
+    NAME(pass)(h, F, s, m, scale, -scale, x, r, kept, 1);
     for (int j = 0; j < F; j++) { p[j] = r[j]/base[j]; total += r[j]*p[j]; }
-    float rz = NAME(sum)(total), least = 1e-14f*rz;
+    float rz = NAME(sum)(total), least = 1e-14f*rz, longest = 0, shortest = INFINITY;
+    if (!(rz < INFINITY)) return 1;
     for (int step = 0; step < h->steps && rz > least && rz > 1e-30f; step++) {
         for (int j = 0; j < F; j++) ap[j] = base[j]*p[j];
-        NAME(pass)(h, F, s, m, 0, 1, p, ap, kept, 0);
+        NAME(pass)(h, F, s, m, 0, scale, p, ap, kept, 0);
         total = zero;
         for (int j = 0; j < F; j++) total += p[j]*ap[j];
-        float a = rz/NAME(sum)(total);
+        float pap = NAME(sum)(total), a = rz/pap;
+        if (!(pap > 0 && a > 0 && a < INFINITY)) return 1;
+        longest = a > longest ? a : longest; shortest = a < shortest ? a : shortest;
         total = zero;
         for (int j = 0; j < F; j++) { x[j] += a*p[j]; r[j] -= a*ap[j]; z[j] = r[j]/base[j]; total += r[j]*z[j]; }
         float next = NAME(sum)(total), beta = next/rz;
         for (int j = 0; j < F; j++) p[j] = z[j] + beta*p[j];
         rz = next;
     }
+    return !(rz < INFINITY) || shortest < LOST*longest;
 }
 
 /* the exact solution through the m x m system (Woodbury), by Gauss-Jordan; it needs no pivots (symmetric quasi-definite) */
-INLINE TARGET void NAME(exact)(const struct half *h, const int F, int64_t row, int64_t s, int m, const v16 *scale, v16 *kept) {
+INLINE TARGET int NAME(exact)(const struct half *h, const int F, int64_t row, int64_t s, int m, const v16 *scale, v16 *kept) {
     const int m4 = (m + 3) & ~3, M = m > 16 ? 2 : 1;
     v16 K[SHORT*2], g[2], *x = (v16 *)(h->solved + row*h->f), zero = {0};
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    float *G = (float *)g;
+    float *G = (float *)g, size[SHORT];
     g[0] = g[1] = zero;
     for (int i = 0; i < m*M; i++) K[i] = zero;
     for (int i = 0; i < m; i++) {
@@ -198,6 +231,7 @@ INLINE TARGET void NAME(exact)(const struct half *h, const int F, int64_t row, i
         }
         float c = h->alpha*h->confidence[s + i], d = c - h->unobserved;
         if (fabsf(d) < 1e-6f) d = d < 0 ? -1e-6f : 1e-6f;
+        size[i] = fabsf(1/d) + ((float *)(K + i*M))[i];
         ((float *)(K + i*M))[i] += 1/d;
         G[i] = c/d;
     }
@@ -205,6 +239,7 @@ INLINE TARGET void NAME(exact)(const struct half *h, const int F, int64_t row, i
         v16 *at = K + k*M; /* what lies left of the diagonal was never made: it would be zero by now */
         at[0] = (v16)((i16)at[0] & (lane >= k));
         if (M > 1) at[1] = (v16)((i16)at[1] & (lane + 16 >= k));
+        if (!(fabsf(((float *)at)[k]) > LOST*size[k] && size[k] < INFINITY)) return 1;
         const float inverse = 1/((float *)at)[k], gk = G[k];
         for (int i = 0; i < m; i++) {
             if (i == k) continue;
@@ -214,12 +249,16 @@ INLINE TARGET void NAME(exact)(const struct half *h, const int F, int64_t row, i
             if (M > 1) K[i*M + 1] -= t*at[1];
         }
     }
+    float mass = 0;
+    v16 length = zero;
     for (int j = 0; j < F; j++) x[j] = zero;
     for (int i = 0; i < m; i++) {
         float t = G[i]/((float *)(K + i*M))[i];
+        mass += fabsf(t)*sqrtf(size[i]);
         for (int j = 0; j < F; j++) x[j] += kept[i*F + j]*t;
     }
-    for (int j = 0; j < F; j++) x[j] *= scale[j];
+    for (int j = 0; j < F; j++) { length += x[j]*x[j]; x[j] *= scale[j]; }
+    return !(sqrtf(NAME(sum)(length)) > LOST*mass) && mass > 0;
 }
 
 INLINE TARGET void NAME(rows)(const struct half *h, const int F, v16 *work, v16 *kept) {
@@ -233,13 +272,13 @@ INLINE TARGET void NAME(rows)(const struct half *h, const int F, v16 *work, v16 
                 for (int64_t i = from; i < to && i < from + AHEAD; i++) NAME(ask)(h, F, i);
             }
             if (!m) memset(h->solved + row*h->f, 0, h->f*sizeof(float));
-            else if (m > h->shortest) NAME(conjugate)(h, F, row, s, m, work, kept);
+            else if (m > h->shortest) h->hard[row] = NAME(conjugate)(h, F, row, s, m, work, kept);
             else {
                 if (h->regularization[row] != known) {
                     known = h->regularization[row];
                     for (int j = 0; j < (int)h->f; j++) ((float *)scale)[j] = 1/sqrtf(h->gram[j] + known);
                 }
-                NAME(exact)(h, F, row, s, (int)m, scale, kept);
+                h->hard[row] = NAME(exact)(h, F, row, s, (int)m, scale, kept);
             }
         }
     }

@@ -20,6 +20,16 @@
 #else
 #define API __attribute__((visibility("default")))
 #endif
+
+/* What core.compiled asks before it uses this library. KERNELS_ABI changes with every change of a structure or of a
+ * signature below, here and in core; SOURCE_DIGEST is that of this file, given by setup.py. */
+#define KERNELS_ABI 1
+#ifndef SOURCE_DIGEST
+#define SOURCE_DIGEST 0
+#endif
+API int32_t kernels_abi(void) { return KERNELS_ABI; }
+API uint64_t kernels_source(void) { return SOURCE_DIGEST; }
+
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16  /* items of a panel */
 #define PANELS 3  /* panels of a group */

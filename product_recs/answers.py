@@ -31,7 +31,7 @@ def plain(
     "A value as JSON can hold it."
     if isinstance(value, dict): return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)): return [plain(inner) for inner in value]
-    if isinstance(value, np.datetime64): return None if np.isnat(value) else str(value.astype("datetime64[s]"))
+    if isinstance(value, np.datetime64): value = value.astype("datetime64[us]").astype(object) # NaT becomes None
     if isinstance(value, np.generic): value = value.item()
     if isinstance(value, float) and not np.isfinite(value): return None
     if isinstance(value, (datetime, date)): return value.isoformat()
@@ -75,8 +75,8 @@ class SessionEvent(_Strict):
 
 class NumberRange(_Strict):
     "From `min` to `max`, both included."
-    min: _Number | None = None
-    max: _Number | None = None
+    min: StrictInt | _Number | None = None
+    max: StrictInt | _Number | None = None
 
 class FilterRules(_Strict):
     "What may come back; all rules hold together."

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Sequence
 
 from .core import ProductRecsError, Settings, resolve_path
+from .credentials import masked
+from .text import visible
 
 # %% ../nbs/08_cli.ipynb #725da586
 def _yaml(text:str, where:str):
@@ -24,7 +26,11 @@ def _yaml(text:str, where:str):
     Loader.yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
                                       for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     try: return yaml.load(text, Loader)
-    except yaml.YAMLError as error: raise ProductRecsError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
+    except yaml.YAMLError as error:
+        # its own text quotes the line, and the line may hold a password
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "not valid"
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ProductRecsError(f"{where}{at}: not readable as YAML: {problem}") from None
 
 def read_parameters(
     files:str|Sequence[str]=(),          # YAML files of names and values; a later one overrides
@@ -43,9 +49,9 @@ def read_parameters(
 # %% ../nbs/08_cli.ipynb #0c33414d
 def _named(bundle, rows:Sequence[int], **numbers:Sequence)->str:
     "Items as a table of text: place, id, title, category and the given numbers."
-    columns = {"": [f"{place}." for place in range(1, len(rows) + 1)], "item": [str(bundle.items[row]) for row in rows]}
+    columns = {"": [f"{place}." for place in range(1, len(rows) + 1)], "item": [visible(str(bundle.items[row])) for row in rows]}
     for name in ("title", "category"):
-        if name in bundle.item_columns: columns[name] = ["" if (value := bundle.item_columns[name][row]) is None else str(value)[:48] for row in rows]
+        if name in bundle.item_columns: columns[name] = ["" if (value := bundle.item_columns[name][row]) is None else " ".join(visible(str(value)).split())[:48] for row in rows]
     columns |= {name: [f"{value:.4g}" for value in values] for name, values in numbers.items()}
     lines = list(zip(*([name, *values] for name, values in columns.items())))
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
@@ -56,7 +62,7 @@ def _answer(bundle, answer, as_json:bool, head:str, **facts)->str:
     if as_json: return json.dumps({**facts, "recommendations": answer.items, "scores": answer.scores, "source": answer.source, "shortfall": answer.shortfall, "model": bundle.version})
     rows = [bundle.items.row(item) for item in answer.items]
     note = f"\n  {answer.shortfall}" if answer.shortfall else ""
-    return f"{head} ({answer.source}, model {bundle.version})\n{_named(bundle, rows, score=answer.scores)}{note}"
+    return f"{visible(head)} ({answer.source}, model {bundle.version})\n{_named(bundle, rows, score=answer.scores)}{note}"
 
 # %% ../nbs/08_cli.ipynb #64b46bd0
 def _recommend(options)->str:
@@ -85,6 +91,10 @@ def _similar(options)->str:
     return _answer(bundle, answer, options.json, f"Similar to {item} {title or ''}".rstrip(), item_id=item)
 
 # %% ../nbs/08_cli.ipynb #357570e9
+def _tell(notes:Sequence[str])->None:
+    "Print what whoever started a run should know."
+    for note in notes: print(f"product-recs: note: {note}", file=sys.stderr)
+
 def _run(options)->str:
     "`product-recs run`"
     from product_recs.jobs import JobError, STEPS, declared_parameters, run
@@ -93,6 +103,7 @@ def _run(options)->str:
         declared = declared_parameters(project_root()/"nbs")
         return "\n".join(f"{step}\n" + "\n".join(f"  {name:<18} {text}" for name, text in declared[step].items()) for step in STEPS)
     result = run(read_parameters(options.file, options.parameter), options.name, options.models_dir, progress=not options.quiet)
+    _tell(result.notes)
     where = f"Reports: {result.reports/'index.html'}"
     if result.failed:
         raise JobError(f"{result.failed.name} failed: {result.failed.error}\nNo model was published. {where.replace('index', result.failed.name) if result.failed.html else where}")
@@ -105,6 +116,7 @@ def _tune(options)->str:
     name = options.name or (Path(options.file[0]).stem if options.file else "sample")
     pairs = [*options.parameter, *([("budget_minutes", options.minutes)] if options.minutes else [])]
     result = tune(read_parameters(options.file, pairs), name, progress=not options.quiet)
+    _tell(result.notes)
     if result.failed: raise JobError(f"{result.failed.name} failed: {result.failed.error}\nReports: {result.reports/(result.failed.html or '')}")
     found = result.metrics["11_tune"]["tasks"]
     files = "".join(f"\nParameters: {resolve_path('data/processed')/name/f'best_{task}.yaml'}" for task in found)
@@ -181,6 +193,7 @@ def _add_operation_verbs(verb, models:dict)->None:
 _EXAMPLES = """examples:
   product-recs run                                   the committed sample, all defaults
   product-recs run -p source 'logs/*.csv.gz' -p products '' -p columns '{user_id: customer, item_id: sku}'
+  product-recs run -p source env:SHOP_DB -p query 'select user_id, item_id, at as timestamp from sales' -p products ''
   product-recs run -f examples/complete_journey.yaml --name groceries -p factors 64
   product-recs tune -f examples/complete_journey.yaml --minutes 8
   product-recs run -f examples/complete_journey.yaml -f data/processed/complete_journey/best_discovery.yaml
@@ -249,6 +262,8 @@ def main(
     arguments:Sequence[str]|None=None, # default: of the process
 )->int:                                # exit code: 0 done, 1 an error that the message explains, 2 wrong usage, 130 interrupted
     "The command `product-recs`."
+    for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     # a container or a job runner ends a process with SIGTERM; it deserves the same clean-up as Ctrl-C (a server has its own way to stop)
     if options.function is not _serve and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -257,7 +272,7 @@ def main(
         text = options.function(options)
         if text: print(text, flush=True)
         return 0
-    except ProductRecsError as error: print(f"product-recs: {error}", file=sys.stderr)
+    except ProductRecsError as error: print(f"product-recs: {masked(str(error))}", file=sys.stderr)
     except ImportError as error: print(f"product-recs: {error}; this verb needs an extra: pip install 'product-recs[jobs]'", file=sys.stderr)
     except BrokenPipeError: # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

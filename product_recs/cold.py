@@ -15,11 +15,11 @@ import duckdb
 import numpy as np
 
 from .ids import IdTable
+from .sql import named, parquet
 
 # %% ../nbs/00_cold.ipynb #70f390be
 _log = logging.getLogger("product_recs.cold")
-
-def _name(column:str)->str: return '"' + column.replace('"', '""') + '"'
+_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException, duckdb.OutOfMemoryException)
 
 class _Rows:
     "A file of cold rows, read when it is asked."
@@ -37,12 +37,12 @@ class _Rows:
         return self._database.cursor().execute(sql, given)
 
     @property
-    def _file(self)->str: return f"""read_parquet('{str(self.path).replace("'", "''")}')"""
+    def _file(self)->str: return parquet(self.path)
 
     @cached_property
     def ids(self)->IdTable:
         "The external ids."
-        return IdTable([] if self.path is None else self._ask(f"SELECT {_name(self.key)} AS id FROM {self._file} ORDER BY 1").fetchnumpy()["id"])
+        return IdTable([] if self.path is None else self._ask(f"SELECT {named(self.key)} AS id FROM {self._file} ORDER BY 1").fetchnumpy()["id"])
 
     @cached_property
     def types(self)->dict[str, str]: # column -> type in SQL
@@ -50,7 +50,7 @@ class _Rows:
         return {} if self.path is None else {name: kind for name, kind, *_ in self._ask(f"DESCRIBE SELECT * FROM {self._file}").fetchall() if name != self.key}
 
     def _read(self, id:int|str)->dict:
-        asked = self._ask(f"SELECT * FROM {self._file} WHERE {_name(self.key)} = ?", [id])
+        asked = self._ask(f"SELECT * FROM {self._file} WHERE {named(self.key)} = ?", [id])
         return {name: value for (name, *_), value in zip(asked.description, asked.fetchone()) if name != self.key}
 
 # %% ../nbs/00_cold.ipynb #0f66d8bd
@@ -59,11 +59,12 @@ class ColdTable(_Rows):
     def __len__(self): return self._or_nothing(lambda: len(self.ids), 0)
 
     def _or_nothing(self, answer, nothing):
-        "The answer, or nothing where the file has gone."
+        "The answer, or nothing where the file has gone, is damaged or is too large for the memory of this database."
         if self.path is None: return nothing
         try: return answer()
-        except duckdb.IOException as error:
-            _log.warning("cold rows are not known any more: %s", str(error).splitlines()[0])
+        except _UNREADABLE as error:
+            _log.warning("%s cannot be read: what it tells is not known any more", self.path)
+            _log.debug("%s: %s", self.path, error)
             return nothing
 
     def get(self,
@@ -80,14 +81,14 @@ class ColdTable(_Rows):
         "Items by words of their title."
         if not words or limit < 1 or not self._or_nothing(lambda: "title" in self.types, False): return []
         every = " AND ".join("contains(' ' || lower(CAST(title AS VARCHAR)), ?)" for _ in words)
-        rows = self._or_nothing(lambda: self._ask(f"SELECT {_name(self.key)} FROM {self._file} WHERE {every} ORDER BY 1 LIMIT {int(limit)}", [f" {word}" for word in words]).fetchall(), [])
+        rows = self._or_nothing(lambda: self._ask(f"SELECT {named(self.key)} FROM {self._file} WHERE {every} ORDER BY 1 LIMIT {int(limit)}", [f" {word}" for word in words]).fetchall(), [])
         return [id for id, in rows]
 
     def best(self,
         weights:Mapping[str, Mapping], # column -> value, a text or yes/no -> what it is worth
         n:int,
         *,
-        category:str|None=None,        # only these; the column must be there
+        category=None,                 # only these, a value as the column has it; the column must be there
         leave_out:Sequence=(),         # ids that must not come
         for_sale:Sequence=(),          # ids that can be bought, whatever the column `available` says
     )->list[tuple]:                    # id and score; the best first, then the newest, then by title
@@ -95,7 +96,7 @@ class ColdTable(_Rows):
         return self._or_nothing(lambda: self._ask(*self._best_query(weights, n, category, list(leave_out), list(for_sale))).fetchall(), [])
 
     def _best_query(self, weights, n, category, leave_out, for_sale)->tuple[str, list]:
-        key, text = _name(self.key), lambda column: f"CAST(t.{_name(column)} AS VARCHAR)"
+        key, text = named(self.key), lambda column: f"CAST(t.{named(column)} AS VARCHAR)"
         kind, weights = "BIGINT" if self.ids.is_int else "VARCHAR", {column: worth for column, worth in weights.items() if column in self.types and worth}
         joins, given = [], []
         for at, (column, worth) in enumerate(weights.items()):
@@ -106,9 +107,9 @@ class ColdTable(_Rows):
         if "available" in self.types:
             rules.append(f"(t.{key} IN (SELECT unnest(?::{kind}[])) OR coalesce(lower(trim({text('available')})) NOT IN ('false', 'f', '0', '0.0', 'no', 'n'), true))")
             given.append(for_sale)
-        if category is not None: rules.append(f"{text('category')} = ?"); given.append(category)
-        newest = next((f"t.{_name(column)} DESC NULLS LAST, " for column, kind in self.types.items() if kind.startswith(("TIMESTAMP", "DATE"))), "")
+        if category is not None: rules.append(f"{text('category')} = CAST(? AS VARCHAR)"); given.append(category)
+        newest = next((f"t.{named(column)} DESC NULLS LAST, " for column, kind in self.types.items() if kind.startswith(("TIMESTAMP", "DATE"))), "")
         title = f"{text('title')} NULLS LAST, " if "title" in self.types else ""
-        return f"SELECT t.{key}, {score} AS score FROM {self._file} t {' '.join(joins)} WHERE {' AND '.join(rules)} ORDER BY score DESC, {newest}{title}t.{key} LIMIT {int(n)}", given
+        return f"SELECT t.{key}, {score} FROM {self._file} t {' '.join(joins)} WHERE {' AND '.join(rules)} ORDER BY 2 DESC, {newest}{title}t.{key} LIMIT {int(n)}", given
 
 NO_COLD = ColdTable(None, "id") # of a bundle without cold rows

@@ -35,7 +35,7 @@ def run_of(
         return features
     files = sorted(root.glob("*/features/features.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files:
-        if json.loads(file.read_text())["fingerprint"] == fingerprint: return open_features(file.parent)
+        if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] == fingerprint: return open_features(file.parent)
     raise EvaluateError(f"no run in {root} has the interactions that the bundles were trained on (fingerprint {fingerprint[:12]}); run 02_features on them, or train the bundles again")
 
 # %% ../nbs/09_compare.ipynb #099cbcd9

@@ -19,10 +19,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from sqlalchemy import create_engine, event, func, literal_column, text, update
-from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.engine import URL, Connection, Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from .core import locked, resolve_path
+from .credentials import CredentialError, parse_url, shown_url, without_secrets
 from .records import CLOCK, StoreError
 
 # %% ../nbs/06_connection.ipynb #43547c06
@@ -30,8 +31,8 @@ def store_url(
     url:str, # such as sqlite:///data/feedback.db or postgresql://user:password@host/database
 )->URL:      # with an absolute path, or with the driver psycopg
     "The URL of a feedback store, checked and complete."
-    try: parsed = make_url(url)
-    except ArgumentError: raise StoreError("this is no database URL; write it like sqlite:///data/feedback.db or postgresql://user@host/database") from None
+    try: parsed = parse_url(url)
+    except CredentialError as error: raise StoreError(str(error)) from None
     backend = parsed.drivername.split("+")[0]
     if backend == "sqlite":
         if parsed.database in (None, "", ":memory:"): raise StoreError("a feedback store in memory would be lost, and each worker would have its own; name a file, such as sqlite:///data/feedback.db")
@@ -141,9 +142,9 @@ def counter_path(
     return Path(tempfile.gettempdir())/f"product_recs-{os.getuid()}-{name}.changes"
 
 def _reason(error:Exception, url:URL)->str:
-    "The first line of what the database says, without the password."
+    "The first line of what the database says, without secrets of the URL."
     reason = (str(getattr(error, "orig", None) or error).strip() or type(error).__name__).splitlines()[0]
-    return reason.replace(str(url.password), "***") if url.password else reason
+    return without_secrets(reason, url)
 
 # %% ../nbs/06_connection.ipynb #7a42a6f7
 class StoreConnection:
@@ -152,7 +153,7 @@ class StoreConnection:
         url:str, # see `store_url`
     ):
         self.url, self._engine, self._counter, self._lock = store_url(url), None, None, threading.RLock()
-        self.shown = self.url.render_as_string(hide_password=True) # how messages name the store
+        self.shown = shown_url(self.url) # how messages name the store
 
     @property
     def counter(self)->Counter:

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DELIMITERS', 'UNCLOSED', 'BAD_QUOTE', 'STRAY_BREAK', 'NOT_TEXT', 'LONGEST_LINE', 'MOST_LINES', 'file_errors',
            'open_bytes', 'CsvFile', 'known_encoding', 'open_csv', 'parse_line', 'read_lines', 'read_records',
-           'count_lines', 'quoted', 'named', 'quick_query', 'staged_query', 'careful_files']
+           'count_lines', 'quick_query', 'staged_query', 'careful_files']
 
 # %% ../nbs/01_csvfiles.ipynb #56aa9a55
 import codecs
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .core import IngestError
+from .sql import named, one_file, quoted
 
 # %% ../nbs/01_csvfiles.ipynb #1249507b
 @contextmanager
@@ -99,17 +101,14 @@ def open_csv(
     "Read the header of a CSV file."
     recoded = known_encoding(encoding) not in ("utf-8", "utf-8-sig", "ascii")
     if recoded: path = _recoded(path, shown, encoding, folder)
-    elif any(character in path.name for character in "*?[") or any(character in str(path.parent) for character in "*?["):
-        link = folder/f"link-{len(list(folder.iterdir()))}{'.csv.gz' if path.suffix.lower() == '.gz' else '.csv'}"
-        link.symlink_to(path)  # DuckDB would take the name for a pattern
-        path = link
     header = _first_line(path, shown)
     if len(delimiter) > 1: raise IngestError(f"delimiter={delimiter!r} must be one character.")
-    delimiter = delimiter or max(DELIMITERS, key=header.count)
+    outside = re.sub('"[^"]*"', "", header) # a quoted name may hold delimiters
+    delimiter = delimiter or max(DELIMITERS, key=outside.count)
     fields, fault = parse_line(header, delimiter)
     if fault: raise IngestError(f"{shown}, line 1: {fault} in the header: {header[:100]!r}")
-    names = tuple(name.strip() or f"column{number}" for number, name in enumerate(fields, 1))
-    twice = sorted({name for name in names if sum(other.lower() == name.lower() for other in names) > 1})
+    names = tuple(name.strip() for name in fields)
+    twice = sorted({name for name in names if name and sum(other.lower() == name.lower() for other in names) > 1})
     if twice: raise IngestError(f"{shown}, line 1: the header has the same column twice: {', '.join(twice)}. Rename one of them.")
     return CsvFile(path, shown, delimiter, names, recoded)
 
@@ -199,18 +198,6 @@ def count_lines(
     text = tail.rstrip(b"\r\n")
     return breaks - tail[len(text):].count(b"\n") + bool(text), nul
 
-def quoted(
-    text:str, # any text
-)->str:       # an SQL string literal
-    "Quote a text for SQL."
-    return "'" + str(text).replace("'", "''") + "'"
-
-def named(
-    name:str, # any text
-)->str:       # an SQL identifier
-    "Quote a column name for SQL."
-    return '"' + name.replace('"', '""') + '"'
-
 # %% ../nbs/01_csvfiles.ipynb #ed229639
 def quick_query(
     source:CsvFile,          # an opened file
@@ -219,9 +206,10 @@ def quick_query(
 )->str:                      # SELECT line, then the wanted columns as VARCHAR
     "The DuckDB query for a file in which each line is a record."
     line = "row_number() OVER () + 1" if numbered else "NULL::BIGINT"
+    packing = "gzip" if source.path.suffix.lower() == ".gz" else "none"
     columns = ", ".join(f"'c{at}': 'VARCHAR'" for at in range(len(source.names)))
     chosen = "".join(f", c{source.names.index(name)} AS {named(out)}" for out, name in wanted.items())
-    return (f"SELECT {line} AS line{chosen} FROM read_csv({quoted(source.path)}, delim={quoted(source.delimiter)}, "
+    return (f"SELECT {line} AS line{chosen} FROM read_csv({one_file(source.path)}, compression={quoted(packing)}, delim={quoted(source.delimiter)}, "
             f"quote='\"', escape='\"', header=false, skip=1, auto_detect=false, strict_mode=true, columns={{{columns}}})")
 
 def staged_query(
@@ -230,7 +218,7 @@ def staged_query(
 )->str:                     # SELECT line, then the columns as VARCHAR
     "The DuckDB query for a file that has been cleaned."
     types = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
-    return (f"SELECT * FROM read_csv({quoted(path)}, delim=',', quote='\"', escape='\"', header=false, auto_detect=false, parallel=false, "
+    return (f"SELECT * FROM read_csv({one_file(path)}, delim=',', quote='\"', escape='\"', new_line='\\r\\n', header=false, auto_detect=false, parallel=false, "
             f"columns={{'line': 'BIGINT', {types}}})")
 
 # %% ../nbs/01_csvfiles.ipynb #428eb621
@@ -245,7 +233,8 @@ def careful_files(
     at = [source.names.index(name) for name in wanted.values()]
     kept, faults = folder/"records.csv", folder/"faults.csv"
     lines = read_lines(source.path, source.recoded)
-    with file_errors(source.shown), open(kept, "w", newline="") as good, open(faults, "w", newline="") as bad:
+    text = dict(mode="w", encoding="utf-8", newline="")
+    with file_errors(source.shown), open(kept, **text) as good, open(faults, **text) as bad:
         good, bad = csv.writer(good), csv.writer(bad)
         next(lines)
         found = read_records(lines, len(source.names), source.delimiter, [source.names.index(wanted[name]) for name in guarded if name in wanted])

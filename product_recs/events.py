@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from .core import Columns, ProductRecsError
 from .ids import id_key, key_or_none, number_or_text, whole_number
+from .sql import quoted
 
 # %% ../nbs/00_events.ipynb #a51b4068
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def _future(latest:datetime)->Rule:
 # %% ../nbs/00_events.ipynb #cc7d9445
 def _rules_of(events:tuple[str, ...]|None, max_quantity:float, numbers:tuple[str, ...])->tuple[Rule, ...]:
     "All rules but the one that looks at the clock, in the order in which a row is judged."
-    listed = ", ".join("'" + name.replace("'", "''") + "'" for name in events or ())
+    listed = ", ".join(quoted(name) for name in events or ())
     named = [] if events is None else [Rule(Columns.Event, "unknown event", f"event NOT IN ({listed})", lambda one: one.event not in events)]
     large = Rule(Columns.Quantity, f"quantity above {max_quantity:g}", f"q > '{float(max_quantity)}'::DOUBLE", lambda one: one.quantity > max_quantity)
     # an event that travels without its user has no user to be judged

@@ -12,29 +12,28 @@ from datetime import datetime
 from pathlib import Path
 
 import duckdb
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
 
 from .core import Columns, IngestError, Settings, project_root
 from .connection import store_url
+from .credentials import parse_url, resolve
 from .store import Store, StoreError
 from .ids import key_sql, number_or_text
 
 # %% ../nbs/01_feedback.ipynb #7acd788a
 def feedback_url(
-    feedback:str, # a URL, or `settings`
+    feedback:str, # a URL, `env:NAME` or `file:PATH` with one, or `settings`
 )->str:           # a URL
     "The URL that the parameter `feedback` stands for."
     if feedback == "settings":
         if url := Settings().database_url: return url
         raise IngestError('feedback="settings": the setting PRODUCT_RECS_DATABASE_URL is empty, so the service keeps no feedback.')
-    try: password = make_url(feedback).password
-    except ArgumentError: raise IngestError('feedback= must be a database URL such as sqlite:///data/feedback.db, "settings", or "" for none.') from None
-    if password: raise IngestError('feedback= has a password, and parameters are written into reports. Put the URL into PRODUCT_RECS_DATABASE_URL and pass feedback="settings".')
-    try: where = store_url(feedback)
+    url = resolve(feedback)
+    if "://" not in url: raise IngestError('feedback= must be a database URL such as sqlite:///data/feedback.db, env:NAME or file:PATH with one, "settings", or "" for none.')
+    parse_url(url)
+    try: where = store_url(url)
     except StoreError as error: raise IngestError(f"feedback=: {error}") from None
     if where.get_backend_name() == "sqlite" and not Path(where.database).exists(): raise IngestError(f"{where.database}: there is no such feedback store. Check the path; it counts from {project_root()}")
-    return feedback
+    return url
 
 # %% ../nbs/01_feedback.ipynb #01cce18a
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def stage_feedback(
     "Write the events of a store up to now into a file."
     rows, kinds, staged = 0, {name: set() for name in Columns.Required}, folder/"feedback.csv"
     try:
-        with Store(feedback_url(feedback)) as store, open(staged, "w", newline="") as file:
+        with Store(feedback_url(feedback)) as store, open(staged, "w", encoding="utf-8", newline="") as file:
             until, out = store.cut(), csv.writer(file)
             forgotten = store.forgotten()
             for event in store.read_events(until):

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['NO_FILTERS', 'TEXT', 'NUMBER', 'YES_NO', 'TIME', 'UNKNOWN', 'NOT_A_CANDIDATE', 'SEEN', 'DENIED', 'UNAVAILABLE',
-           'NOT_ALLOWED', 'Filters', 'Attributes', 'is_available', 'rows_of', 'Catalogue', 'rule_out', 'best_allowed']
+           'NOT_ALLOWED', 'Filters', 'Attributes', 'read_value', 'is_available', 'rows_of', 'Catalogue', 'rule_out',
+           'best_allowed']
 
 # %% ../nbs/05_filters.ipynb #51b2d278
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
 from functools import cached_property
+from math import ceil, floor
 
 import numpy as np
 
@@ -55,7 +58,9 @@ def _kind(values:np.ndarray)->str|None:
     "What a column holds; None for what cannot be filtered."
     if values.dtype.kind in "iufbMU": return {"b": YES_NO, "M": TIME, "U": TEXT}.get(values.dtype.kind, NUMBER)
     first = next((value for value in values if value is not None), None)
-    return UNKNOWN if first is None else TEXT if isinstance(first, str) else YES_NO if isinstance(first, (bool, np.bool_)) else None
+    if first is None: return UNKNOWN
+    kinds = ((str, TEXT), ((bool, np.bool_), YES_NO), ((int, np.integer), NUMBER)) # whole numbers with a gap are objects
+    return next((kind for types, kind in kinds if isinstance(first, types)), None)
 
 def _time(value)->np.datetime64:
     "A moment as the bundle has it: UTC without a time zone."
@@ -79,6 +84,12 @@ def _inside(values:np.ndarray, name:str, ends:dict)->np.ndarray:
     "Which values lie in a range."
     if len(ends) == 2 and ends["min"] > ends["max"]: raise ProductRecsError(f"where: for {name!a} min {ends['min']} is above max {ends['max']}")
     inside = values == values # unknown: NaN and NaT
+    if values.dtype.kind == "O":
+        inside = np.array([value is not None for value in values], bool)
+        values = np.array([0 if value is None else value for value in values], np.int64)
+    if values.dtype.kind in "iu": # whole ends: a comparison with a float would round the values
+        rounded = {"min": ceil, "max": floor}
+        ends = {end: rounded[end](value) if isinstance(value, (float, np.floating)) and np.isfinite(value) else value for end, value in ends.items()}
     if "min" in ends: inside &= values >= ends["min"]
     if "max" in ends: inside &= values <= ends["max"]
     return inside
@@ -142,6 +153,21 @@ class Attributes:
         "The code of one value."
         wanted = _value(self.kind(name, rule), name, value, rule)
         return self.coded(name)[1].get(_plain(wanted), -2)
+
+# %% ../nbs/05_filters.ipynb #f9923086
+def read_value(
+    attributes:Attributes,
+    name:str,         # of a column
+    text:str,         # a value as a URL has it
+    rule:str="where", # the rule that asks
+):                    # of the column's kind
+    "A value that could only come as text."
+    kind, value = attributes.kind(name, rule), text
+    if kind == YES_NO: value = {"true": True, "false": False}.get(text.lower(), text)
+    if kind == NUMBER:
+        whole = attributes.columns[name].dtype.kind != "f" and text.strip("+-").isdecimal()
+        with suppress(ValueError): value = int(text) if whole else float(text)
+    return _plain(_value(kind, name, value, rule))
 
 # %% ../nbs/05_filters.ipynb #fedafd78
 _NO = {"false", "f", "0", "0.0", "no", "n"}

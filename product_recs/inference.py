@@ -20,11 +20,13 @@ import duckdb
 import numpy as np
 
 from .bundle import Bundle
-from .core import ProductRecsError
+from .core import Columns, ProductRecsError
 from .filters import NO_FILTERS, NOT_A_CANDIDATE, SEEN, Attributes, Catalogue, Filters, best_allowed, rule_out
 from .nearest import NearestItems, open_index
+from .parameters import number
 from .search import Searcher
 from .signals import BlendError, Signals, read_weights, score_users
+from .sql import database_errors, file_name, utf8_name
 
 # %% ../nbs/05_inference.ipynb #6f5db027
 @dataclass(frozen=True)
@@ -46,9 +48,7 @@ def checked_n(
     n:int,   # as the caller gave it
 )->int:      # the same
     "Refuse an `n` that is not a whole number of at least 1."
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ProductRecsError(f"n is the number of items, a whole number of at least 1, and not {n!r}")
-    return int(n)
+    return number("n", n, 1, 10**9, whole=True)
 
 # %% ../nbs/05_inference.ipynb #5abadb78
 class Recommender:
@@ -87,11 +87,16 @@ class Recommender:
     @cached_property
     def user_attributes(self)->Attributes:
         "What the users file told of the users."
-        return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in ("popularity", "first_seen", "last_seen")})
+        return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in Columns.Counted})
 
     def seen_by(self, row:int|None)->np.ndarray: # row of a user, None: one that the model does not know; rows of items
         "What a user had interacted with when the model was trained."
         return self.indices[self.indptr[row]:self.indptr[row + 1]] if row is not None else self.indices[:0]
+
+    def had(self, user:int|str)->np.ndarray: # external id, known or not; rows of items
+        "What a user had interacted with before the end of the data, also where the minimum counts kept it away from the training."
+        row = self.bundle.users.row(user)
+        return self.seen_by(row) if row is not None else self.bundle.left_out.of(user).items
 
     def prepare(self)->"Recommender": # itself
         "Compute now what the first recommendation would."
@@ -157,7 +162,7 @@ def recommend(
     n, row = checked_n(n), model.bundle.users.row(user)
     known = row is not None and model.user_factors[row].any()
     filters = _filters(exclude_seen, deny, allow)
-    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.seen_by(row))] if exclude_seen else [])
+    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.had(user))] if exclude_seen else [])
     if known: return search_list(model, model.user_factors[row], n, "personalised", ruled_out, filters)
     return make_list(model, model.popularity.copy(), n, "popular", ruled_out, filters)
 
@@ -209,7 +214,7 @@ def next_purchase(
     known = row is not None and len(model.seen_by(row)) > 0
     scores = score_users(signals, np.array([row]))[0] if known else model.popularity.copy()
     filters = _filters(exclude_seen, deny, allow)
-    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.seen_by(row))] if exclude_seen else [])
+    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.had(user))] if exclude_seen else [])
     return make_list(model, scores, n, "next_purchase" if known else "popular", ruled_out, filters)
 
 
@@ -265,7 +270,7 @@ def _append(database:duckdb.DuckDBPyConnection, bundle:Bundle, users:np.ndarray,
 
 def _open_lists(folder:Path, bundle:Bundle)->duckdb.DuckDBPyConnection:
     "An empty table of lists in a database file of its own."
-    database = duckdb.connect(str(folder/"lists.duckdb"), config={"memory_limit": "128MB", "threads": 2, "temp_directory": str(folder/"spill")})
+    database = duckdb.connect(utf8_name(folder/"lists.duckdb"), config={"memory_limit": "128MB", "threads": 2, "temp_directory": utf8_name(folder/"spill")})
     user, item = ("BIGINT" if table.is_int else "VARCHAR" for table in (bundle.users, bundle.items))
     database.execute(f"CREATE TABLE lists (user_id {user}, rank INTEGER, item_id {item}, score FLOAT)")
     return database
@@ -284,12 +289,14 @@ def recommend_all(
     starts = range(0, len(bundle.users), checked_n(block))
     out.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, _open_lists(Path(folder), bundle) as database:
+    failed = "the lists could not be written. The log has the details at the level DEBUG."
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, \
+         database_errors(ProductRecsError, str(out), failed), _open_lists(Path(folder), bundle) as database:
         for start in _bar(starts, progress):
             rows = np.arange(start, min(start + starts.step, len(bundle.users)))
             written += _append(database, bundle, rows, *top_rows(model, rows, n, exclude_seen))
         made = Path(folder)/"lists.parquet"
-        database.execute(f"COPY lists TO '{str(made).replace(chr(39), chr(39) * 2)}' (FORMAT parquet, COMPRESSION zstd)")
+        database.execute(f"COPY lists TO {file_name(made)} (FORMAT parquet, COMPRESSION zstd)")
         with open(made, "rb") as file: os.fsync(file.fileno())
         os.replace(made, out)
     return written

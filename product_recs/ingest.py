@@ -18,15 +18,20 @@ from pathlib import Path
 
 import duckdb
 
+from .attributes import attribute_names, united
 from .core import Columns, IngestError, atomic_folder, resolve_path
-from .csvfiles import named, quoted, staged_query
+from .credentials import is_reference, masked, masked_parameters, password_note
+from .csvfiles import staged_query
 from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
-from .sources import FileRead, is_blank, match_columns, near_name, read_source, run_query
+from .parameters import number
+from .sources import FileRead, match_columns, near_name, read_source, run_query
+from .sql import database_errors, file_name, local_name, named, parquet, quoted, temporary_database
+from .text import safe_cell_sql
 from .events import KNOWN_EVENTS, LEEWAY, EventRules
 from .validate import ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed
-from .ids import whole_number
+from .ids import key_sql, whole_number
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass
@@ -55,15 +60,15 @@ def open_ledger(
 )->Ledger:
     "The ledger of an ingest."
     path = Path(folder)/"ledger.json"
-    try: return Ledger(**json.loads(path.read_text()))
+    try: return Ledger(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError: raise IngestError(f"{path}: there is no ledger. Run 01_ingest first.") from None
     except (TypeError, ValueError) as error: raise IngestError(f"{path} is not a ledger ({error}). Run 01_ingest again.") from None
 
 # %% ../nbs/01_ingest.ipynb #addf8bd4
 REMEDIES = {"not valid text": 'pass the encoding of the file, such as encoding="latin-1" or "cp1252"', "unknown event": "name your events with events=[...]",
             "NUL byte": 'the file may be UTF-16: encoding="utf-16"', "too ": 'check delimiter="..."', "quantity above": "raise max_quantity",
-            "blank id": "check columns={...}", "timestamp": "write times as ISO-8601 or as an epoch in seconds",
-            "id is text": "write all ids of the log as text, if these are ids of yours"}
+            "number too large": "write ids as whole numbers of 64 bits, or as text", "blank id": "check columns={...}",
+            "timestamp": "write times as ISO-8601 or as an epoch in seconds", "id is text": "write all ids of the log as text, if these are ids of yours"}
 
 def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->None:
     "Raise if the rejects that `where` selects are too many."
@@ -147,7 +152,7 @@ def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:P
             if guess: ledger.warnings.append(f"{shown} has no column {name}, but {guess}: if that is it, pass columns={{{name!r}: {guess!r}}}.")
         return current["wanted"]
     def load(number, sql, again=""):
-        return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {source}"[:60], options)
+        return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {masked(str(source))}"[:60], options)
     def each(read):
         rows = _account(con, read, interaction_rules(rules, latest), "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
@@ -172,53 +177,51 @@ def _write(con, folder:Path, types:Mapping[str, str], events:list[str], ledger:L
         ledger.warnings.append(f"The first timestamp is {ledger.first_timestamp}. If that is wrong, check the unit of your epoch numbers.")
 
 # %% ../nbs/01_ingest.ipynb #8c926ca5
-def _attribute(column:str)->tuple[str, str]:
-    "SQL: the name of the narrowest type of a text column, and the column in that type."
-    value = f"CASE WHEN NOT {is_blank(column)} THEN trim({column}) END"
-    number = f"regexp_full_match({value}, '-?(0|[1-9][0-9]*)([.][0-9]*)?([eE][+-]?[0-9]+)?')"
-    tests = (("BOOLEAN", f"lower({value}) IN ('true', 'false')"), ("BIGINT", f"{number} AND CAST(TRY_CAST({value} AS BIGINT) AS VARCHAR) = {value}"),
-             ("DOUBLE", f"{number} AND isfinite(TRY_CAST({value} AS DOUBLE))"))
-    return "CASE " + " ".join(f"WHEN bool_and({test}) THEN {quoted(name)}" for name, test in tests) + " ELSE 'VARCHAR' END", value
-
-def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledger:Ledger)->tuple[list[FileRead], str]:
-    "Read the files of a table as they are into one DuckDB table."
+def _table_rows(con, source, name:str, key:str, options:dict, folder:Path)->tuple[list[FileRead], dict[str, str]]:
+    "Read the files of a table into one DuckDB table: number of the file, line, id and attributes; attribute -> its column there."
+    columns = {}
     def match(names, shown):
         theirs = options["columns"].get(key, key)
         theirs = match_columns(names, {key: theirs if theirs in names else key}, [key], [], shown, mapped=False)[key]
-        taken = {key, "line", "_line", "_file"}
-        return {key: theirs} | {other + "_" * (other.lower() in taken): other for other in names if other != theirs}
+        attributes = attribute_names(names, key, theirs, shown, columns)
+        return {key: theirs} | {columns.setdefault(attribute, f"c{len(columns)}"): attribute for attribute in attributes}
     def load(number, sql, again=""):
-        con.execute(f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS _file, line AS _line, * EXCLUDE line FROM ({again or sql})")
+        con.execute(f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS file, line, * EXCLUDE line FROM ({again or sql})")
         return con.execute(f"SELECT count(*) FROM {name}_{number}").fetchone()[0]
     reads = read_source(source, "", load, match, [key], [key], con, folder, delimiter=options["delimiter"], encoding=options["encoding"],
                         keep_types=True, progress=options["progress"], each=lambda read: add_faults(con, read))
-    con.execute(f"CREATE TABLE {name} AS " + " UNION ALL BY NAME ".join(f"SELECT * FROM {name}_{number}" for number in range(len(reads))))
-    return reads, " ".join(f"WHEN {at} THEN {quoted(read.shown)}" for at, read in enumerate(reads))
+    parts = [(f"{name}_{number}", read.shown, read.typed) for number, read in enumerate(reads)]
+    con.execute(f"CREATE TABLE {name} AS {united(con, parts, columns, ['file', 'line', key])}")
+    for table, *_ in parts: con.execute(f"DROP TABLE {table}")
+    return reads, columns
 
 # %% ../nbs/01_ingest.ipynb #9fa8a0ff
-def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder:Path, out:Path, ledger:Ledger)->None:
-    "Validate a table of products or users and write it."
-    reads, files = _table_rows(con, source, name, key, options, folder, ledger)
-    con.execute(f"CREATE TABLE {name}_ids AS SELECT _file, _line, {trimmed(f'CAST({named(key)} AS VARCHAR)')} AS id FROM {name}")
-    rules = id_rules(key, "id") + ([(key, "id is no integer, but those of the interactions are", f"{whole_number('id')} IS NULL")] if id_type == "BIGINT" else [])
+def _judge_ids(con, reads:list[FileRead], name:str, key:str, id_type:str, options:dict, ledger:Ledger)->str:
+    "Put the rows of a table without a good id into `rejects` and its files into the ledger; SQL of a row that is good."
+    con.execute(f"CREATE TABLE {name}_ids AS SELECT file, line, {key_sql('id')} AS id FROM (SELECT file, line, {trimmed(f'CAST({key} AS VARCHAR)')} AS id FROM {name})")
+    rules = id_rules(key, "id")
+    if id_type == "BIGINT": rules += [(key, "id is no integer, but those of the interactions are", f"{whole_number('id')} IS NULL")]
     reasons = " ".join(f"WHEN {at} THEN {quoted(reason)}" for at, (_, reason, _) in enumerate(rules, 1))
-    con.execute(f"INSERT INTO rejects SELECT CASE _file {files} END, _line, {quoted(key)}, left(id, 200), CASE {first_fault(rules)} {reasons} END FROM {name}_ids WHERE {first_fault(rules)} IS NOT NULL")
-    rows = 0
+    files = " ".join(f"WHEN {at} THEN {quoted(read.shown)}" for at, read in enumerate(reads))
+    con.execute(f"""INSERT INTO rejects SELECT CASE file {files} END, line, {quoted(key)}, left(id, 200), CASE {first_fault(rules)} {reasons} END
+        FROM {name}_ids WHERE {first_fault(rules)} IS NOT NULL""")
     for read in reads:
         rejected, = con.execute("SELECT count(*) FROM rejects WHERE file = ?", [read.shown]).fetchone()
-        _judge(con, f"file = {quoted(read.shown)}", read.rows + len(read.faults), options["on_error"], options["max_reject_share"], read.shown)
-        ledger.files.append(dict(file=read.shown, role=name, rows_read=read.rows + len(read.faults), rows_rejected=rejected, bytes=read.size, changed=read.changed))
-        rows += read.rows + len(read.faults)
-    texts = [column for column, type, *_ in con.execute(f"DESCRIBE {name}").fetchall() if type == "VARCHAR" and column != key]
-    if any(Path(read.shown).suffix.lower() in (".parquet", ".pq") for read in reads): texts = []
-    types = con.execute("SELECT " + ", ".join(_attribute(named(column))[0] for column in texts) + f" FROM {name}").fetchone() if texts else ()
-    changed = [f"CAST({_attribute(named(column))[1]} AS {type}) AS {named(column)}" for column, type in zip(texts, types) if type != "VARCHAR"]
-    id = f"{_as('id', id_type)} AS {named(key)}"
-    target = quoted(out/f"{name}.parquet")
-    con.execute(f"""COPY (SELECT * EXCLUDE (_file, _line, id) REPLACE ({', '.join([id, *changed])}) FROM {name} JOIN {name}_ids USING (_file, _line) WHERE {first_fault(rules)} IS NULL
-        QUALIFY row_number() OVER (PARTITION BY {_as('id', id_type)} ORDER BY _file DESC, _line DESC) = 1 ORDER BY {named(key)}) TO {target} (FORMAT parquet)""")
-    kept, = con.execute(f"SELECT count(*) FROM {target}").fetchone()
-    rejected = sum(file["rows_rejected"] for file in ledger.files if file["role"] == name)
+        rows = read.rows + len(read.faults)
+        _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], options["max_reject_share"], read.shown)
+        ledger.files.append(dict(file=read.shown, role=name, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
+    return f"{first_fault(rules)} IS NULL"
+
+def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder:Path, out:Path, ledger:Ledger)->None:
+    "Validate a table of products or users and write it."
+    reads, columns = _table_rows(con, source, name, key, options, folder)
+    good, id = _judge_ids(con, reads, name, key, id_type, options, ledger), _as("id", id_type)
+    attributes = "".join(f", {column} AS {named(attribute)}" for attribute, column in columns.items())
+    target = out/f"{name}.parquet"
+    con.execute(f"""COPY (SELECT {id} AS {key}{attributes} FROM {name} JOIN {name}_ids USING (file, line) WHERE {good}
+        QUALIFY row_number() OVER (PARTITION BY {id} ORDER BY file DESC, line DESC) = 1 ORDER BY 1) TO {file_name(target)} (FORMAT parquet)""")
+    kept, = con.execute(f"SELECT count(*) FROM {parquet(target)}").fetchone()
+    rows, rejected = (sum(file[what] for file in ledger.files if file["role"] == name) for what in ("rows_read", "rows_rejected"))
     ledger.tables[name] = dict(rows_read=rows, rows_kept=kept, rows_rejected=rejected, duplicates_merged=rows - rejected - kept)
     if rows - rejected - kept: ledger.warnings.append(f"{name}: {rows - rejected - kept:,} rows repeat a {key}; the last row of each was kept.")
 
@@ -227,7 +230,7 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
 def _locked(path:Path)->Iterator[None]:
     "One process at a time."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as lock:
+    with open(path, "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -235,8 +238,7 @@ def _checked_options(options:dict)->dict:
     "Refuse parameters that cannot be meant."
     if options["feedback"]: feedback_url(options["feedback"])
     if options["on_error"] not in ("skip", "fail"): raise IngestError(f"on_error={options['on_error']!r} must be \"skip\" or \"fail\".")
-    if not 0 <= options["max_reject_share"] <= 1: raise IngestError(f"max_reject_share={options['max_reject_share']} must lie between 0 and 1.")
-    if not options["max_quantity"] > 0: raise IngestError(f"max_quantity={options['max_quantity']} must be above 0.")
+    for name, ends in (("max_reject_share", (0, 1)), ("max_quantity", (1e-9, 1e9))): options[name] = number(name, options[name], *ends, error=IngestError)
     if isinstance(options["events"], str): raise IngestError(f"events must be a list, such as [{options['events']!r}].")
     options["events"] = sorted({str(event).strip().lower() for event in options["events"]})
     if not options["events"]: raise IngestError("events is empty. Name at least one, such as [\"purchase\"].")
@@ -246,9 +248,7 @@ def _checked_options(options:dict)->dict:
 
 def _connect(folder:Path, memory_limit:str):
     "A temporary DuckDB database in memory; beyond the limit it spills to disk."
-    config = {"memory_limit": memory_limit, "temp_directory": str(folder/"spill")}
-    try: con = duckdb.connect(config=config)
-    except duckdb.Error as error: raise IngestError(f"memory_limit={memory_limit!r} is refused: {str(error).splitlines()[0]} Write it like \"2GB\".") from None
+    con = temporary_database(memory_limit, folder/"spill", IngestError)
     con.execute("SET TimeZone = 'UTC'")
     try: con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false") # so that it tells its progress
     except duckdb.Error: pass # in Jupyter it wants ipywidgets: there the bar shows the seconds only
@@ -274,6 +274,8 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
     "Fill the folder `out`."
     ledger = Ledger()
+    for name, value in {"source": source, **options}.items():
+        if not is_reference(value) and masked_parameters(value) != value: ledger.warnings.append(password_note(name))
     rules = EventRules(options["events"], options["max_quantity"])
     reads, kinds = _load(con, source, options, rules, latest, work, ledger) if source else ([], {})
     what = ", ".join(read.shown for read in reads[:3]) + (" ..." if len(reads) > 3 else "")
@@ -300,18 +302,20 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
         if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
     if options["users"] and wishes and (dropped := drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet")):
         ledger.tables["users"] |= {"rows_kept": ledger.tables["users"]["rows_kept"] - dropped, "rows_forgotten": dropped}
-    con.execute(f"COPY (SELECT * FROM rejects ORDER BY file, line) TO {quoted(out/'rejects.csv')} (HEADER)")
-    ledger.parameters = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
-    ledger.parameters = json.loads(json.dumps(ledger.parameters, default=str))
-    (out/"ledger.json").write_text(json.dumps(asdict(ledger), indent=2) + "\n")
+    texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}' for column in ("file", "column", "value", "reason"))
+    con.execute(f"COPY (SELECT * REPLACE ({texts}) FROM rejects ORDER BY rejects.file, line) TO {file_name(out/'rejects.csv')} (HEADER)")
+    given = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
+    given = json.loads(json.dumps(given, default=str))
+    ledger.parameters = masked_parameters(given)
+    (out/"ledger.json").write_text(json.dumps(asdict(ledger), indent=2) + "\n", encoding="utf-8")
     return ledger
 
 # %% ../nbs/01_ingest.ipynb #22a1a466
 def ingest(
-    source:str|Path|Iterable,                   # path, pattern, list of those, or a database URL; "" for the feedback alone
+    source:str|Path|Iterable,                   # path, pattern, list of those, a database URL, env:NAME or file:PATH with one; "" for the feedback alone
     out:str|Path,                               # folder to create or replace
-    *, query:str = "",                          # SELECT, for a database URL
-    feedback:str = "",                          # URL of a feedback store, "settings" for the service's own, "" for none
+    *, query:str = "",                          # SELECT, for a database URL; or env:NAME, file:PATH
+    feedback:str = "",                          # URL of a feedback store, env:NAME or file:PATH with one, "settings" for the service's own, "" for none
     columns:Mapping[str, str]|None = None,      # our column -> yours
     products:str|Path = "", users:str|Path = "",# tables with attributes; "" for none
     delimiter:str = "",                         # of CSV; "" finds it in the header
@@ -337,9 +341,10 @@ def ingest(
         work, result = Path(folder), Path(folder)/"result"
         result.mkdir()
         con = _connect(work, memory_limit)
-        try: ledger = _build(con, source, work, result, options, latest)
-        except duckdb.Error as error:
-            raise IngestError(f"{source}: DuckDB stopped: {str(error).splitlines()[0][:300]} Try a larger memory_limit (now {memory_limit}) and look for free space on the disk.") from None
+        what = "the query" if is_database(source) else masked(str(source))
+        failed = "the ingest stopped at a fault of this program, not of your data. Its log has the details at the level DEBUG."
+        try:
+            with database_errors(IngestError, what, failed, memory_limit): ledger = _build(con, source, work, result, options, latest)
         finally: con.close()
         with _locked(out.with_name(f".{out.name}.lock")), atomic_folder(out) as final:
             for file in result.iterdir(): file.rename(final/file.name)
@@ -350,11 +355,11 @@ def ingest(
 DEFAULT_SOURCE, DEFAULT_PRODUCTS = "data/interactions.csv", "data/products.csv"
 
 def _unchanged(ledger:Ledger, given:dict)->bool:
-    "Whether the ledger belongs to these parameters and to the files as they are now; a store that is asked for has always news."
-    if given.get("feedback"): return False
+    "Whether the ledger belongs to these parameters and to the files as they are now; a database that is asked for has always news."
+    if given.get("feedback") or is_database(given.get("source")) or is_reference(given.get("source")): return False
     if any(ledger.parameters.get(name) != value for name, value in given.items()): return False
     for file in ledger.files:
-        path = resolve_path(file["file"])
+        path = resolve_path(local_name(file["file"]))
         if is_database(file["file"]) or not path.exists(): continue
         if (path.stat().st_size, path.stat().st_mtime_ns) != (file["bytes"], file["changed"]): return False
     return True

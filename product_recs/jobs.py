@@ -19,6 +19,8 @@ from pathlib import Path
 
 from .bundle import list_versions, publish, remove_bundle
 from .core import ProductRecsError, atomic_write, project_root, resolve_path, write_metrics
+from .parameters import ParameterError, typed
+from .credentials import by_reference, is_reference, masked, masked_parameters, password_note
 from .reports import to_html, write_index
 
 # %% ../nbs/07_jobs.ipynb #89e9ba21
@@ -50,17 +52,12 @@ def assign(
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise JobError(f"no notebook has a parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f"\nKnown: {', '.join(sorted(known))}")
-        default = next(names[name] for names in declared.values() if name in names).split("  ")[0]
-        if wrong := _wrong_type(parameters[name], default): raise JobError(f"{name}={parameters[name]!r}: must be {wrong}, such as the default {default}")
-    return {step: {name: value for name, value in parameters.items() if name in names} for step, names in declared.items()}
+    return {step: {name: _as_declared(name, value, names[name]) for name, value in parameters.items() if name in names} for step, names in declared.items()}
 
-def _wrong_type(value, default:str)->str|None:
-    "What a value should be, judging by the default as it is written in the notebook; None where it fits."
-    try: kind = type(ast.literal_eval(default))
-    except (ValueError, SyntaxError): return None
-    rules = {bool: (bool, "true or false"), int: ((int, float), "a number"), float: ((int, float), "a number"), list: (list, "a list"), dict: (dict, "names with values")}
-    if kind not in rules or (isinstance(value, rules[kind][0]) and (kind is bool or not isinstance(value, bool))): return None
-    return rules[kind][1]
+def _as_declared(name:str, value, declared:str):
+    "A value as the notebook means it, by the default in its declaration."
+    try: return typed(name, value, ast.literal_eval(declared.split("  ")[0]))
+    except ParameterError as error: raise JobError(str(error)) from None
 
 # %% ../nbs/07_jobs.ipynb #c107f9d0
 @dataclass
@@ -97,9 +94,9 @@ def run_step(
                                    stdout_file=_Bars(sys.stderr) if progress and sys.stderr.isatty() else None,
                                    extra_arguments=["--IPKernelApp.log_level=50"]) # the kernel's own log would write over the progress bar
     except papermill.PapermillExecutionError as error:
-        step.status, step.error = "failed", f"{error.ename}: {error.evalue}"
+        step.status, step.error = "failed", masked(f"{error.ename}: {error.evalue}")
     except Exception as error: # a kernel that died or did not start
-        step.status, step.error = "failed", f"{type(error).__name__}: {error}"
+        step.status, step.error = "failed", masked(f"{type(error).__name__}: {error}")
     step.seconds = time.perf_counter() - started
     if executed.exists():
         step.html = to_html(executed, reports/f"{name}.html", name, navigation='<a href="index.html">← all reports of this run</a>').name
@@ -114,11 +111,16 @@ class RunResult:
     steps: list[Step]
     version: str|None    # of the model that went live
     metrics: dict        # content of metrics.json
+    notes: list[str]     # what whoever started it should know
 
     @property
     def failed(self)->Step|None:
         "The step that failed, if any."
         return next((step for step in self.steps if step.status == "failed"), None)
+
+def _notes(parameters:dict)->list[str]:
+    "A note for each parameter that was given with a password."
+    return [password_note(name) for name, value in parameters.items() if not is_reference(value) and masked_parameters(value) != value]
 
 def _no_use(step:str, reports:Path)->str|None:
     "Why a step has nothing to do; None where it has."
@@ -130,7 +132,7 @@ def _claim(reports:Path):
     import fcntl
     try:
         reports.mkdir(parents=True, exist_ok=True)
-        lock = open(reports/".lock", "w")
+        lock = open(reports/".lock", "w", encoding="utf-8")
     except OSError as error: raise JobError(f"{reports}: cannot be written ({error.strerror})") from None
     try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -155,7 +157,7 @@ def _check_name(name:str):
 
 def _metrics(reports:Path)->dict:
     path = reports/"metrics.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 # %% ../nbs/07_jobs.ipynb #a0d3cfa4
 def run(
@@ -169,10 +171,12 @@ def run(
     name = name or f"{started:%Y%m%d-%H%M%S}"
     _check_name(name)
     parameters = parameters or {}
-    per_step = assign(parameters, declared_parameters(root/"nbs"))
+    shown, everything = masked_parameters(parameters), declared_parameters(root/"nbs")
+    assign(shown, everything)
     models, reports = resolve_path(models_dir), resolve_path("reports")/name
-    with _claim(reports):
+    with _claim(reports), by_reference(parameters) as given:
         _clear(reports, STEPS)
+        per_step = assign(given, everything)
         steps, version = [Step(step) for step in STEPS], None
         try:
             for number, step in enumerate(STEPS):
@@ -180,7 +184,7 @@ def run(
                     steps[number] = Step(step, "skipped", error=why)
                     continue
                 own = {"run": name, "report_dir": _from_root(reports), "models_dir": _from_root(models), "publish_bundle": False, "version": version or ""}
-                declared = declared_parameters(root/"nbs")[step]
+                declared = everything[step]
                 steps[number] = run_step(step, per_step[step] | {key: value for key, value in own.items() if key in declared}, reports, root, progress)
                 version = version or _metrics(reports).get("03_train", {}).get("version")
                 if step == "04_evaluate" and (steps[number].error or "").startswith("NothingToJudge"): steps[number].status = "skipped"
@@ -189,8 +193,8 @@ def run(
         finally:
             live = all(step.status in ("done", "skipped") for step in steps)
             if version and not live and version in list_versions(models): remove_bundle(models, version)
-            result = RunResult(name, reports, steps, version if live else None, _metrics(reports))
-            _summarise(result, parameters, started)
+            result = RunResult(name, reports, steps, version if live else None, _metrics(reports), _notes(parameters))
+            _summarise(result, shown, started)
     return result
 
 # %% ../nbs/07_jobs.ipynb #2b039eca
@@ -204,10 +208,12 @@ def tune(
     _check_name(name)
     parameters, reports = parameters or {}, resolve_path("reports")/name
     declared = declared_parameters(root/"nbs", tuple(dict.fromkeys((*STEPS, *TUNE_STEPS))))
-    per_step = assign(parameters, declared)
-    with _claim(reports):
+    shown = masked_parameters(parameters)
+    assign(shown, declared)
+    with _claim(reports), by_reference(parameters) as given:
         _clear(reports, TUNE_STEPS)
-        result = RunResult(name, reports, [Step(step) for step in TUNE_STEPS], None, {})
+        per_step = assign(given, declared)
+        result = RunResult(name, reports, [Step(step) for step in TUNE_STEPS], None, {}, _notes(parameters))
         try:
             for number, step in enumerate(TUNE_STEPS):
                 own = {key: value for key, value in {"run": name, "report_dir": _from_root(reports)}.items() if key in declared[step]}
@@ -215,22 +221,22 @@ def tune(
                 if result.failed: break
         finally:
             result.metrics = _metrics(reports)
-            _summarise(result, parameters, started, "tune")
+            _summarise(result, shown, started, "tune")
     return result
 
 # %% ../nbs/07_jobs.ipynb #5500952e
 def _summarise(result:RunResult, parameters:dict, started:datetime, section:str="run")->None:
-    "Write a section of metrics.json, and the index."
+    "Write a section of metrics.json, and the index; the parameters are masked."
     seconds, failed = (datetime.now() - started).total_seconds(), result.failed
     status = "succeeded" if all(step.status in ("done", "skipped") for step in result.steps) else "failed"
-    write_metrics(result.reports, section, {"name": result.name, "parameters": parameters, "seconds": round(seconds, 1), "version": result.version, "status": status,
+    write_metrics(result.reports, section, {"name": result.name, "parameters": parameters, "seconds": round(seconds, 1), "version": result.version, "status": status, "notes": result.notes,
         "steps": {step.name: {"status": step.status, "seconds": round(step.seconds, 1), "error": step.error} for step in result.steps}})
     result.metrics = metrics = _metrics(result.reports)
     ledger, features = metrics.get("01_ingest", {}), metrics.get("02_features", {})
     facts = [("rows read", ledger.get("rows_read")), ("rows rejected", ledger.get("rows_rejected")), ("users", features.get("users")), ("items", features.get("items"))]
     tasks, columns = _tables(metrics.get("04_evaluate", {}).get("table", []))
     write_index(result.reports, dict(run=result.name, started=f"{started:%Y-%m-%d %H:%M}", seconds=seconds, steps=[*result.steps, *_other_steps(result)], failed=failed.name if failed else None,
-        error=failed.error if failed else None, version=result.version, facts=[(key, f"{value:,}") for key, value in facts if value is not None], tasks=tasks, columns=columns, parameters=parameters))
+        error=failed.error if failed else None, version=result.version, facts=[(key, f"{value:,}") for key, value in facts if value is not None], tasks=tasks, columns=columns, parameters=parameters, notes=result.notes))
 
 def _other_steps(result:RunResult)->list[Step]:
     "Reports of other jobs of this run that belong to the same data."

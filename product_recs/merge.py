@@ -14,8 +14,8 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
-from .csvfiles import quoted
 from .sources import run_query
+from .sql import file_name, quoted
 
 # %% ../nbs/01_merge.ipynb #d8457bca
 WORD, WIDEST = 63, 40 # bits of a BIGINT; ids that need more bits than this get a list
@@ -55,7 +55,8 @@ def _parts(con, types:Mapping[str, str], events:list[str])->tuple[list[Part], di
     unit, first = 1_000_000 if seen["seconds"] else 1, seen["first"] or 0
     none = ((seen["last"] or 0) - first) // unit + 1 # the number of no time
     parts.append(Part(f"coalesce((epoch_us(timestamp) - ({first})) // {unit}, {none})", none, f"make_timestamp(nullif({{}}, {none}) * {unit} + ({first}))", facts=(first, unit)))
-    texts = ", ".join(quoted(events[place]) for place in present)
+    # an event's name may have braces, which `format` takes for its own
+    texts = ", ".join(quoted(events[place]).replace("{", "{{").replace("}", "}}") for place in present)
     places = "".join(f" WHEN {place} THEN {number}" for number, place in enumerate(present))
     parts.append(Part(f"(CASE event{places} END)::BIGINT", len(present) - 1, f"([{texts}]::ENUM({texts})[])[{{}} + 1]", facts=tuple(events[place] for place in present)))
     parts.append(_whole(con, "quantity", int(seen["least"]), int(seen["most"]), "DOUBLE") if seen["even"] else _listed(con, "quantity"))
@@ -150,7 +151,7 @@ def write_merged(
     table, turn = ("(SELECT *, row_number() OVER () AS turn FROM sorted) sorted", ", turn") if joins else ("sorted", "") # a join loses the order
     columns = ", ".join(f"{part.back.format(value)} AS {name}" for part, value, name in zip(parts, values, (*types, "timestamp", "event", "quantity")))
     run_query(con, f"""COPY (SELECT user_id, item_id, event, quantity, timestamp FROM (SELECT {columns}{turn} FROM {table}{joins}){' ORDER BY turn' if joins else ''})
-        TO {quoted(target)} (FORMAT parquet, PARQUET_VERSION V2, {'COMPRESSION snappy' if joins else 'COMPRESSION uncompressed, DICTIONARY_SIZE_LIMIT 1000'})""", "writing", progress)
+        TO {file_name(target)} (FORMAT parquet, PARQUET_VERSION V2, {'COMPRESSION snappy' if joins else 'COMPRESSION uncompressed, DICTIONARY_SIZE_LIMIT 1000'})""", "writing", progress)
     if isinstance(found, list): con.unregister("sorted")
     moments = con.execute("SELECT strftime(make_timestamp(?), '%Y-%m-%dT%H:%M:%S'), strftime(make_timestamp(?), '%Y-%m-%dT%H:%M:%S')", [seen["first"], seen["last"]]).fetchone()
     return Merged(seen["rows"], seen["rows"] - repeated, seen["rows"] - seen["timed"], users, items, *moments, digest.hexdigest())

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from .answers import (AvailabilityItem, EventsAnswer, FeedbackEvent, Forgotten, FoundItems, History, ItemFacts, NewList, UserSample, as_id, plain)
+from .bundle import NOTHING_HAD, Had
 from .core import BundleError, ProductRecsError
 from .events import DEFAULT_RULES, INSTRUCTIONS, EventRules
 from .ids import LONGEST_ID, id_key
@@ -129,37 +130,42 @@ def history(
 )->dict:                    # as `History`
     "What the service knows of a user."
     row = model.bundle.users.row(user) if model else None
-    learned = _learned(model, row) if row is not None and not state.forgotten else lambda event: False
+    left_out = NOTHING_HAD if model is None or state.forgotten else model.bundle.left_out.of(user)
+    known = not state.forgotten and (row is not None or left_out is not NOTHING_HAD)
+    learned = _learned(model, row, left_out) if known else lambda event: False
     recent = [event for event in recent if not learned(event)]
     shown = lambda item: as_id(model and model.bundle.items, item)
     lines = [{"item_id": shown(e.item_id), **_named(model, e.item_id), "event": e.event, "interactions": e.quantity, "last": plain(e.timestamp), "origin": "feedback"} for e in recent[:limit]]
-    if row is not None and not state.forgotten and len(lines) < limit: lines += _trained(model, row, limit - len(lines))
-    return {"user_id": user, "known": row is not None and not state.forgotten, "forgotten": state.forgotten, "history": lines}
+    if known and len(lines) < limit: lines += _trained(model, row, left_out, limit - len(lines))
+    return {"user_id": user, "known": known, "forgotten": state.forgotten, "history": lines}
 
-def _learned(model:Recommender, row:int):
-    "A test for the events that are part of what the model learned of a user, which is told from there."
-    until, items = learned_micros(model.bundle.manifest["data"].get("feedback_until")), set(model.bundle.seen[row].indices.tolist())
-    return lambda event: (event.event not in INSTRUCTIONS and model.bundle.items.row(event.item_id) in items and to_micros(event.received_at) <= until
+def _learned(model:Recommender, row:int|None, left_out:Had):
+    "A test for the events that are part of what the bundle has of a user, which is told from there."
+    until, others = learned_micros(model.bundle.manifest["data"].get("feedback_until")), {str(item) for item in left_out.others}
+    rows = {*(left_out.items if row is None else model.seen_by(row)).tolist()}
+    known = lambda item: model.bundle.items.row(item) in rows or id_key(item) in others
+    return lambda event: (event.event not in INSTRUCTIONS and known(event.item_id) and to_micros(event.received_at) <= until
                           and model.bundle.rules.counts(event))
 
 def _named(model:Recommender|None, item:int|str)->dict:
     "Title and category of an item, where they are known."
     row, columns = (model.bundle.items.row(item), model.bundle.item_columns) if model else (None, {})
     cold = model.bundle.cold_items.get(item) if model and row is None else None
-    told = lambda name: plain(columns[name][row]) if row is not None and name in columns else (cold or {}).get(name)
+    told = lambda name: plain(columns[name][row] if row is not None and name in columns else (cold or {}).get(name))
     text = lambda name: None if (value := told(name)) is None else str(value)
     return {"title": text("title"), "category": text("category")}
 
-def _trained(model:Recommender, row:int, limit:int)->list[dict]:
-    "What the model learned from, the most recent first, then the most frequent."
-    bundle = model.bundle
-    part = slice(*bundle.seen.indptr[row:row + 2])
-    items, often = bundle.seen.indices[part], (bundle.seen if bundle.counts is None else bundle.counts).data[part]
-    age = bundle.age_days.data[part] if bundle.age_days is not None else np.zeros(len(items))
+def _trained(model:Recommender, row:int|None, left_out:Had, limit:int)->list[dict]:
+    "What the bundle has of a user, learned from or left out: the most recent first, then the most frequent."
+    bundle, ids, often, age = model.bundle, list(left_out.others), left_out.other_counts, left_out.other_age_days
+    part = slice(0, 0) if row is None else slice(*bundle.seen.indptr[row:row + 2])
+    counts = bundle.seen if bundle.counts is None else bundle.counts
+    ages = np.zeros(part.stop - part.start) if bundle.age_days is None else bundle.age_days.data[part]
+    own = (bundle.seen.indices[part], counts.data[part], ages) if row is not None else (left_out.items, left_out.counts, left_out.age_days)
+    ids, often, age = bundle.items.take(own[0]) + ids, np.append(own[1], often), np.append(own[2], age)
     ends = bundle.manifest["data"].get("ends")
     last = lambda days: str(np.datetime64(ends, "s") - np.timedelta64(round(float(days)*86400), "s")) if ends and bundle.age_days is not None else None
-    return [{"item_id": (item := bundle.items[items[at]]), **_named(model, item), "event": None, "interactions": float(often[at]), "last": last(age[at]), "origin": "model"}
-            for at in np.lexsort((-often, age))[:limit]]
+    return [{"item_id": ids[at], **_named(model, ids[at]), "event": None, "interactions": float(often[at]), "last": last(age[at]), "origin": "model"} for at in np.lexsort((-often, age))[:limit]]
 
 # %% ../nbs/06_people.ipynb #c5d9f7e3
 def add_people(
@@ -223,7 +229,7 @@ def find_items(
     bundle, words = model.bundle, query.lower().split()
     if "_titles" not in vars(model): # once a model: the titles in lower case, each word after a space
         titles = bundle.item_columns.get("title", np.full(len(bundle.items), None, object))
-        model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in titles], object)
+        model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in map(plain, titles)], object)
     rows = [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)] if words else []
     wanted = as_id(bundle.items, query.strip())
     exact = bundle.items.row(wanted)

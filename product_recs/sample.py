@@ -146,5 +146,5 @@ def write_complete_journey(
         bought.to_csv(folder/"interactions.csv", index=False, date_format="%Y-%m-%dT%H:%M:%S")
         items.to_csv(folder/"products.csv", index=False)
         data["demographics"].rename(columns={"household_id": "user_id"}).to_csv(folder/"users.csv", index=False)
-        (folder/"README.md").write_text(_ORIGIN)
+        (folder/"README.md").write_text(_ORIGIN, encoding="utf-8")
     return resolve_path(out)

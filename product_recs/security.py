@@ -64,7 +64,7 @@ def list_keys(
 def _write(path:Path, keys:list[Key])->None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.") # with mode 0600
     try:
-        with os.fdopen(descriptor, "w") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps({"keys": [asdict(key) for key in keys]}, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())

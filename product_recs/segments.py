@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 
 from .baselines import Recommender
+from .core import Columns
 from .evaluate import Evaluation, EvaluateError, evaluate, past_and_future
 from .features import Features
 from .metrics import bootstrap_means, interval
+from .parameters import number
 
 # %% ../nbs/04_segments.ipynb #19c54f71
 def equal_groups(
@@ -35,7 +37,8 @@ def equal_groups(
 def _by_value(values:np.ndarray, most:int=12)->tuple[list[str], np.ndarray]:
     "Groups by the values of a column."
     unknown = np.asarray(pd.isna(values))
-    if values.dtype.kind in "iuf" and len(np.unique(values[~unknown])) > most: return equal_groups(values)
+    numbers = values.dtype.kind in "iuf" or all(type(value) is int for value in values[~unknown]) # objects: there is a gap
+    if numbers and len(np.unique(values[~unknown])) > most: return equal_groups(values)
     if values.dtype.kind == "f": values = np.array([f"{v:g}" for v in values], object)
     text = np.where(unknown, "unknown", values.astype(object)).astype(str)
     names, counts = np.unique(text, return_counts=True)
@@ -56,7 +59,7 @@ def user_segments(
     days = (np.datetime64(split) - features.user_columns["first_seen"][rows].astype("datetime64[s]"))/np.timedelta64(1, "D")
     found = {"activity": equal_groups(np.diff(past.counts.indptr)[rows]), "tenure": equal_groups(np.floor(days))}
     if segment_by:
-        known = [name for name in features.user_columns if name not in ("popularity", "first_seen", "last_seen")]
+        known = [name for name in features.user_columns if name not in Columns.Counted]
         if segment_by not in known:
             raise EvaluateError(f"segment_by={segment_by!r}: the users have no such column; " + (f"there are {', '.join(known)}" if known else "give 01_ingest a file of users"))
         found[segment_by] = _by_value(np.asarray(features.user_columns[segment_by])[rows])
@@ -132,8 +135,8 @@ def over_seeds(
 )->pd.DataFrame: # task, model, metric, k, seeds, mean, sd, lowest, highest
     "The figures of the models with something random in them, over several seeds."
     rows = []
-    if isinstance(seeds, str) or any(isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) for seed in seeds):
-        raise EvaluateError(f"seeds must be a list of whole numbers, such as [0, 1, 2], not {seeds!r}")
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence): raise EvaluateError(f"seeds must be a list of whole numbers, such as [0, 1, 2], not {seeds!r}")
+    seeds = [number("seeds", seed, 0, 2**32 - 1, whole=True, error=EvaluateError) for seed in seeds]
     for seed in seeds:
         made = [again for model in models if (again := model.reseeded(int(seed))) is not None]
         if not made: break

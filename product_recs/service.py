@@ -19,7 +19,7 @@ from .changes import Availability, Changes, ImpressionLog, learned_micros
 from .core import Settings
 from .events import UNCHANGED, Event, UserState
 from .explain import why, why_not
-from .filters import NO_FILTERS, Filters
+from .filters import NO_FILTERS, Filters, read_value
 from .foldin import Person, person
 from .inference import Recommendations, Recommender, popular_items, similar_items
 from .ladder import Request, answer, described, has_news, prepared, score_request, similar_by_content
@@ -172,7 +172,8 @@ class _Answers(_Worker):
     def popular(self, model:Recommender, n:int, category:str|None=None)->Recommendations:
         "What most users have and can be bought now."
         shelf = self.shelf()
-        return popular_items(model, n, filters=Filters(where={"category": [category]}) if category else NO_FILTERS, unavailable=shelf.unavailable, available=shelf.available)
+        wanted = Filters(where={"category": [read_value(model.catalogue.attributes, "category", category)]}) if category else NO_FILTERS
+        return popular_items(model, n, filters=wanted, unavailable=shelf.unavailable, available=shelf.available)
 
 # %% ../nbs/06_service.ipynb #845bf259
 class _KeptAnswers(_Answers):

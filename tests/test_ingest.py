@@ -387,7 +387,7 @@ def test_products_and_users(write, take, tmp_path):
     products = write('item_id,title,price,zip,available,line\n101,"A, b",1.50,01234,True,1\n101,New,2,01234,False,2\n999,"two\nlines",,00001,True,3\nabc,bad,1,1,True,4\n,none,1,1,True,5\n', "products.csv")
     people = write('{"user_id": 1, "segment": "x"}\n{"user_id": "2", "segment": "y"}\n', "people.jsonl")
     _, bad, ledger = take(log, products=products, users=people)
-    assert rows(tmp_path/"out", "item_id, title, price, zip, available, line_", "products") == [(101, "New", 2.0, "01234", False, 2), (999, "two\nlines", None, "00001", True, 3)]
+    assert rows(tmp_path/"out", "item_id, title, price, zip, available, line", "products") == [(101, "New", 2.0, "01234", False, 2), (999, "two\nlines", None, "00001", True, 3)]
     assert rows(tmp_path/"out", "*", "users") == [(1, "x"), (2, "y")]
     assert [(line, reason) for line, _, _, reason in bad] == [(6, "id is no integer, but those of the interactions are"), (7, "blank id")]
     assert ledger.tables["products"] == dict(rows_read=5, rows_kept=2, rows_rejected=2, duplicates_merged=1) and ledger.rows_rejected == 0

@@ -21,8 +21,8 @@ def test_the_service_imports_nothing_of_training_or_notebooks():
     assert "product_recs.inference" in modules
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
     assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in (
-        "answers", "api", "bundle", "changes", "cold", "connection", "core", "events", "explain", "filters", "foldin", "ids", "inference", "ladder", "live", "monitor", "nearest", "people", "ranking",
-        "records", "search", "security", "service", "signals", "solver", "store", "web")}
+        "answers", "api", "bundle", "changes", "cold", "connection", "core", "credentials", "events", "explain", "filters", "foldin", "ids", "inference", "ladder", "live", "monitor", "nearest", "people", "ranking",
+        "records", "search", "security", "service", "signals", "solver", "sql", "store", "web")}
 
 
 def test_the_feedback_store_needs_only_what_the_service_has():
@@ -30,7 +30,7 @@ def test_the_feedback_store_needs_only_what_the_service_has():
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
     modules = run.stdout.split()
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
-    assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in ("changes", "connection", "core", "events", "ids", "records", "store")}
+    assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in ("changes", "connection", "core", "credentials", "events", "ids", "records", "sql", "store")}
 
 
 def test_importing_the_service_does_no_work(tmp_path):

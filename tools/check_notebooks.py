@@ -43,6 +43,21 @@ def only_holds_data(node: ast.stmt) -> bool:
     return (bool(marks & {"dataclass", "BaseModel", "NamedTuple"}) or any(mark.endswith("Error") for mark in marks)) and not any(isinstance(child, ast.FunctionDef) and not child.decorator_list for child in node.body)
 
 
+def unescaped(tree: ast.Module) -> list[str]:
+    "Ways to show data that take its characters for markup."
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "style" and not (isinstance(node.value, ast.Name) and node.value.id in ("plt", "matplotlib")):
+            found.append("`.style` shows a table without escaping it; use shown_table of 00_text")
+        called = node.func if isinstance(node, ast.Call) else None
+        name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+        if name in ("HTML", "display_html", "SVG", "display_svg", "Javascript"):
+            found.append(f"`{name}(...)` shows markup; use shown_table of 00_text for data")
+        if name == "to_html" and any(keyword.arg == "escape" for keyword in node.keywords):
+            found.append("`to_html(escape=...)`; data stays escaped")
+    return found
+
+
 def public_names(tree: ast.Module) -> dict[str, ast.stmt]:
     return {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")}
 
@@ -84,6 +99,8 @@ def check(path: Path) -> list[str]:
         except SyntaxError as error:
             complain(number, f"not Python: {error}")
             continue
+        for problem in unescaped(tree):
+            complain(number, problem)
         is_exported = "export" in directives(text)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and any(name.name == "*" for name in node.names):
