@@ -207,8 +207,8 @@ def test_failed_runs_leave_no_password_either(project, postgres):
     for name, expected, parameters in (
         ("wrong", "password authentication failed", ["-p", "source", wrong, "-p", "query", QUERY]),
         ("table", "does not exist", ["-p", "source", good, "-p", "query", "select * from sails"]),
-        ("option", "the database refused", ["-p", "source", good + f"&sslmode={TOKEN}", "-p", "query", QUERY]),
-        ("unknown", "the database refused", ["-p", "source", good + f"&{TOKEN}=1", "-p", "query", QUERY]),
+        ("option", "the database refused", ["-p", "source", good + f"&sslpassword={TOKEN}&sslmode=no", "-p", "query", QUERY]),
+        ("unknown", "the database refused", ["-p", "source", good + f"&passphrase={TOKEN}", "-p", "query", QUERY]),
         ("raw", "more than one @", ["-p", "source", f"postgresql://shop:{WRONG}@host/db", "-p", "query", QUERY]),
         ("port", "cannot be read", ["-p", "source", "postgresql://shop:secret@host:Sn1ppet/db", "-p", "query", QUERY]),
         ("list", "takes none", ["-p", "source", f"[postgresql://shop:{WRONG}@host/db]"]),
@@ -228,10 +228,7 @@ def test_failed_runs_leave_no_password_either(project, postgres):
         assert done.returncode == 1 and expected in said and "Traceback" not in said, said
         spoken.append(said)
     (project / "broken.yaml").unlink()
-    # the name of an unknown option is its value's place: a driver repeats it, and it is no password
-    secrets = [PASSWORD, WRONG, "Sn1ppet"]
-    assert leaks(project, secrets, spoken) == []
-    assert TOKEN not in spoken[2]
+    assert leaks(project, [PASSWORD, WRONG, TOKEN, "Sn1ppet"], spoken) == []
 
 
 def test_tuning_leaves_no_password(project, postgres):
