@@ -28,7 +28,7 @@ from .answers import (DetailedRecommendationList, DetailedSimilarList, ExplainAn
                                   Task, as_id, plain, recommend_body)
 from .core import ProductRecsError, Settings, one_blas_thread, resolve_path
 from .inference import Recommendations, Recommender, UnknownItem
-from .ladder import Request as Question, check_words
+from .ladder import Request as Question, check_words, has_news
 from .monitor import log_config, shared_folder, workers_folder
 from .people import add_feedback, add_items, add_new, add_people
 from .security import Guard, Keys, auth_required, describe_keys, is_loopback
@@ -68,7 +68,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         model = service.live.get()
         user = as_id(model.bundle.users, path_id(request.scope, -1))
         shelf = service.shelf()
-        asked = service.question(user, n, task, shelf=shelf)
+        asked = await service.question(user, n, task, shelf=shelf)
         found = await service.answer(model, asked)
         response = _respond(model, found, _body(service, model, found, detail, asked, user_id=user, recommendations=found.items))
         service.keep(request.scope, model, asked, shelf, found, response)
@@ -84,7 +84,8 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         told = body.told()
         check_words(model.user_attributes, told["attributes"], "attributes")
         for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
-        asks = [service.question(None if user is None else as_id(model.bundle.users, user), body.n, body.task, session, filters, **told) for user in users]
+        ids = [None if user is None else as_id(model.bundle.users, user) for user in users]
+        asks = await service.questions(ids, body.n, body.task, session, filters, **told)
         def result(asked:Question, found:Recommendations)->dict:
             facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
             return facts | ({"items": service.ranked(model, found, asked)} if body.detail else {})
@@ -94,8 +95,8 @@ def _add_recommend(app:FastAPI, service:Service)->None:
             for one in results: service.shown(request.scope, model, one["user_id"], one["source"], one["recommendations"], one["shortfall"] is not None)
             return JSONResponse({"results": results}, headers={"X-Model-Version": model.bundle.version, "X-Recommendation-Source": ",".join(dict.fromkeys(one["source"] for one in results))})
 
-        # many users would hold up everybody else: they are ranked in a thread of their own
-        return response() if len(asks) == 1 else await run_in_threadpool(response)
+        # many users, and what must be read from files, would hold up everybody else: they have a thread of their own
+        return response() if len(asks) == 1 and not has_news(model, asks[0]) else await run_in_threadpool(response)
 
 # %% ../nbs/06_api.ipynb #e85f25c2
 def _add_others(app:FastAPI, service:Service)->None:
@@ -123,7 +124,7 @@ def _add_others(app:FastAPI, service:Service)->None:
         model = service.live.get()
         user, item = as_id(model.bundle.users, path_id(request.scope, -2)), as_id(model.bundle.items, path_id(request.scope, -1))
         if model.bundle.items.row(item) is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
-        facts = await run_in_threadpool(service.explain, model, service.question(user, n_default, task), item)
+        facts = await run_in_threadpool(service.explain, model, await service.question(user, n_default, task), item)
         return JSONResponse(facts, headers=_headers(model.bundle.version, facts["source"]))
 
 # %% ../nbs/06_api.ipynb #080fb30a

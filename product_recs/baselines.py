@@ -15,6 +15,7 @@ from scipy.sparse import csr_matrix
 
 from .core import implicit_module, one_blas_thread
 from .features import Snapshot
+from .parameters import number
 from .ranking import top_n
 from .search import Searcher
 
@@ -107,8 +108,7 @@ class RecentPopularity(Recommender):
     def __init__(self,
         half_life_days:float=30, # after so many days a user counts one half
     ):
-        if not half_life_days > 0: raise ValueError(f"half_life_days must be above 0, not {half_life_days}")
-        self.half_life_days = half_life_days
+        self.half_life_days = number("recent_half_life_days", half_life_days, 1e-4, 1e15)
 
     def _fit(self, snapshot):
         weight = np.exp2(-snapshot.age_days.data.astype(np.float64)/self.half_life_days)

@@ -6,20 +6,28 @@
 __all__ = ['Availability', 'learned_micros', 'Changes', 'ImpressionLog']
 
 # %% ../nbs/06_changes.ipynb #39e055ac
+import asyncio
+import itertools
+import logging
 import random
+import sys
 import threading
 import time
+from array import array
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.engine import Connection
 
 from .events import INSTRUCTIONS, UNCHANGED, Event, UserState
 from .ids import key_or_none
-from .records import AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, Impression, StoreError, from_micros, to_micros
+from .records import (AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, Impression, StoreError, from_micros,
+                                  to_micros)
 from .store import Store
 
 # %% ../nbs/06_changes.ipynb #05652601
@@ -29,60 +37,189 @@ class Availability(NamedTuple):
     available: frozenset
     revision: int # of the last change
 
-class _View:
-    "The store at one number of its clock, as a model sees it."
-    def __init__(self,
-        learned:int,    # microseconds; -1: the model knows nothing of the store
-        revision:int=0, # of the view before
-    ):
-        self.learned, self.revision, self.top, self.events, self.denied, self.forgotten, self.items = learned, revision, -1, {}, {}, {}, {}
-        self.states, self.availability = {}, Availability(frozenset(), frozenset(), 0)
+class _News:
+    "For each user the number of the latest event that is new to the model, or a later one; 0: there is none."
+    _BITS = 21 # 3*21 of the 64 bits of a hash; 16 MB
+    def __init__(self): self._latest = array("q", bytes(8 << self._BITS))
 
-    def follow(self, connection:Connection, top:int)->None:
-        "Read what has a number after `self.top`, up to `top`; nothing is applied before all is read."
-        def after(table): return connection.execute(select(table).where(table.c.seq > self.top, table.c.seq <= top)).all()
-        forgotten, items = after(FORGOTTEN), after(AVAILABILITY)
-        denied = connection.execute(select(DENIED)).all() if self.top < 0 else []
-        events = list(self._events(connection, top))
-        self.revision, self.top, touched = self.revision + 1, top, set()
-        for user, at in ((row.user_id, row.at) for row in forgotten):
-            self.forgotten[user] = at
-            self.events.pop(user, None), self.denied.pop(user, None), touched.add(user)
-        for user, item in ((row.user_id, row.item_id) for row in denied):
-            self.denied.setdefault(user, set()).add(item)
-            touched.add(user)
-        for user, received_at, event in events:
-            touched.add(user)
-            if event.event not in INSTRUCTIONS: self.events.setdefault(user, []).append((received_at, event))
-            elif event.event == "deny": self.denied.setdefault(user, set()).add(event.item_id)
-            else: self.denied.get(user, set()).discard(event.item_id)
-        for user in touched: self.states[user] = self._state(user)
-        if items: self._set_items({row.item_id: row.available for row in items})
+    def _slots(self, user:str)->tuple[int, int, int]:
+        number, mask = hash(user), (1 << self._BITS) - 1
+        return number & mask, number >> self._BITS & mask, number >> 2*self._BITS & mask
 
-    def advance(self, learned:int)->None:
-        "The same store as another model sees it, as far as that is in memory."
-        self.learned, self.revision = learned, self.revision + 1
-        self.events = {user: kept for user, events in self.events.items() if (kept := [pair for pair in events if pair[0] > learned])}
-        states = ((user, self._state(user)) for user in {*self.events, *self.denied, *self.forgotten})
-        self.states = {user: state for user, state in states if state.events or state.denied or state.forgotten}
+    def note(self, user:str, seq:int)->None:
+        for slot in self._slots(user): self._latest[slot] = max(seq, self._latest[slot])
 
-    def _events(self, connection:Connection, top:int, page:int=50_000)->Iterator[tuple]:
-        "User, microseconds and event of each row, in the order of their numbers."
-        names, seq = {}, self.top # each event name once in memory
-        while True:
-            rows = connection.execute(select(EVENTS).where(EVENTS.c.seq > seq, EVENTS.c.seq <= top, EVENTS.c.received_at > self.learned).order_by(EVENTS.c.seq).limit(page)).all()
-            for row in rows: yield row.user_id, row.received_at, Event(row.item_id, names.setdefault(row.event, row.event), row.quantity, from_micros(row.at))
-            if len(rows) < page: return
-            seq = rows[-1].seq
-
-    def _state(self, user)->UserState:
-        return UserState(tuple(event for _, event in self.events.get(user, ())), frozenset(self.denied.get(user, ())), self.forgotten.get(user, -1) > self.learned, self.revision)
-
-    def _set_items(self, changed:dict)->None:
-        self.items |= changed
-        self.availability = Availability(frozenset(item for item, there in self.items.items() if not there), frozenset(item for item, there in self.items.items() if there), self.revision)
+    def latest(self, user:str)->int:
+        first, second, third = self._slots(user)
+        return min(self._latest[first], self._latest[second], self._latest[third])
 
 # %% ../nbs/06_changes.ipynb #4c22b332
+_TURNS = itertools.count() # who asked later has a higher one
+
+class _Person:
+    "The events of one user that are in memory, and what a request is told."
+    __slots__ = ("state", "received", "seq", "asked")
+    def __init__(self, state:UserState, received:array, seq:int, asked:int|None=None):
+        self.state, self.received, self.seq = state, received, seq # received: microseconds of each event
+        self.asked = next(_TURNS) if asked is None else asked
+
+class _People:
+    "Users with their events, by key; at most so many events."
+    def __init__(self, most:int): self.most, self.size, self.kept = most, 0, {}
+
+    def hold(self, user:str, person:_Person)->None:
+        before = self.kept.get(user)
+        self.size += max(1, len(person.received)) - (max(1, len(before.received)) if before else 0)
+        self.kept[user] = person
+
+    def evict(self)->None:
+        "Let those go who have not asked for the longest time, a tenth at once."
+        if self.size <= self.most: return
+        for user in sorted(self.kept, key=lambda user: self.kept[user].asked)[:-1]:
+            if self.size <= self.most - self.most//10: return
+            self.size -= max(1, len(self.kept.pop(user).received))
+
+class _Rules:
+    "What must hold also while the database is away: who wants to be forgotten, and what is denied."
+    def __init__(self): self.denied, self.forgotten, self.states = {}, {}, {}
+
+    def of(self, user:str)->UserState: return self.states.get(user, UNCHANGED)
+
+    def settle(self, users:Iterable[str], learned:int, revision:int)->None:
+        for user in users:
+            denied, forgotten = frozenset(self.denied.get(user, ())), self.forgotten.get(user, -1) > learned
+            if denied or forgotten: self.states[user] = UserState((), denied, forgotten, revision)
+            else: self.states.pop(user, None)
+
+# %% ../nbs/06_changes.ipynb #abad66ef
+class _View:
+    "The store at one number of its clock, as a model sees it."
+    def __init__(self, learned:int, most:int, revision:int=0):
+        self.learned, self.revision, self.top = learned, revision, -1 # learned: microseconds; -1: nothing
+        self.rules, self.items, self.availability = _Rules(), {}, Availability(frozenset(), frozenset(), 0)
+        self.news, self.people = _News(), _People(most)
+
+    def look(self, user:str)->UserState|None: # None: it must be read
+        "What a request is told of a user."
+        if (person := self.people.kept.get(user)) is not None:
+            person.asked = next(_TURNS)
+            return person.state
+        return None if self.news.latest(user) else self.rules.of(user)
+
+    def hold(self, user:str, events:Sequence[Event], received:array, seq:int, asked:int|None=None)->UserState:
+        "Keep a user's events, complete up to `seq`."
+        rule, most = self.rules.of(user), self.people.most
+        state = UserState(tuple(events)[-most:], rule.denied, rule.forgotten, self.revision) if len(received) else rule
+        self.people.hold(user, _Person(state, received[-most:], seq, asked))
+        return state
+
+    def advanced(self, learned:int)->"_View":
+        "The same store as another model sees it, as far as that is in memory."
+        view = _View(learned, self.people.most, self.revision + 1)
+        view.top, view.news, view.items, view.availability = self.top, self.news, self.items, self.availability
+        view.rules.denied, view.rules.forgotten = self.rules.denied, self.rules.forgotten
+        view.rules.settle({*self.rules.denied, *self.rules.forgotten}, learned, view.revision)
+        for user, person in self.people.kept.items():
+            first = bisect_right(person.received, learned)
+            view.hold(user, person.state.events[first:], person.received[first:], person.seq, person.asked)
+        return view
+
+# %% ../nbs/06_changes.ipynb #c414c29a
+def _event(row)->Event:
+    "A row as the ranking takes it; each name and each item once in memory."
+    return Event(sys.intern(row.item_id), sys.intern(row.event), row.quantity, from_micros(row.at))
+
+def _unlearned(learned:int, top:int):
+    "The condition of the interactions that a model does not know."
+    return (EVENTS.c.seq <= top) & (EVENTS.c.received_at > learned) & EVENTS.c.event.not_in(INSTRUCTIONS)
+
+def _counted(connection:Connection, learned:int, top:int)->Iterator:
+    "Each user with such interactions: key, latest number, how many."
+    found = select(EVENTS.c.user_id, func.max(EVENTS.c.seq).label("seq"), func.count().label("events"))
+    query = found.where(_unlearned(learned, top)).group_by(EVENTS.c.user_id)
+    return iter(connection.execute(query.execution_options(yield_per=10_000)))
+
+def _since(connection:Connection, after:int, top:int)->tuple:
+    "What has a number after `after`, up to `top`: wishes to be forgotten, items, events."
+    def rows(table):
+        return connection.execute(select(table).where(table.c.seq > after, table.c.seq <= top).order_by(table.c.seq)).all()
+    return rows(FORGOTTEN), rows(AVAILABILITY), rows(EVENTS)
+
+def _of_users(connection:Connection, users:Sequence[str], learned:int, top:int, most:int)->dict[str, list]:
+    "The newest interactions of some users, oldest first."
+    place = func.row_number().over(partition_by=EVENTS.c.user_id, order_by=EVENTS.c.seq.desc()).label("place")
+    ranked = select(EVENTS, place).where(EVENTS.c.user_id.in_(users), _unlearned(learned, top)).subquery()
+    found = {user: [] for user in users}
+    for row in connection.execute(select(ranked).where(ranked.c.place <= most).order_by(ranked.c.seq)):
+        found[row.user_id].append(row)
+    return found
+
+# %% ../nbs/06_changes.ipynb #0154957a
+def _hold_rows(view:_View, user:str, rows:Sequence, seq:int)->UserState:
+    return view.hold(user, [_event(row) for row in rows], array("q", [row.received_at for row in rows]), seq)
+
+def _set_items(view:_View, rows:Sequence)->None:
+    if not rows: return
+    view.items = view.items | {row.item_id: row.available for row in rows}
+    there = frozenset(item for item, available in view.items.items() if available)
+    view.availability = Availability(frozenset(view.items) - there, there, view.revision)
+
+def _begin(view:_View, connection:Connection, top:int)->None:
+    "Read everything anew."
+    view.top, view.revision, rules = top, view.revision + 1, view.rules
+    rules.forgotten = {row.user_id: row.at for row in connection.execute(select(FORGOTTEN).where(FORGOTTEN.c.seq <= top))}
+    for row in connection.execute(select(DENIED)): rules.denied.setdefault(row.user_id, set()).add(row.item_id)
+    rules.settle({*rules.denied, *rules.forgotten}, view.learned, view.revision)
+    _set_items(view, connection.execute(select(AVAILABILITY).where(AVAILABILITY.c.seq <= top)).all())
+    newest, found = select(EVENTS).where(_unlearned(view.learned, top)).order_by(EVENTS.c.seq.desc()), {}
+    rows = connection.execute(newest.limit(view.people.most)).all()
+    for row in reversed(rows): found.setdefault(row.user_id, []).append(row)
+    for row in _counted(connection, view.learned, top):
+        view.news.note(row.user_id, row.seq)
+        rows = found.get(row.user_id, ())
+        # else the older ones of this user are not among the newest of all
+        if len(rows) == row.events: _hold_rows(view, row.user_id, rows, top)
+
+def _recounted(view:_View, connection:Connection, top:int)->_News:
+    "Who has events that are new to the model."
+    news = _News()
+    for row in _counted(connection, view.learned, top): news.note(row.user_id, row.seq)
+    return news
+
+# %% ../nbs/06_changes.ipynb #3a543e1a
+def _apply(view:_View, forgotten:Sequence, items:Sequence, events:Sequence, top:int)->None:
+    "Take up what `_since` read."
+    view.revision, rules, new = view.revision + 1, view.rules, {}
+    touched = {row.user_id for row in forgotten}
+    for row in forgotten:
+        rules.forgotten[row.user_id] = row.at
+        rules.denied.pop(row.user_id, None)
+    for row in events:
+        if row.event in INSTRUCTIONS:
+            denied = rules.denied.setdefault(row.user_id, set())
+            (denied.add if row.event == "deny" else denied.discard)(row.item_id)
+            touched.add(row.user_id)
+        elif row.received_at > view.learned: new.setdefault(row.user_id, []).append(row)
+    rules.settle(touched, view.learned, view.revision)
+    for row in forgotten: view.hold(row.user_id, (), array("q"), row.seq) # of the events before the wish none is left
+    for user in {*touched, *new}: _extend(view, user, new.get(user, ()), top)
+    _set_items(view, items)
+    view.people.evict()
+    view.top = top # last: what fails half way is read and applied again
+
+def _extend(view:_View, user:str, rows:Sequence, top:int)->None:
+    "Add new events to those in memory, where these are complete."
+    person = view.people.kept.get(user)
+    if person is None and rows and view.news.latest(user) == 0: person = _Person(UNCHANGED, array("q"), 0)
+    if person is not None:
+        added = [row for row in rows if row.seq > person.seq]
+        received = person.received + array("q", [row.received_at for row in added])
+        view.hold(user, (*person.state.events, *map(_event, added)), received, max(person.seq, top))
+    if rows: view.news.note(user, rows[-1].seq)
+
+# %% ../nbs/06_changes.ipynb #fba8da7a
+_log = logging.getLogger("product_recs.changes")
+
 def learned_micros(
     until:datetime|str|None, # a manifest's data.feedback_until
 )->int:                      # microseconds since 1970; -1 where the model knows nothing of the store
@@ -94,17 +231,16 @@ class _Follower:
     def __init__(self, store:Store, wait:float, poll:float):
         self.store, self.wait, self.poll = store, wait, poll
         self.stale, self.error, self.failures = True, None, 0
-        self._counter, self._seen, self._asked, self._answered = None, -1, 0, 0
-        self._done, self._wake, self._stop, self._thread = threading.Condition(), threading.Event(), False, None
+        self._counter, self._seen, self._next_reading = None, -1, Future()
+        self._wake, self._stop, self._thread = threading.Event(), False, None
 
     def start(self,
         timeout:float=10.0, # seconds for the first reading
     ):
         "Begin to follow the store; a store that is down is no error."
-        self._thread = threading.Thread(target=self._run, name="feedback changes", daemon=True)
-        with self._done:
-            self._thread.start()
-            self._done.wait(timeout)
+        self._thread, first = threading.Thread(target=self._run, name="feedback changes", daemon=True), self._next_reading
+        self._thread.start()
+        wait([first], timeout)
         return self
 
     def close(self)->None:
@@ -113,34 +249,119 @@ class _Follower:
         self._wake.set()
         if self._thread: self._thread.join(10)
 
-    def _refresh(self, timeout:float)->None:
-        "Wait until a reading that began after this call has ended."
-        with self._done:
-            target = self._asked = self._asked + 1
-            self._wake.set()
-            if not self._done.wait_for(lambda: self._answered >= target, timeout): self._failed("it did not answer in time")
+    def _ask(self)->Future:
+        "Done when a reading that begins after this call has ended."
+        asked = self._next_reading # before the thread is woken, which then begins it
+        self._wake.set()
+        return asked
 
-    def _failed(self, reason:str)->None:
+    def _failed(self, error:Exception|str)->None:
+        reason = str(error) if isinstance(error, (str, StoreError)) else f"{type(error).__name__}: {error}"
+        if self.error is None: _log.warning("answering without the newest feedback: %s", reason)
         self.failures += not self.stale
         self.stale, self.error = True, reason
 
     def _run(self)->None:
         while not self._stop:
             self._wake.clear()
-            asked = self._asked
+            asked, self._next_reading = self._next_reading, Future()
+            awaited = asked.set_running_or_notify_cancel()
             try:
                 if self._counter is None: self._counter = self.store.counter
                 count = self._counter.value # before the reading: a commit after it moves the counter again
                 self._read()
+                if self.error is not None: _log.info("the feedback store can be read again")
                 self._seen, self.stale, self.error = count, False, None
-            except Exception as error: self._failed(str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}") # whatever happens, it is tried again
-            with self._done:
-                self._answered = asked
-                self._done.notify_all()
+            except Exception as error: self._failed(error) # whatever happens, it is tried again
+            if awaited: asked.set_result(None)
             if not self._stop: self._wake.wait(self.poll)
 
-# %% ../nbs/06_changes.ipynb #abad66ef
-class Changes(_Follower):
+# %% ../nbs/06_changes.ipynb #f994e0a2
+class _Reader(_Follower):
+    "The view, and how it is read; for threads."
+    def __init__(self, store:Store, learned_until:datetime|str|None, wait:float, poll:float, most:int):
+        super().__init__(store, wait, poll)
+        self._view, self._anew, self._recount = _View(learned_micros(learned_until), most), False, False
+        self._reading, self._changing = threading.Lock(), threading.Lock() # while the store is read; while the view changes
+
+    def use(self,
+        learned_until:datetime|str|None, # of the model that is served now
+        timeout:float=10.0,              # seconds for reading again, where the model is an older one
+    )->None:
+        "Another model is served."
+        learned = learned_micros(learned_until)
+        with self._reading, self._changing:
+            back = learned < self._view.learned
+            self._view, self._anew, self._recount = self._view.advanced(learned), self._anew or back, True
+        asked = self._ask()
+        if back and self._thread and not wait([asked], timeout).done: self._failed("it did not answer in time")
+
+    def _read(self)->None:
+        with self._reading, self.store.transaction("changes") as connection:
+            top, view = connection.execute(select(CLOCK.c.seq)).scalar_one(), self._view
+            # the first time, an older model, a store from a backup, or more news than are kept
+            if self._anew or view.top < 0 or not 0 <= top - view.top <= view.people.most:
+                view = _View(view.learned, view.people.most, view.revision)
+                _begin(view, connection, top)
+                with self._changing: self._view = view
+            else:
+                found = _since(connection, view.top, top) if top != view.top else None
+                news = _recounted(view, connection, top) if self._recount else view.news
+                with self._changing:
+                    view.news = news
+                    if found: _apply(view, *found, top)
+            self._anew = self._recount = False
+
+    def _load(self, users:Sequence[str], chunk:int=1000)->dict[str, UserState]:
+        "Users whose events are read from the store now; without those who did something meanwhile, or all where it fails."
+        view, states = self._view, {}
+        try:
+            for start in range(0, len(users), chunk):
+                with self.store.transaction("events of users") as connection:
+                    top = connection.execute(select(CLOCK.c.seq)).scalar_one()
+                    found = _of_users(connection, users[start:start + chunk], view.learned, top, view.people.most)
+                with self._changing:
+                    if self._view is not view: break
+                    known = {user: rows for user, rows in found.items() if view.news.latest(user) <= top}
+                    states |= {user: _hold_rows(view, user, rows, top) for user, rows in known.items()}
+                    view.people.evict()
+        except Exception as error: self._failed(error)
+        return states
+
+# %% ../nbs/06_changes.ipynb #abf833c9
+_TRIES = 3
+
+class _Memory(_Reader):
+    "What is there without waiting."
+    @property
+    def behind(self)->bool:
+        "Has something changed that the thread has not read, though it could?"
+        return not self.stale and self._counter.value != self._seen
+
+    @property
+    def shelf(self)->Availability:
+        "What was said about items, as it is in memory."
+        return self._view.availability
+
+    def look(self,
+        user:int|str,   # as somebody wrote it
+    )->UserState|None:  # `UNCHANGED` for most; its revision grows with each change; None: it must be read
+        "What is known of a user beyond the model, as it is in memory."
+        return UNCHANGED if (key := key_or_none(user)) is None else self._view.look(key)
+
+    def _look_all(self, keys:Sequence[str|None])->dict[str, UserState|None]:
+        return {key: self._view.look(key) for key in keys if key is not None}
+
+    def _missing(self, states:dict)->list[str]:
+        return [] if self.stale else [key for key, state in states.items() if state is None]
+
+    def _told(self, keys:Sequence[str|None], states:dict)->list[UserState]:
+        "In the order asked; of somebody whose events could not be read, the rules."
+        if self._missing(states): self._failed("it changes faster than it can be read")
+        return [UNCHANGED if key is None else states[key] or self._view.rules.of(key) for key in keys]
+
+# %% ../nbs/06_changes.ipynb #bb02b011
+class Changes(_Memory):
     "What the users of one worker did since its model was trained, kept up to date by a thread."
     stale: bool      # is the view behind?
     error: str|None  # why
@@ -150,40 +371,48 @@ class Changes(_Follower):
         learned_until:datetime|str|None=None, # the model's data.feedback_until; None: all that is stored is new to it
         wait:float=0.2,                       # seconds that a request waits at most
         poll:float=1.0,                       # seconds between two questions to the database
+        most:int=100_000,                     # events in memory
     ):
-        super().__init__(store, wait, poll)
-        self._view, self._next, self._reading = _View(learned_micros(learned_until)), None, threading.Lock()
+        super().__init__(store, learned_until, wait, poll, most)
+
+    async def catch_up(self)->None:
+        "Wait for the thread where it is behind; the loop goes on."
+        if self.behind: await self._in_time(asyncio.wrap_future(self._ask()))
+
+    async def states(self,
+        users:Sequence[int|str],
+    )->list[UserState]: # as of the last `catch_up`, or newer
+        "What is known of users beyond the model; what is not in memory is read in a thread."
+        keys = [key_or_none(user) for user in users]
+        states, loop = self._look_all(keys), asyncio.get_running_loop()
+        for _ in range(_TRIES):
+            if not (missing := self._missing(states)): break
+            states |= await self._in_time(loop.run_in_executor(None, self._load, missing)) or {}
+        return self._told(keys, states)
+
+    async def _in_time(self, reading:asyncio.Future):
+        done, _ = await asyncio.wait([reading], timeout=self.wait)
+        if done: return reading.result()
+        self._failed("it did not answer in time")
 
     def state(self,
         user:int|str, # as somebody wrote it
-    )->UserState: # `UNCHANGED` for most; its revision grows with each change that this worker sees
-        "What is known of a user beyond the model."
-        if not self.stale and self._counter.value != self._seen: self._refresh(self.wait)
-        return self._view.states.get(key_or_none(user), UNCHANGED)
+    )->UserState:
+        "What is known of a user now, for a thread of one's own: it waits and reads itself."
+        self._wait()
+        keys = [key_or_none(user)]
+        states = self._look_all(keys)
+        for _ in range(_TRIES):
+            if missing := self._missing(states): states |= self._load(missing)
+        return self._told(keys, states)[0]
 
     def availability(self)->Availability:
-        "What was said about items."
-        if not self.stale and self._counter.value != self._seen: self._refresh(self.wait)
-        return self._view.availability
+        "What was said about items until now, for a thread of one's own."
+        self._wait()
+        return self.shelf
 
-    def use(self,
-        learned_until:datetime|str|None, # of the model that is served now
-        timeout:float=10.0,              # seconds for reading again, where the model is an older one
-    )->None:
-        "Another model is served."
-        learned = learned_micros(learned_until)
-        with self._reading:
-            back = learned < self._view.learned
-            self._view.advance(learned)
-            if back: self._next = learned
-        if back and self._thread: self._refresh(timeout)
-
-    def _read(self)->None:
-        with self._reading, self.store.transaction("changes") as connection:
-            top, view = connection.execute(select(CLOCK.c.seq)).scalar_one(), self._view
-            if self._next is not None or top < view.top: view = _View(view.learned, view.revision) # an older model, or a store from a backup
-            if top != view.top: view.follow(connection, top)
-            self._view, self._next = view, None
+    def _wait(self)->None:
+        if self.behind and not wait([self._ask()], self.wait).done: self._failed("it did not answer in time")
 
 # %% ../nbs/06_changes.ipynb #5e1bc081
 class ImpressionLog:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from .core import ProductRecsError, Settings, resolve_path
 from .credentials import masked
+from .text import visible
 
 # %% ../nbs/08_cli.ipynb #725da586
 def _yaml(text:str, where:str):
@@ -48,9 +49,9 @@ def read_parameters(
 # %% ../nbs/08_cli.ipynb #0c33414d
 def _named(bundle, rows:Sequence[int], **numbers:Sequence)->str:
     "Items as a table of text: place, id, title, category and the given numbers."
-    columns = {"": [f"{place}." for place in range(1, len(rows) + 1)], "item": [str(bundle.items[row]) for row in rows]}
+    columns = {"": [f"{place}." for place in range(1, len(rows) + 1)], "item": [visible(str(bundle.items[row])) for row in rows]}
     for name in ("title", "category"):
-        if name in bundle.item_columns: columns[name] = ["" if (value := bundle.item_columns[name][row]) is None else str(value)[:48] for row in rows]
+        if name in bundle.item_columns: columns[name] = ["" if (value := bundle.item_columns[name][row]) is None else " ".join(visible(str(value)).split())[:48] for row in rows]
     columns |= {name: [f"{value:.4g}" for value in values] for name, values in numbers.items()}
     lines = list(zip(*([name, *values] for name, values in columns.items())))
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
@@ -61,7 +62,7 @@ def _answer(bundle, answer, as_json:bool, head:str, **facts)->str:
     if as_json: return json.dumps({**facts, "recommendations": answer.items, "scores": answer.scores, "source": answer.source, "shortfall": answer.shortfall, "model": bundle.version})
     rows = [bundle.items.row(item) for item in answer.items]
     note = f"\n  {answer.shortfall}" if answer.shortfall else ""
-    return f"{head} ({answer.source}, model {bundle.version})\n{_named(bundle, rows, score=answer.scores)}{note}"
+    return f"{visible(head)} ({answer.source}, model {bundle.version})\n{_named(bundle, rows, score=answer.scores)}{note}"
 
 # %% ../nbs/08_cli.ipynb #64b46bd0
 def _recommend(options)->str:

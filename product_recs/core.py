@@ -96,6 +96,7 @@ class Settings(BaseSettings):
     max_batch: int = Field(1000, ge=1, description="most events or users in one request")
     cors_origins: list[str] = Field([], description="web origins that may call the service from a browser, as JSON")
     cache_size: int = Field(20_000, ge=0, description="answers that each worker keeps; 0: none")
+    events_in_memory: int = Field(100_000, ge=1, description="events that the model has not learned, as many as each worker keeps; the store has the others")
     watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model")
     index: Literal["auto", "exact", "approximate"] = Field("auto", description="how items are searched: auto takes the model's index where that is worth it")
     workers: int = Field(1, ge=1, description="processes that serve")

@@ -21,9 +21,11 @@ _SHOWN = frozenset("""application_name cache channel_binding charset client_enco
     encoding gssencmode host hostaddr keepalives keepalives_count keepalives_idle keepalives_interval mode options port
     read_only schema search_path sslcert sslmode sslrootcert sslsni target_session_attrs tcp_user_timeout timeout uri
     user""".split()) # of a URL's query: these values are no secrets
-_PORT = r"(?!\d{1,5}(?:[/?\s]|$))" # http://host:8000/ written by me@here has no password
-_PASSWORD = re.compile(rf"([A-Za-z][\w+.-]*:/{{1,2}}(?!/)[^\s/:]*):(?:\S+|{_PORT}[^\n@]+)@")
-_PASSWORD_OF_ALL = re.compile(r"([A-Za-z][\w+.-]*:/{1,2}(?!/)[^\s/:]*):.+@", re.DOTALL)
+_PORT = r"""(?!\d{1,5}(?:[/?#\s,;:.'")\]]|$))""" # http://host:8000/ written by me@here has no password
+_HEAD = r"[A-Za-z][\w+.-]*:/{1,2}(?!/)" # of a URL; a path that was made of one has one slash
+_PASSWORD = re.compile(rf"({_HEAD}[^\s/:]*):(?!\*\*\*@)(?:{_PORT}[^\n]+|\S+)@") # in a sentence: to the last @ of the line
+_PASSWORD_OF_ALL = re.compile(rf"({_HEAD}[^\s/:]*):.+@", re.DOTALL)
+_NO_PORT = re.compile(rf"({_HEAD}(?:[^\s/@]*@)?[^\s/:@\[\]]*):{_PORT}[^\s/?@]+")
 _WEB = re.compile(r"(?i)\b((?:https?|ftps?|s3|gs|abfss?|wasbs?):/{1,2})[^\s/@]+@")
 _QUERY = re.compile(r"""([A-Za-z][\w+.-]*:/[^\s'"<>?]*\?)([^\s'"<>]+)""")
 _QUERY_OF_ALL = re.compile(r"([A-Za-z][\w+.-]*:/[^?]*\?)(.+)", re.DOTALL)
@@ -41,7 +43,7 @@ def masked(
     "The text with stars for the passwords and tokens in its URLs; a text without them comes back as it is."
     whole = re.match(r"\s*[A-Za-z][\w+.-]*://", text)
     password, query = (_PASSWORD_OF_ALL, _QUERY_OF_ALL) if whole else (_PASSWORD, _QUERY)
-    text = password.sub(rf"\1:{STARS}@", text)
+    text = _NO_PORT.sub(rf"\1:{STARS}", password.sub(rf"\1:{STARS}@", text))
     text = query.sub(_masked_query, _WEB.sub(rf"\1{STARS}@", text))
     return text if whole else _CONNINFO.sub(rf"\1\2{STARS}", text)
 
@@ -84,7 +86,8 @@ def resolve(
                                   "postgresql://user:password@host/shop.")
         return held
     if isinstance(value, str) and re.search(r":\*\*\*@|=\*\*\*(?:&|$)", value) and masked(value) == value:
-        raise CredentialError(f"{value}: the password was not kept. Give it again, by reference: env:NAME or file:PATH.")
+        raise CredentialError(f"{value}: the password was not kept. Give it again, by reference: "
+                              "env:NAME or file:PATH.")
     return value
 
 # %% ../nbs/00_credentials.ipynb #5142a70a
@@ -100,7 +103,8 @@ def parse_url(
         raise CredentialError("This database URL cannot be read. Write it like sqlite:///shop.db or "
                               f"postgresql+psycopg://user:password@host/shop. {encode}") from None
     if url.password is not None and text.count("@") > 1:
-        raise CredentialError(f"This database URL has more than one @, so its password cannot be told from its host. {encode}")
+        raise CredentialError("This database URL has more than one @, so its password cannot be told from its host. "
+                              + encode)
     return url
 
 def shown_url(

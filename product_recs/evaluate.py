@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'PERIODS', 'METRIC_NAMES', 'EvaluateError', 'NothingToJudge'
 
 # %% ../nbs/04_evaluate.ipynb #958d6fa5
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -23,6 +23,7 @@ from .core import ProductRecsError, resolve_path
 from .features import Features, Snapshot
 from .metrics import (METRICS, Comparison, Hits, bootstrap_means, category_diversity, cosine_diversity, coverage,
                                   exposure, find_hits, gini, interval, novelty, paired_bootstrap)
+from .parameters import number
 
 # %% ../nbs/04_evaluate.ipynb #df24d282
 class EvaluateError(ProductRecsError):
@@ -186,6 +187,8 @@ def evaluate(
     "Fit each model on the past, rank the whole catalogue for each user, compare with the future."
     past, future, split = past_and_future(features, period)
     k = _cut_offs(k)
+    for name, value, ends in (("max_users", max_users, (0, 2**31 - 1)), ("bootstrap", bootstrap, (1, 10**6)), ("seed", seed, (0, 2**32 - 1)), ("block", block, (1, 10**6))):
+        number(name, value, *ends, whole=True, error=EvaluateError)
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
         raise EvaluateError(f"models need names of their own: {', '.join(names) or 'there are none'}")
@@ -206,9 +209,8 @@ def evaluate(
 # %% ../nbs/04_evaluate.ipynb #c1c17a9d
 def _cut_offs(k)->list[int]:
     "Cut-offs, ascending and without doubles."
-    wrong = [cut for cut in k if not isinstance(cut, (int, np.integer)) or isinstance(cut, bool) or cut < 1]
-    if wrong or not len(k): raise EvaluateError(f"k must be a list of whole numbers from 1, not {k!r}")
-    return sorted({int(cut) for cut in k})
+    if isinstance(k, (str, Mapping)) or not isinstance(k, Iterable) or not len(list(k)): raise EvaluateError(f"k must be a list of whole numbers from 1, not {k!r}")
+    return sorted({number("k", cut, 1, 10**6, whole=True, error=EvaluateError) for cut in k})
 
 def _tasks_of(model, work)->dict:
     "The tasks that a model is made for."

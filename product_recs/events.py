@@ -18,7 +18,7 @@ from .ids import id_key, key_or_none, number_or_text, whole_number
 from .sql import quoted
 
 # %% ../nbs/00_events.ipynb #a51b4068
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Event:
     "One thing that a user did."
     item_id: int|str                # as somebody wrote it; the event has the key
@@ -127,7 +127,7 @@ def refusal(
     return f"{column}: {reason.removeprefix(column).strip()}{known}"
 
 # %% ../nbs/00_events.ipynb #b83890d6
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UserState:
     "What the service knows of one user that the live model does not."
     events: tuple[Event, ...] = ()            # newer than the model, oldest first

@@ -13,12 +13,21 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from .bundle import Bundle
+from .bundle import NOTHING_HAD, Bundle, Had
 from .core import Columns, ProductRecsError
 from .events import UNCHANGED, Event, UserState
 from .inference import Recommender
 from .signals import score_histories
 from .solver import solve_rows, solve_triangle_of, stable_triangle
+
+# %% ../nbs/05_foldin.ipynb #e499ec80
+def _gram(factors:np.ndarray)->np.ndarray:
+    "The sum of the outer products of all rows, in float64, without a second copy of them all."
+    total = np.zeros((factors.shape[1],)*2)
+    for start in range(0, len(factors), 1 << 16):
+        part = factors[start:start + (1 << 16)].astype(np.float64)
+        total += part.T @ part
+    return total
 
 # %% ../nbs/05_foldin.ipynb #edf4f206
 class Solver:
@@ -74,14 +83,6 @@ class Solver:
             return first - across.T @ np.linalg.solve(inner, extra*(factors @ first))
         return np.linalg.solve(self.base + (factors.T*extra) @ factors, vector)
 
-def _gram(factors:np.ndarray)->np.ndarray:
-    "The sum of the outer products of all rows, in float64, without a second copy of them all."
-    total = np.zeros((factors.shape[1],)*2)
-    for start in range(0, len(factors), 1 << 16):
-        part = factors[start:start + (1 << 16)].astype(np.float64)
-        total += part.T @ part
-    return total
-
 # %% ../nbs/05_foldin.ipynb #1da9af03
 def fold_in(
     item_factors:np.ndarray, # (n_items, f) float32
@@ -130,20 +131,22 @@ def confidence_with(
     bundle:Bundle,
     row:int|None,           # of the user in the bundle; None: nobody that it knows
     events:Sequence[Event], # newer than the bundle
+    had:Had=NOTHING_HAD,    # of somebody without a row: what the minimum counts left out
 )->tuple[np.ndarray, np.ndarray]: # (k,) rows of items, ascending, and (k,) float32 confidences
     "A user's whole history with its confidences: what training found, and what came since and training would learn."
     span = slice(0, 0) if row is None else slice(bundle.seen.indptr[row], bundle.seen.indptr[row + 1])
     items, confidence = np.asarray(bundle.seen.indices)[span], np.asarray(bundle.seen.data)[span]
     counted = [event for event in events if bundle.rules.counts(event)]
     new = [(at, event) for event in counted if (at := bundle.items.row(event.item_id)) is not None]
-    if not new: return items, confidence
+    if not new and not len(had.items): return items, confidence
     features = bundle.manifest["parameters"].get("features", {})
     weights, quantity = features.get("event_weights", {}), _QUANTITY[features.get("quantity", "ignore")]
     added = np.array([weights.get(event.event, 1.0)*quantity(event.quantity) for _, event in new])
     weighting = features.get("weighting", "none")
-    merged, place = _merge(items, np.array([at for at, _ in new]))
+    before = had.items if row is None else items
+    merged, place = _merge(before, np.array([at for at, _ in new], np.int64))
     sums = np.zeros(len(merged))
-    sums[np.searchsorted(merged, items)] = _sums(bundle, weighting, items, confidence)
+    sums[np.searchsorted(merged, before)] = had.sums if row is None else _sums(bundle, weighting, items, confidence)
     np.add.at(sums, place, added)
     return merged, _confidences(bundle, weighting, merged, sums)
 
@@ -209,15 +212,17 @@ def person(
     shared = prepare_people(model)._people
     row = None if user is None or state.forgotten else model.bundle.users.row(user)
     span = slice(0, 0) if row is None else slice(model.indptr[row], model.indptr[row + 1])
-    items = model.indices[span]
+    left_out = NOTHING_HAD if row is not None or state.forgotten else model.bundle.left_out.of(user)
+    items = model.indices[span] if row is not None else left_out.items
     had = [None if values is None else values[span] for values in (shared.confidence, shared.counts, shared.age_days)]
+    if row is None: had = [had[0], *(None if known is None else values for known, values in zip(had[1:], (left_out.counts, left_out.age_days)))]
     events = counted(model, user, state, session)
     new = np.array([at for event in events if (at := model.bundle.items.row(event.item_id)) is not None], np.int64)
     unknown = len(events) - len(new)
-    if not len(new):
+    if not len(new) and not len(left_out.items):
         known = row is not None and model.user_factors[row].any()
         return Person(model.user_factors[row] if known else None, items, *had, row, unknown=unknown)
-    merged, confidence = confidence_with(model.bundle, row, events)
+    merged, confidence = confidence_with(model.bundle, row, events, left_out)
     counts, age_days = (None if values is None else _placed(merged, items, values) for values in had[1:])
     if counts is not None:
         place = np.searchsorted(merged, new)

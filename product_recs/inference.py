@@ -23,6 +23,7 @@ from .bundle import Bundle
 from .core import Columns, ProductRecsError
 from .filters import NO_FILTERS, NOT_A_CANDIDATE, SEEN, Attributes, Catalogue, Filters, best_allowed, rule_out
 from .nearest import NearestItems, open_index
+from .parameters import number
 from .search import Searcher
 from .signals import BlendError, Signals, read_weights, score_users
 from .sql import database_errors, file_name, utf8_name
@@ -47,9 +48,7 @@ def checked_n(
     n:int,   # as the caller gave it
 )->int:      # the same
     "Refuse an `n` that is not a whole number of at least 1."
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
-        raise ProductRecsError(f"n is the number of items, a whole number of at least 1, and not {n!r}")
-    return int(n)
+    return number("n", n, 1, 10**9, whole=True)
 
 # %% ../nbs/05_inference.ipynb #5abadb78
 class Recommender:
@@ -142,6 +141,11 @@ def search_list(
     return make_list(model, model.item_factors @ vector, n, source, ruled_out, filters)
 
 # %% ../nbs/05_inference.ipynb #09a23305
+def _had(model:Recommender, user:int|str)->np.ndarray:
+    "Rows of what a user had before the end of the data, also where the minimum counts kept it away from the training."
+    row = model.bundle.users.row(user)
+    return model.seen_by(row) if row is not None else model.bundle.left_out.of(user).items
+
 def _filters(exclude_seen:bool|None, deny:Iterable, allow:Iterable|None)->Filters:
     return Filters(exclude_seen, tuple(deny), None if allow is None else tuple(allow)) if deny or allow is not None else NO_FILTERS
 
@@ -158,7 +162,7 @@ def recommend(
     n, row = checked_n(n), model.bundle.users.row(user)
     known = row is not None and model.user_factors[row].any()
     filters = _filters(exclude_seen, deny, allow)
-    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.seen_by(row))] if exclude_seen else [])
+    ruled_out = rule_out(model.catalogue, filters, [(SEEN, _had(model, user))] if exclude_seen else [])
     if known: return search_list(model, model.user_factors[row], n, "personalised", ruled_out, filters)
     return make_list(model, model.popularity.copy(), n, "popular", ruled_out, filters)
 
@@ -210,7 +214,7 @@ def next_purchase(
     known = row is not None and len(model.seen_by(row)) > 0
     scores = score_users(signals, np.array([row]))[0] if known else model.popularity.copy()
     filters = _filters(exclude_seen, deny, allow)
-    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.seen_by(row))] if exclude_seen else [])
+    ruled_out = rule_out(model.catalogue, filters, [(SEEN, _had(model, user))] if exclude_seen else [])
     return make_list(model, scores, n, "next_purchase" if known else "popular", ruled_out, filters)
 
 

@@ -25,6 +25,7 @@ from .csvfiles import staged_query
 from .database import is_database
 from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .merge import write_merged
+from .parameters import number
 from .sources import FileRead, match_columns, near_name, read_source, run_query
 from .sql import database_errors, file_name, local_name, named, parquet, quoted, temporary_database
 from .text import safe_cell_sql
@@ -240,8 +241,7 @@ def _checked_options(options:dict)->dict:
     "Refuse parameters that cannot be meant."
     if options["feedback"]: feedback_url(options["feedback"])
     if options["on_error"] not in ("skip", "fail"): raise IngestError(f"on_error={options['on_error']!r} must be \"skip\" or \"fail\".")
-    if not 0 <= options["max_reject_share"] <= 1: raise IngestError(f"max_reject_share={options['max_reject_share']} must lie between 0 and 1.")
-    if not options["max_quantity"] > 0: raise IngestError(f"max_quantity={options['max_quantity']} must be above 0.")
+    for name, ends in (("max_reject_share", (0, 1)), ("max_quantity", (1e-9, 1e9))): options[name] = number(name, options[name], *ends, error=IngestError)
     if isinstance(options["events"], str): raise IngestError(f"events must be a list, such as [{options['events']!r}].")
     options["events"] = sorted({str(event).strip().lower() for event in options["events"]})
     if not options["events"]: raise IngestError("events is empty. Name at least one, such as [\"purchase\"].")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from .bundle import list_versions, publish, remove_bundle
 from .core import ProductRecsError, atomic_write, project_root, resolve_path, write_metrics
+from .parameters import ParameterError, typed
 from .credentials import by_reference, is_reference, masked, masked_parameters, password_note
 from .reports import to_html, write_index
 
@@ -51,17 +52,12 @@ def assign(
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise JobError(f"no notebook has a parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f"\nKnown: {', '.join(sorted(known))}")
-        default = next(names[name] for names in declared.values() if name in names).split("  ")[0]
-        if wrong := _wrong_type(parameters[name], default): raise JobError(f"{name}={parameters[name]!r}: must be {wrong}, such as the default {default}")
-    return {step: {name: value for name, value in parameters.items() if name in names} for step, names in declared.items()}
+    return {step: {name: _as_declared(name, value, names[name]) for name, value in parameters.items() if name in names} for step, names in declared.items()}
 
-def _wrong_type(value, default:str)->str|None:
-    "What a value should be, judging by the default as it is written in the notebook; None where it fits."
-    try: kind = type(ast.literal_eval(default))
-    except (ValueError, SyntaxError): return None
-    rules = {bool: (bool, "true or false"), int: ((int, float), "a number"), float: ((int, float), "a number"), list: (list, "a list"), dict: (dict, "names with values")}
-    if kind not in rules or (isinstance(value, rules[kind][0]) and (kind is bool or not isinstance(value, bool))): return None
-    return rules[kind][1]
+def _as_declared(name:str, value, declared:str):
+    "A value as the notebook means it, by the default in its declaration."
+    try: return typed(name, value, ast.literal_eval(declared.split("  ")[0]))
+    except ParameterError as error: raise JobError(str(error)) from None
 
 # %% ../nbs/07_jobs.ipynb #c107f9d0
 @dataclass

@@ -127,8 +127,10 @@ class Scored:
 
 def _climb_down(model:Recommender, request:Request, who:Person)->tuple[str, np.ndarray]:
     "Rung and scores for somebody without factors."
+    others = [] if request.state.forgotten else model.bundle.left_out.of(request.user).others
     events = counted(model, request.user, request.state, request.session) if who.unknown else ()
     described = [request.new_items[event.item_id] for event in events if event.item_id in request.new_items]
+    described += [request.new_items[item] for item in others if item in request.new_items]
     if len(who.items) or described:
         scores = content_scores(model, who.items, who.confidence, described)
         if scores is not None: return "content", scores
@@ -194,6 +196,8 @@ def described(
         if event.item_id in items or bundle.items.row(event.item_id) is not None: continue
         told, given = bundle.cold_items.get(event.item_id), request.new_items.get(event.item_id)
         if told is not None or given is not None: items[event.item_id] = {**(told or {}), **(given or {})}
+    for item in () if state.forgotten else bundle.left_out.of(request.user).others:
+        if item not in items and (told := bundle.cold_items.get(item)) is not None: items[item] = told
     if request.user is not None and not state.forgotten and bundle.users.row(request.user) is None and (told := bundle.cold_users.get(request.user)):
         kinds = model.user_attributes.kinds
         attributes = {name: value for name, value in told.items() if value is not None and kinds.get(name) in (TEXT, YES_NO)} | dict(attributes)
@@ -205,6 +209,7 @@ def has_news(
 )->bool: # False: `described` would give the same request
     "Does the question hold ids for which cold rows must be read? This looks at the model only and takes microseconds."
     bundle = model.bundle
+    if bundle.cold_items.path is not None and not request.state.forgotten and bundle.left_out.of(request.user).others: return True
     return (bundle.cold_users.path is not None and request.user is not None and bundle.users.row(request.user) is None) or \
         bool(request.new_items) or (bundle.cold_items.path is not None and any(bundle.items.row(event.item_id) is None for event in (*request.state.events, *request.session)))
 
@@ -252,7 +257,8 @@ def new_for(
     if len(who.items) or things:
         for name, worth in content_weights(model, who.items, who.confidence, things).items():
             weights[name] = {value: worth[code] for value, code in model.catalogue.attributes.coded(name)[1].items() if worth[code] > 0}
-    left_out = {*state.denied, *request.unavailable, *(event.item_id for event in (*state.events, *request.session))}
+    left_out = {*state.denied, *request.unavailable, *(event.item_id for event in (*state.events, *request.session)),
+                *(() if state.forgotten else model.bundle.left_out.of(request.user).others)}
     known = lambda ids: cold.ids.take(rows_of(cold.ids, ids))
     columns = {} if cold.path is None else cold.types
     found = cold.best(weights, request.n, category=category, leave_out=known(left_out), for_sale=known(request.available - request.unavailable)) if category is None or "category" in columns else []

@@ -7,17 +7,20 @@ __all__ = ['json_body', 'read_events', 'tables', 'rules_now', 'add_feedback', 'h
            'add_new', 'add_items']
 
 # %% ../nbs/06_people.ipynb #990393da
+import json
+import re
 from typing import Annotated
 
 import numpy as np
 from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 
 from .answers import (AvailabilityItem, EventsAnswer, FeedbackEvent, Forgotten, FoundItems, History, ItemFacts, NewList, UserSample, as_id, plain)
+from .bundle import NOTHING_HAD, Had
 from .core import BundleError, ProductRecsError
 from .events import DEFAULT_RULES, INSTRUCTIONS, EventRules
 from .ids import LONGEST_ID, id_key
@@ -34,11 +37,17 @@ from .web import documented, id_in_path, path_id
 async def json_body(
     request:Request,
 )->object: # what the JSON says
-    "The body as JSON; an HTTP error where it is none."
+    "The body as JSON; where it is none, the same error as of the other routes."
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json": raise HTTPException(415, f"the body must be application/json, not {kind or 'without a content type'}")
-    try: return from_json(await request.body(), allow_inf_nan=False)
-    except ValueError as error: raise HTTPException(400, f"the body is not readable as JSON: {error}") from None
+    if not re.fullmatch(r"application/(json|[^/]+\+json)", kind):
+        raise HTTPException(415, f"the body must be application/json, not {kind or 'without a content type'}")
+    if not await request.body(): raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+    try: return await request.json()
+    except json.JSONDecodeError as error:
+        wrong = {"type": "json_invalid", "loc": ("body", error.pos), "msg": error.msg, "ctx": {"error": error.msg}}
+        raise RequestValidationError([wrong]) from None
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the body is not readable as JSON ({type(error).__name__})") from None
 
 def read_events(
     body:object, # of POST /events
@@ -121,17 +130,21 @@ def history(
 )->dict:                    # as `History`
     "What the service knows of a user."
     row = model.bundle.users.row(user) if model else None
-    learned = _learned(model, row) if row is not None and not state.forgotten else lambda event: False
+    left_out = NOTHING_HAD if model is None or state.forgotten else model.bundle.left_out.of(user)
+    known = not state.forgotten and (row is not None or left_out is not NOTHING_HAD)
+    learned = _learned(model, row, left_out) if known else lambda event: False
     recent = [event for event in recent if not learned(event)]
     shown = lambda item: as_id(model and model.bundle.items, item)
     lines = [{"item_id": shown(e.item_id), **_named(model, e.item_id), "event": e.event, "interactions": e.quantity, "last": plain(e.timestamp), "origin": "feedback"} for e in recent[:limit]]
-    if row is not None and not state.forgotten and len(lines) < limit: lines += _trained(model, row, limit - len(lines))
-    return {"user_id": user, "known": row is not None and not state.forgotten, "forgotten": state.forgotten, "history": lines}
+    if known and len(lines) < limit: lines += _trained(model, row, left_out, limit - len(lines))
+    return {"user_id": user, "known": known, "forgotten": state.forgotten, "history": lines}
 
-def _learned(model:Recommender, row:int):
-    "A test for the events that are part of what the model learned of a user, which is told from there."
-    until, items = learned_micros(model.bundle.manifest["data"].get("feedback_until")), set(model.bundle.seen[row].indices.tolist())
-    return lambda event: (event.event not in INSTRUCTIONS and model.bundle.items.row(event.item_id) in items and to_micros(event.received_at) <= until
+def _learned(model:Recommender, row:int|None, left_out:Had):
+    "A test for the events that are part of what the bundle has of a user, which is told from there."
+    until, others = learned_micros(model.bundle.manifest["data"].get("feedback_until")), {str(item) for item in left_out.others}
+    rows = {*(left_out.items if row is None else model.seen_by(row)).tolist()}
+    known = lambda item: model.bundle.items.row(item) in rows or id_key(item) in others
+    return lambda event: (event.event not in INSTRUCTIONS and known(event.item_id) and to_micros(event.received_at) <= until
                           and model.bundle.rules.counts(event))
 
 def _named(model:Recommender|None, item:int|str)->dict:
@@ -142,16 +155,17 @@ def _named(model:Recommender|None, item:int|str)->dict:
     text = lambda name: None if (value := told(name)) is None else str(value)
     return {"title": text("title"), "category": text("category")}
 
-def _trained(model:Recommender, row:int, limit:int)->list[dict]:
-    "What the model learned from, the most recent first, then the most frequent."
-    bundle = model.bundle
-    part = slice(*bundle.seen.indptr[row:row + 2])
-    items, often = bundle.seen.indices[part], (bundle.seen if bundle.counts is None else bundle.counts).data[part]
-    age = bundle.age_days.data[part] if bundle.age_days is not None else np.zeros(len(items))
+def _trained(model:Recommender, row:int|None, left_out:Had, limit:int)->list[dict]:
+    "What the bundle has of a user, learned from or left out: the most recent first, then the most frequent."
+    bundle, ids, often, age = model.bundle, list(left_out.others), left_out.other_counts, left_out.other_age_days
+    part = slice(0, 0) if row is None else slice(*bundle.seen.indptr[row:row + 2])
+    counts = bundle.seen if bundle.counts is None else bundle.counts
+    ages = np.zeros(part.stop - part.start) if bundle.age_days is None else bundle.age_days.data[part]
+    own = (bundle.seen.indices[part], counts.data[part], ages) if row is not None else (left_out.items, left_out.counts, left_out.age_days)
+    ids, often, age = bundle.items.take(own[0]) + ids, np.append(own[1], often), np.append(own[2], age)
     ends = bundle.manifest["data"].get("ends")
     last = lambda days: str(np.datetime64(ends, "s") - np.timedelta64(round(float(days)*86400), "s")) if ends and bundle.age_days is not None else None
-    return [{"item_id": (item := bundle.items[items[at]]), **_named(model, item), "event": None, "interactions": float(often[at]), "last": last(age[at]), "origin": "model"}
-            for at in np.lexsort((-often, age))[:limit]]
+    return [{"item_id": ids[at], **_named(model, ids[at]), "event": None, "interactions": float(often[at]), "last": last(age[at]), "origin": "model"} for at in np.lexsort((-often, age))[:limit]]
 
 # %% ../nbs/06_people.ipynb #c5d9f7e3
 def add_people(
@@ -166,7 +180,8 @@ def add_people(
         model = service.live.get() if users else None
         user = as_id(users, path_id(request.scope, -2))
         recent = await service.stored("history", user, limit) if service.store else []
-        return await run_in_threadpool(history, model, user, service.state(user), recent, limit)
+        state, = await service.states([user])
+        return await run_in_threadpool(history, model, user, state, recent, limit)
 
     @app.delete("/users/{user_id}", response_model=Forgotten, tags=["people"], summary="Forget a person",
                 responses=documented("Nothing that was known of them is used any more; a second time does no harm.", 422, 503, model=False))
@@ -238,7 +253,7 @@ def add_new(
                         user_id:Annotated[str | None, Query(max_length=LONGEST_ID, description="absent: a guest", openapi_examples={"sample": {"value": "1"}})]=None,
                         category:Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]=None):
         model = service.live.get()
-        asked = service.question(None if user_id is None else as_id(model.bundle.users, user_id), n)
+        asked = await service.question(None if user_id is None else as_id(model.bundle.users, user_id), n)
         found = await run_in_threadpool(new_for, model, asked, category)
         facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
         if detail: facts["items"] = await run_in_threadpool(_told_of, model, found)

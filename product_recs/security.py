@@ -129,7 +129,7 @@ class Keys:
         if (stamp := self._look()) == self._stamp: return
         # only what was read is remembered: a file that cannot be read for a moment is read at the next look
         try: self._keys, self._stamp, self._complaint = self._read(), stamp, None
-        except KeyFileError as error:
+        except (KeyFileError, OSError) as error:
             if str(error) != self._complaint: _log.error("the keys stay as they were: %s", error)
             self._complaint = str(error)
 
@@ -284,7 +284,7 @@ class Guard:
     async def _check(self, scope, receive, send):
         path, headers = scope["path"], dict(scope["headers"])
         if root := scope.get("root_path"): path = path.removeprefix(root) or "/"
-        needed = required_scope(scope["method"], path)
+        needed = scope["api_scope"] = required_scope(scope["method"], path)
         added = _DATA_HEADERS if needed else _DOCS_HEADERS if path.startswith("/docs") else _PAGE_HEADERS
 
         async def send_on(message):

@@ -16,6 +16,7 @@ from .core import Columns
 from .evaluate import Evaluation, EvaluateError, evaluate, past_and_future
 from .features import Features
 from .metrics import bootstrap_means, interval
+from .parameters import number
 
 # %% ../nbs/04_segments.ipynb #19c54f71
 def equal_groups(
@@ -134,8 +135,8 @@ def over_seeds(
 )->pd.DataFrame: # task, model, metric, k, seeds, mean, sd, lowest, highest
     "The figures of the models with something random in them, over several seeds."
     rows = []
-    if isinstance(seeds, str) or any(isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) for seed in seeds):
-        raise EvaluateError(f"seeds must be a list of whole numbers, such as [0, 1, 2], not {seeds!r}")
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence): raise EvaluateError(f"seeds must be a list of whole numbers, such as [0, 1, 2], not {seeds!r}")
+    seeds = [number("seeds", seed, 0, 2**32 - 1, whole=True, error=EvaluateError) for seed in seeds]
     for seed in seeds:
         made = [again for model in models if (again := model.reseeded(int(seed))) is not None]
         if not made: break

@@ -17,7 +17,7 @@ from .answers import plain
 from .bundle import Bundle
 from .changes import Availability, Changes, ImpressionLog, learned_micros
 from .core import Settings
-from .events import UNCHANGED, Event
+from .events import UNCHANGED, Event, UserState
 from .explain import why, why_not
 from .filters import NO_FILTERS, Filters, read_value
 from .foldin import Person, person
@@ -66,14 +66,7 @@ class KeptAnswers:
     def _drop(self, question:tuple)->None:
         if question in self._kept: self.bytes -= len(self._kept.pop(question).body)
 
-    def clear(self)->None:
-        "Forget all of them."
-        self._kept, self.bytes = {}, 0
-
 # %% ../nbs/06_service.ipynb #d3d0e0b0
-_log = logging.getLogger("product_recs.service")
-NOTHING_CHANGED = Availability(frozenset(), frozenset(), 0)
-
 class _Worker:
     "What a worker process has, and how it begins and ends."
     def __init__(self,
@@ -81,7 +74,7 @@ class _Worker:
     ):
         self.settings, self.metrics = settings, Metrics()
         self.store = Store(settings.database_url) if settings.database_url else None
-        self.changes = Changes(self.store) if self.store else None
+        self.changes = Changes(self.store, most=settings.events_in_memory) if self.store else None
         self.impressions = ImpressionLog(self.store, settings.impressions) if self.store and settings.impressions else None
         self.kept, self._dropped = KeptAnswers(settings.cache_size), 0
         self.live, self._learned = LiveModel(settings.models_dir, self._ready, settings.watch_seconds), -1
@@ -97,7 +90,7 @@ class _Worker:
         "Drop the events that the new model knows itself."
         self.metrics.reload(result.status)
         if result.status != "reloaded": return
-        self.kept.clear()
+        self.kept = KeptAnswers(self.settings.cache_size) # another object: the loop may be putting something into this one
         manifest = self.live.get().bundle.manifest
         self.metrics.model_taken_up(manifest["version"], manifest["created_at"])
         until = manifest["data"].get("feedback_until")
@@ -122,29 +115,44 @@ class _Worker:
             self.changes.close()
             self.store.close()
 
-    def state(self, user:int|str|None):
-        "What the user did since training, and what they do not want to see."
-        return self.changes.state(user) if self.changes and user is not None else UNCHANGED
+    async def catch_up(self, feedback:bool=True)->None:
+        "What comes before an answer: a model where there is none yet, and what users did a moment ago."
+        if self.live.version is None: await run_in_threadpool(self.live.look)
+        if feedback and self.changes: await self.changes.catch_up()
 
-    def shelf(self):
-        "Which items the availability feed has changed."
-        return self.changes.availability() if self.changes else NOTHING_CHANGED
+    async def states(self, users:Sequence[int|str|None])->list[UserState]:
+        "What each user did since training, and what they do not want to see, as of the last `catch_up`."
+        if not self.changes: return [UNCHANGED]*len(users)
+        known = iter(await self.changes.states([user for user in users if user is not None]))
+        return [UNCHANGED if user is None else next(known) for user in users]
 
 # %% ../nbs/06_service.ipynb #b1d0e507
+_log = logging.getLogger("product_recs.service")
+NOTHING_CHANGED = Availability(frozenset(), frozenset(), 0)
+
 class _Answers(_Worker):
     "Lists for users, for items and for nobody."
-    def question(self,
-        user:int|str|None, # None: a guest
+    def shelf(self):
+        "Which items the availability feed has changed."
+        return self.changes.shelf if self.changes else NOTHING_CHANGED
+
+    async def questions(self,
+        users:Sequence[int|str|None], # None: a guest
         n:int,
         task:str="discovery",
         session:Sequence[Event]=(), # of this request only
         filters:Filters=NO_FILTERS,
         shelf:Availability|None=None, # None: as it is now
         **told, # attributes and new_items, as of `Request`
-    )->Request:
+    )->list[Request]:
         "All that the request and the store know; `described` adds what the files of the model tell of ids that are new to it."
-        shelf = self.shelf() if shelf is None else shelf
-        return Request(user, n, task, tuple(session), filters, self.state(user), shelf.available, shelf.unavailable, **told)
+        states, shelf = await self.states(users), self.shelf() if shelf is None else shelf
+        facts = {"available": shelf.available, "unavailable": shelf.unavailable, **told}
+        return [Request(user, n, task, tuple(session), filters, state, **facts) for user, state in zip(users, states)]
+
+    async def question(self, user:int|str|None, n:int, *more, **told)->Request:
+        "The same for one."
+        return (await self.questions([user], n, *more, **told))[0]
 
     async def answer(self, model:Recommender, asked:Request)->Recommendations:
         "The best items for one."
@@ -179,9 +187,12 @@ class _KeptAnswers(_Answers):
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
         kept = self.kept.get(_question_of(scope))
-        if kept is None or kept.model is not self.live.get() or kept.state is not self.state(kept.user) or kept.shelf is not self.shelf(): return None
+        if kept is None or kept.model is not self.live.get() or kept.shelf is not self.shelf(): return None
+        if kept.state is not self._now(kept.user): return None
         self.metrics.cache(True)
         return kept
+
+    def _now(self, user:int|str)->UserState|None: return self.changes.look(user) if self.changes else UNCHANGED
 
     def shown(self, scope:dict, model:Recommender, user:int|str|None, source:str, items:list, short:bool=False)->None:
         "Count an answer, and put it in the log of impressions."
@@ -269,7 +280,10 @@ class FastPath:
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http": return await self.app(scope, receive, send)
-        kept, service = self.service.again(scope) if scope["method"] == "GET" else None, self.service
+        service = self.service
+        needed = scope.get("api_scope", "read") # None: open to everybody, such as the health checks and the page
+        if needed in ("read", None): await service.catch_up(needed == "read")
+        kept = service.again(scope) if scope["method"] == "GET" else None
 
         async def send_on(message):
             if message["type"] == "http.response.start" and service.stale: message["headers"] = [*message["headers"], (b"x-feedback-stale", b"true")]

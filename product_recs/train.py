@@ -20,6 +20,7 @@ from .core import TrainError, implicit_module, locked, one_blas_thread, resolve_
 from .features import Features, ensure_features
 from .foldin import fold_in
 from .nearest import build_index, check_index
+from .parameters import number
 from .solver import RotatedALS, native_kernels
 
 # %% ../nbs/03_train.ipynb #9fcfc4e7
@@ -35,18 +36,23 @@ class AlsModel:
     seconds: float                  # of the fit
     parameters: dict
 
-def _check(confidence:csr_matrix, parameters:dict)->None:
-    "Refuse what would fail later or fit nonsense."
-    rules = {"factors": (1, 4096), "regularization": (0, np.inf), "alpha": (1e-12, np.inf), "iterations": (1, 10_000), "num_threads": (0, 4096), "loss_every": (0, np.inf),
-             "unobserved_weight": (1e-12, np.inf), "nu": (0, 1), "cg_steps": (1, 10_000)}
-    for name, (low, high) in rules.items():
-        if not low <= parameters[name] <= high: raise TrainError(f"{name}={parameters[name]!r}: must be from {low:g} to {high:g}")
+_WHOLE = {"factors": (1, 4096), "iterations": (1, 10_000), "seed": (0, 2**32 - 1), "num_threads": (0, 4096), "loss_every": (0, 2**31 - 1), "cg_steps": (1, 10_000)}
+_SMOOTH = {"regularization": (0, 1e12), "alpha": (1e-15, 1e15), "unobserved_weight": (1e-12, 1e12), "nu": (0, 1)}
+
+def _check(confidence:csr_matrix, parameters:dict)->dict:
+    "The parameters with Python's own numbers; refuses what would fail later or fit nonsense."
+    for rules, whole in ((_WHOLE, True), (_SMOOTH, False)):
+        parameters = parameters | {name: number(name, parameters[name], *ends, whole=whole, error=TrainError) for name, ends in rules.items()}
     if parameters["solver"] not in ("implicit", "rotated"): raise TrainError(f"solver={parameters['solver']!r}: must be 'implicit', 'rotated' or 'auto'")
     changed = [name for name, usual in _OBJECTIVE.items() if parameters[name] != usual]
     if changed and parameters["solver"] == "implicit": raise TrainError(f"{changed[0]}={parameters[changed[0]]!r}: solver='implicit' cannot do that; take solver='rotated'")
     if not confidence.nnz: raise TrainError("the matrix is empty: no interaction is left to train on")
     if not np.isfinite(confidence.data).all() or (confidence.data <= 0).any():
         raise TrainError("every confidence must be a positive, finite number; look at event_weights and weighting in 02_features")
+    least, most = parameters["alpha"]*float(confidence.data.min()), parameters["alpha"]*float(confidence.data.max())
+    if not (least >= 1e-30 and most <= 1e15):
+        raise TrainError(f"alpha={parameters['alpha']!r}: makes confidences from {least:.3g} to {most:.3g}, and they must lie from 1e-30 to 1e+15")
+    return parameters
 
 # %% ../nbs/03_train.ipynb #68b70b85
 def fit_als(
@@ -68,7 +74,9 @@ def fit_als(
     "Fit implicit-feedback ALS (Hu, Koren and Volinsky 2008)."
     parameters = dict(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, seed=seed, solver=chosen_solver(solver))
     own = dict(unobserved_weight=unobserved_weight, nu=nu, cg_steps=cg_steps)
-    _check(confidence, {**parameters, **own, "num_threads": num_threads, "loss_every": loss_every})
+    checked = _check(confidence, {**parameters, **own, "num_threads": num_threads, "loss_every": loss_every})
+    parameters, own = ({name: checked[name] for name in names} for names in (parameters, own))
+    iterations, num_threads, loss_every = (checked[name] for name in ("iterations", "num_threads", "loss_every"))
     losses, started = [], time.perf_counter()
     with tqdm(total=iterations, desc="ALS", unit="iteration", disable=not progress, file=sys.stdout) as bar:
         def after(iteration, loss):
@@ -111,7 +119,9 @@ def _fit_implicit(confidence:csr_matrix, takes_loss, after, *, factors:int, regu
         def each(iteration, seconds, loss): # iteration counts from 0
             after(iteration + 1, loss if model.calculate_training_loss else None)
             model.calculate_training_loss = takes_loss(iteration + 2)
-        model.fit(confidence, show_progress=False, callback=each)
+        try: model.fit(confidence, show_progress=False, callback=each)
+        except implicit_module("recommender_base").ModelFitError as error:
+            raise TrainError(f"implicit gave up ({error}) with regularization={regularization} and alpha={alpha}; raise the one or lower the other, or take solver='rotated'") from None
         finite = np.isfinite(model.item_factors).all()
         user_factors = fold_in(model.item_factors, confidence, regularization, alpha, num_threads=num_threads) if finite else model.user_factors
         return user_factors, model.item_factors, _loss(confidence, user_factors, model.item_factors, regularization, alpha, num_threads) if last_loss else None
@@ -148,6 +158,7 @@ def train_bundle(
     **parameters,                 # of `fit_als`
 )->tuple[str, AlsModel]:          # version, and the fitted model
     "Fit ALS to everything known and write it as a bundle."
+    if publish_it not in (True, False, "auto"): raise TrainError(f"publish_bundle={publish_it!r}: must be true, false or 'auto'")
     for name, usual in _OBJECTIVE.items():
         if parameters.get(name, usual) != usual: raise TrainError(f"{name}={parameters[name]!r}: the service folds users in with {name}={usual}; such a model can be judged, not served")
     check_index(index)
@@ -162,7 +173,7 @@ def train_bundle(
         data={"run": features.interactions.name, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until, **features.split, **({"mean_total": features.mean_total} if features.mean_total else {})},
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
         counts=features.all.counts, age_days=features.all.age_days, blend=weights,
-        cold_items=features.cold_items, cold_users=features.cold_users, index=facts, index_data=index_data)
+        cold_items=features.cold_items, cold_users=features.cold_users, left_out=features.left_out, index=facts, index_data=index_data)
     if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)): publish(path.parent, path.name)
     return path.name, model
 

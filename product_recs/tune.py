@@ -33,6 +33,7 @@ from .evaluate import Task, make_task, past_and_future
 from .features import Features, Snapshot
 from .foldin import fold_in
 from .metrics import bootstrap_means, interval, paired_bootstrap
+from .parameters import number
 from .solver import RotatedALS
 from .train import ALS_DEFAULTS, _int32, chosen_solver, fit_als
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
@@ -67,7 +68,8 @@ def continued_fit(
     for look in looks:
         model.iterations, done = look - done, look
         with one_blas_thread():
-            model.fit(matrix, show_progress=False)
+            try: model.fit(matrix, show_progress=False)
+            except implicit_module("recommender_base").ModelFitError: return # there is nothing to look at
             users = fold_in(model.item_factors, matrix, regularization, alpha, num_threads=0) if np.isfinite(model.item_factors).all() else model.user_factors
         yield done, users, model.item_factors
 
@@ -102,6 +104,7 @@ def choose_candidates(
     top:int=3,         # how many of the lab's ranking
 )->dict[str, dict]:    # name -> parameters of 02_features
     "The weightings that a search may choose from."
+    top = number("top_weightings", top, 0, 1000, whole=True)
     ranked = [row["name"] for row in lab.rows[task]] if lab and task in lab.rows else [PLAIN, "log of counts", "binary"]
     known = weightings() if lab is None else lab.candidates
     every = known | {"default weighting": weightings()["event weights"], "the run's own": own_weighting(features)}
@@ -133,7 +136,8 @@ def pose(
 )->Problem:
     "Set up a search on the validation period."
     for name, value, least in (("cut_off", cut_off, 1), ("max_factors", max_factors, 16), ("every", every, 1), ("max_iterations", max_iterations, every)):
-        if not value >= least: raise ProductRecsError(f"{name}={value!r}: must be at least {least}")
+        number(name, value, least, 4096 if name == "max_factors" else 10_000, whole=True)
+    max_users, seed = number("max_users", max_users, 0, 2**31 - 1, whole=True), number("seed", seed, 0, 2**32 - 1, whole=True)
     past, future, _ = past_and_future(features, "validation")
     about = {"split": features.split, **{name: features.parameters[name] for name in ("min_user_items", "min_item_users")}, "candidates": dict(candidates), "cut_off": cut_off,
              "max_users": max_users, "seed": seed, "max_factors": max_factors, "max_iterations": max_iterations, "every": every, "space": SPACE}
@@ -247,7 +251,7 @@ def search(
     progress:bool=True,
 )->tuple[optuna.Study, int]:     # the study, and how many trials were there before
     "Go on with a study until the time or the number of trials is used up."
-    if not budget_minutes > 0 or not max_trials >= 1: raise ProductRecsError(f"budget_minutes={budget_minutes!r} must be above 0 and max_trials={max_trials!r} at least 1")
+    budget_minutes, max_trials = number("budget_minutes", budget_minutes, 1e-6, 1e6), number("max_trials", max_trials, 1, 10**6, whole=True)
     study, file = open_study(file, problem), Path(file)
     with _alone(file), tqdm(total=max_trials, desc=problem.task.name, bar_format="{desc} {n_fmt}/{total_fmt} trials |{bar:12}| [{elapsed}{postfix}]",
                            disable=not progress, mininterval=0, file=sys.stdout) as bar:
@@ -287,6 +291,9 @@ def on_test(
     progress:bool=True,
 )->list[dict]: # name, ndcg and its interval, by_seed, and the first one's lead with its interval and probability
     "Judge parameters by the test period."
+    seeds = [number("test_seeds", one, 0, 2**32 - 1, whole=True) for one in seeds]
+    if not seeds: raise ProductRecsError("test_seeds=[]: must name at least one")
+    cut_off, bootstrap = (number(name, value, 1, 2**31 - 1, whole=True) for name, value in (("cut_off", cut_off), ("bootstrap", bootstrap)))
     past, future, _ = past_and_future(features, "test")
     work = make_task(past, future, task, max_users, seeds[0])
     snapshots = weigh(features, {name: {n: point[n] for n in FEATURE_NAMES} for name, point in points.items()}, "train_validation")

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from .baselines import FactorModel, recommend
 from .core import ProductRecsError, atomic_write
 from .evaluate import PERIODS, TASKS, Task, make_task, past_and_future
-from .features import EVENT_WEIGHTS, QUANTITY, Features, Snapshot, _weigh
+from .features import EVENT_WEIGHTS, LEAST, QUANTITY, Features, Snapshot, _weigh, checked_event_weights
 from .metrics import bootstrap_means, find_hits, interval, paired_bootstrap
+from .parameters import number
 from .sql import parquet
 from .train import ALS_DEFAULTS, fit_als
 
@@ -36,12 +37,12 @@ def weightings(
 )->dict[str, dict]:                           # name -> parameters of 02_features
     "The weightings that the lab compares."
     events = dict(EVENT_WEIGHTS if event_weights is None else event_weights)
+    events, half_lives = checked_event_weights(events), [number("half_lives", days, 1e-4, 1e6, error=ProductRecsError) for days in half_lives]
     make = lambda weights, quantity="ignore", days=0, last="none": dict(event_weights=weights, quantity=quantity, half_life_days=days, weighting=last)
     found = {PLAIN: make({}), "binary": make({}, last="binary"), "log of counts": make({}, last="log1p"), "BM25 of counts": make({}, last="bm25"),
              "event weights": make(events), "log of event weights": make(events, last="log1p"), "BM25 of event weights": make(events, last="bm25"),
              "quantity": make(events, "none"), "log of quantity": make(events, "log1p")}
     for days in half_lives:
-        if not days > 0: raise ProductRecsError(f"half_lives={list(half_lives)!r}: each must be a number of days above 0")
         found[f"half-life {days:g} d"] = make(events, days=days)
     return found
 
@@ -51,7 +52,7 @@ def _sum_sql(parameters:dict, until:str|None)->str:
     cases = "".join(f" WHEN '{event}' THEN {float(weight)}" for event, weight in parameters["event_weights"].items())
     age = f"coalesce(epoch(TIMESTAMP '{until}' - timestamp) / 86400, 0)"
     decay = f"pow(0.5, {age} / {float(parameters['half_life_days'])})" if parameters["half_life_days"] and until else "1"
-    return f"sum({f'CASE event{cases} ELSE 1 END' if cases else '1'} * {QUANTITY[parameters['quantity']]} * {decay})::FLOAT"
+    return f"greatest(sum({f'CASE event{cases} ELSE 1 END' if cases else '1'} * {QUANTITY[parameters['quantity']]} * {decay}), {LEAST})::FLOAT"
 
 def _row_table(ids)->dict:
     "External ids and their rows, for DuckDB."
@@ -176,7 +177,10 @@ def compare_weightings(
     candidates = dict(weightings() if candidates is None else candidates)
     if PLAIN not in candidates: raise ProductRecsError(f"the weightings need one that is named {PLAIN!r}: all others are compared with it")
     for name, given in (("tasks", tasks), ("strengths", strengths), ("seeds", seeds)):
-        if not len(given): raise ProductRecsError(f"{name} must name at least one")
+        if isinstance(given, str) or not len(given): raise ProductRecsError(f"{name}={given!r}: must name at least one, in a list")
+    strengths, seeds = [number("strengths", one, 1e-9, 1e9) for one in strengths], [number("seeds", one, 0, 2**32 - 1, whole=True) for one in seeds]
+    if sorted(set(strengths)) != strengths: raise ProductRecsError(f"strengths={strengths!r}: must ascend")
+    max_users, cut_off, bootstrap = (number(name, value, least, 2**31 - 1, whole=True) for name, value, least in (("max_users", max_users, 0), ("cut_off", cut_off, 1), ("bootstrap", bootstrap, 1)))
     past, future, _ = past_and_future(features, "validation")
     work = {name: make_task(past, future, name, max_users, seeds[0]) for name in tasks}
     snapshots = weigh(features, candidates, PERIODS["validation"])

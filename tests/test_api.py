@@ -27,7 +27,7 @@ N = 24  # users and items of the checkerboard
 LOG_KEYS = {"time", "request_id", "method", "route", "status", "ms", "model_version", "source"}
 
 
-def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N)):
+def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N), **more):
     """A checkerboard: the k-th user has seen every item of their own taste but the k-th, which is the one right answer."""
     users, items = IdTable(users), IdTable(items)
     taste = np.arange(len(users)) % 2
@@ -43,7 +43,7 @@ def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N)):
     path = write_bundle(
         models_dir, user_factors=factors, item_factors=factors, seen=csr_matrix(seen), users=users, items=items,
         user_columns={"popularity": seen.sum(axis=1).astype(np.int32)}, item_columns=columns,
-        algorithm="by hand", parameters={"factors": 2}, data={"fingerprint": "none"}, metrics={"loss": float("nan")},
+        algorithm="by hand", parameters={"factors": 2}, data={"fingerprint": "none"}, metrics={"loss": float("nan")}, **more,
     )
     publish(models_dir, path.name)
     return path

@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import create_engine, text as sql
+from test_store import new_database, postgres  # noqa: F401, a fixture
 
 from product_recs.core import IngestError
 from product_recs.ids import IdError, id_key
@@ -136,6 +138,23 @@ def test_values_of_a_database_that_are_no_ids(tmp_path):
     database.close()
     bad, good = rejects(f"sqlite:///{tmp_path}/shop.db", tmp_path, query="SELECT * FROM t")
     assert sorted((line, reason) for line, _, _, reason in bad) == [(1, LOST), (3, "id is not a number or a text"), (7, "blank id")] and good == ["10", "10", "10", "café"]
+
+
+def test_ids_of_the_types_of_postgresql(postgres, tmp_path):  # noqa: F811
+    url = new_database(postgres)
+    engine = create_engine(url)
+    uuid = "6f0a5f0e-0000-4000-8000-000000000001"
+    with engine.begin() as connection:
+        connection.execute(sql("CREATE TABLE t (user_id NUMERIC(30, 2), item_id UUID, big BIGINT, real REAL, double DOUBLE PRECISION, bytes BYTEA, yes BOOLEAN)"))
+        connection.execute(sql(f"INSERT INTO t VALUES (12.00, '{uuid}', 7, 7, 7, 'caf\\303\\251', true), (123456789012345678901.50, '{uuid}', 7, 7, 9007199254740992, '\\377', NULL)"))
+    engine.dispose()
+    assert rejects(url, tmp_path, query="SELECT user_id, item_id FROM t") == ([], ["12", "123456789012345678901.5"]) and kept(tmp_path / "out", "interactions", "item_id") == [uuid] * 2
+    assert rejects(url, tmp_path, query="SELECT big AS user_id, real AS item_id FROM t") == ([], ["7", "7"]) and kept(tmp_path / "out", "interactions", "item_id") == ["7", "7"]
+    bad, good = rejects(url, tmp_path, query="SELECT double AS user_id, big AS item_id FROM t")
+    assert [(line, reason) for line, _, _, reason in bad] == [(2, LOST)] and good == ["7"]
+    bad, good = rejects(url, tmp_path, query="SELECT bytes AS user_id, big AS item_id FROM t")
+    assert [(line, reason) for line, _, _, reason in bad] == [(2, "id is not a number or a text")] and good == ["café"]
+    with pytest.raises(IngestError, match="all 2 rows are bad"): ingest(url, tmp_path / "none", query="SELECT yes AS user_id, big AS item_id FROM t", **LOOSE)
 
 
 @pytest.mark.parametrize("type", [pa.bool_(), pa.date32(), pa.list_(pa.int64())])

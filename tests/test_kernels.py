@@ -1,4 +1,5 @@
-"""The compiled kernels are used only where they are what the code expects; otherwise NumPy does the work, and one message says why."""
+"""The compiled kernels are used where they are what the code expects; else NumPy does it, and a message says why."""
+
 import ctypes
 import hashlib
 import os
@@ -60,7 +61,9 @@ def test_the_kernels_of_this_checkout_are_the_ones_that_the_code_expects(name):
 
 
 @needs_compiler
-@pytest.mark.parametrize("fault", ["older interface", "other source", "no symbols", "empty", "cut off", "no library", "other machine"])
+@pytest.mark.parametrize(
+    "fault", ["older interface", "other source", "no symbols", "empty", "cut off", "no library", "other machine"]
+)
 def test_a_file_that_does_not_fit_is_left_alone_and_named(tmp_path, fault):
     source, library = tmp_path / "_search.c", tmp_path / "_search.abi3.so"
     source.write_text("the source of today")
@@ -72,9 +75,13 @@ def test_a_file_that_does_not_fit_is_left_alone_and_named(tmp_path, fault):
     elif fault == "no symbols":
         build(library, "int search_top(void) { return 0; }")
     elif fault == "other machine":
-        library.write_bytes(good[:18] + (183 if good[18] != 183 else 62).to_bytes(2, "little") + good[20:])  # e_machine: AArch64
+        library.write_bytes(
+            good[:18] + (183 if good[18] != 183 else 62).to_bytes(2, "little") + good[20:]
+        )  # e_machine: AArch64
     else:
-        library.write_bytes({"empty": b"", "cut off": good[: len(good) // 2], "no library": b"a file of text\n" * 20}[fault])
+        library.write_bytes(
+            {"empty": b"", "cut off": good[: len(good) // 2], "no library": b"a file of text\n" * 20}[fault]
+        )
     found, said = load(tmp_path)
     assert found is None and len(said) == 1
     assert str(library) in said[0] and "make kernels" in said[0] and "NumPy" in said[0]
@@ -127,11 +134,20 @@ from product_recs.search import Searcher
 from product_recs.solver import native_kernels
 print(native_kernels(), Searcher(np.eye(3, dtype=np.float32)).top(np.eye(3, dtype=np.float32), 1)[0].ravel())
 print(native_kernels())"""
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split("\n")[0] == "None [0 1 2]"
     for name in KERNELS:
-        assert run.stderr.count(f"{package}/{name}.abi3.so: it has version {KERNELS_ABI + 7} of the interface") == 1  # once, however often they are asked for
+        assert (
+            run.stderr.count(f"{package}/{name}.abi3.so: it has version {KERNELS_ABI + 7} of the interface") == 1
+        )  # once, however often they are asked for
 
 
 @needs_compiler
@@ -139,9 +155,13 @@ print(native_kernels())"""
 def test_make_builds_the_kernels_again_when_their_source_has_changed(tmp_path):
     for name in ("Makefile", "setup.py", "settings.ini", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "product_recs", tmp_path / "product_recs", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(
+        ROOT / "product_recs", tmp_path / "product_recs", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
     for name in KERNELS:  # the real ones take a minute to build
-        (tmp_path / "product_recs" / f"{name}.c").write_text(SAYS.format(abi=KERNELS_ABI, source="0", which=1).replace("0x0ULL", "SOURCE_DIGEST"))
+        (tmp_path / "product_recs" / f"{name}.c").write_text(
+            SAYS.format(abi=KERNELS_ABI, source="0", which=1).replace("0x0ULL", "SOURCE_DIGEST")
+        )
     here = tmp_path / ".venv"
     here.mkdir()
     for part in ("bin", "lib", "pyvenv.cfg"):
@@ -151,13 +171,28 @@ def test_make_builds_the_kernels_again_when_their_source_has_changed(tmp_path):
     (here / ".ready").touch()
 
     def make():
-        done = subprocess.run(["make", "kernels"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            ["make", "kernels"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         return [path.stat().st_mtime_ns for path in sorted((tmp_path / "product_recs").glob("*.so"))]
 
     def which():
-        program = "import sys; from product_recs.core import compiled; print(compiled('_als').which(), compiled('_search').which())"
-        return subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True).stdout.split()
+        program = """from product_recs.core import compiled
+print(compiled('_als').which(), compiled('_search').which())"""
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
 
     first = make()
     assert len(first) == 2 and which() == ["1", "1"]

@@ -99,7 +99,7 @@ def test_failing_notebook_leaves_its_report_and_the_old_model(finished):
     root, _ = finished
     before, versions = current_version(root / "models"), list_versions(root / "models")
     done = call(root, "product-recs", "run", "--name", "broken", "-p", "factors", "0", "--quiet")
-    assert done.returncode == 1 and "03_train failed: TrainError: factors=0: must be from 1 to 4096" in done.stderr
+    assert done.returncode == 1 and "03_train failed: TrainError: factors=0: must be a whole number from 1 to 4096" in done.stderr
     assert "TrainError</strong>: factors=0" in (root / "reports" / "broken" / "03_train.html").read_text()
     assert not (root / "reports" / "broken" / "04_evaluate.html").exists()
     assert "no model was published" in (root / "reports" / "broken" / "index.html").read_text()

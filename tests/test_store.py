@@ -303,8 +303,8 @@ def test_a_silent_database_delays_one_request_only(postgres_url, opened):
     store, other = opened(Store(postgres_url)), opened(Store(postgres_url))
     store.add_events([NewEvent(1, 101)])
     changes = opened(Changes(store, poll=0.05).start())
-    waits, refresh = [], changes._refresh
-    changes._refresh = lambda timeout: (waits.append(timeout), refresh(timeout))
+    waits, ask = [], changes._ask
+    changes._ask = lambda: (waits.append(changes.wait), ask())[1]
     with other.transaction("hold", write=True) as connection:
         connection.execute(text("LOCK TABLE clock IN ACCESS EXCLUSIVE MODE"))
         store.counter.bump()  # as after a commit
