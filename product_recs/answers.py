@@ -49,7 +49,7 @@ def as_id(
     table:IdTable|None, # of the model; None: there is no model yet
     value:int|str,      # key, or an id as somebody wrote it
 )->int|str:
-    "An id as answers show it: in the type that the model's data has, else a whole number as a number; what is no id stays as it is."
+    "An id as answers show it: as the model's data has it, else a whole number as a number; what is no id stays as it is."
     key = key_or_none(value)
     if key is None: return value
     return number_or_text(key) if table is None else table.shown(key)

@@ -146,6 +146,9 @@ def _reason(error:Exception, url:URL)->str:
     reason = (str(getattr(error, "orig", None) or error).strip() or type(error).__name__).splitlines()[0]
     return without_secrets(reason, url)
 
+def _store_error(url:URL, operation:str, reason:str)->StoreError:
+    return StoreError(f"feedback store {shown_url(url)}: {operation}: {reason}")
+
 # %% ../nbs/06_connection.ipynb #7a42a6f7
 class StoreConnection:
     "A store without its operations: opening, closing, transactions and the clock; safe to share between threads."
@@ -190,15 +193,12 @@ class StoreConnection:
         try: yield
         except StoreError as error:
             if self.shown in str(error): raise
-            raise StoreError(f"feedback store {self.shown}: {operation}: {error}") from None
-        except (SQLAlchemyError, OSError) as error: raise self._error(operation, error) from None
+            raise _store_error(self.url, operation, str(error)) from None
+        except (SQLAlchemyError, OSError) as error: raise _store_error(self.url, operation, _reason(error, self.url)) from None
         except Exception as error:
             # a database that is no feedback store can make a library stumble anywhere while it is opened
             if operation != "open": raise
-            raise self._error(operation, error) from error
-
-    def _error(self, operation:str, error:Exception)->StoreError:
-        return StoreError(f"feedback store {self.shown}: {operation}: {_reason(error, self.url)}")
+            raise _store_error(self.url, operation, _reason(error, self.url)) from error
 
     @contextmanager
     def transaction(self,

@@ -45,25 +45,30 @@ def _is_number(value:Any)->bool:
     try: return not isinstance(value, bool) and math.isfinite(value)
     except (TypeError, OverflowError): return False
 
+def _before(one:Any, moment:datetime)->bool: return one.timestamp is not None and one.timestamp < moment
+
 _ALWAYS = (Rule(Columns.Event, "blank event", "coalesce(event, '') = ''", lambda one: not one.event),
-           Rule(Columns.Quantity, "quantity is not a number", "q IS NULL OR isnan(q) OR isinf(q)", lambda one: not _is_number(one.quantity)),
+           Rule(Columns.Quantity, "quantity is not a number", "q IS NULL OR isnan(q) OR isinf(q)",
+                lambda one: not _is_number(one.quantity)),
            Rule(Columns.Quantity, "quantity is not above 0", "q <= 0", lambda one: one.quantity <= 0),
-           Rule(Columns.Timestamp, "timestamp before 1970", "t < TIMESTAMP '1970-01-01'", lambda one: one.timestamp is not None and one.timestamp < EARLIEST))
+           Rule(Columns.Timestamp, "timestamp before 1970", "t < TIMESTAMP '1970-01-01'", lambda one: _before(one, EARLIEST)))
 
 def _future(latest:datetime)->Rule:
-    sql = f"t > TIMESTAMP '{latest:%Y-%m-%d %H:%M:%S}'"
-    return Rule(Columns.Timestamp, "timestamp in the future", sql, lambda one: one.timestamp is not None and one.timestamp > latest)
+    late = lambda one: one.timestamp is not None and one.timestamp > latest
+    return Rule(Columns.Timestamp, "timestamp in the future", f"t > TIMESTAMP '{latest:%Y-%m-%d %H:%M:%S}'", late)
 
 # %% ../nbs/00_events.ipynb #cc7d9445
 def _rules_of(events:tuple[str, ...]|None, max_quantity:float, numbers:tuple[str, ...])->tuple[Rule, ...]:
     "All rules but the one that looks at the clock, in the order in which a row is judged."
     listed = ", ".join(quoted(name) for name in events or ())
-    named = [] if events is None else [Rule(Columns.Event, "unknown event", f"event NOT IN ({listed})", lambda one: one.event not in events)]
-    large = Rule(Columns.Quantity, f"quantity above {max_quantity:g}", f"q > '{float(max_quantity)}'::DOUBLE", lambda one: one.quantity > max_quantity)
+    unknown = Rule(Columns.Event, "unknown event", f"event NOT IN ({listed})", lambda one: one.event not in events)
+    large = Rule(Columns.Quantity, f"quantity above {max_quantity:g}", f"q > '{float(max_quantity)}'::DOUBLE",
+                 lambda one: one.quantity > max_quantity)
     # an event that travels without its user has no user to be judged
-    text = [Rule(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL",
-                 lambda one, column=column: isinstance(number_or_text(getattr(one, column, "0")), str)) for column in numbers]
-    return (_ALWAYS[0], *named, *_ALWAYS[1:3], large, _ALWAYS[3], *text)
+    is_text = lambda column: lambda one: isinstance(number_or_text(getattr(one, column, "0")), str)
+    text = [Rule(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL", is_text(column))
+            for column in numbers]
+    return (_ALWAYS[0], *(() if events is None else [unknown]), *_ALWAYS[1:3], large, _ALWAYS[3], *text)
 
 # %% ../nbs/00_events.ipynb #7fb974cf
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class EventRules:
         for name in ("events", "numbers"):
             if getattr(self, name) is not None: object.__setattr__(self, name, tuple(getattr(self, name)))
         if taken := {*(self.events or ())} & {*INSTRUCTIONS}:
-            raise ProductRecsError(f"events: {min(taken)} is an instruction of the service and cannot be an interaction")
+            raise ProductRecsError(f"events: {min(taken)} is an instruction of the service, and no interaction")
         object.__setattr__(self, "_rules", _rules_of(self.events, self.max_quantity, self.numbers))
 
     def sql(self,

@@ -58,7 +58,8 @@ def stage_feedback(
             forgotten = store.forgotten()
             for event in store.read_events(until):
                 out.writerow([event.seq, event.user_id, event.item_id, event.event, event.quantity, event.timestamp.isoformat()])
-                for name in kinds: kinds[name].add("text" if isinstance(number_or_text(getattr(event, name)), str) else "number")
+                for name, found in kinds.items():
+                    found.add("text" if isinstance(number_or_text(getattr(event, name)), str) else "number")
                 rows += 1
     except StoreError as error: raise IngestError(str(error)) from None
     return Feedback(store.shown, until, rows, kinds, forgotten, staged)
@@ -73,8 +74,8 @@ def drop_forgotten(
     con.execute("CREATE OR REPLACE TEMP TABLE forgotten (id VARCHAR, until TIMESTAMP)")
     moments = [moment.replace(tzinfo=None) for moment in forgotten.values()]
     con.execute("INSERT INTO forgotten SELECT unnest(?::VARCHAR[]), unnest(?::TIMESTAMP[])", [list(forgotten), moments])
-    return con.execute(f"""DELETE FROM checked USING forgotten WHERE fault IS NULL AND {key_sql('checked.user_id')} = forgotten.id
-        AND (timestamp IS NULL OR timestamp < until)""").fetchone()[0]
+    gone = f"fault IS NULL AND {key_sql('checked.user_id')} = forgotten.id AND (timestamp IS NULL OR timestamp < until)"
+    return con.execute(f"DELETE FROM checked USING forgotten WHERE {gone}").fetchone()[0]
 
 # %% ../nbs/01_feedback.ipynb #8085df4a
 def drop_forgotten_people(
@@ -84,7 +85,8 @@ def drop_forgotten_people(
 )->int:                            # rows that were dropped
     "Take forgotten users who have no interactions out of the users file."
     table, log = (f"""read_parquet('{str(path).replace("'", "''")}')""" for path in (users, interactions))
-    gone = f"{key_sql('CAST(user_id AS VARCHAR)')} IN (SELECT id FROM forgotten) AND user_id NOT IN (SELECT user_id FROM {log})"
+    wished = f"{key_sql('CAST(user_id AS VARCHAR)')} IN (SELECT id FROM forgotten)"
+    gone = f"{wished} AND user_id NOT IN (SELECT user_id FROM {log})"
     dropped, = con.execute(f"SELECT count(*) FROM {table} WHERE {gone}").fetchone()
     if dropped:
         kept = users.with_suffix(".kept")

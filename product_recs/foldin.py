@@ -136,7 +136,8 @@ def confidence_with(
     "A user's whole history with its confidences: what training found, and what came since and training would learn."
     span = slice(0, 0) if row is None else slice(bundle.seen.indptr[row], bundle.seen.indptr[row + 1])
     items, confidence = np.asarray(bundle.seen.indices)[span], np.asarray(bundle.seen.data)[span]
-    new = [(at, event) for event in events if (at := bundle.items.row(event.item_id)) is not None and bundle.rules.counts(event)]
+    counted = [event for event in events if bundle.rules.counts(event)]
+    new = [(at, event) for event in counted if (at := bundle.items.row(event.item_id)) is not None]
     if not new and not len(had.items): return items, confidence
     features = bundle.manifest["parameters"].get("features", {})
     weights, quantity = features.get("event_weights", {}), _QUANTITY[features.get("quantity", "ignore")]

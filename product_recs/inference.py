@@ -93,11 +93,6 @@ class Recommender:
         "What a user had interacted with when the model was trained."
         return self.indices[self.indptr[row]:self.indptr[row + 1]] if row is not None else self.indices[:0]
 
-    def had(self, user:int|str)->np.ndarray: # external id, known or not; rows of items
-        "What a user had interacted with before the end of the data, also where the minimum counts kept it away from the training."
-        row = self.bundle.users.row(user)
-        return self.seen_by(row) if row is not None else self.bundle.left_out.of(user).items
-
     def prepare(self)->"Recommender": # itself
         "Compute now what the first recommendation would."
         _ = self.catalogue, self.popularity, self.nearest
@@ -146,6 +141,11 @@ def search_list(
     return make_list(model, model.item_factors @ vector, n, source, ruled_out, filters)
 
 # %% ../nbs/05_inference.ipynb #09a23305
+def _had(model:Recommender, user:int|str)->np.ndarray:
+    "Rows of what a user had before the end of the data, also where the minimum counts kept it away from the training."
+    row = model.bundle.users.row(user)
+    return model.seen_by(row) if row is not None else model.bundle.left_out.of(user).items
+
 def _filters(exclude_seen:bool|None, deny:Iterable, allow:Iterable|None)->Filters:
     return Filters(exclude_seen, tuple(deny), None if allow is None else tuple(allow)) if deny or allow is not None else NO_FILTERS
 
@@ -162,7 +162,7 @@ def recommend(
     n, row = checked_n(n), model.bundle.users.row(user)
     known = row is not None and model.user_factors[row].any()
     filters = _filters(exclude_seen, deny, allow)
-    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.had(user))] if exclude_seen else [])
+    ruled_out = rule_out(model.catalogue, filters, [(SEEN, _had(model, user))] if exclude_seen else [])
     if known: return search_list(model, model.user_factors[row], n, "personalised", ruled_out, filters)
     return make_list(model, model.popularity.copy(), n, "popular", ruled_out, filters)
 
@@ -214,7 +214,7 @@ def next_purchase(
     known = row is not None and len(model.seen_by(row)) > 0
     scores = score_users(signals, np.array([row]))[0] if known else model.popularity.copy()
     filters = _filters(exclude_seen, deny, allow)
-    ruled_out = rule_out(model.catalogue, filters, [(SEEN, model.had(user))] if exclude_seen else [])
+    ruled_out = rule_out(model.catalogue, filters, [(SEEN, _had(model, user))] if exclude_seen else [])
     return make_list(model, scores, n, "next_purchase" if known else "popular", ruled_out, filters)
 
 

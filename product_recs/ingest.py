@@ -127,7 +127,8 @@ def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
     ledger.files.append(dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
     return rows
 
-def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:EventRules, latest:datetime, label:str, options:dict)->int:
+def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:EventRules, latest:datetime,
+                label:str, options:dict)->int:
     "Load one file: the plain rows at a glance, the others by the rules; the number of all rows."
     for table in ("plain", "checked"): con.execute(f"DELETE FROM {table} WHERE file = ?", [number])
     numbers, rows = con.execute(f"SELECT count(*) FILTER ({is_number('user_id')} AND {is_number('item_id')}), count(*) FROM (FROM ({sql}) LIMIT 1000)").fetchone()
@@ -137,11 +138,13 @@ def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:Event
     count, = con.execute(f"SELECT count(*) FROM {marked} AND file = {number}").fetchone()
     if count:
         con.execute(f"DELETE FROM {marked} AND file = {number}")
-        again = run_query(con, check_query(odd_query(again or sql, *judge), number, wanted, interaction_rules(rules, latest)), label, options["progress"])[0][0]
+        careful = check_query(odd_query(again or sql, *judge), number, wanted, interaction_rules(rules, latest))
+        again = run_query(con, careful, label, options["progress"])[0][0]
         assert again == count, f"{count} rows are odd at the first reading, {again} at the second"
     return loaded
 
-def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:Path, ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
+def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:Path,
+          ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
     "Read and check every file; fill `checked` and `rejects`."
     kinds = {Columns.User: set(), Columns.Item: set()}
     current = {}
@@ -256,10 +259,12 @@ def _connect(folder:Path, memory_limit:str):
     return con
 
 # %% ../nbs/01_ingest.ipynb #9ef49e28
-def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules, latest:datetime, options:dict, ledger:Ledger)->dict[str, str]:
+def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules, latest:datetime, options:dict,
+                  ledger:Ledger)->dict[str, str]:
     "Load the feedback, drop the rows of forgotten users, and give the types of the ids."
     if feedback.forgotten: # the rows of one user are taken out of one table
-        con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, timestamp, NULL, NULL FROM plain", [list(rules.events)])
+        con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, timestamp, "
+                    "NULL, NULL FROM plain", [list(rules.events)])
         con.execute("DELETE FROM plain")
     ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten)
     faults = interaction_rules(rules, latest)

@@ -40,7 +40,8 @@ class Request:
 
     def __post_init__(self):
         checked_n(self.n)
-        if self.new_items: object.__setattr__(self, "new_items", {id_key(item): words for item, words in self.new_items.items()}) # as the events have it
+        if self.new_items: # by key, as the events have it
+            object.__setattr__(self, "new_items", {id_key(item): words for item, words in self.new_items.items()})
         if self.task not in TASKS: raise ProductRecsError(f"task={self.task!r}: must be discovery or next_purchase")
 
 # %% ../nbs/05_ladder.ipynb #1a689821

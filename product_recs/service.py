@@ -67,9 +67,6 @@ class KeptAnswers:
         if question in self._kept: self.bytes -= len(self._kept.pop(question).body)
 
 # %% ../nbs/06_service.ipynb #d3d0e0b0
-_log = logging.getLogger("product_recs.service")
-NOTHING_CHANGED = Availability(frozenset(), frozenset(), 0)
-
 class _Worker:
     "What a worker process has, and how it begins and ends."
     def __init__(self,
@@ -129,13 +126,16 @@ class _Worker:
         known = iter(await self.changes.states([user for user in users if user is not None]))
         return [UNCHANGED if user is None else next(known) for user in users]
 
+# %% ../nbs/06_service.ipynb #b1d0e507
+_log = logging.getLogger("product_recs.service")
+NOTHING_CHANGED = Availability(frozenset(), frozenset(), 0)
+
+class _Answers(_Worker):
+    "Lists for users, for items and for nobody."
     def shelf(self):
         "Which items the availability feed has changed."
         return self.changes.shelf if self.changes else NOTHING_CHANGED
 
-# %% ../nbs/06_service.ipynb #b1d0e507
-class _Answers(_Worker):
-    "Lists for users, for items and for nobody."
     async def questions(self,
         users:Sequence[int|str|None], # None: a guest
         n:int,

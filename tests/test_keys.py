@@ -1,4 +1,5 @@
-"""A person and an item keep their key whatever model is live: none, one whose ids are numbers, one whose ids are texts, a retrained one, and every change between them."""
+"""A person and an item keep their key whatever model is live: none, one whose ids are numbers or texts, a retrained one."""
+
 import shutil
 import tempfile
 from collections import defaultdict
@@ -26,7 +27,9 @@ from product_recs.train import train_bundle
 
 PEOPLE, THINGS = [str(n) for n in range(1, 9)], [str(n) for n in range(10, 20)]
 TEXT_PERSON, TEXT_THING = "a7", "b7"
-BOUGHT = {person: {THINGS[(at + step) % len(THINGS)] for step in (0, 1, 3)} for at, person in enumerate(PEOPLE)} | {TEXT_PERSON: {"10", TEXT_THING}}
+BOUGHT = {person: {THINGS[(at + step) % len(THINGS)] for step in (0, 1, 3)} for at, person in enumerate(PEOPLE)} | {
+    TEXT_PERSON: {"10", TEXT_THING}
+}
 """what each had before the service began: in the models made by hand, and in the shop's files"""
 TRIED = st.sampled_from([*PEOPLE[:3], TEXT_PERSON])  # few, so that things meet
 ITEMS = st.sampled_from([*THINGS[:5], TEXT_THING])
@@ -43,14 +46,17 @@ def carried(key, carrier):
 def by_hand(folder, kind):
     "A model that knows nothing of the store, with ids of one kind."
     texts = kind == "texts"
-    people, things = sorted([*PEOPLE, TEXT_PERSON] if texts else PEOPLE), sorted([*THINGS, TEXT_THING] if texts else THINGS)
+    people, things = (
+        sorted([*PEOPLE, TEXT_PERSON] if texts else PEOPLE),
+        sorted([*THINGS, TEXT_THING] if texts else THINGS),
+    )
     seen = np.array([[float(thing in BOUGHT[person]) for thing in things] for person in people], np.float32)
     random = np.random.default_rng(0)
     table = lambda keys: IdTable(keys if texts else [int(key) for key in keys])
-    return write_bundle(
-        folder, user_factors=random.normal(size=(len(people), 4)), item_factors=random.normal(size=(len(things), 4)), seen=csr_matrix(seen), users=table(people), items=table(things),
-        user_columns={}, item_columns={"popularity": seen.sum(axis=0).astype(int)}, algorithm="by hand", parameters={"regularization": 1.0}, data={}, metrics={}, version=kind,
-    ).name  # fmt: skip
+    factors = {"user_factors": random.normal(size=(len(people), 4)), "item_factors": random.normal(size=(len(things), 4))}
+    columns = {"user_columns": {}, "item_columns": {"popularity": seen.sum(axis=0).astype(int)}}
+    facts = {"algorithm": "by hand", "parameters": {"regularization": 1.0}, "data": {}, "metrics": {}, "version": kind}
+    return write_bundle(folder, **factors, seen=csr_matrix(seen), users=table(people), items=table(things), **columns, **facts).name
 
 
 class Shop(RuleBasedStateMachine):
@@ -62,8 +68,16 @@ class Shop(RuleBasedStateMachine):
         self.url = f"sqlite:///{self.folder}/feedback.db"
         for kind in ("numbers", "texts"):
             by_hand(self.folder / "models", kind)
-            rows = [(person, thing) for person, things in BOUGHT.items() for thing in sorted(things) if kind == "texts" or person.isdigit() and thing.isdigit()]
-            dated = [f"{person}{'.0' if kind == 'texts' and person == '2' else ''},{thing},2026-01-{1 + at % 28:02}" for at, (person, thing) in enumerate(rows)]
+            rows = [
+                (person, thing)
+                for person, things in BOUGHT.items()
+                for thing in sorted(things)
+                if kind == "texts" or person.isdigit() and thing.isdigit()
+            ]
+            dated = [
+                f"{person}{'.0' if kind == 'texts' and person == '2' else ''},{thing},2026-01-{1 + at % 28:02}"
+                for at, (person, thing) in enumerate(rows)
+            ]
             (self.folder / f"{kind}.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(dated) + "\n")
         (self.folder / "none").mkdir()
         self.events, self.denied, self.gone, self.forgotten = defaultdict(list), defaultdict(set), {}, set()
@@ -76,7 +90,15 @@ class Shop(RuleBasedStateMachine):
         if kind != "none":
             publish(self.folder / "models", kind)
         folder = self.folder / ("none" if kind == "none" else "models")
-        self.kind, self.client = kind, TestClient(create_app(Settings(models_dir=folder, database_url=self.url, log_level="ERROR", auth="off", watch_seconds=60)), base_url="http://localhost")
+        self.kind, self.client = (
+            kind,
+            TestClient(
+                create_app(
+                    Settings(models_dir=folder, database_url=self.url, log_level="ERROR", auth="off", watch_seconds=60)
+                ),
+                base_url="http://localhost",
+            ),
+        )
         self.client.__enter__()
 
     def stop(self):
@@ -105,9 +127,17 @@ class Shop(RuleBasedStateMachine):
         assert self.client.post("/model/reload").json()["model_version"] == kind
         self.kind = kind
 
-    @rule(user=TRIED, item=ITEMS, name=st.sampled_from(["purchase", "view", "deny", "deny", "undeny"]), by=CARRIER, of=CARRIER)
+    @rule(
+        user=TRIED,
+        item=ITEMS,
+        name=st.sampled_from(["purchase", "view", "deny", "deny", "undeny"]),
+        by=CARRIER,
+        of=CARRIER,
+    )
     def tell(self, user, item, name, by, of):
-        answer = self.client.post("/events", json={"user_id": carried(user, by), "item_id": carried(item, of), "event": name}).json()
+        answer = self.client.post(
+            "/events", json={"user_id": carried(user, by), "item_id": carried(item, of), "event": name}
+        ).json()
         numbers = self.live().rules.numbers if self.live() else ()
         refused = name in ("purchase", "view") and not (user.isdigit() and item.isdigit()) and len(numbers) > 0
         assert answer["accepted"] == (not refused) and (not refused or "id is text" in answer["results"][0]["error"])
@@ -118,7 +148,12 @@ class Shop(RuleBasedStateMachine):
 
     @rule(item=ITEMS, available=st.booleans(), of=CARRIER)
     def sell(self, item, available, of):
-        assert self.client.post("/availability", json={"items": [{"item_id": carried(item, of), "available": available}]}).status_code == 200
+        assert (
+            self.client.post(
+                "/availability", json={"items": [{"item_id": carried(item, of), "available": available}]}
+            ).status_code
+            == 200
+        )
         self.gone[item] = not available
 
     @rule(user=TRIED, by=CARRIER)
@@ -131,7 +166,10 @@ class Shop(RuleBasedStateMachine):
     def retrain(self, kind):
         "By the real ingest and the real training, with what the store has; then the new model answers."
         self.stop()
-        with Store(self.url) as store, store.transaction("test", write=True) as connection:  # a cut lies two seconds back: here it all came a while ago
+        with (
+            Store(self.url) as store,
+            store.transaction("test", write=True) as connection,
+        ):  # a cut lies two seconds back: here it all came a while ago
             connection.execute(update(EVENTS).values(received_at=EVENTS.c.received_at - 10_000_000))
             connection.execute(update(FORGOTTEN).values(at=FORGOTTEN.c.at - 10_000_000))
         self.trainings += 1
@@ -146,11 +184,23 @@ class Shop(RuleBasedStateMachine):
             learned[id_key(user)].add(id_key(item))
         for user in {*BOUGHT, *self.events}:
             told = {item for item in self.events[user] if fits(user) and fits(item)}
-            before = {item for item in BOUGHT.get(user, ()) if fits(user) and fits(item)} if user not in self.forgotten else set()
+            before = (
+                {item for item in BOUGHT.get(user, ()) if fits(user) and fits(item)}
+                if user not in self.forgotten
+                else set()
+            )
             assert learned[user] == told | before, (user, "is what training learned and what was told")
         lost = [item for user, items in self.events.items() for item in items if not (fits(user) and fits(item))]
         assert ledger.rows_rejected == len(lost), "what is left out is counted"
-        version, _ = train_bundle(build_features(run, run / "features"), self.folder / "models", factors=4, iterations=2, num_threads=1, blend=False, progress=False)
+        version, _ = train_bundle(
+            build_features(run, run / "features"),
+            self.folder / "models",
+            factors=4,
+            iterations=2,
+            num_threads=1,
+            blend=False,
+            progress=False,
+        )
         self.start(version)
 
     @invariant()
@@ -166,7 +216,11 @@ class Shop(RuleBasedStateMachine):
             shows_numbers = bundle is None or bundle.users.is_int
             assert told["user_id"] == (int(user) if shows_numbers and user.isdigit() else user)
             had = {id_key(line["item_id"]) for line in told["history"] if line["event"] not in ("deny", "undeny")}
-            trained = {id_key(item) for item in bundle.items.take(bundle.seen[row].indices)} if bundle and (row := bundle.users.row(user)) is not None else set()
+            trained = (
+                {id_key(item) for item in bundle.items.take(bundle.seen[row].indices)}
+                if bundle and (row := bundle.users.row(user)) is not None
+                else set()
+            )
             if user in self.forgotten:
                 assert had == {*self.events[user]}, "a forgotten person came back"
             else:
@@ -179,7 +233,9 @@ class Shop(RuleBasedStateMachine):
             assert not {*found} & {item for item in had if bundle.rules.fits("user_id", user)}
 
 
-Shop.TestCase.settings = settings(max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck])
+Shop.TestCase.settings = settings(
+    max_examples=12, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck]
+)
 test_a_key_means_the_same_through_every_change_of_models = Shop.TestCase
 
 

@@ -1,4 +1,6 @@
 """What a user had is never new to them, whoever and whatever the minimum counts leave out of the training."""
+import time
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,13 +8,12 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from product_recs.api import create_app
-from product_recs.bundle import open_bundle
+from product_recs.bundle import load_table, open_bundle
 from product_recs.core import Settings
 from product_recs.evaluate import NothingToJudge, make_task, past_and_future
 from product_recs.features import FeatureError, build_features
 from product_recs.ingest import ingest
 from product_recs.inference import Recommender, recommend, recommend_all, recommend_many
-from product_recs.bundle import load_table
 from product_recs.train import train_bundle
 
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -50,15 +51,15 @@ def test_a_user_of_one_item_is_folded_in_like_a_session_of_it(shop):
     folder, _, _, bundle = shop
     with serving(folder) as service:
         left_out = service.get("/recommend/1")
-        session = service.post("/recommend", json={"events": [{"item_id": 10}], "n": 10}).json()
+        session = service.post("/recommend", json={"events": [{"item_id": 10}], "n": 10}).json()["results"][0]
         assert left_out.headers["X-Recommendation-Source"] == "session" and 10 not in left_out.json()["recommendations"]
         assert left_out.json()["recommendations"] == session["recommendations"] and bundle.users.row(1) is None
         why = service.get("/explain/1/11").json()
         assert [part["item_id"] for part in why["why"]] == [10]
         assert service.get("/explain/1/10").json()["rule"] == "already seen"
         history = service.get("/users/1/history").json()
-        assert history["known"] and [line["item_id"] for line in history["history"]] == [10] and history["history"][0]["last"].startswith("2026-01-01")
-        many = service.post("/recommend", json={"user_ids": [1, 40, 77]}).json()
+        assert history["known"] and [line["item_id"] for line in history["history"]] == [10]
+        many = service.post("/recommend", json={"users": [1, 40, 77]}).json()
         assert 10 not in many["results"][0]["recommendations"] and many["results"][2]["source"] == "popular"
     assert 10 not in recommend(Recommender(bundle), 1).items
 
@@ -66,7 +67,7 @@ def test_a_user_of_one_item_is_folded_in_like_a_session_of_it(shop):
 def test_an_item_of_one_user_is_not_new_to_them_and_new_to_others(shop):
     folder, _, _, bundle = shop
     with serving(folder) as service:
-        assert service.get("/new?user_id=40").json()["recommendations"] == [998, 999] or set(service.get("/new?user_id=40").json()["recommendations"]) == {998, 999}
+        assert set(service.get("/new?user_id=40").json()["recommendations"]) == {998, 999}
         assert set(service.get("/new?user_id=2").json()["recommendations"]) == {99, 998, 999} and bundle.items.row(99) is None
         lines = service.get("/users/40/history").json()["history"]
         assert [(line["item_id"], line["title"], line["interactions"]) for line in lines] == [(11, "Thing 11", 1), (10, "Thing 10", 1), (99, "Thing 99", 1)]
@@ -94,6 +95,7 @@ def test_feedback_on_an_item_that_was_left_out_counts_before_and_after_the_next_
         assert 99 not in service.get("/new?user_id=2").json()["recommendations"]
         recommended = service.get("/recommend/1")
         assert not {10, 12} & set(recommended.json()["recommendations"]) and {line["item_id"] for line in service.get("/users/1/history").json()["history"]} == {10, 12}
+    time.sleep(2.1)  # what is younger than two seconds waits for the training after this one
     ingest(folder/"log.csv", tmp_path/"run", products=folder/"products.csv", feedback=url, progress=False)
     features = build_features(tmp_path/"run", tmp_path/"run"/"features", min_user_items=3, min_item_users=3)
     train_bundle(features, tmp_path/"models", publish_it=True, blend=False, factors=4, iterations=3, num_threads=1, progress=False)
@@ -121,7 +123,7 @@ def test_no_list_of_new_things_has_an_item_of_the_user_s_own_log(tmp_path_factor
             offered = service.get(f"/recommend/{user}?n=20").json()["recommendations"] + service.get(f"/new?user_id={user}&n=20").json()["recommendations"]
             assert not own[user] & set(offered), (user, offered)
             assert {line["item_id"] for line in service.get(f"/users/{user}/history").json()["history"]} == own[user]
-        results = service.post("/recommend", json={"user_ids": everybody, "n": 20}).json()["results"]
+        results = service.post("/recommend", json={"users": everybody, "n": 20}).json()["results"]
         assert all(not own.get(one["user_id"], set()) & set(one["recommendations"]) for one in results)
     model = Recommender(bundle)
     for user, answer in zip(everybody, recommend_many(model, everybody, 20)): assert not own.get(user, set()) & set(answer.items)

@@ -59,6 +59,18 @@ def test_every_pair_of_every_snapshot_has_a_finite_and_positive_confidence(tmp_p
         assert np.isfinite(found).all() and (found > 0).all()
 
 
+@pytest.mark.parametrize("weighting", ["none", "log1p", "binary", "bm25"])
+@pytest.mark.parametrize("days, half_life", [(0.1, 1e-4), (100, 1e-4), (9000, 0.01), (9000, 1e6)])
+def test_a_decay_to_nothing_and_rows_from_after_the_snapshot_leave_positive_confidences(tmp_path, days, half_life, weighting):
+    features = features_of(log_of(5, 200, days), tmp_path, half_life_days=half_life, weighting=weighting)
+    assert (days < 1) == (features.split == {})
+    for name in SNAPSHOTS:
+        snapshot = getattr(features, name)
+        assert np.isfinite(snapshot.confidence.data).all() and (snapshot.confidence.data > 0).all() and (snapshot.age_days.data >= 0).all(), name
+    if days < 1 and weighting == "none": # minutes make a difference also where there is no split
+        assert features.all.confidence.data.max() > 1e6*features.all.confidence.data.min()
+
+
 @pytest.mark.parametrize("parameters", [dict(regularization=0), dict(regularization=1e12), dict(alpha=1e-12), dict(alpha=1e12), dict(factors=1), dict(factors=300), dict(factors=300, regularization=0),
                                         dict(iterations=1), dict(seed=2**32 - 1), dict(cg_steps=500), dict(nu=1), dict(unobserved_weight=1e-12), dict(unobserved_weight=1e12)], ids=str)
 @pytest.mark.parametrize("solver", ["rotated", "implicit"])

@@ -1,8 +1,10 @@
 """Ids become keys: `i12`, `s12` and `s12.0` were three people, and are one, `12`.
 
-What was kept twice becomes one: of two wishes to be forgotten the later counts, of two words about an item the last, of two
-about a denied item the last one that is still there. What the old typing let somebody keep who had asked to be forgotten goes.
+What was kept twice becomes one: of two wishes to be forgotten the later counts, of two words about an item the last,
+and of an item that was denied and allowed again the last word that is still there. What somebody could keep who had
+asked to be forgotten, because a wish had missed it, goes. Stop the workers of the older version first.
 """
+
 import re
 
 import sqlalchemy as sa
@@ -91,7 +93,11 @@ def change_impressions(connection, forgotten: dict) -> None:
     "The users and the items of each answer as keys, a page at a time; an answer from before a wish goes."
     last = 0
     this = IMPRESSIONS.c.id == sa.bindparam("row")
-    change = sa.update(IMPRESSIONS).where(this).values(user_id=sa.bindparam("user"), items=sa.bindparam("keys", type_=sa.JSON))
+    change = (
+        sa.update(IMPRESSIONS)
+        .where(this)
+        .values(user_id=sa.bindparam("user"), items=sa.bindparam("keys", type_=sa.JSON))
+    )
     page = sa.select(IMPRESSIONS).where(IMPRESSIONS.c.id > sa.bindparam("last")).order_by(IMPRESSIONS.c.id).limit(PAGE)
     while rows := connection.execute(page, {"last": last}).all():
         changed, gone = [], []
