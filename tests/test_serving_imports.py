@@ -21,7 +21,7 @@ def test_the_service_imports_nothing_of_training_or_notebooks():
     assert "product_recs.inference" in modules
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
     assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in (
-        "answers", "api", "bundle", "changes", "cold", "connection", "core", "credentials", "events", "explain", "filters", "foldin", "ids", "inference", "ladder", "live", "monitor", "nearest", "people", "ranking",
+        "answers", "api", "bundle", "changes", "cold", "connection", "core", "credentials", "events", "explain", "filters", "foldin", "ids", "inference", "ladder", "live", "monitor", "nearest", "parameters", "people", "ranking",
         "records", "search", "security", "service", "signals", "solver", "sql", "store", "web")}
 
 
