@@ -34,7 +34,8 @@ from .people import add_feedback, add_items, add_new, add_people
 from .security import Guard, Keys, auth_required, describe_keys, is_loopback
 from .service import FastPath, Service
 from .store import StoreError
-from .web import RequestLog, documented, http_problem, id_in_path, known_problem, log_to_stdout, parameter_problem, path_id, unavailable
+from .web import (RequestLog, documented, http_problem, id_in_path, known_problem, log_to_stdout, parameter_problem,
+                              path_id, unavailable)
 
 # %% ../nbs/06_api.ipynb #9a6cfed0
 def _headers(version:str, source:str, shortfall:str|None=None)->dict[str, str]:
@@ -194,7 +195,8 @@ def create_app(
     # the last one added is the outermost
     app.add_middleware(FastPath, service=service)
     app.add_middleware(Guard, settings=settings, shared_folder=workers_folder())
-    def observe(line:dict, seconds:float): service.metrics.observe(line["route"], line["method"], line["status"] or 499, seconds)
+    def observe(line:dict, seconds:float):
+        service.metrics.observe(line["route"], line["method"], line["status"] or 499, seconds)
     app.add_middleware(RequestLog, observe=observe, root_path=settings.root_path)
     if auth_required(settings): describe_keys(app)
     return app
@@ -251,9 +253,11 @@ def serve(
     import uvicorn
     settings = settings or Settings()
     port, alone = bindable(settings.host, settings.port)
-    settings = settings.model_copy(update={"port": port, "auth": "off" if settings.auth == "auto" and alone else settings.auth})
+    auth = "off" if settings.auth == "auto" and alone else settings.auth
+    settings = settings.model_copy(update={"port": port, "auth": auth})
     if auth_required(settings): Keys(settings.api_keys_file) # a broken file is an error now, and not of each worker
     with _environment(settings), shared_folder(settings.workers):
         uvicorn.run("product_recs.api:create_app", factory=True, host=settings.host, port=port, workers=settings.workers,
-                    http="product_recs.web:BoundedHttp", access_log=False, server_header=False, forwarded_allow_ips=settings.forwarded_allow_ips,
-                    log_config=log_config(settings.log_level), log_level=None, timeout_graceful_shutdown=10, timeout_worker_healthcheck=30)
+                    http="product_recs.web:BoundedHttp", access_log=False, server_header=False,
+                    forwarded_allow_ips=settings.forwarded_allow_ips, log_config=log_config(settings.log_level),
+                    log_level=None, timeout_graceful_shutdown=10, timeout_worker_healthcheck=30)

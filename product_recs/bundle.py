@@ -305,13 +305,14 @@ class Bundle:
         "Which events a training by the rules of this model learns."
         return EventRules(**self.manifest["parameters"].get("ingest", {}))
 
-_PARTS = {"version": str, "created_at": str, "algorithm": str, "parameters": dict, "data": dict, "shape": dict, "metrics": dict, "files": dict}
+_PARTS = {**dict.fromkeys(("version", "created_at", "algorithm"), str),
+          **dict.fromkeys(("parameters", "data", "shape", "metrics", "files"), dict)}
 
 def _missing(manifest:dict)->str|None:
     "The first part of a manifest that is not what `write_bundle` wrote."
     for name, kind in _PARTS.items():
         if not isinstance(manifest.get(name), kind): return f"`{name}` is missing or no {kind.__name__}"
-    if not all(type(count) is int for count in manifest["shape"].values()): return "`shape` has something else than counts"
+    if any(type(count) is not int for count in manifest["shape"].values()): return "`shape` has more than counts"
     for name, file in manifest["files"].items():
         fits = isinstance(file, dict) and type(file.get("bytes")) is int and isinstance(file.get("sha256"), str)
         if not fits or Path(name).name != name: return f"`files` has no size and sha256 of {name!r}"
@@ -326,7 +327,8 @@ def read_manifest(
     except ValueError as error: raise BundleError(f"{path/'manifest.json'}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{path/'manifest.json'}: bundle format {manifest.get('format') if isinstance(manifest, dict) else '?'!r}, this version reads {FORMAT}; update product-recs or train again")
-    if missing := _missing(manifest): raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}")
+    if missing := _missing(manifest):
+        raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}")
     return manifest
 
 # %% ../nbs/00_bundle.ipynb #328574e2
@@ -384,7 +386,8 @@ def current_version(
     "Name of the live version."
     try: name = (Path(models_dir)/"current").read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError): return None
-    except UnicodeDecodeError as error: raise BundleError(f"{Path(models_dir)/'current'}: cannot be read ({error})") from None
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{Path(models_dir)/'current'}: cannot be read ({error})") from None
     return _valid_version(name)
 
 def live_version(
@@ -431,14 +434,16 @@ def list_versions(
     models_dir:Path,
 )->list[str]: # oldest first
     "Names of the folders with a manifest, which `read_manifest` may refuse all the same."
-    return sorted(path.parent.name for path in Path(models_dir).glob("*/manifest.json") if _is_version(path.parent.name))
+    names = (path.parent.name for path in Path(models_dir).glob("*/manifest.json"))
+    return sorted(name for name in names if _is_version(name))
 
 def version_of(
     models_dir:Path,
     fingerprint:str, # of ingested interactions
 )->str|None:         # None where no bundle was made from them
     "The live version if it was made from these interactions, else the newest one that was."
-    versions = [version for version in list_versions(models_dir) if _fingerprint(Path(models_dir)/version) == fingerprint]
+    models_dir = Path(models_dir)
+    versions = [version for version in list_versions(models_dir) if _fingerprint(models_dir/version) == fingerprint]
     live = live_version(models_dir)
     return live if live in versions else versions[-1] if versions else None
 

@@ -142,7 +142,8 @@ def _counted(connection:Connection, learned:int, top:int)->Iterator:
 def _since(connection:Connection, after:int, top:int)->tuple:
     "What has a number after `after`, up to `top`: wishes to be forgotten, items, events."
     def rows(table):
-        return connection.execute(select(table).where(table.c.seq > after, table.c.seq <= top).order_by(table.c.seq)).all()
+        query = select(table).where(table.c.seq > after, table.c.seq <= top)
+        return connection.execute(query.order_by(table.c.seq)).all()
     return rows(FORGOTTEN), rows(AVAILABILITY), rows(EVENTS)
 
 def _of_users(connection:Connection, users:Sequence[str], learned:int, top:int, most:int)->dict[str, list]:
@@ -167,7 +168,8 @@ def _set_items(view:_View, rows:Sequence)->None:
 def _begin(view:_View, connection:Connection, top:int)->None:
     "Read everything anew."
     view.top, view.revision, rules = top, view.revision + 1, view.rules
-    rules.forgotten = {row.user_id: row.at for row in connection.execute(select(FORGOTTEN).where(FORGOTTEN.c.seq <= top))}
+    wishes = connection.execute(select(FORGOTTEN).where(FORGOTTEN.c.seq <= top))
+    rules.forgotten = {row.user_id: row.at for row in wishes}
     for row in connection.execute(select(DENIED)): rules.denied.setdefault(row.user_id, set()).add(row.item_id)
     rules.settle({*rules.denied, *rules.forgotten}, view.learned, view.revision)
     _set_items(view, connection.execute(select(AVAILABILITY).where(AVAILABILITY.c.seq <= top)).all())
@@ -238,7 +240,8 @@ class _Follower:
         timeout:float=10.0, # seconds for the first reading
     ):
         "Begin to follow the store; a store that is down is no error."
-        self._thread, first = threading.Thread(target=self._run, name="feedback changes", daemon=True), self._next_reading
+        first = self._next_reading
+        self._thread = threading.Thread(target=self._run, name="feedback changes", daemon=True)
         self._thread.start()
         wait([first], timeout)
         return self
@@ -282,7 +285,8 @@ class _Reader(_Follower):
     def __init__(self, store:Store, learned_until:datetime|str|None, wait:float, poll:float, most:int):
         super().__init__(store, wait, poll)
         self._view, self._anew, self._recount = _View(learned_micros(learned_until), most), False, False
-        self._reading, self._changing = threading.Lock(), threading.Lock() # while the store is read; while the view changes
+        self._reading = threading.Lock()  # while the thread reads the store
+        self._changing = threading.Lock() # while the view changes
 
     def use(self,
         learned_until:datetime|str|None, # of the model that is served now
@@ -313,7 +317,7 @@ class _Reader(_Follower):
             self._anew = self._recount = False
 
     def _load(self, users:Sequence[str], chunk:int=1000)->dict[str, UserState]:
-        "Users whose events are read from the store now; without those who did something meanwhile, or all where it fails."
+        "Users whose events are read now; without those who did something meanwhile, and none where it fails."
         view, states = self._view, {}
         try:
             for start in range(0, len(users), chunk):

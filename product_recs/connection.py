@@ -191,14 +191,15 @@ class StoreConnection:
     @contextmanager
     def _errors(self, operation:str)->Iterator[None]:
         try: yield
-        except StoreError as error:
-            if self.shown in str(error): raise
-            raise _store_error(self.url, operation, str(error)) from None
-        except (SQLAlchemyError, OSError) as error: raise _store_error(self.url, operation, _reason(error, self.url)) from None
+        except (StoreError, SQLAlchemyError, OSError) as error: raise self._error(operation, error) from None
         except Exception as error:
             # a database that is no feedback store can make a library stumble anywhere while it is opened
-            if operation != "open": raise
-            raise _store_error(self.url, operation, _reason(error, self.url)) from error
+            if operation == "open": raise self._error(operation, error) from error
+            raise
+
+    def _error(self, operation:str, error:Exception)->StoreError:
+        if isinstance(error, StoreError) and self.shown in str(error): return error
+        return StoreError(f"feedback store {self.shown}: {operation}: {_reason(error, self.url)}")
 
     @contextmanager
     def transaction(self,

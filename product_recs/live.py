@@ -67,16 +67,20 @@ class _Held:
         "Take up what `current` names, where it changed, where it is time for another try, or where somebody asks."
         with self._lock:
             stamp, before = _stamp(self.models_dir), self.refused
-            if stamp == self._looked_at and time.monotonic() < self._again_at and not again: return Reload("unchanged", self.version)
+            if stamp == self._looked_at and time.monotonic() < self._again_at and not again:
+                return Reload("unchanged", self.version)
             if stamp != self._looked_at: self._tries = 0
             self._looked_at, self._again_at = stamp, math.inf
             try: result = self._take_up()
             except BundleError as error: result = self._refuse(str(error))
             except Exception as error:
                 first, longest = self.pauses
-                self._again_at, self._tries = time.monotonic() + min(longest, first*2**self._tries), min(self._tries + 1, 30)
-                result = self._refuse(f"{self.models_dir}: the model cannot be opened now, it is tried again ({type(error).__name__}: {error})")
-            if result.status == "reloaded" or (result.status == "refused" and (again or self.refused is not before)): self._tell(result)
+                self._again_at = time.monotonic() + min(longest, first*2**self._tries)
+                self._tries = min(self._tries + 1, 30)
+                reason = f"the model cannot be opened now, it is tried again ({type(error).__name__}: {error})"
+                result = self._refuse(f"{self.models_dir}: {reason}")
+            is_new = result.status == "refused" and (again or self.refused is not before)
+            if result.status == "reloaded" or is_new: self._tell(result)
             return result
 
     def _take_up(self)->Reload:
@@ -98,7 +102,8 @@ class _Refusing(_Held):
     def _refuse(self, error:str)->Reload:
         "Keep the reason, and the time of the first time; without a model take the latest previous one."
         version = live_version(self.models_dir)
-        if self.refused is None or (self.refused.version, self.refused.error) != (version, error): self.refused = Refused(version, error, datetime.now(timezone.utc))
+        if self.refused is None or (self.refused.version, self.refused.error) != (version, error):
+            self.refused = Refused(version, error, datetime.now(timezone.utc))
         if self._model is None and version: self._fall_back()
         return Reload("refused", self.version, error)
 
@@ -106,7 +111,8 @@ class _Refusing(_Held):
         "The latest previous version that can be used, for a worker that has no model yet."
         for version in previous_versions(self.models_dir):
             try: return self._swap(version)
-            except Exception as error: _log.error("previous model %s cannot be used either: %s: %s", version, type(error).__name__, error)
+            except Exception as error:
+                _log.error("previous model %s cannot be used either: %s: %s", version, type(error).__name__, error)
 
     def _tell(self, result:Reload)->None:
         "Log it and call the listeners; an error of one hinders neither the others nor the model."
@@ -131,9 +137,10 @@ class LiveModel(_Refusing):
     def get(self)->Any: # what `prepare` made
         "The model; a `NoModel` says why there is none. It never waits and reads nothing."
         if (model := self._model) is not None: return model
-        if (refused := self.refused) is None: raise NoModel(f"{self.models_dir}: the model is being opened", "the model is being opened")
-        told = f"model {refused.version} cannot be used" if refused.version else "no model is live; publish one, for example with `product-recs run`"
-        raise NoModel(refused.error, told)
+        refused, opening = self.refused, "the model is being opened"
+        if refused is None: raise NoModel(f"{self.models_dir}: {opening}", opening)
+        if refused.version: raise NoModel(refused.error, f"model {refused.version} cannot be used")
+        raise NoModel(refused.error, "no model is live; publish one, for example with `product-recs run`")
 
     def look(self)->None:
         "Look now, unless another thread is looking; for a thread, while there is no model."
@@ -200,7 +207,9 @@ def version_lines(
         mark = "live" if version == live else f"-{before.index(version) + 1}" if version in before else ""
         try: manifest = read_manifest(models_dir/version)
         except (BundleError, OSError) as error: lines.append(f"{mark:<5}{version}  not usable: {error}"); continue
-        quality = [f"{name} {value:.4g}" for name, value in manifest["metrics"].items() if "ndcg@" in name and isinstance(value, (int, float))]
-        size = ", ".join(f"{manifest['shape'].get(what, 0):,} {what}" for what in ("users", "items"))
-        lines.append(f"{mark:<5}{version}  {manifest['created_at']}  {size}" + "".join(f", {text}" for text in quality[:2]))
+        figures = {name: value for name, value in manifest["metrics"].items()
+                   if "ndcg@" in name and isinstance(value, (int, float))}
+        facts = [f"{manifest['shape'].get(what, 0):,} {what}" for what in ("users", "items")]
+        facts += [f"{name} {value:.4g}" for name, value in figures.items()][:2]
+        lines.append(f"{mark:<5}{version}  {manifest['created_at']}  {', '.join(facts)}")
     return lines

@@ -41,7 +41,8 @@ async def json_body(
     kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if not re.fullmatch(r"application/(json|[^/]+\+json)", kind):
         raise HTTPException(415, f"the body must be application/json, not {kind or 'without a content type'}")
-    if not await request.body(): raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required"}])
+    empty = {"type": "missing", "loc": ("body",), "msg": "Field required"}
+    if not await request.body(): raise RequestValidationError([empty])
     try: return await request.json()
     except json.JSONDecodeError as error:
         wrong = {"type": "json_invalid", "loc": ("body", error.pos), "msg": error.msg, "ctx": {"error": error.msg}}

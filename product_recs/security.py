@@ -248,10 +248,12 @@ def _from_elsewhere(needed:str, headers:dict[bytes, bytes], origins:set[bytes], 
     "Without keys: the refusal of what a page of another site sends through its visitor's browser."
     host = headers.get(b"host", b"")
     if not _is_own_name(host, hosts):
-        return 403, f"without API keys this service answers to localhost alone, and not to {host.decode('latin-1')[:100]!a}; list the name in PRODUCT_RECS_ALLOWED_HOSTS, or ask for API keys", {}
+        told = f"without API keys this service answers to localhost alone, and not to {host.decode('latin-1')[:100]!a}"
+        return 403, f"{told}; list the name in PRODUCT_RECS_ALLOWED_HOSTS, or ask for API keys", {}
     origin, site = headers.get(b"origin"), headers.get(b"sec-fetch-site")
     if needed == "read" or site == b"same-origin" or {origin, b"*"} & origins: return None
-    if site in (None, b"none") and (origin is None or origin.partition(b"://")[2] == host): return None # a program, or a browser of before 2023
+    # a program, or a browser of before 2023
+    if site in (None, b"none") and (origin is None or origin.partition(b"://")[2] == host): return None
     return 403, "a page of another site may not change anything here; list its origin in PRODUCT_RECS_CORS_ORIGINS, or ask for API keys", {}
 
 def _client(scope:dict)->str:

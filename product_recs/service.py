@@ -90,7 +90,8 @@ class _Worker:
         "Drop the events that the new model knows itself."
         self.metrics.reload(result.status)
         if result.status != "reloaded": return
-        self.kept = KeptAnswers(self.settings.cache_size) # another object: the loop may be putting something into this one
+        # another object: the loop may be putting an answer into this one
+        self.kept = KeptAnswers(self.settings.cache_size)
         manifest = self.live.get().bundle.manifest
         self.metrics.model_taken_up(manifest["version"], manifest["created_at"])
         until = manifest["data"].get("feedback_until")
@@ -115,6 +116,9 @@ class _Worker:
             self.changes.close()
             self.store.close()
 
+# %% ../nbs/06_service.ipynb #75f1300e
+class _Current(_Worker):
+    "What a request is told of the moment."
     async def catch_up(self, feedback:bool=True)->None:
         "What comes before an answer: a model where there is none yet, and what users did a moment ago."
         if self.live.version is None: await run_in_threadpool(self.live.look)
@@ -130,7 +134,7 @@ class _Worker:
 _log = logging.getLogger("product_recs.service")
 NOTHING_CHANGED = Availability(frozenset(), frozenset(), 0)
 
-class _Answers(_Worker):
+class _Answers(_Current):
     "Lists for users, for items and for nobody."
     def shelf(self):
         "Which items the availability feed has changed."

@@ -85,7 +85,8 @@ def unavailable(
 
 async def known_problem(request:Request, error:ProductRecsError)->JSONResponse:
     "404 for an unknown item, 503 for no model, 422 for anything else that the caller can mend."
-    if isinstance(error, BundleError): return unavailable(request, getattr(error, "public", "the model cannot answer now"), str(error))
+    if isinstance(error, BundleError):
+        return unavailable(request, getattr(error, "public", "the model cannot answer now"), str(error))
     return problem(_raw_path(request), 404 if isinstance(error, UnknownItem) else 422, str(error))
 
 # %% ../nbs/06_web.ipynb #100856c9

@@ -107,7 +107,7 @@ def test_a_filter_takes_the_value_that_an_answer_gave(type, typed):
 @pytest.mark.parametrize("categories, wanted, other", [(["10", "10", "", "20"], "10", "30"), (["1.5", "1.5", "", "2"], "1.5", "7"), (["true", "true", "", "false"], "true", "false"), (["a", "a", "", "b"], "a", "c")])
 def test_a_shop_may_number_its_categories(categories, wanted, other, tmp_path):
     (tmp_path / "p.csv").write_text("item_id,category\n" + "".join(f"{item},{category}\n" for item, category in zip((SOLD, UNSOLD, GAP, 11), categories)))
-    with TestClient(create_app(Settings(models_dir=make_model(tmp_path, tmp_path / "p.csv"), log_level="ERROR", database_url=""))) as client:
+    with TestClient(create_app(Settings(models_dir=make_model(tmp_path, tmp_path / "p.csv"), log_level="ERROR", auth="off", database_url="")), base_url="http://localhost") as client:
         assert client.get(f"/new?category={wanted}").json()["recommendations"] == [UNSOLD] and client.get(f"/popular?category={wanted}").json()["recommendations"] == [SOLD]
         assert client.get(f"/new?category={other}").json()["recommendations"] == [] and client.get(f"/popular?category={other}&n=9").json()["recommendations"] == [[], [11]][other == "false"]
 
@@ -166,7 +166,7 @@ def to_json(path, table):
 def test_any_table_says_the_same_of_a_sold_and_an_unsold_twin(tmp_path_factory, table, write):
     folder = tmp_path_factory.mktemp("table")
     models = make_model(folder, write(folder / "products", table))
-    with TestClient(create_app(Settings(models_dir=models, log_level="ERROR", database_url=""))) as client:
+    with TestClient(create_app(Settings(models_dir=models, log_level="ERROR", auth="off", database_url="")), base_url="http://localhost") as client:
         sold, unsold = (client.get(f"/items/{item}").json() for item in (SOLD, UNSOLD))
         assert facts(client, sold) == facts(client, unsold) and set(unsold["attributes"]) == set(table)
         detail = {item["item_id"]: item for item in client.get("/recommend/nobody?n=9&detail=true").json()["items"]}

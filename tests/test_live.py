@@ -1,4 +1,5 @@
 """Models change while they answer: real bundles, published and broken on disk, while threads and processes read."""
+import json
 import logging
 import os
 import resource
@@ -192,8 +193,9 @@ def test_a_worker_that_starts_while_current_is_broken_answers_as_the_others(mode
 def test_a_folder_without_one_usable_model_says_why(models, caplog):
     flip(models / "v1" / "item_factors.npy")
     live = live_model(models)
-    with caplog.at_level(logging.ERROR, "product_recs.live"), pytest.raises(NoModel, match=r"item_factors\.npy.*sha256") as raised:
+    with caplog.at_level(logging.ERROR, "product_recs.live"):
         live.look()
+    with pytest.raises(NoModel, match=r"item_factors\.npy.*sha256") as raised:
         live.get()
     assert raised.value.public == "model v1 cannot be used"
     assert "there is no other" in caplog.text
@@ -253,10 +255,11 @@ def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(model
     (models / "dir" / "manifest.json").mkdir(parents=True)
     (models / "empty").mkdir()
     (models / "notes.txt").write_text("x")
-    whole = '{"format": 1, "version": "wrong", "created_at": "", "algorithm": "", "parameters": {}, "metrics": {}, "data": {}, '
-    for name, part in {"shape": '"shape": {"users": "many"}, "files": {}', "files": '"shape": {}, "files": {"a": 1}', "path": '"shape": {}, "files": {"../a": {"bytes": 1, "sha256": ""}}'}.items():
+    whole = json.loads((models / "v1" / "manifest.json").read_text())
+    parts = {"shape": {"users": "many"}, "files": {"a": 1}, "path": {"../a": {"bytes": 1, "sha256": ""}}}
+    for name, part in parts.items():
         (models / name).mkdir()
-        (models / name / "manifest.json").write_text(whole + part + "}")
+        (models / name / "manifest.json").write_text(json.dumps(whole | {"shape" if name == "shape" else "files": part}))
     usable = [line for line in version_lines(models) if "not usable" not in line]
     assert [line.split()[:2] for line in usable] == [["live", "v2"], ["-1", "v1"]]
     for name in ("tool", "list", "text", "shape", "files", "path", "a b", "empty"):
@@ -264,7 +267,8 @@ def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(model
             publish(models, name)
     atomic_write(models / "current", "../v1\n")
     atomic_write(models / "previous", "../v1\ntool\nno such\nv1\n")
-    assert previous_versions(models) == ["tool", "v1"] and rollback(models, "v1") == "v1" and current_version(models) == "v1"
+    assert previous_versions(models) == ["tool", "v1"]
+    assert rollback(models, "v1") == "v1" and current_version(models) == "v1"
     assert until(lambda: live.version == "v1")
 
 

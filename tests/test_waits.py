@@ -1,4 +1,5 @@
 """Nothing on the event loop waits or reads, the memory for events has an end, and what is replaced while others look is replaced whole."""
+
 import asyncio
 import random
 import sys
@@ -79,9 +80,16 @@ def locked_clock(store):
 # --- the loop ----------------------------------------------------------------------------------------------------------
 
 ROUTES = [
-    ("GET", "/recommend/1", None), ("GET", "/recommend/99", None), ("POST", "/recommend", {"users": [1, 2]}), ("POST", "/recommend", {}),
-    ("GET", "/similar/101", None), ("GET", "/popular", None), ("GET", "/new?user_id=1", None), ("GET", "/explain/1/101", None),
-    ("GET", "/users/1/history", None), ("GET", "/items/101", None),
+    ("GET", "/recommend/1", None),
+    ("GET", "/recommend/99", None),
+    ("POST", "/recommend", {"users": [1, 2]}),
+    ("POST", "/recommend", {}),
+    ("GET", "/similar/101", None),
+    ("GET", "/popular", None),
+    ("GET", "/new?user_id=1", None),
+    ("GET", "/explain/1/101", None),
+    ("GET", "/users/1/history", None),
+    ("GET", "/items/101", None),
 ]
 
 
@@ -98,7 +106,10 @@ def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgr
         done.append((path, answer.status_code, answer.headers.get("x-feedback-stale")))
 
     async def run():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client, Beats() as beats:
+        async with (
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client,
+            Beats() as beats,
+        ):
             assert (await client.get("/recommend/1?n=1")).json()["recommendations"] == [101]  # and now it is kept
             done, locked, free = [], threading.Event(), threading.Event()
 
@@ -112,11 +123,17 @@ def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgr
             holder = threading.Thread(target=hold)
             holder.start()
             await asyncio.to_thread(locked.wait, 60)
-            asks = [asyncio.create_task(ask(client, done, *route)) for route in [("GET", "/recommend/1?n=1", None), *ROUTES]]
+            asks = [
+                asyncio.create_task(ask(client, done, *route)) for route in [("GET", "/recommend/1?n=1", None), *ROUTES]
+            ]
             try:
                 await beats.more(50)
                 assert done == [] and service.changes.behind
-                assert (await client.get("/health/live")).status_code == (await client.get("/health/ready")).status_code == 200
+                assert (
+                    (await client.get("/health/live")).status_code
+                    == (await client.get("/health/ready")).status_code
+                    == 200
+                )
                 beats.longest = 0.0
                 await beats.more(50)
                 assert done == []
@@ -137,11 +154,17 @@ def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgr
 
 class OnTheLoop:
     "What the thread of the loop did that could make it wait: databases, files, waiting for other threads. Everything is done as ever."
+
     found = None  # only while a request of the test is answered
 
     def __init__(self, monkeypatch):
         self.thread = threading.get_ident()
-        for owner, name in ((Store, "transaction"), (ColdTable, "_ask"), (duckdb, "connect"), (threading.Condition, "wait")):
+        for owner, name in (
+            (Store, "transaction"),
+            (ColdTable, "_ask"),
+            (duckdb, "connect"),
+            (threading.Condition, "wait"),
+        ):
             monkeypatch.setattr(owner, name, self.spied(name, getattr(owner, name)))
         OnTheLoop.current = self
         if not OnTheLoop.hooked:
@@ -155,6 +178,7 @@ class OnTheLoop:
             if name != "wait" or given[1:] != (0,):  # an executor looks so for an idle thread
                 self.note(name)
             return function(*given, **more)
+
         return call
 
     def note(self, what):
@@ -165,14 +189,18 @@ class OnTheLoop:
             stack.append((frame.f_code.co_filename, frame.f_code.co_name))
             frame = frame.f_back
         if not any(name == "start" and file.endswith("threading.py") for file, name in stack):  # a thread that begins
-            self.found.append((what, [f"{Path(file).name}: {name}" for file, name in stack if "product_recs" in file][:3]))
+            self.found.append(
+                (what, [f"{Path(file).name}: {name}" for file, name in stack if "product_recs" in file][:3])
+            )
 
 
 @pytest.mark.parametrize("limit", [1, 100_000])
 def test_no_route_reads_or_waits_on_the_loop(tmp_path, monkeypatch, opened, limit):  # noqa: F811
     "Users with events in memory and not, guests, items that only a file knows, keys, the page: all of it."
     models = tmp_path / "models"
-    save_table(tmp_path / "items.parquet", {"item_id": np.array([900, 901]), "title": np.array(["New", "Newer"], object)})
+    save_table(
+        tmp_path / "items.parquet", {"item_id": np.array([900, 901]), "title": np.array(["New", "Newer"], object)}
+    )
     save_table(tmp_path / "users.parquet", {"user_id": np.array([70, 71]), "town": np.array(["Rome", "Bern"], object)})
     publish_board(models, cold_items=tmp_path / "items.parquet", cold_users=tmp_path / "users.parquet")
     other = opened(Store(f"sqlite:///{tmp_path}/feedback.db").open())
@@ -180,18 +208,36 @@ def test_no_route_reads_or_waits_on_the_loop(tmp_path, monkeypatch, opened, limi
     app = create_app(settings_of(models, f"sqlite:///{tmp_path}/feedback.db", events_in_memory=limit))
     service = app.state.service
     service.changes.wait = 60
+
     def asks(turn):
         "What was read once is in memory: the second time it is another user and another item that only a file knows."
         new, stranger = 900 + turn, 70 + turn
         return [
-            *ROUTES, ("GET", "/recommend/1", None), ("GET", "/recommend/50?detail=true", None), ("GET", f"/recommend/{stranger}", None),
-            ("POST", "/recommend", {"events": [{"item_id": new}], "detail": True}), ("POST", "/recommend", {"users": [stranger]}),
-            ("GET", f"/similar/{new}", None), ("GET", f"/items/{new}", None), ("GET", "/items?query=new", None), ("GET", "/users", None),
-            ("GET", "/health/live", None), ("GET", "/health/ready", None), ("GET", "/model", None), ("GET", "/metrics", None),
-            ("POST", "/model/reload", None), ("GET", "/", None), ("GET", "/docs", None), ("GET", "/openapi.json", None), ("GET", "/static/app.js", None),
-            ("POST", "/events", {"user_id": 1, "item_id": 103}), ("GET", "/recommend/1", None),
-            ("POST", "/availability", {"items": [{"item_id": 101, "available": False}]}), ("GET", "/popular", None),
-            ("DELETE", "/users/2", None), ("GET", "/recommend/2", None),
+            *ROUTES,
+            ("GET", "/recommend/1", None),
+            ("GET", "/recommend/50?detail=true", None),
+            ("GET", f"/recommend/{stranger}", None),
+            ("POST", "/recommend", {"events": [{"item_id": new}], "detail": True}),
+            ("POST", "/recommend", {"users": [stranger]}),
+            ("GET", f"/similar/{new}", None),
+            ("GET", f"/items/{new}", None),
+            ("GET", "/items?query=new", None),
+            ("GET", "/users", None),
+            ("GET", "/health/live", None),
+            ("GET", "/health/ready", None),
+            ("GET", "/model", None),
+            ("GET", "/metrics", None),
+            ("POST", "/model/reload", None),
+            ("GET", "/", None),
+            ("GET", "/docs", None),
+            ("GET", "/openapi.json", None),
+            ("GET", "/static/app.js", None),
+            ("POST", "/events", {"user_id": 1, "item_id": 103}),
+            ("GET", "/recommend/1", None),
+            ("POST", "/availability", {"items": [{"item_id": 101, "available": False}]}),
+            ("GET", "/popular", None),
+            ("DELETE", "/users/2", None),
+            ("GET", "/recommend/2", None),
         ]
 
     async def run():
@@ -230,7 +276,13 @@ def test_the_file_of_keys_is_read_in_a_thread(tmp_path, monkeypatch):
         spy = OnTheLoop(monkeypatch)
         for key in (first, second):
             guard.keys._next_look, spy.found = 0, []  # as if a second had passed
-            scope = {"type": "http", "method": "GET", "path": "/recommend/1", "raw_path": b"/recommend/1", "headers": [(b"x-api-key", key.encode())]}
+            scope = {
+                "type": "http",
+                "method": "GET",
+                "path": "/recommend/1",
+                "raw_path": b"/recommend/1",
+                "headers": [(b"x-api-key", key.encode())],
+            }
             await guard(scope, None, refuse)
             assert spy.found == []
 
@@ -239,6 +291,7 @@ def test_the_file_of_keys_is_read_in_a_thread(tmp_path, monkeypatch):
 
 
 # --- the memory --------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("most", [1, 7, 40, 100_000])
 @pytest.mark.parametrize("seed", range(3))
@@ -252,7 +305,12 @@ def test_a_view_with_a_limit_knows_what_one_without_knows(url, opened, most, see
         what = chance.random()
         if what < 0.6:
             kinds = ["view", "cart", "purchase", "purchase", "deny", "undeny"]
-            store.add_events([NewEvent(chance.choice(users), chance.randrange(5), chance.choice(kinds)) for _ in range(chance.randrange(1, 9))])
+            store.add_events(
+                [
+                    NewEvent(chance.choice(users), chance.randrange(5), chance.choice(kinds))
+                    for _ in range(chance.randrange(1, 9))
+                ]
+            )
         elif what < 0.7:
             store.forget(chance.choice(users))
         elif what < 0.8:
@@ -273,7 +331,11 @@ def test_a_view_with_a_limit_knows_what_one_without_knows(url, opened, most, see
             for user, state in zip(users, told):
                 expected = truth.state(user)
                 for found in (state, changes.state(user)):
-                    assert (found.events, found.denied, found.forgotten) == (expected.events[-most:], expected.denied, expected.forgotten), user
+                    assert (found.events, found.denied, found.forgotten) == (
+                        expected.events[-most:],
+                        expected.denied,
+                        expected.forgotten,
+                    ), user
             assert changes.availability()[:2] == truth.availability()[:2]
     assert changes.failures == 0
 
@@ -289,14 +351,19 @@ def test_who_did_nothing_costs_the_database_nothing(tmp_path, opened, monkeypatc
     store.add_events([NewEvent(f"busy {number % 50}", number) for number in range(500)])
     changes, asked = opened(Changes(store, wait=60, poll=3600, most=100).start()), []
     transaction = store.transaction
-    monkeypatch.setattr(store, "transaction", lambda operation, **more: (asked.append(operation), transaction(operation, **more))[1])
+    monkeypatch.setattr(
+        store, "transaction", lambda operation, **more: (asked.append(operation), transaction(operation, **more))[1]
+    )
     for number in range(1000):
         assert changes.state(f"quiet {number}") is UNCHANGED
     assert asked == []
     for _ in range(3):
         assert len(changes.state("busy 3").events) == 10
     assert asked == ["events of users"]
-    assert changes._view.people.size <= 100 and len(asyncio.run(all_states(changes, [f"busy {number}" for number in range(50)]))[0].events) == 10
+    assert (
+        changes._view.people.size <= 100
+        and len(asyncio.run(all_states(changes, [f"busy {number}" for number in range(50)]))[0].events) == 10
+    )
     assert asked == ["events of users"] * 2 and changes._view.people.size <= 100
 
 
@@ -316,7 +383,9 @@ def test_who_asked_last_stays_in_memory(tmp_path, opened):  # noqa: F811
 def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, opened):  # noqa: F811
     "A user whose events are not in memory: what is denied stays denied, who is forgotten stays so, and the answer says that it is stale."
     store = opened(Store(f"sqlite:///{tmp_path}/feedback.db"))
-    store.add_events([NewEvent("a", item, "purchase") for item in range(5)] + [NewEvent("a", 9, "deny"), NewEvent("b", 1)])
+    store.add_events(
+        [NewEvent("a", item, "purchase") for item in range(5)] + [NewEvent("a", 9, "deny"), NewEvent("b", 1)]
+    )
     store.forget("gone")
     changes = opened(Changes(store, wait=60, poll=3600, most=3).start())
     changes.state("b")
@@ -328,16 +397,20 @@ def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, op
     changes.store, changes.poll = store, 0.01
     changes._wake.set()
     until(lambda: not changes.stale)
-    assert [event.item_id for event in changes.state("a").events] == ["2", "3", "4"] and changes.state("a").denied == {"9"}
+    assert [event.item_id for event in changes.state("a").events] == ["2", "3", "4"] and changes.state("a").denied == {
+        "9"
+    }
 
 
 # --- the kept answers --------------------------------------------------------------------------------------------------
+
 
 def test_a_swap_in_the_middle_of_keeping_an_answer_leaves_a_count_that_is_right(models):
     "The watcher's thread takes up a model between the two steps of `put`; afterwards the bytes are those of the answers."
     service, swaps = Service(settings_of(models, "", cache_size=5)), []
     service.start()
     try:
+
         class Body(bytes):
             def __len__(self):
                 if question in service.kept._kept and not swaps:  # it stands in the dict and is not yet counted
@@ -348,13 +421,20 @@ def test_a_swap_in_the_middle_of_keeping_an_answer_leaves_a_count_that_is_right(
                 return bytes.__len__(self)
 
         question = (b"/recommend/1", b"")
-        service.kept.put(question, Kept(service.live.get(), 1, UNCHANGED, None, [], Body(b"x" * 1000), "popular", [], False))
+        service.kept.put(
+            question, Kept(service.live.get(), 1, UNCHANGED, None, [], Body(b"x" * 1000), "popular", [], False)
+        )
         assert len(swaps) == 1
         for kept in (service.kept, *swaps):
             assert kept.bytes == sum(bytes.__len__(one.body) for one in kept._kept.values())
             kept.most_bytes = 1500
-            for number in range(9):  # with a count that is too high this empties the dict, and then there is nothing left to drop
-                kept.put((b"/recommend/%d" % number, b""), Kept(service.live.get(), 1, UNCHANGED, None, [], b"x" * 1000, "popular", [], False))
+            for number in range(
+                9
+            ):  # with a count that is too high this empties the dict, and then there is nothing left to drop
+                kept.put(
+                    (b"/recommend/%d" % number, b""),
+                    Kept(service.live.get(), 1, UNCHANGED, None, [], b"x" * 1000, "popular", [], False),
+                )
             assert kept.bytes == 1000 and len(kept._kept) == 1
     finally:
         service.stop()

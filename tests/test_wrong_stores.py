@@ -1,4 +1,5 @@
 """Databases that cannot be a feedback store: the service starts, recommends from its model, and says what is wrong; nothing is half taken."""
+
 import asyncio
 import os
 import subprocess
@@ -27,6 +28,7 @@ def in_encoding(encoding):
         name = f"encoded_{next(numbers)}"
         server.psql(f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
         return server.get_uri(database=name)
+
     return make
 
 
@@ -61,9 +63,12 @@ def with_another_application(server):
 
 
 DATABASES = {
-    "SQL_ASCII": (in_encoding("SQL_ASCII"), "encoding SQL_ASCII"), "LATIN1": (in_encoding("LATIN1"), "encoding LATIN1"),
-    "no rights": (without_rights, "permission denied"), "read-only and empty": (read_only, "read-only transaction"),
-    "a newer version": (of_a_newer_version, "9999"), "another application": (with_another_application, "already exists"),
+    "SQL_ASCII": (in_encoding("SQL_ASCII"), "encoding SQL_ASCII"),
+    "LATIN1": (in_encoding("LATIN1"), "encoding LATIN1"),
+    "no rights": (without_rights, "permission denied"),
+    "read-only and empty": (read_only, "read-only transaction"),
+    "a newer version": (of_a_newer_version, "9999"),
+    "another application": (with_another_application, "already exists"),
     "not there": (lambda server: server.get_uri(database="nowhere"), "does not exist"),
 }
 
@@ -101,7 +106,9 @@ def goes_on_and_says_why(folder, address, reason, caplog):
     service = app.state.service
     service.start()
     try:
-        assert any("No feedback store" in record.message and reason in record.message for record in caplog.records), caplog.text
+        assert any("No feedback store" in record.message and reason in record.message for record in caplog.records), (
+            caplog.text
+        )
         with pytest.raises(StoreError, match=reason):
             service.store.add_events([NewEvent(1, 101)])
 
@@ -144,5 +151,11 @@ with Store(sys.argv[1]) as store:
     print(ascii(store.history("日本 é")[0].item_id))
 """
     environment = os.environ | {"PGCLIENTENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", program, new_database(postgres)], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, new_database(postgres)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.stdout == "'\\xfc'\n", done.stderr
