@@ -154,7 +154,8 @@ class LeftOut:
         items = np.asarray(self.sums.indices[part])
         middle = int(np.searchsorted(items, self.known))
         sums, counts, age = (np.asarray(matrix.data[part]) for matrix in (self.sums, self.counts, self.age_days))
-        return Had(items[:middle].astype(np.int64), sums[:middle], counts[:middle], age[:middle], self.items.take(items[middle:] - self.known), counts[middle:], age[middle:])
+        others = self.items.take(items[middle:] - self.known)
+        return Had(items[:middle].astype(np.int64), sums[:middle], counts[:middle], age[:middle], others, counts[middle:], age[middle:])
 
 NO_LEFT_OUT = LeftOut(0, IdTable([]), IdTable([]))
 
@@ -168,7 +169,8 @@ def save_left_out(
     save_table(folder/"left_out_users.parquet", {"user_id": left_out.users.ids})
     save_table(folder/"left_out_items.parquet", {"item_id": left_out.items.ids})
     save_csr(folder, "left_out", left_out.sums)
-    for name in ("counts", "age_days"): np.save(folder/f"left_out_{name}.npy", _values(getattr(left_out, name), left_out.sums, name), allow_pickle=False)
+    for name in ("counts", "age_days"):
+        np.save(folder/f"left_out_{name}.npy", _values(getattr(left_out, name), left_out.sums, name), allow_pickle=False)
 
 def load_left_out(
     folder:Path,
@@ -178,7 +180,8 @@ def load_left_out(
     if not (folder/"left_out_users.parquet").exists(): return NO_LEFT_OUT
     users, items = (IdTable(load_table(folder/f"left_out_{name}s.parquet")[f"{name}_id"]) for name in ("user", "item"))
     sums = load_csr(folder, "left_out", (len(users), known + len(items)))
-    return LeftOut(known, users, items, sums, *(_on_structure(folder/f"left_out_{name}.npy", sums) for name in ("counts", "age_days")))
+    others = (_on_structure(folder/f"left_out_{name}.npy", sums) for name in ("counts", "age_days"))
+    return LeftOut(known, users, items, sums, *others)
 
 def _on_structure(path:Path, matrix:csr_matrix)->csr_matrix:
     "The values of a file on the structure of a matrix."

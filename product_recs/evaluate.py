@@ -187,7 +187,8 @@ def evaluate(
     "Fit each model on the past, rank the whole catalogue for each user, compare with the future."
     past, future, split = past_and_future(features, period)
     k = _cut_offs(k)
-    for name, value, ends in (("max_users", max_users, (0, 2**31 - 1)), ("bootstrap", bootstrap, (1, 10**6)), ("seed", seed, (0, 2**32 - 1)), ("block", block, (1, 10**6))):
+    for name, value, ends in (("max_users", max_users, (0, 2**31 - 1)), ("bootstrap", bootstrap, (1, 10**6)),
+                              ("seed", seed, (0, 2**32 - 1)), ("block", block, (1, 10**6))):
         number(name, value, *ends, whole=True, error=EvaluateError)
     names = [model.name for model in models]
     if not names or len(set(names)) < len(names):
@@ -209,7 +210,8 @@ def evaluate(
 # %% ../nbs/04_evaluate.ipynb #c1c17a9d
 def _cut_offs(k)->list[int]:
     "Cut-offs, ascending and without doubles."
-    if isinstance(k, (str, Mapping)) or not isinstance(k, Iterable) or not len(list(k)): raise EvaluateError(f"k must be a list of whole numbers from 1, not {k!r}")
+    if isinstance(k, (str, Mapping)) or not isinstance(k, Iterable) or not len(list(k)):
+        raise EvaluateError(f"k must be a list of whole numbers from 1, not {k!r}")
     return sorted({number("k", cut, 1, 10**6, whole=True, error=EvaluateError) for cut in k})
 
 def _tasks_of(model, work)->dict:

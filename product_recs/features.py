@@ -86,7 +86,8 @@ def choose_split(
     if not starts < split["validation_from"] < split["test_from"] <= ends:
         if given:
             says = lambda name: f"{name}={split[name].isoformat(' ')}" + ("" if name in given else " (chosen, since none was given)")
-            raise FeatureError(f"{says('validation_from')} and {says('test_from')} must lie in this order between {starts.isoformat(' ')} and {ends.isoformat(' ')}")
+            between = f"between {starts.isoformat(' ')} and {ends.isoformat(' ')}"
+            raise FeatureError(f"{says('validation_from')} and {says('test_from')} must lie in this order {between}")
         return {}
     return {name: moment.isoformat() for name, moment in split.items()}
 
@@ -214,7 +215,8 @@ def _csr(pairs:dict[str, np.ndarray], value:str, shape:tuple[int, int])->csr_mat
 def _weigh(matrix:csr_matrix, weighting:str)->csr_matrix:
     "The last word on the sums, whose memory it may use; all stay between `LEAST` and `MOST`."
     if not matrix.data.max(initial=0) <= MOST:
-        raise FeatureError(f"event_weights, quantity: a pair adds up to a confidence of {matrix.data.max():.3g}, and {MOST:g} is the most; lower the weights, or take quantity='log1p'")
+        raise FeatureError(f"event_weights, quantity: a pair adds up to a confidence of {matrix.data.max():.3g}, "
+                           f"and {MOST:g} is the most; lower the weights, or take quantity='log1p'")
     if weighting == "bm25": matrix = bm25(matrix)
     data = {"log1p": np.log1p, "binary": np.ones_like}.get(weighting, np.asarray)(matrix.data)
     return csr_matrix((np.maximum(data, np.float32(LEAST), out=data), matrix.indices, matrix.indptr), shape=matrix.shape)
@@ -264,10 +266,12 @@ def _checked(parameters:dict)->dict:
     "The parameters as Python's own numbers, or an error that names the first wrong one."
     parameters = parameters | {"event_weights": checked_event_weights(parameters["event_weights"])}
     for name, known in (("quantity", QUANTITY), ("weighting", WEIGHTING)):
-        if not isinstance(parameters[name], str) or parameters[name] not in known: raise FeatureError(f"{name}={parameters[name]!r}: must be one of {', '.join(known)}")
-    for name, ends, whole in (("half_life_days", (0, 1e6), False), ("min_user_items", (1, 2**31 - 1), True), ("min_item_users", (1, 2**31 - 1), True)):
-        parameters[name] = number(name, parameters[name], *ends, whole=whole, error=FeatureError)
-    if 0 < parameters["half_life_days"] < 1e-4: raise FeatureError(f"half_life_days={parameters['half_life_days']!r}: must be 0, for no decay, or at least 0.0001, some seconds")
+        if not isinstance(parameters[name], str) or parameters[name] not in known:
+            raise FeatureError(f"{name}={parameters[name]!r}: must be one of {', '.join(known)}")
+    for name in ("min_user_items", "min_item_users"):
+        parameters[name] = number(name, parameters[name], 1, 2**31 - 1, whole=True, error=FeatureError)
+    days = parameters["half_life_days"] = number("half_life_days", parameters["half_life_days"], 0, 1e6, error=FeatureError)
+    if 0 < days < 1e-4: raise FeatureError(f"half_life_days={days!r}: must be 0, for no decay, or at least 0.0001, some seconds")
     return parameters
 
 # %% ../nbs/02_features.ipynb #b3f97f15
@@ -344,7 +348,9 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
                 if not len(found["user"]): raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and min_item_users={parameters['min_item_users']}; lower them")
                 rows = {side: _write_ids(database, found[side], f"{side}_id", interactions/f"{attributes}.parquet", folder/f"{side}s.parquet") for side, attributes in (("user", "users"), ("item", "products"))}
                 shape = tuple(int(row.max()) + 1 for row in rows.values())
-                if not isinstance(kept, slice): save_left_out(folder, _left_out(database, {value: column[~kept] for value, column in every.items()}, rows, shape[1]))
+                if not isinstance(kept, slice):
+                    gone = {value: column[~kept] for value, column in every.items()}
+                    save_left_out(folder, _left_out(database, gone, rows, shape[1]))
             sums = _csr(_numbered(found, rows), "confidence", shape)
             if name == "all": mean_total = _mean_total(sums) if parameters["weighting"] == "bm25" else None
             save_csr(folder, f"{name}_confidence", _weigh(sums, parameters["weighting"]))
@@ -356,19 +362,6 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
             kept = (found["user"] >= 0) & (found["item"] >= 0)
             save_csr(folder, name, _csr({value: column[kept] for value, column in found.items()}, "counts", shape))
     return shape, mean_total
-
-def _left_out(database, pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray], known:int)->LeftOut:
-    "The pairs that the minimum counts keep away from the training, by the numbers of the log."
-    if not len(pairs["user"]): return NO_LEFT_OUT
-    ids = {side: database.execute(f"SELECT {side}_id AS id FROM log_{side}s ORDER BY row").fetchnumpy()["id"] for side in ("user", "item")}
-    users, user = np.unique(pairs["user"], return_inverse=True)
-    column = rows["item"][pairs["item"]].astype(np.int64)
-    items = np.unique(pairs["item"][column < 0])
-    column = np.where(column < 0, known + np.searchsorted(items, pairs["item"]), column)
-    order = np.lexsort((column, user))
-    found = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32)} | {value: pairs[value][order] for value in ("confidence", "counts", "age_days")}
-    shape = len(users), known + len(items)
-    return LeftOut(known, IdTable(ids["user"][users]), IdTable(ids["item"][items]), *(_csr(found, value, shape) for value in ("confidence", "counts", "age_days")))
 
 def _numbered(pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray])->dict[str, np.ndarray]:
     "The pairs with the row numbers of the matrices; the same arrays where nobody has left."
@@ -384,6 +377,23 @@ def _write_ids(database, column:np.ndarray, key:str, attributes:Path, out:Path)-
     rows = np.full(known, -1, np.int32)
     rows[left] = np.arange(len(left), dtype=np.int32)
     return rows
+
+# %% ../nbs/02_features.ipynb #6f32d634
+def _left_out(database, pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray], known:int)->LeftOut:
+    "The pairs that the minimum counts keep away from the training, by the numbers of the log."
+    if not len(pairs["user"]): return NO_LEFT_OUT
+    ids = {side: database.execute(f"SELECT {side}_id AS id FROM log_{side}s ORDER BY row").fetchnumpy()["id"]
+           for side in ("user", "item")}
+    users, user = np.unique(pairs["user"], return_inverse=True)
+    column = rows["item"][pairs["item"]].astype(np.int64)
+    items = np.unique(pairs["item"][column < 0])
+    column = np.where(column < 0, known + np.searchsorted(items, pairs["item"]), column)
+    order = np.lexsort((column, user))
+    values = ("confidence", "counts", "age_days")
+    found = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32)} | {name: pairs[name][order] for name in values}
+    shape = len(users), known + len(items)
+    matrices = (_csr(found, name, shape) for name in values)
+    return LeftOut(known, IdTable(ids["user"][users]), IdTable(ids["item"][items]), *matrices)
 
 # %% ../nbs/02_features.ipynb #21d91cb3
 def open_features(

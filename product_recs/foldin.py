@@ -215,7 +215,7 @@ def person(
     left_out = NOTHING_HAD if row is not None or state.forgotten else model.bundle.left_out.of(user)
     items = model.indices[span] if row is not None else left_out.items
     had = [None if values is None else values[span] for values in (shared.confidence, shared.counts, shared.age_days)]
-    if row is None: had = [had[0], *(None if known is None else values for known, values in zip(had[1:], (left_out.counts, left_out.age_days)))]
+    if row is None and had[1] is not None: had[1:] = left_out.counts, left_out.age_days
     events = counted(model, user, state, session)
     new = np.array([at for event in events if (at := model.bundle.items.row(event.item_id)) is not None], np.int64)
     unknown = len(events) - len(new)

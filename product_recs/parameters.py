@@ -51,14 +51,16 @@ def _read(text:str):
 def _text(value, name:str)->str|list|None:
     "A value where a text is wanted."
     if name in LIST_TOO and isinstance(value, str) and value.lstrip()[:1] == "[": value = _read(value)
-    if name in LIST_TOO and isinstance(value, (list, tuple)): return [str(one) for one in value] if all(isinstance(one, (str, Real)) for one in value) else None
+    if name in LIST_TOO and isinstance(value, (list, tuple)):
+        return [str(one) for one in value] if all(isinstance(one, (str, Real)) for one in value) else None
     if isinstance(value, (datetime, date)): return value.isoformat()
     return str(value) if isinstance(value, (str, Real)) else None
 
 def _yes_no(value)->bool|None:
     "A value where yes or no is wanted."
     word = str(value).strip().lower()
-    return True if word in ("true", "yes", "on", "1", "1.0") else False if word in ("false", "no", "off", "0", "0.0") else None
+    return {"true": True, "yes": True, "on": True, "1": True, "1.0": True,
+            "false": False, "no": False, "off": False, "0": False, "0.0": False}.get(word)
 
 def _number(value)->int|float|None:
     "A value where a number is wanted."
@@ -69,7 +71,8 @@ def _number(value)->int|float|None:
 # %% ../nbs/00_parameters.ipynb #d11bc39d
 def _list(value, name:str, default:list)->list|None:
     "A value where a list is wanted; a single one is a list of one."
-    if isinstance(value, str): value = _read(value) if value.strip()[:1] in "[(" else [part.strip() for part in value.split(",")] if value.strip() else []
+    if isinstance(value, str) and value.strip()[:1] in ("[", "("): value = _read(value)
+    elif isinstance(value, str): value = [part.strip() for part in value.split(",")] if value.strip() else []
     if hasattr(value, "tolist"): value = value.tolist()
     if isinstance(value, Mapping) or value is None: return None
     values = list(value) if isinstance(value, (list, tuple)) else [value]
@@ -90,7 +93,8 @@ def typed(
     "A value as the job means it, or a `ParameterError` that names the parameter."
     kinds = {bool: (lambda: _yes_no(value), "true or false"), str: (lambda: _text(value, name), "a text"),
              int: (lambda: _number(value), "a number"), float: (lambda: _number(value), "a number"),
-             list: (lambda: _list(value, name, default), "a list"), dict: (lambda: _names(value, name, default), "names with values")}
+             list: (lambda: _list(value, name, default), "a list"),
+             dict: (lambda: _names(value, name, default), "names with values")}
     read, what = kinds[type(default)]
     found = read()
     if found is None: raise ParameterError(f"{name}={value!r}: must be {what}, such as the default {default!r}")
@@ -103,7 +107,8 @@ def declared_defaults(
     "The defaults in the cell of a job notebook that is tagged `parameters`."
     path = resolve_path(f"nbs/{job}.ipynb")
     try: cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    except FileNotFoundError: raise ParameterError(f"{path} is not there; run this in a clone of the project, or set PRODUCT_RECS_ROOT to one") from None
+    except FileNotFoundError:
+        raise ParameterError(f"{path} is not there; run this in a clone of the project, or set PRODUCT_RECS_ROOT to one") from None
     lines = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(lines).body}
 
