@@ -208,7 +208,7 @@ def test_health_and_model(server):
     status, headers, body = server.get("/health/ready")
     facts = server.get("/model")[2]
     assert status == 200 and body == {"status": "ready", "model_version": facts["version"], "store": "open"}
-    assert facts["shape"] == {"users": N, "items": N, "factors": 2, "seen": N * (N // 2 - 1)} and facts["algorithm"] == "by hand"
+    assert facts["shape"] == {"users": N, "items": N, "factors": 2, "seen": N * (N // 2 - 1), "left_out": 0} and facts["algorithm"] == "by hand"
     assert facts["metrics"] == {"loss": None} and "files" not in facts
 
 
