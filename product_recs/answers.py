@@ -57,6 +57,7 @@ def as_id(
 # %% ../nbs/06_answers.ipynb #2ba777fb
 EventName = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=100)] # the rules of the live model say which
 _Number = Annotated[float, Strict()] # a whole number fits too
+_Whole = Annotated[StrictInt, Field(ge=-10**300, le=10**300)] # that a float can stand beside
 
 def _iso(value:Any)->Any:
     if value is None or isinstance(value, datetime) or (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value)): return value
@@ -75,8 +76,8 @@ class SessionEvent(_Strict):
 
 class NumberRange(_Strict):
     "From `min` to `max`, both included."
-    min: StrictInt | _Number | None = None
-    max: StrictInt | _Number | None = None
+    min: _Whole | _Number | None = None
+    max: _Whole | _Number | None = None
 
 class FilterRules(_Strict):
     "What may come back; all rules hold together."

@@ -129,7 +129,7 @@ def of_json():
 WRONG = {"a text": "x", "a list": [], "an object": {}, "true": True, "null": None, "1.5": 1.5, "a number as text": "1", "10**30": 10**30}
 TAKEN = {  # what each field takes of them
     "users": {"null"}, "users.0": {"a text", "a number as text", "10**30"}, "n": set(), "task": set(), "events": {"a list"}, "detail": {"true"}, "filters": {"an object"},
-    "events.0.item_id": {"a text", "a number as text", "10**30"}, "events.0.event": {"a text", "a number as text"}, "events.0.quantity": {"1.5"},
+    "events.0.item_id": {"a text", "a number as text", "10**30"}, "events.0.event": {"a text", "a number as text"}, "events.0.quantity": {"1.5", "10**30"},
     "filters.exclude_seen": {"true", "null"}, "filters.deny": {"a list"}, "filters.deny.0": {"a text", "a number as text", "10**30"}, "filters.allow": {"a list", "null"},
     "filters.where": {"an object"}, "filters.where.price": {"a list", "an object"}, "filters.max_per": {"an object"}, "filters.max_per.category": {"10**30"},
     "filters.where.price.min": {"1.5", "null", "10**30"},
