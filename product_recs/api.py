@@ -167,7 +167,8 @@ def _add_page(app:FastAPI)->None:
 
 async def _store_away(request:Request, error:StoreError)->Response:
     "503: nothing was taken, and the same request may be sent again."
-    return unavailable(request, "nothing was taken, send the same again when the feedback store is back", str(error))
+    sentence = getattr(error, "public", "nothing was taken, send the same again when the feedback store is back")
+    return unavailable(request, sentence, str(error))
 
 def create_app(
     settings:Settings|None=None, # default: from the environment, PRODUCT_RECS_*

@@ -25,6 +25,7 @@ from .inference import Recommendations, Recommender, popular_items, similar_item
 from .ladder import Request, answer, described, has_news, prepared, score_request, similar_by_content
 from .live import LiveModel, Reload
 from .monitor import Metrics
+from .records import NoStoreError
 from .store import Store, StoreError
 
 # %% ../nbs/06_service.ipynb #28d4172e
@@ -248,7 +249,7 @@ class Service(_KeptAnswers):
 
     async def stored(self, operation:str, *given):
         "An operation of the store in a thread of its own; a failure is counted."
-        if self.store is None: raise StoreError("there is none, PRODUCT_RECS_DATABASE_URL is empty")
+        if self.store is None: raise NoStoreError("there is none, PRODUCT_RECS_DATABASE_URL is empty")
         try: return await run_in_threadpool(getattr(self.store, operation), *given) # which opens it, where that is still to be done
         except StoreError:
             self.metrics.store_error(operation)
