@@ -325,7 +325,7 @@ def test_a_file_of_keys_that_cannot_be_read_for_a_moment_is_read_again(tmp_path,
             while True:
                 held.append(os.open(os.devnull, os.O_RDONLY))
         keys.refresh(), keys.refresh()
-        assert keys.find(old.encode()) and [record.message.count("cannot be read") for record in caplog.records] == [1]
+        assert keys.find(old.encode()) and [record.message.count("Too many open files") for record in caplog.records] == [1]
     finally:
         for descriptor in held:
             os.close(descriptor)
