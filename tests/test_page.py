@@ -328,7 +328,7 @@ def test_a_service_without_a_model_says_so_and_recovers_by_itself(browser, tmp_p
         page = visit.go("#user=1")
         banner = page.get_by_role("alert")
         expect(banner).to_contain_text("Not ready.")
-        expect(banner).to_contain_text("no model is live there")
+        expect(banner).to_contain_text("No model is live")
         expect(page.get_by_text("No recommendations for now")).to_be_visible()
         publish_shop(tmp_path / "models")
         expect(titles(page)).to_have_count(12, timeout=30_000)
