@@ -213,7 +213,7 @@ INLINE TARGET int NAME(exact)(const struct half *h, const int F, int64_t row, in
     const int m4 = (m + 3) & ~3, M = m > 16 ? 2 : 1;
     v16 K[SHORT*2], g[2], *x = (v16 *)(h->solved + row*h->f), zero = {0};
     const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    float *G = (float *)g, size[SHORT];
+    float *G = (float *)g, size[SHORT], norm[SHORT];
     g[0] = g[1] = zero;
     for (int i = 0; i < m*M; i++) K[i] = zero;
     for (int i = 0; i < m; i++) {
@@ -231,6 +231,7 @@ INLINE TARGET int NAME(exact)(const struct half *h, const int F, int64_t row, in
         }
         float c = h->alpha*h->confidence[s + i], d = c - h->unobserved;
         if (fabsf(d) < 1e-6f) d = d < 0 ? -1e-6f : 1e-6f;
+        norm[i] = sqrtf(((float *)(K + i*M))[i]);
         size[i] = fabsf(1/d) + ((float *)(K + i*M))[i];
         ((float *)(K + i*M))[i] += 1/d;
         G[i] = c/d;
@@ -254,7 +255,7 @@ INLINE TARGET int NAME(exact)(const struct half *h, const int F, int64_t row, in
     for (int j = 0; j < F; j++) x[j] = zero;
     for (int i = 0; i < m; i++) {
         float t = G[i]/((float *)(K + i*M))[i];
-        mass += fabsf(t)*sqrtf(size[i]);
+        mass += fabsf(t)*norm[i]; /* what x would be if nothing cancelled */
         for (int j = 0; j < F; j++) x[j] += kept[i*F + j]*t;
     }
     for (int j = 0; j < F; j++) { length += x[j]*x[j]; x[j] *= scale[j]; }
