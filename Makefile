@@ -27,7 +27,7 @@ help:
 
 # the installation compiles the kernels; again, when they are not what the C files say (without a compiler NumPy does it)
 .venv/.kernels: .venv/.ready product_recs/_als.c product_recs/_search.c
-	@$(BIN)/python -W ignore -c "import sys; from product_recs.core import compiled; \
+	@$(BIN)/python -W ignore -c "import sys; from product_recs.core.kernels import compiled; \
 	  sys.exit(not (compiled('_als') and compiled('_search')))" \
 	  || $(BIN)/python -W ignore setup.py --quiet build_ext --inplace --force
 	@touch $@

@@ -56,7 +56,7 @@ setup(
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
     ],
     packages=find_packages(include=["product_recs", "product_recs.*"]),
-    package_data={"product_recs": ["migrations/*.py", "migrations/versions/*.py", "page/*"]},
+    package_data={"product_recs": ["feedback/migrations/*.py", "feedback/migrations/versions/*.py", "web/page/*"]},
     ext_modules=kernels,
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=f">={cfg['min_python']}",

@@ -36,10 +36,11 @@ import psutil
 from scipy.sparse import csr_matrix
 from sqlalchemy import create_engine, text
 
-from product_recs.bundle import list_versions, publish, remove_bundle, write_bundle
-from product_recs.ids import IdTable
-from product_recs.live import rollback
-from product_recs.store import Store, StoreError
+from product_recs.bundle.files import list_versions, publish, remove_bundle, write_bundle
+from product_recs.core.ids import IdTable
+from product_recs.bundle.live import rollback
+from product_recs.feedback.store import Store
+from product_recs.core.errors import StoreError
 
 USERS, ITEMS = 400, 2000
 
@@ -236,7 +237,7 @@ def run(options, folder: Path) -> int:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
     environment |= {"PRODUCT_RECS_MODELS_DIR": str(models), "PRODUCT_RECS_PORT": str(port), "PRODUCT_RECS_DATABASE_URL": url, "PRODUCT_RECS_WORKERS": str(options.workers),
                     "PRODUCT_RECS_LOG_LEVEL": "WARNING"}
-    server = subprocess.Popen([sys.executable, "-c", "from product_recs.api import serve; serve()"], env=environment, stdout=(folder / "log").open("w", encoding="utf-8"), stderr=subprocess.STDOUT)
+    server = subprocess.Popen([sys.executable, "-c", "from product_recs.web.server import serve; serve()"], env=environment, stdout=(folder / "log").open("w", encoding="utf-8"), stderr=subprocess.STDOUT)
     count, stop, complaints, accepted, forgotten = Count(), threading.Event(), [], set(), set()
     probe = Client(port, Count())
     while probe.ask("GET", "/health/ready")[0] != 200:

@@ -35,7 +35,7 @@ def shop(items, factors, seed=0, groups=200):
     "Item factors, and the factors of 3,000 users, after 8 iterations of ALS; about 20 pairs an item."
     from scipy.sparse import csr_matrix
 
-    from product_recs.solver import RotatedALS
+    from product_recs.models.solver import RotatedALS
     rng = np.random.default_rng(seed)
     n = np.minimum(rng.pareto(1.5, items) * 12 + 1, 2000).astype(np.int64)
     u = np.repeat(np.arange(items, dtype=np.int32), n)
@@ -129,8 +129,8 @@ def ours(y, x, file):
     "Exact search, and the index that the project builds, whether it is worth it or not."
     from scipy.sparse import csr_matrix
 
-    from product_recs.nearest import build_index, fill_cells, looked_at
-    from product_recs.search import Searcher
+    from product_recs.search.index import build_index, fill_cells, looked_at
+    from product_recs.search.exact import Searcher
     exact = Searcher(y)
     walked = looked_at(exact, x[:500], exact.top(x[:500], 10)[1][:, -1]).mean()
     _, facts = build_index(y, exact.candidates, x, csr_matrix((len(x), len(y)), dtype=np.float32), num_threads=0, progress=False)
@@ -139,7 +139,7 @@ def ours(y, x, file):
     built = time.perf_counter() - started
     import faiss
 
-    from product_recs.nearest import NearestItems
+    from product_recs.search.index import NearestItems
     faiss.write_index(cells, file)
     asks = {"exact": lambda q: exact.top(q[None], 10)[0][0]}
     def ask(search):

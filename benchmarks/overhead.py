@@ -13,10 +13,12 @@ from pathlib import Path
 
 from implicit.cpu.als import AlternatingLeastSquares
 
-from product_recs.core import one_blas_thread, resolve_path
+from product_recs.core.kernels import one_blas_thread
+from product_recs.core.paths import resolve_path
 from product_recs.features import ensure_features
 from product_recs.ingest import ensure_ingested
-from product_recs.train import _int32, fit_als, train_bundle
+from product_recs.models.als import int32_matrix, fit_als
+from product_recs.train import train_bundle
 
 PARAMETERS = {"factors": 64, "regularization": 30.0, "iterations": 15}
 
@@ -41,7 +43,7 @@ if resolve_path("data/complete_journey/interactions.csv").exists():
     features = ensure_features("overhead", min_item_users=5, event_weights={"purchase": 1})
 else:
     features = ensure_features("sample")
-matrix = _int32(features.all.confidence)
+matrix = int32_matrix(features.all.confidence)
 print(f"{matrix.shape[0]:,} users, {matrix.shape[1]:,} items, {matrix.nnz:,} pairs, {PARAMETERS}")
 bare(matrix)  # warm up
 fits, bundles, plain = [], [], []

@@ -22,11 +22,18 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from product_recs.baselines import ALS, ItemCosine, Popularity, Recommender, recommend
-from product_recs.core import ProductRecsError
-from product_recs.features import Snapshot
-from product_recs.metrics import bootstrap_means, find_hits, interval
-from product_recs.models import BPR, EASE, ItemBM25, ItemGraph, LowPass, ScoreBlend, WeightedALS
+from product_recs.models.als import ALS
+from product_recs.models.item_item import ItemCosine
+from product_recs.models.baselines import Popularity
+from product_recs.models.interface import Model, top_lists
+from product_recs.core.errors import ProductRecsError
+from product_recs.data.snapshots import Snapshot
+from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval
+from product_recs.models.bpr import BPR
+from product_recs.models.item_item import EASE, ItemBM25, ItemGraph
+from product_recs.models.spectral import LowPass
+from product_recs.models.blend import ScoreBlend
+from product_recs.models.als import WeightedALS
 
 K = 20
 # Recall@20, NDCG@20 as published for the split of the LightGCN paper of Gowalla (29,858 users, 40,981 items, 1,027,370 pairs)
@@ -94,14 +101,14 @@ def all_models(options: argparse.Namespace) -> dict:
             "blend-ease": (ScoreBlend([weighted, walks, smooth, ease], options.blend_ease), {"weights": list(options.blend_ease)})}
 
 
-def judge(model: Recommender, train: Snapshot, targets: csr_matrix) -> dict:
+def judge(model: Model, train: Snapshot, targets: csr_matrix) -> dict:
     "Fit, rank and measure one model."
     started = time.perf_counter()
     model.fit(train)
     seconds = time.perf_counter() - started
     rows = np.flatnonzero(np.diff(targets.indptr))
     with tqdm(total=len(rows), desc=model.name, unit=" lists", mininterval=1, leave=False) as bar:
-        hits = find_hits(recommend(model, rows, K, advance=bar.update)[0], targets[rows])
+        hits = find_hits(top_lists(model, rows, K, advance=bar.update)[0], targets[rows])
     found = np.column_stack([hits.metric(name, K) for name in ("recall", "ndcg")])
     low, high = interval(bootstrap_means(found, 1000, 0))
     return {"model": model.name, "recall": found[:, 0].mean(), "ndcg": found[:, 1].mean(), "low": low.tolist(), "high": high.tolist(),

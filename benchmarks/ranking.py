@@ -44,7 +44,7 @@ def make(kind, items, factors, users, folder):
     else:
         from training import shop
 
-        from product_recs.solver import RotatedALS
+        from product_recs.models.solver import RotatedALS
         matrix, _, _ = shop(5 * items if items >= MANY else 30 * items, users=5 * items if items < MANY else items // 5, items=items)
         model = RotatedALS(matrix, factors, 5.0, 4.0)
         for _ in range(6): model.step()
@@ -68,7 +68,7 @@ def prepared(arm, x, y):
     "A function of users and what they have seen -> items and scores, and the seconds it took to make it."
     cores, started = os.cpu_count(), time.perf_counter()
     if arm.startswith("ours"):
-        from product_recs.search import Searcher
+        from product_recs.search.exact import Searcher
         searcher = Searcher(y)
         return lambda users, seen: searcher.top(users, N, exclude=seen, threads=0), time.perf_counter() - started
     if arm.startswith("implicit"):

@@ -26,9 +26,9 @@ import numpy as np
 import psutil
 from scipy.sparse import csr_matrix
 
-from product_recs.api import bindable
-from product_recs.bundle import publish, write_bundle
-from product_recs.ids import IdTable
+from product_recs.web.server import bindable
+from product_recs.bundle.files import publish, write_bundle
+from product_recs.core.ids import IdTable
 
 EMPTY = """
 from fastapi import FastAPI
@@ -95,7 +95,7 @@ def load(folder: Path, port: int, path: str, connections: int, seconds: float) -
 
 
 EMPTY_ROUTE = "empty FastAPI route"
-SERVE = [sys.executable, "-c", "from product_recs.api import serve; serve()"]
+SERVE = [sys.executable, "-c", "from product_recs.web.server import serve; serve()"]
 
 
 def throughput(folder: Path, options) -> list[dict]:

@@ -63,7 +63,7 @@ def shop(pairs, seed=0, users=0, items=0, groups=50):
 
 def groceries():
     "The training part, and what is new for each household in the last two months."
-    from product_recs.evaluate import past_and_future
+    from product_recs.data.tasks import past_and_future
     from product_recs.features import ensure_features
     from product_recs.ingest import ensure_ingested
     ensure_ingested("training", source="data/complete_journey/interactions.csv", products="", users="")

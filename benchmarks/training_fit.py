@@ -63,7 +63,7 @@ class Clock:
 
 
 def rotated(clock, matrix, factors, regularization, alpha, iterations):
-    from product_recs.solver import RotatedALS
+    from product_recs.models.solver import RotatedALS
     clock = clock()
     model = RotatedALS(matrix, factors, regularization, alpha)
     for _ in range(iterations):

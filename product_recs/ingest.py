@@ -18,20 +18,24 @@ from pathlib import Path
 
 import duckdb
 
-from .attributes import attribute_names, united
-from .core import Columns, IngestError, atomic_folder, resolve_path
-from .credentials import is_reference, masked, masked_parameters, password_note
-from .csvfiles import staged_query
-from .database import is_database
-from .feedback import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
-from .merge import write_merged
-from .parameters import number
-from .sources import FileRead, match_columns, near_name, read_source, run_query
-from .sql import database_errors, file_name, local_name, named, parquet, quoted, temporary_database
-from .text import safe_cell_sql
-from .events import KNOWN_EVENTS, LEEWAY, EventRules
-from .validate import ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number, odd_query, plain_query, trimmed
-from .ids import key_sql, whole_number
+from .core.columns import Columns
+from .core.credentials import is_reference, masked, masked_parameters, password_note
+from .core.errors import IngestError
+from .core.events import KNOWN_EVENTS, LEEWAY, EventRules
+from .core.files import atomic_folder
+from .core.ids import key_sql, whole_number
+from .core.parameters import number
+from .core.paths import resolve_path
+from .core.sql import database_errors, file_name, local_name, named, parquet, quoted, temporary_database
+from .core.text import safe_cell_sql
+from .data.attributes import attribute_names, united
+from .data.csvfiles import staged_query
+from .data.database import is_database
+from .data.merge import write_merged
+from .data.sources import FileRead, match_columns, near_name, read_source, run_query
+from .data.stored import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
+from .data.validate import (ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number,
+                                        odd_query, plain_query, trimmed)
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass

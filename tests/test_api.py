@@ -17,10 +17,10 @@ import psutil
 import pytest
 from scipy.sparse import csr_matrix
 
-from product_recs.api import DetailedRecommendationList, DetailedSimilarList
-from product_recs.bundle import current_version, publish, write_bundle
-from product_recs.ids import IdTable
-from product_recs.web import Problem
+from product_recs.web.schemas import DetailedRecommendationList, DetailedSimilarList
+from product_recs.bundle.files import current_version, publish, write_bundle
+from product_recs.core.ids import IdTable
+from product_recs.web.problems import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 N = 24  # users and items of the checkerboard
@@ -66,7 +66,7 @@ class Server:
                 path.chmod(0o755)
             subprocess.run(["chmod", "-R", "a+rwX", folder], check=True)  # it may run as another user
         elif command is None:
-            command, environment["PYTHONPATH"] = [sys.executable, "-c", "from product_recs.api import serve; serve()"], str(ROOT)
+            command, environment["PYTHONPATH"] = [sys.executable, "-c", "from product_recs.web.server import serve; serve()"], str(ROOT)
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment,
             stdin=subprocess.DEVNULL, stdout=self.stdout.open("w"), stderr=self.stderr.open("w"),
@@ -432,7 +432,7 @@ def test_sigterm_lets_a_request_end(tmp_path):
 
 
 def test_a_taken_port_is_one_clear_sentence(tmp_path, server):
-    run = subprocess.run([sys.executable, "-c", "from product_recs.api import serve; serve()"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    run = subprocess.run([sys.executable, "-c", "from product_recs.web.server import serve; serve()"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
                          env=os.environ | {"PYTHONPATH": str(ROOT), "PRODUCT_RECS_PORT": str(server.port), "PRODUCT_RECS_MODELS_DIR": str(tmp_path)})
     assert run.returncode != 0 and f"port {server.port}" in run.stderr and "in use" in run.stderr and "--port" in run.stderr
 

@@ -7,15 +7,19 @@ import pytest
 from test_api import Server, problem
 from test_evaluate import features_of
 
-from product_recs.baselines import ALS, BuyAgain, Popularity
-from product_recs.blend import Blend, learn_weights
-from product_recs.bundle import open_bundle, publish
-from product_recs.compare import compare_bundles
-from product_recs.core import BundleError, project_root
-from product_recs.evaluate import EvaluateError, evaluate
-from product_recs.inference import Recommender, next_purchase
-from product_recs.segments import by_segment
-from product_recs.signals import BlendError
+from product_recs.models.als import ALS
+from product_recs.models.baselines import BuyAgain, Popularity
+from product_recs.models.blend import Blend, learn_weights
+from product_recs.bundle.files import open_bundle, publish
+from product_recs.jobs.compare import compare_bundles
+from product_recs.core.errors import BundleError
+from product_recs.core.paths import project_root
+from product_recs.core.errors import EvaluateError
+from product_recs.evaluation.judge import evaluate
+from product_recs.bundle.ready import ReadyModel
+from product_recs.inference import next_purchase
+from product_recs.evaluation.segments import by_segment
+from product_recs.models.signals import BlendError
 from product_recs.train import train_bundle
 
 SPLIT = {"validation_from": "2026-05-25", "test_from": "2026-06-10"}
@@ -97,7 +101,7 @@ def test_it_beats_its_parts_where_habits_change(tmp_path):
 def test_the_bundle_gives_the_scores_of_the_recommender(features, bundle):
     blend = Blend(features, **QUICK).fit(features.all)
     assert bundle.manifest["blend"] == blend.weights.to_json()
-    model = Recommender(bundle).prepare()
+    model = ReadyModel(bundle).prepare()
     for row in range(0, len(bundle.users), 7):
         expected = blend.score(np.array([row]))[0]
         answer = next_purchase(model, bundle.users[row], 50)
@@ -110,7 +114,7 @@ def test_the_bundle_gives_the_scores_of_the_recommender(features, bundle):
 def test_over_http(bundle, tmp_path):
     with Server(tmp_path, bundle.path.parent) as server:
         user = bundle.users[3]
-        expected = next_purchase(Recommender(bundle), user, 5)
+        expected = next_purchase(ReadyModel(bundle), user, 5)
         status, headers, body = server.get(f"/recommend/{user}?n=5&task=next_purchase")
         assert status == 200 and body == {"user_id": user, "recommendations": expected.items} and headers["x-recommendation-source"] == "next_purchase"
         assert server.get(f"/recommend/{user}?n=5")[1]["x-recommendation-source"] == "personalised"
@@ -140,7 +144,7 @@ def test_without_timestamps_training_says_why_there_is_no_blend(log, tmp_path):
     features = features_of(log.drop(columns="timestamp"), tmp_path)
     train_bundle(features, tmp_path/"models", progress=False, **QUICK)
     with pytest.raises(BlendError, match="no time split"):
-        next_purchase(Recommender(open_bundle(tmp_path/"models")), 1)
+        next_purchase(ReadyModel(open_bundle(tmp_path/"models")), 1)
 
 
 def test_damage_is_named(bundle, tmp_path):

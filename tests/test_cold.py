@@ -7,8 +7,8 @@ import shutil
 import pytest
 from test_api import Server, problem
 
-from product_recs.bundle import open_bundle, verify_files
-from product_recs.core import BundleError
+from product_recs.bundle.files import open_bundle, verify_files
+from product_recs.core.errors import BundleError
 from product_recs.features import build_features
 from product_recs.ingest import ingest
 from product_recs.train import train_bundle

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from test_api import Server, problem
 
 from product_recs.api import create_app
-from product_recs.core import Columns, IngestError, Settings
+from product_recs.core.columns import Columns
+from product_recs.core.errors import IngestError
+from product_recs.core.settings import Settings
 from product_recs.features import build_features
 from product_recs.ingest import ingest
 from product_recs.train import train_bundle

@@ -7,10 +7,14 @@ import pandas as pd
 import pytest
 from scipy.sparse import random as random_sparse
 
-from product_recs.baselines import ALS, Popularity, baselines, recommend
-from product_recs.core import project_root
-from product_recs.evaluate import EvaluateError, evaluate
-from product_recs.features import Snapshot, build_features
+from product_recs.models.als import ALS
+from product_recs.models.baselines import Popularity, baselines
+from product_recs.models.interface import top_lists
+from product_recs.core.paths import project_root
+from product_recs.core.errors import EvaluateError
+from product_recs.evaluation.judge import evaluate
+from product_recs.data.snapshots import Snapshot
+from product_recs.features import build_features
 from product_recs.ingest import ingest
 from test_metrics import plain
 
@@ -108,7 +112,7 @@ def test_memory_stays_far_below_users_times_items():
     counts = random_sparse(users, items, density=0.0005, format="csr", dtype=np.float32, random_state=1)
     model = Popularity().fit(Snapshot(None, counts, counts, counts))
     tracemalloc.start()
-    recommend(model, np.arange(users), 10)
+    top_lists(model, np.arange(users), 10)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 250e6, f"{peak/1e6:.0f} MB"

@@ -7,15 +7,20 @@ import pandas as pd
 import pytest
 from test_evaluate import features_of
 
-from product_recs.bundle import open_bundle, publish
-from product_recs.core import project_root
-from product_recs.events import Event, UserState
-from product_recs.explain import why, why_not
-from product_recs.features import bm25
-from product_recs.foldin import Solver, confidence_with, fold_in, person, prepare_people, score_person
-from product_recs.inference import SEEN, Recommender, recommend, similar_items
-from product_recs.signals import BlendError, score_users
-from product_recs.train import fit_als, train_bundle
+from product_recs.bundle.files import open_bundle, publish
+from product_recs.core.paths import project_root
+from product_recs.core.events import Event, UserState
+from product_recs.answer.explain import why, why_not
+from product_recs.models.weighting import bm25
+from product_recs.models.foldin import Solver, fold_in
+from product_recs.answer.person import confidence_with, person, prepare_people, score_person
+from product_recs.bundle.catalogue import SEEN
+from product_recs.bundle.ready import ReadyModel
+from product_recs.inference import recommend
+from product_recs.answer.lists import similar_items
+from product_recs.models.signals import BlendError, score_users
+from product_recs.models.als import fit_als
+from product_recs.train import train_bundle
 
 QUICK = {"factors": 16, "iterations": 5, "num_threads": 1, "progress": False}
 NEVER_NAMED = "wishlist"
@@ -31,7 +36,7 @@ def log():
 def model_of(log, folder, blend=False, **parameters):
     features = features_of(log, folder, **parameters)
     version, _ = train_bundle(features, folder/"models", publish_it=True, blend=blend, **QUICK)
-    return features, Recommender(open_bundle(folder/"models", version, verify=True))
+    return features, ReadyModel(open_bundle(folder/"models", version, verify=True))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +204,7 @@ def test_an_older_bundle_still_answers(log, tmp_path):
     for parameters in (manifest["parameters"], {"factors": 16}):
         (path/"manifest.json").write_text(json.dumps(manifest | {"parameters": parameters}))
         publish(path.parent, path.name)
-        old = Recommender(open_bundle(path.parent, verify=True)).prepare()
+        old = ReadyModel(open_bundle(path.parent, verify=True)).prepare()
         user, item = old.bundle.users[2], old.bundle.items[int(np.setdiff1d(np.arange(30), person(old, old.bundle.users[2]).seen)[0])]
         now = person(old, user, UserState((Event(item),)))
         gain = score_person(old, now) - score_person(old, person(old, user))

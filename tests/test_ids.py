@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from sqlalchemy import create_engine, text as sql
 from test_store import new_database, postgres  # noqa: F401, a fixture
 
-from product_recs.core import IngestError
-from product_recs.ids import IdError, id_key
+from product_recs.core.errors import IngestError
+from product_recs.core.ids import IdError, id_key
 from product_recs.ingest import ingest
 
 LOOSE = {"progress": False, "now": "2026-06-01", "max_reject_share": 1.0}

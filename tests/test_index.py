@@ -11,16 +11,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from product_recs.bundle import INDEX_FILE, list_versions, open_bundle, publish, write_bundle
-from product_recs.core import BundleError, Settings
-from product_recs.ids import IdTable
-from product_recs.events import UserState
-from product_recs.filters import Filters
-from product_recs.inference import Recommender, recommend, recommend_many
-from product_recs.ladder import Request, answer, prepared
-from product_recs.live import LiveModel
-from product_recs.nearest import NearestItems, build_index
-from product_recs.search import Searcher
+from product_recs.search.index import INDEX_FILE
+from product_recs.bundle.files import list_versions, open_bundle, publish, write_bundle
+from product_recs.core.errors import BundleError
+from product_recs.core.settings import Settings
+from product_recs.core.ids import IdTable
+from product_recs.core.events import UserState
+from product_recs.answer.rules import Filters
+from product_recs.bundle.ready import ReadyModel
+from product_recs.inference import recommend, recommend_many
+from product_recs.answer.ladder import Request, answer, prepared
+from product_recs.bundle.live import LiveModel
+from product_recs.search.index import NearestItems, build_index
+from product_recs.search.exact import Searcher
 
 ROOT = Path(__file__).resolve().parents[1]
 USERS, ITEMS, FACTORS = 800, 20_000, 32
@@ -106,7 +109,7 @@ def test_an_item_that_is_ruled_out_never_comes_and_the_list_is_as_long_as_the_ex
 
 
 def test_a_damaged_index_is_refused_and_the_old_model_goes_on(models, parts, built):
-    live = LiveModel(models, lambda bundle: Recommender(bundle).prepare())
+    live = LiveModel(models, lambda bundle: ReadyModel(bundle).prepare())
     live.start()
     live.stop()
     whole = built[0].tobytes()
@@ -126,17 +129,17 @@ def test_a_damaged_index_is_refused_and_the_old_model_goes_on(models, parts, bui
 def test_what_is_no_index_though_the_manifest_says_so_is_named(models, parts, built, content):
     write_bundle(models, **parts, index=built[1], index_data=np.frombuffer(content, np.uint8), version="rubbish")
     with pytest.raises(BundleError, match=INDEX_FILE):
-        Recommender(open_bundle(models, "rubbish", verify=True)).prepare()
-    assert len(recommend(Recommender(open_bundle(models, "rubbish"), "exact"), 3, 10)) == 10
+        ReadyModel(open_bundle(models, "rubbish", verify=True)).prepare()
+    assert len(recommend(ReadyModel(open_bundle(models, "rubbish"), "exact"), 3, 10)) == 10
 
 
 def test_a_bundle_from_before_there_were_indexes_opens(models):
     manifest = models / "plain" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"index": {\n    "missing": "few items"\n  },\n', ""))
     bundle = open_bundle(models, "plain", verify=True)
-    assert "index" not in bundle.manifest and len(recommend(Recommender(bundle), 3, 10)) == 10
+    assert "index" not in bundle.manifest and len(recommend(ReadyModel(bundle), 3, 10)) == 10
     with pytest.raises(BundleError, match="before there were any.*train with index=approximate"):
-        Recommender(bundle, "approximate").prepare()
+        ReadyModel(bundle, "approximate").prepare()
 
 
 def test_the_setting_of_the_service(models, monkeypatch):
@@ -174,11 +177,11 @@ def test_without_the_library_everything_is_exact_and_says_how_to_get_it(models):
 import logging, sys
 sys.modules["faiss"] = None  # an import of it fails, as where it is not installed
 logging.basicConfig()
-from product_recs.bundle import open_bundle
-from product_recs.core import BundleError, TrainError
-from product_recs.inference import Recommender, recommend
-from product_recs.nearest import build_index, check_index
-from product_recs.search import Searcher
+from product_recs.bundle.files import open_bundle
+from product_recs.core.errors import BundleError, TrainError
+from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
+from product_recs.search.index import build_index, check_index
+from product_recs.search.exact import Searcher
 bundle = open_bundle({str(models)!r}, "indexed", verify=True)
 model = Recommender(bundle).prepare()
 assert isinstance(model.nearest, Searcher) and len(recommend(model, 3, 10)) == 10
@@ -198,8 +201,8 @@ for call, error in ((lambda: Recommender(bundle, "approximate").prepare(), Bundl
 def test_processes_share_one_mapped_index(models):
     program = f"""
 import sys
-from product_recs.bundle import open_bundle
-from product_recs.inference import Recommender, recommend
+from product_recs.bundle.files import open_bundle
+from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
 model = Recommender(open_bundle({str(models)!r})).prepare()
 print([recommend(model, user, 10).items for user in range(20)], flush=True)
 sys.stdin.readline()
@@ -216,9 +219,9 @@ print(*(line for line in open("/proc/self/maps") if "{INDEX_FILE}" in line), flu
 def test_a_build_that_is_killed_leaves_no_model(tmp_path):
     program = DATA + f"""
 from pathlib import Path
-from product_recs.bundle import write_bundle
-from product_recs.ids import IdTable
-from product_recs.nearest import build_index
+from product_recs.bundle.files import write_bundle
+from product_recs.core.ids import IdTable
+from product_recs.search.index import build_index
 x, y, seen = data(300, 300_000)
 print("building", flush=True)
 found, facts = build_index(y, y.any(axis=1), x, seen, index="approximate")

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 import duckdb
 import pytest
 
-from product_recs.core import IngestError
+from product_recs.core.errors import IngestError
 from product_recs.ingest import ensure_ingested, ingest, open_ledger
 
 HEADER = "user_id,item_id,event,quantity,timestamp\n"
@@ -117,7 +117,7 @@ def test_truncated_gzip(write, tmp_path):
 
 @pytest.mark.parametrize("change, expected", [("append", "changed while"), ("vanish", "vanished")])
 def test_file_changes_half_way(change, expected, write, tmp_path, monkeypatch):
-    import product_recs.sources as sources
+    import product_recs.data.sources as sources
     path, real = write(HEADER + GOOD), sources.count_lines
     def meanwhile(*arguments):
         if change == "vanish": path.unlink()

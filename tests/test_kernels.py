@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from product_recs.core import KERNELS_ABI, compiled
+from product_recs.core.kernels import KERNELS_ABI, compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ("_als", "_search")
@@ -97,7 +97,7 @@ def test_a_library_that_was_cut_off_does_not_kill_the_process(tmp_path):
         (folder / "_als.abi3.so").write_bytes(whole[:length])
     program = f"""import pathlib, warnings
 warnings.simplefilter("ignore")
-from product_recs.core import compiled
+from product_recs.core.kernels import compiled
 print(*[compiled("_als", folder) for folder in pathlib.Path({str(tmp_path)!r}).iterdir() if folder.is_dir()])"""
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, f"ended with {run.returncode}"
@@ -130,8 +130,8 @@ def test_a_stale_library_leaves_training_and_search_to_numpy(tmp_path):
     for name in KERNELS:
         says(package / f"{name}.abi3.so", abi=KERNELS_ABI + 7)
     program = """import numpy as np
-from product_recs.search import Searcher
-from product_recs.solver import native_kernels
+from product_recs.search.exact import Searcher
+from product_recs.models.solver import native_kernels
 print(native_kernels(), Searcher(np.eye(3, dtype=np.float32)).top(np.eye(3, dtype=np.float32), 1)[0].ravel())
 print(native_kernels())"""
     run = subprocess.run(
@@ -183,7 +183,7 @@ def test_make_builds_the_kernels_again_when_their_source_has_changed(tmp_path):
         return [path.stat().st_mtime_ns for path in sorted((tmp_path / "product_recs").glob("*.so"))]
 
     def which():
-        program = """from product_recs.core import compiled
+        program = """from product_recs.core.kernels import compiled
 print(compiled('_als').which(), compiled('_search').which())"""
         return subprocess.run(
             [sys.executable, "-c", program],

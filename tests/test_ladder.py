@@ -10,14 +10,17 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from scipy.sparse import csr_matrix
 
-from product_recs.bundle import Bundle
-from product_recs.core import ProductRecsError
-from product_recs.ids import IdTable
-from product_recs.events import Event, UserState
-from product_recs.filters import Attributes, Catalogue, Filters, best_allowed, rule_out
-from product_recs.foldin import person, score_person
-from product_recs.inference import UnknownItem, next_purchase, popular_items, recommend, recommend_many, similar_items
-from product_recs.ladder import SEGMENT_USERS, Request, answer, content_scores, prepared, segment_scores
+from product_recs.bundle.files import Bundle
+from product_recs.core.errors import ProductRecsError
+from product_recs.core.ids import IdTable
+from product_recs.core.events import Event, UserState
+from product_recs.bundle.catalogue import Attributes, Catalogue
+from product_recs.answer.rules import Filters, best_allowed, rule_out
+from product_recs.answer.person import person, score_person
+from product_recs.core.errors import UnknownItem
+from product_recs.inference import next_purchase, recommend, recommend_many
+from product_recs.answer.lists import popular_items, similar_items
+from product_recs.answer.ladder import SEGMENT_USERS, Request, answer, content_scores, prepared, segment_scores
 
 WORDS = ["tea", "coffee", "mug", None]
 NUMBERS = [0.0, 1.0, 2.5, None]
@@ -326,7 +329,7 @@ def test_a_segment_counts_its_own_users_and_no_small_one_is_used():
 
 
 def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
-    monkeypatch.setattr("product_recs.ladder.SEGMENT_SAMPLE", 10)
+    monkeypatch.setattr("product_recs.answer.ladder.SEGMENT_SAMPLE", 10)
     seen = np.eye(95, dtype=np.float32)
     sparse = csr_matrix(seen)
     model = prepared(Bundle(Path("."), {"version": "v", "parameters": {}}, seen, seen, sparse, IdTable(range(95)), IdTable(range(95)), {"age": np.array(["old"]*95, object)},

@@ -9,12 +9,16 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from product_recs.api import create_app
-from product_recs.bundle import load_table, open_bundle
-from product_recs.core import Settings
-from product_recs.evaluate import NothingToJudge, make_task, past_and_future
-from product_recs.features import FeatureError, build_features
+from product_recs.data.arrays import load_table
+from product_recs.bundle.files import open_bundle
+from product_recs.core.settings import Settings
+from product_recs.core.errors import NothingToJudge
+from product_recs.data.tasks import make_task, past_and_future
+from product_recs.core.errors import FeatureError
+from product_recs.features import build_features
 from product_recs.ingest import ingest
-from product_recs.inference import Recommender, recommend, recommend_all, recommend_many
+from product_recs.bundle.ready import ReadyModel
+from product_recs.inference import recommend, recommend_all, recommend_many
 from product_recs.train import train_bundle
 
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -94,7 +98,7 @@ def test_a_user_of_one_item_is_folded_in_like_a_session_of_it(shop):
         assert history["known"] and [line["item_id"] for line in history["history"]] == [10]
         many = service.post("/recommend", json={"users": [1, 40, 77]}).json()
         assert 10 not in many["results"][0]["recommendations"] and many["results"][2]["source"] == "popular"
-    assert 10 not in recommend(Recommender(bundle), 1).items
+    assert 10 not in recommend(ReadyModel(bundle), 1).items
 
 
 def test_an_item_of_one_user_is_not_new_to_them_and_new_to_others(shop):
@@ -210,7 +214,7 @@ def test_no_list_of_new_things_has_an_item_of_the_user_s_own_log(
             assert {line["item_id"] for line in service.get(f"/users/{user}/history").json()["history"]} == own[user]
         results = service.post("/recommend", json={"users": everybody, "n": 20}).json()["results"]
         assert all(not own.get(one["user_id"], set()) & set(one["recommendations"]) for one in results)
-    model = Recommender(bundle)
+    model = ReadyModel(bundle)
     for user, answer in zip(everybody, recommend_many(model, everybody, 20)):
         assert not own.get(user, set()) & set(answer.items)
     for user in everybody:

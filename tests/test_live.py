@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from product_recs.bundle import current_version, previous_versions, publish, write_bundle
-from product_recs.core import BundleError, atomic_write
-from product_recs.ids import IdTable
-from product_recs.inference import Recommender, recommend
-from product_recs.live import LiveModel, NoModel, Reload, rollback, version_lines
+from product_recs.bundle.files import current_version, previous_versions, publish, write_bundle
+from product_recs.core.errors import BundleError
+from product_recs.core.files import atomic_write
+from product_recs.core.ids import IdTable
+from product_recs.bundle.ready import ReadyModel
+from product_recs.inference import recommend
+from product_recs.bundle.live import LiveModel, NoModel, Reload, rollback, version_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 ITEMS = 2000
@@ -37,7 +39,7 @@ def write(models_dir, version, best):
 
 
 def live_model(models_dir, **options):
-    return LiveModel(models_dir, lambda bundle: Recommender(bundle).prepare(), watch_seconds=0.01, **options)
+    return LiveModel(models_dir, lambda bundle: ReadyModel(bundle).prepare(), watch_seconds=0.01, **options)
 
 
 def until(condition, seconds=15):
@@ -240,7 +242,7 @@ def test_a_failing_preparation_is_tried_less_and_less_and_logged_once(models, ca
     assert [record.message.count("no room") for record in caplog.records] == [1]
     since = live.refused.at
     assert live.reload().status == "refused" and live.refused.at == since
-    live.prepare = lambda bundle: Recommender(bundle).prepare()
+    live.prepare = lambda bundle: ReadyModel(bundle).prepare()
     assert live.reload() == Reload("reloaded", "v1") and live.refused is None and live._again_at == float("inf")
 
 
@@ -277,8 +279,8 @@ def test_a_reader_in_another_process_sees_every_version_whole(models, tmp_path):
     program = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from product_recs.inference import Recommender, recommend
-from product_recs.live import LiveModel
+from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
+from product_recs.bundle.live import LiveModel
 live = LiveModel({str(models)!r}, lambda bundle: Recommender(bundle).prepare(), 0.005)
 live.listen(lambda result: print(result.status, result.version, recommend(live.get(), 7, 1).items[0], flush=True))
 live.start()
@@ -321,7 +323,7 @@ def test_history_of_publishing(models):
 def test_command_goes_back(models):
     write(models, "v2", 12)
     publish(models, "v2")
-    program = "import sys; from product_recs.cli import main; sys.exit(main())"
+    program = "import sys; from product_recs.jobs.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", program]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 

@@ -19,12 +19,13 @@ PROGRAM = """
 import json, locale, sys
 from pathlib import Path
 from sqlalchemy import update
-from product_recs.bundle import load_table, open_bundle
-from product_recs.core import IngestError
+from product_recs.data.arrays import load_table; from product_recs.bundle.files import open_bundle
+from product_recs.core.errors import IngestError
 from product_recs.features import build_features
 from product_recs.ingest import ingest, open_ledger
-from product_recs.records import EVENTS
-from product_recs.store import NewEvent, Store
+from product_recs.feedback.records import EVENTS
+from product_recs.feedback.records import NewEvent
+from product_recs.feedback.store import Store
 from product_recs.train import train_bundle
 
 folder, out = next(Path("in").glob("gr*")), Path("out")  # the locale has its own idea of this name
@@ -115,7 +116,7 @@ def test_every_kind_of_source_is_the_same_in_every_locale(tmp_path, place):
     assert found["feedback"]["interactions"]["item_id"] == ["€5", "茶"] and found["log.csv"]["users"]["Straße"][0].endswith("straße")
 
     command = [sys.executable, "-m", "product_recs.cli", "recommend", "ann", "--models-dir", "out/models"]
-    said = subprocess.run([sys.executable, "-c", "from product_recs.cli import main; raise SystemExit(main())", *command[3:]], cwd=tmp_path / "there", env=environment, capture_output=True)
+    said = subprocess.run([sys.executable, "-c", "from product_recs.jobs.cli import main; raise SystemExit(main())", *command[3:]], cwd=tmp_path / "there", env=environment, capture_output=True)
     assert said.returncode == 0 and b"\\u8336" in said.stdout and b"Traceback" not in said.stderr, (said.stdout, said.stderr)
 
 

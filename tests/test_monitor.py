@@ -16,17 +16,17 @@ import psutil
 import pytest
 import yaml
 
-from product_recs.security import add_key
+from product_recs.web.security import add_key
 
 ROOT = Path(__file__).resolve().parents[1]
 APPLICATION = '''
 import asyncio, os
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from product_recs.core import Settings
-from product_recs.monitor import Metrics, log_config, shared_folder, workers_folder
-from product_recs.security import Guard
-from product_recs.web import RequestLog, http_problem, log_to_stdout, parameter_problem
+from product_recs.core.settings import Settings
+from product_recs.web.monitor import Metrics, log_config, shared_folder, workers_folder
+from product_recs.web.security import Guard
+from product_recs.web.problems import RequestLog, http_problem, log_to_stdout, parameter_problem
 
 def create_app():
     app, settings, metrics = FastAPI(), Settings(), Metrics()

@@ -14,13 +14,16 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from test_evaluate import features_of
 from test_pipeline import fresh_project
 
-from product_recs.bundle import open_bundle
-from product_recs.events import Event
-from product_recs.features import FeatureError, build_features
-from product_recs.foldin import confidence_with
-from product_recs.parameters import ParameterError, declared_defaults, typed, typed_parameters
-from product_recs.train import TrainError, fit_als, train_bundle
-from product_recs.weights import weigh
+from product_recs.bundle.files import open_bundle
+from product_recs.core.events import Event
+from product_recs.core.errors import FeatureError
+from product_recs.features import build_features
+from product_recs.answer.person import confidence_with
+from product_recs.core.parameters import ParameterError, declared_defaults, typed, typed_parameters
+from product_recs.core.errors import TrainError
+from product_recs.models.als import fit_als
+from product_recs.train import train_bundle
+from product_recs.jobs.weights import weigh
 
 JOBS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "10_weights", "11_tune")
 SNAPSHOTS = ("train", "train_validation", "all")

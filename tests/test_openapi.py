@@ -12,7 +12,7 @@ from test_api import ROOT, Server
 
 from product_recs.features import build_features
 from product_recs.ingest import ingest
-from product_recs.security import add_key
+from product_recs.web.security import add_key
 from product_recs.train import train_bundle
 
 SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"

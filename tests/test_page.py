@@ -14,9 +14,9 @@ import pytest
 from scipy.sparse import csr_matrix
 from test_api import Server
 
-from product_recs.bundle import publish, write_bundle
-from product_recs.ids import IdTable
-from product_recs.signals import SIGNALS, BlendWeights
+from product_recs.bundle.files import publish, write_bundle
+from product_recs.core.ids import IdTable
+from product_recs.models.signals import SIGNALS, BlendWeights
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested in a browser")
 expect = playwright.expect
@@ -354,7 +354,7 @@ def test_a_service_that_went_away_is_found_again(browser, tmp_path):
 def new_key(folder, scope):
     """A key of the service, made as its owner makes one."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PRODUCT_RECS_API_KEYS_FILE": str(folder / "keys.json")}
-    run = subprocess.run([sys.executable, "-c", "from product_recs.cli import main; main()", "keys", "add", scope, "--scope", scope],
+    run = subprocess.run([sys.executable, "-c", "from product_recs.jobs.cli import main; main()", "keys", "add", scope, "--scope", scope],
                          cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=60)
     return re.search(r"pr_[\w-]{32,}", run.stdout)[0]
 
@@ -567,4 +567,4 @@ def test_a_built_wheel_holds_the_page(tmp_path):
         (source / name).symlink_to(ROOT / name)
     subprocess.run([sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)], cwd=source, check=True, capture_output=True, timeout=120)
     (wheel,) = tmp_path.glob("*.whl")
-    assert {f"product_recs/page/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {f"product_recs/web/page/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")} <= set(zipfile.ZipFile(wheel).namelist())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from product_recs.bundle import current_version, list_versions, open_bundle
+from product_recs.bundle.files import current_version, list_versions, open_bundle
 
 PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

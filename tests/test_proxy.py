@@ -20,7 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from test_api import Server, publish_board
 
-from product_recs.security import add_key
+from product_recs.web.security import add_key
 
 ROOT = Path(__file__).resolve().parents[1]
 NGINX = os.environ.get("NGINX") or shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")

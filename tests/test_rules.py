@@ -14,16 +14,19 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from product_recs.api import create_app
-from product_recs.bundle import open_bundle
-from product_recs.core import IngestError, Settings
-from product_recs.events import KNOWN_EVENTS, EventRules
+from product_recs.bundle.files import open_bundle
+from product_recs.core.errors import IngestError
+from product_recs.core.settings import Settings
+from product_recs.core.events import KNOWN_EVENTS, EventRules
 from product_recs.features import build_features
-from product_recs.foldin import person
-from product_recs.ids import key_or_none
+from product_recs.answer.person import person
+from product_recs.core.ids import key_or_none
 from product_recs.ingest import ingest, open_ledger
-from product_recs.ladder import prepared
-from product_recs.records import EVENTS, FeedbackError
-from product_recs.store import NewEvent, Store
+from product_recs.answer.ladder import prepared
+from product_recs.feedback.records import EVENTS
+from product_recs.core.errors import FeedbackError
+from product_recs.feedback.records import NewEvent
+from product_recs.feedback.store import Store
 from product_recs.train import train_bundle
 
 QUICK = {"factors": 4, "iterations": 2, "num_threads": 1, "blend": False, "progress": False}

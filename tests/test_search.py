@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from product_recs.ranking import top_n
-from product_recs.search import Searcher
+from product_recs.search.top_n import top_n
+from product_recs.search.exact import Searcher
 
 VARIANTS = (-1, 0, 1, 2, 3)
 
@@ -127,7 +127,7 @@ def test_many_threads_may_ask_one_searcher():
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_an_interrupt_ends_a_long_search():
     program = """import numpy as np, sys
-from product_recs.search import Searcher
+from product_recs.search.exact import Searcher
 rng = np.random.default_rng(0)
 searcher, users = Searcher(rng.standard_normal((50_000, 64)).astype(np.float32)), rng.standard_normal((1_000_000, 64)).astype(np.float32)
 print("go", flush=True)

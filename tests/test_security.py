@@ -15,7 +15,7 @@ import httpx2
 import pytest
 from test_api import Server, publish_board
 
-from product_recs.security import SCOPES, Keys, add_key, remove_key
+from product_recs.web.security import SCOPES, Keys, add_key, remove_key
 
 ROOT = Path(__file__).resolve().parents[1]
 APPLICATION = '''
@@ -23,9 +23,9 @@ import asyncio, os
 from pathlib import Path
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from product_recs.core import Settings
-from product_recs.security import Guard, describe_keys
-from product_recs.web import RequestLog, http_problem, log_to_stdout, parameter_problem
+from product_recs.core.settings import Settings
+from product_recs.web.security import Guard, describe_keys
+from product_recs.web.problems import RequestLog, http_problem, log_to_stdout, parameter_problem
 
 def create_app():
     app, settings = FastAPI(), Settings()
@@ -186,7 +186,7 @@ def test_keys_come_and_go_without_a_restart(service):
 
 def test_keys_added_at_the_same_moment_are_all_kept(tmp_path):
     file = tmp_path / "keys.json"
-    program = "import sys; from product_recs.security import add_key; [add_key(sys.argv[1], f'{sys.argv[2]}{k}') for k in range(10)]"
+    program = "import sys; from product_recs.web.security import add_key; [add_key(sys.argv[1], f'{sys.argv[2]}{k}') for k in range(10)]"
     adding = [subprocess.Popen([sys.executable, "-c", program, file, name], env={**os.environ, "PYTHONPATH": str(ROOT)}) for name in "abc"]
     assert [process.wait(60) for process in adding] == [0, 0, 0]
     keys = json.loads(file.read_text())["keys"]

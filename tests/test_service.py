@@ -18,10 +18,10 @@ from test_api import Server, problem
 from test_openapi import train
 from test_store import new_database, postgres, until  # noqa: F401
 
-from product_recs.bundle import current_version, open_bundle, publish
-from product_recs.ladder import Request, answer, prepared
-from product_recs.live import rollback
-from product_recs.security import add_key
+from product_recs.bundle.files import current_version, open_bundle, publish
+from product_recs.answer.ladder import Request, answer, prepared
+from product_recs.bundle.live import rollback
+from product_recs.web.security import add_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR
 STORES = ["sqlite", "postgresql"]

@@ -69,7 +69,7 @@ def test_the_requirements_of_serving_are_enough(serving_venv, tmp_path):
 
 
 def test_the_installed_package_brings_the_migrations(serving_venv, tmp_path):
-    program = "import sys; from product_recs.store import *; store = Store(sys.argv[1]); print(store.add_events([NewEvent(1, 101)]), store.history(1)[0].item_id)"
+    program = "import sys; from product_recs.feedback.records import NewEvent; from product_recs.feedback.store import Store; store = Store(sys.argv[1]); print(store.add_events([NewEvent(1, 101)]), store.history(1)[0].item_id)"
     command = [serving_venv / "bin/python", "-c", program, f"sqlite:///{tmp_path}/feedback.db"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env={"PATH": ""})
     assert run.stdout.split() == ["['accepted']", "101"]

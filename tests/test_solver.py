@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.sparse import csr_matrix, random as random_matrix
 
-from product_recs.foldin import Solver
-from product_recs.solver import RotatedALS, native_kernels, solve_rows
-from product_recs.train import fit_als
+from product_recs.models.foldin import Solver
+from product_recs.models.solver import RotatedALS, native_kernels, solve_rows
+from product_recs.models.als import fit_als
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +86,7 @@ def test_an_interrupt_ends_the_fit_and_leaves_no_thread(shop):
 def test_an_interrupt_at_any_moment_is_only_an_interrupt():
     "One that comes while a thread is being started loses sight of it; the thread must not read what has gone."
     program = """import os, random, signal, threading, numpy as np, scipy.sparse as s
-from product_recs.train import fit_als
+from product_recs.models.als import fit_als
 signal.signal(signal.SIGINT, signal.default_int_handler)
 matrix, rng, interrupted = s.random(3000, 500, 0.02, format="csr", random_state=1, dtype=np.float32), random.Random(0), 0
 for _ in range(150):
@@ -119,7 +119,7 @@ def test_without_a_compiler_the_package_is_built_and_trains(tmp_path):
         assert not [name for name in archive.namelist() if name.endswith(".so")]
         archive.extractall(tmp_path / "site")
     program = """import numpy as np, scipy.sparse as s
-from product_recs.solver import native_kernels, RotatedALS
+from product_recs.models.solver import native_kernels, RotatedALS
 model = RotatedALS(s.csr_matrix(np.eye(9, dtype=np.float32)), 4)
 model.step()
 print(native_kernels(), model.loss() > 0)"""
@@ -134,7 +134,7 @@ def test_a_wheel_with_kernels_serves_every_python(tmp_path):
     with zipfile.ZipFile(found) as archive:
         assert sorted(name for name in archive.namelist() if name.endswith(".so")) == ["product_recs/_als.abi3.so", "product_recs/_search.abi3.so"]
         archive.extractall(tmp_path / "site")
-    program = "from product_recs.core import compiled; print(compiled('_als') is not None, compiled('_search') is not None)"
+    program = "from product_recs.core.kernels import compiled; print(compiled('_als') is not None, compiled('_search') is not None)"
     run = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
     assert run.stdout.split() == ["True", "True"], run.stderr
 
@@ -202,7 +202,7 @@ def test_no_row_of_an_ordinary_shop_leaves_the_kernels(shop, monkeypatch):
     "A confidence of 1 is that of an unobserved cell, which is no reason to solve a row in float64: that takes a hundred times as long."
     if native_kernels() is None: pytest.skip("there are no kernels here")
     seen = []
-    monkeypatch.setattr("product_recs.solver._hard_rows", lambda side, fixed, solved, rows, *given: seen.append(len(rows)))
+    monkeypatch.setattr("product_recs.models.solver._hard_rows", lambda side, fixed, solved, rows, *given: seen.append(len(rows)))
     ones = csr_matrix((np.ones_like(shop.data), shop.indices, shop.indptr), shape=shop.shape)
     for confidence in (shop, ones):
         model = RotatedALS(confidence, 64, 20.0, seed=0, num_threads=2, native=True)

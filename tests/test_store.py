@@ -15,13 +15,17 @@ import duckdb
 import pytest
 from sqlalchemy import create_engine, inspect, select, text, update
 
-from product_recs.bundle import open_bundle
-from product_recs.changes import Changes, ImpressionLog
-from product_recs.connection import VERSION_TABLE, Counter, migrate, tick
+from product_recs.bundle.files import open_bundle
+from product_recs.feedback.changes import Changes
+from product_recs.feedback.impressions import ImpressionLog
+from product_recs.feedback.connection import VERSION_TABLE, Counter, migrate
+from product_recs.feedback.store import tick
 from product_recs.features import build_features
 from product_recs.ingest import ingest
-from product_recs.records import DENIED, EVENTS, FORGOTTEN, StoreError, from_micros
-from product_recs.store import NewEvent, Store
+from product_recs.feedback.records import DENIED, EVENTS, FORGOTTEN, from_micros
+from product_recs.core.errors import StoreError
+from product_recs.feedback.records import NewEvent
+from product_recs.feedback.store import Store
 from product_recs.train import train_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +103,8 @@ def age(store, seconds):
 
 POST = """
 import random, sys
-from product_recs.store import NewEvent, Store
+from product_recs.feedback.records import NewEvent
+from product_recs.feedback.store import Store
 url, seed = sys.argv[1], int(sys.argv[2])
 events = [NewEvent(n % 7, n, key=f"k{n}") for n in range(300)]
 random.Random(seed).shuffle(events)
@@ -124,7 +129,8 @@ def test_each_key_counts_once_however_many_processes_post_it(url, opened):
 
 ENDLESS = """
 import itertools, sys
-from product_recs.store import NewEvent, Store
+from product_recs.feedback.records import NewEvent
+from product_recs.feedback.store import Store
 store = Store(sys.argv[1])
 for n in itertools.count():
     store.add_events([NewEvent(1, n, key=f"{n}-{part}") for part in "ab"])
@@ -147,8 +153,8 @@ def test_a_killed_process_loses_nothing_that_it_accepted(url, opened):
 
 WORKER = """
 import sys
-from product_recs.changes import Changes
-from product_recs.store import Store
+from product_recs.feedback.changes import Changes
+from product_recs.feedback.store import Store
 changes = Changes(Store(sys.argv[1]), wait=30, poll=3600).start()
 print("ready", flush=True)
 for line in sys.stdin:
@@ -360,7 +366,7 @@ def upgrade():
 
 def scripts(folder, last="pass"):
     "The migrations of a next release."
-    shutil.copytree(files("product_recs") / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(files("product_recs") / "feedback" / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "versions/0003_next.py").write_text(NEXT.format(last=last))
     return folder
 
@@ -389,7 +395,7 @@ def test_a_migration_that_fails_changes_nothing(url, tmp_path, opened):
 
 def first_version(url, folder):
     "An empty store as the first release left it."
-    shutil.copytree(files("product_recs") / "migrations", folder, ignore=lambda _, names: {"__pycache__", "0002_keys.py"} & {*names})
+    shutil.copytree(files("product_recs") / "feedback" / "migrations", folder, ignore=lambda _, names: {"__pycache__", "0002_keys.py"} & {*names})
     store = Store(url)
     engine = create_engine(store.url)
     assert migrate(engine, folder) == "0001"

@@ -13,10 +13,10 @@ import optuna
 import pytest
 import yaml
 
-from product_recs.bundle import open_bundle
+from product_recs.bundle.files import open_bundle
 from product_recs.features import build_features, ensure_features
 from product_recs.ingest import ingest
-from product_recs.tune import as_trial, choose_candidates, finished, open_study, pose, search, starting_points
+from product_recs.jobs.tune import as_trial, choose_candidates, finished, open_study, pose, search, starting_points
 from test_pipeline import call, fresh_project
 
 QUICK = "max_trials: 4\nmax_factors: 16\nmax_iterations: 10\nhalf_lives: [30]\nstrengths: [1]\nseeds: [0]\nlab_factors: 8\nlab_iterations: 3\nmax_users: 100\ntest_seeds: [0]\nbootstrap: 100\n"
@@ -91,7 +91,7 @@ def test_kill_9_leaves_a_study_that_goes_on(tmp_path, problem_of):
     features = build_features(ingested(root), root/"features")
     script = """
 import sys
-from product_recs.features import open_features
+from product_recs.data.snapshots import open_features
 from product_recs.tune import *
 features = open_features(sys.argv[1])
 problem = pose(features, "discovery", choose_candidates(features, "discovery", top=1), max_factors=16, max_iterations=10, max_users=100)

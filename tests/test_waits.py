@@ -19,15 +19,17 @@ from test_api import publish_board
 from test_store import new_database, opened, postgres, until, url  # noqa: F401
 
 from product_recs.api import create_app
-from product_recs.bundle import save_table
-from product_recs.changes import Changes
-from product_recs.cold import ColdTable
-from product_recs.core import Settings
-from product_recs.events import UNCHANGED
-from product_recs.live import Reload
-from product_recs.security import Guard, add_key, remove_key
-from product_recs.service import Kept, Service
-from product_recs.store import NewEvent, Store
+from product_recs.data.arrays import save_table
+from product_recs.feedback.changes import Changes
+from product_recs.bundle.cold import ColdTable
+from product_recs.core.settings import Settings
+from product_recs.core.events import UNCHANGED
+from product_recs.bundle.live import Reload
+from product_recs.web.security import Guard, add_key, remove_key
+from product_recs.web.cache import Kept
+from product_recs.web.service import Service
+from product_recs.feedback.records import NewEvent
+from product_recs.feedback.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR
 

@@ -16,9 +16,10 @@ from test_api import publish_board
 from test_store import new_database, numbers, postgres  # noqa: F401
 
 from product_recs.api import create_app
-from product_recs.core import Settings
-from product_recs.records import StoreError
-from product_recs.store import NewEvent, Store
+from product_recs.core.settings import Settings
+from product_recs.core.errors import StoreError
+from product_recs.feedback.records import NewEvent
+from product_recs.feedback.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR
 
@@ -145,7 +146,8 @@ def test_a_client_that_asks_for_another_encoding_gets_text_all_the_same(postgres
     "PGCLIENTENCODING stands in many a profile."
     program = """
 import sys
-from product_recs.store import NewEvent, Store
+from product_recs.feedback.records import NewEvent
+from product_recs.feedback.store import Store
 with Store(sys.argv[1]) as store:
     store.add_events([NewEvent("日本 é", "ü")])
     print(ascii(store.history("日本 é")[0].item_id))

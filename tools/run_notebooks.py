@@ -14,7 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 from tqdm import tqdm
 
-from product_recs.reports import joined_streams
+from product_recs.jobs.reports import joined_streams
 
 root = Path(__file__).resolve().parent.parent
 os.environ["IN_TEST"] = "1"
