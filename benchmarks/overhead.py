@@ -1,10 +1,14 @@
-"""How much time does this project add to the libraries that it stands on? Ratios of one run, alternating, BLAS held for both.
+"""How much time does this project add to the libraries that it stands on? Ratios of one run, alternating, BLAS held for
+both.
 
     python benchmarks/overhead.py [--rounds 5]
 
-Training: `train.fit_als` against a bare `implicit` fit, on the Complete Journey where `make data` has written it, else on the
-committed sample; `train_bundle` also writes and verifies the bundle. The serving figures come from benchmarks/serving.py.
+Training: `train.fit_als` against a bare `implicit` fit, on the Complete Journey where `make data` has written it, else
+on the
+committed sample; `train_bundle` also writes and verifies the bundle. The serving figures come from
+benchmarks/serving.py.
 """
+
 import argparse
 import statistics
 import tempfile
@@ -53,6 +57,13 @@ with tempfile.TemporaryDirectory() as folder:
         fits.append(seconds(fit_als, matrix, **PARAMETERS))
         bundles.append(seconds(train_bundle, features, Path(folder) / str(number), **PARAMETERS, progress=False))
 print("\n| what | median seconds | times the bare fit (median of pairs, smallest to largest) |\n|---|---|---|")
-for name, times in (("implicit, bare", plain), ("fit_als: checks, progress, loss every 5th iteration", fits), ("train_bundle: fit, write, hash, publish", bundles)):
+for name, times in (
+    ("implicit, bare", plain),
+    ("fit_als: checks, progress, loss every 5th iteration", fits),
+    ("train_bundle: fit, write, hash, publish", bundles),
+):
     ratios = sorted(ours / theirs for ours, theirs in zip(times, plain))
-    print(f"| {name} | {statistics.median(times):.2f} | {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) |")
+    print(
+        f"| {name} | {statistics.median(times):.2f} | {statistics.median(ratios):.3f} ({ratios[0]:.3f} to "
+        f"{ratios[-1]:.3f}) |"
+    )

@@ -1,15 +1,22 @@
 """How good are this project's models on a public train/test pair, beside the published figures?
 
-    python benchmarks/quality.py FOLDER [--models weighted-als,blend] [--factors 512] [--validate] [--out benchmarks/results]
+    python benchmarks/quality.py FOLDER [--models weighted-als,blend] [--factors 512] [--validate] [--out
+    benchmarks/results]
 
-FOLDER holds train.parquet and test.parquet with the columns user_id and item_id, no times. Protocol of the LightGCN papers: learn
-from all of train, rank all items minus the user's train items, mean over the users with test items; Recall@20 divides by the number
+FOLDER holds train.parquet and test.parquet with the columns user_id and item_id, no times. Protocol of the LightGCN
+papers: learn
+from all of train, rank all items minus the user's train items, mean over the users with test items; Recall@20 divides
+by the number
 of test items, NDCG@20 is binary with its ideal cut at 20. Items that only the test knows count as missed.
 
 --validate judges on a tenth of each user's train items (seeded, rounded) instead of the test: choose
-parameters there, and only there. Where popularity is published to do better on the test than on a tenth drawn at random, the test
-holds more of the popular items; --tilt draws an item with a chance proportional to its popularity to that power, until popularity does as well. The table goes to standard output and to a Markdown file in --out, the figures to a JSON file beside it.
+parameters there, and only there. Where popularity is published to do better on the test than on a tenth drawn at
+random, the test
+holds more of the popular items; --tilt draws an item with a chance proportional to its popularity to that power, until
+popularity does as well. The table goes to standard output and to a Markdown file in --out, the figures to a JSON file
+beside it.
 """
+
 import argparse
 import json
 import sys
@@ -36,17 +43,31 @@ from product_recs.models.blend import ScoreBlend
 from product_recs.models.als import WeightedALS
 
 K = 20
-# Recall@20, NDCG@20 as published for the split of the LightGCN paper of Gowalla (29,858 users, 40,981 items, 1,027,370 pairs)
+# Recall@20, NDCG@20 as published for the split of the LightGCN paper of Gowalla (29,858 users, 40,981 items, 1,027,370
+# pairs)
 BARS = "BARS leaderboard, gowalla_m1"
-PUBLISHED = [("ItemPop", 0.0416, 0.0317, BARS), ("ItemCF", 0.1570, 0.1214, BARS), ("MF-BPR", 0.1627, 0.1378, BARS), ("SLIM", 0.1699, 0.1382, BARS),
-             ("YoutubeDNN", 0.1754, 0.1473, BARS), ("EASE", 0.1765, 0.1467, BARS), ("LightGCN", 0.1820, 0.1547, BARS),
-             ("LightGCN", 0.1830, 0.1554, "README of UltraGCN"), ("GF-CF", 0.1849, 0.1518, BARS), ("UltraGCN", 0.1862, 0.1580, BARS), ("SimpleX", 0.1872, 0.1557, BARS)]
+PUBLISHED = [
+    ("ItemPop", 0.0416, 0.0317, BARS),
+    ("ItemCF", 0.1570, 0.1214, BARS),
+    ("MF-BPR", 0.1627, 0.1378, BARS),
+    ("SLIM", 0.1699, 0.1382, BARS),
+    ("YoutubeDNN", 0.1754, 0.1473, BARS),
+    ("EASE", 0.1765, 0.1467, BARS),
+    ("LightGCN", 0.1820, 0.1547, BARS),
+    ("LightGCN", 0.1830, 0.1554, "README of UltraGCN"),
+    ("GF-CF", 0.1849, 0.1518, BARS),
+    ("UltraGCN", 0.1862, 0.1580, BARS),
+    ("SimpleX", 0.1872, 0.1557, BARS),
+]
 GOWALLA = (29_858, 40_981, 810_128, 217_242)
 
 
 def read_pairs(path: Path) -> pd.DataFrame:
     if not path.exists():
-        sys.exit(f"{path}: the file is missing; name a folder with train.parquet and test.parquet (make bench-quality DATA=folder)")
+        sys.exit(
+            f"{path}: the file is missing; name a folder with train.parquet and test.parquet (make bench-quality "
+            f"DATA=folder)"
+        )
     pairs = pd.read_parquet(path)
     if missing := {"user_id", "item_id"} - set(pairs.columns):
         sys.exit(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(map(str, pairs.columns))}")
@@ -58,25 +79,31 @@ def read_pairs(path: Path) -> pd.DataFrame:
 
 def read(folder: Path) -> tuple[csr_matrix, csr_matrix]:
     "Train and test as matrices over the ids of both, in ascending order of id."
-    train, test = (read_pairs(folder/f"{name}.parquet") for name in ("train", "test"))
+    train, test = (read_pairs(folder / f"{name}.parquet") for name in ("train", "test"))
     users, items = (np.unique(np.concatenate([train[column], test[column]])) for column in ("user_id", "item_id"))
 
     def matrix(pairs: pd.DataFrame) -> csr_matrix:
         at = np.searchsorted(users, pairs.user_id), np.searchsorted(items, pairs.item_id)
         return csr_matrix((np.ones(len(pairs), np.float32), at), shape=(len(users), len(items)))
+
     return matrix(train), matrix(test)
 
 
 def hold_out(train: csr_matrix, tilt: float = 0.0, share: float = 0.1, seed: int = 0) -> tuple[csr_matrix, csr_matrix]:
-    "Part `share` of each user's items, drawn by `seed` with chances popularity^tilt: what is left, and what is held out."
+    """Part `share` of each user's items, drawn by `seed` with chances popularity^tilt: what is left, and what is held
+    out."""
     size = np.diff(train.indptr)
     user = np.repeat(np.arange(train.shape[0]), size)
-    chance = np.bincount(train.indices, minlength=train.shape[1])[train.indices].astype(float)**tilt
-    order = np.lexsort((np.random.default_rng(seed).exponential(size=train.nnz)/chance, user)) # the first of a race: drawn without replacement
+    chance = np.bincount(train.indices, minlength=train.shape[1])[train.indices].astype(float) ** tilt
+    order = np.lexsort(
+        (np.random.default_rng(seed).exponential(size=train.nnz) / chance, user)
+    )  # the first of a race: drawn without replacement
     place = np.empty(train.nnz, np.int64)
     place[order] = np.arange(train.nnz) - np.repeat(train.indptr[:-1], size)
-    held = place < np.round(size*share)[user]
-    return tuple(csr_matrix((train.data[part], (user[part], train.indices[part])), shape=train.shape) for part in (~held, held))
+    held = place < np.round(size * share)[user]
+    return tuple(
+        csr_matrix((train.data[part], (user[part], train.indices[part])), shape=train.shape) for part in (~held, held)
+    )
 
 
 def snapshot_of(train: csr_matrix) -> Snapshot:
@@ -87,18 +114,38 @@ def snapshot_of(train: csr_matrix) -> Snapshot:
 
 def all_models(options: argparse.Namespace) -> dict:
     "Key of the command line -> (model, its parameters as the table prints them)."
-    als = dict(factors=options.factors, alpha=options.alpha, regularization=options.regularization, iterations=options.iterations, seed=options.seed)
-    bm25, bpr = dict(neighbours=100, k1=1.2, b=0.75), dict(factors=128, learning_rate=0.05, regularization=0.01, iterations=200, num_threads=0)
+    als = dict(
+        factors=options.factors,
+        alpha=options.alpha,
+        regularization=options.regularization,
+        iterations=options.iterations,
+        seed=options.seed,
+    )
+    bm25, bpr = (
+        dict(neighbours=100, k1=1.2, b=0.75),
+        dict(factors=128, learning_rate=0.05, regularization=0.01, iterations=200, num_threads=0),
+    )
     powers = dict(user_power=options.user_power, item_power=options.item_power)
     graph = dict(zip(("from_power", "user_power", "to_power"), options.graph), neighbours=options.neighbours)
     weighted, walks = WeightedALS(**powers, **als), ItemGraph(**graph)
     low = dict(factors=options.patterns, seed=options.seed)
     smooth, ease = LowPass(**low), EASE(options.ease_regularization, options.ease_max_size, progress=True)
-    return {"popularity": (Popularity(), {}), "cosine": (ItemCosine(100), {"neighbours": 100}), "bm25": (ItemBM25(**bm25), bm25), "bpr": (BPR(**bpr), bpr),
-            "graph": (walks, graph), "als": (ALS(**als), als), "weighted-als": (weighted, {**powers, **als}), "low-pass": (smooth, low),
-            "ease": (ease, {"regularization": options.ease_regularization}),
-            "blend": (ScoreBlend([weighted, walks, smooth], options.blend), {"weights": list(options.blend)}),
-            "blend-ease": (ScoreBlend([weighted, walks, smooth, ease], options.blend_ease), {"weights": list(options.blend_ease)})}
+    return {
+        "popularity": (Popularity(), {}),
+        "cosine": (ItemCosine(100), {"neighbours": 100}),
+        "bm25": (ItemBM25(**bm25), bm25),
+        "bpr": (BPR(**bpr), bpr),
+        "graph": (walks, graph),
+        "als": (ALS(**als), als),
+        "weighted-als": (weighted, {**powers, **als}),
+        "low-pass": (smooth, low),
+        "ease": (ease, {"regularization": options.ease_regularization}),
+        "blend": (ScoreBlend([weighted, walks, smooth], options.blend), {"weights": list(options.blend)}),
+        "blend-ease": (
+            ScoreBlend([weighted, walks, smooth, ease], options.blend_ease),
+            {"weights": list(options.blend_ease)},
+        ),
+    }
 
 
 def judge(model: Model, train: Snapshot, targets: csr_matrix) -> dict:
@@ -111,17 +158,27 @@ def judge(model: Model, train: Snapshot, targets: csr_matrix) -> dict:
         hits = find_hits(top_lists(model, rows, K, advance=bar.update)[0], targets[rows])
     found = np.column_stack([hits.metric(name, K) for name in ("recall", "ndcg")])
     low, high = interval(bootstrap_means(found, 1000, 0))
-    return {"model": model.name, "recall": found[:, 0].mean(), "ndcg": found[:, 1].mean(), "low": low.tolist(), "high": high.tolist(),
-            "train_seconds": seconds, "total_seconds": time.perf_counter() - started, "users": len(rows)}
+    return {
+        "model": model.name,
+        "recall": found[:, 0].mean(),
+        "ndcg": found[:, 1].mean(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+        "train_seconds": seconds,
+        "total_seconds": time.perf_counter() - started,
+        "users": len(rows),
+    }
 
 
 def numbers(count: int) -> Callable:
     "A parser of so many numbers by commas."
+
     def parse(text: str) -> tuple[float, ...]:
         found = tuple(float(part) for part in text.split(","))
         if len(found) != count:
             raise argparse.ArgumentTypeError(f"{count} numbers by commas, not {text!r}")
         return found
+
     return parse
 
 
@@ -131,37 +188,71 @@ def as_text(parameters: dict) -> str:
 
 def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: bool) -> str:
     "Ours and, where they are of the same split, the published ones, by ascending NDCG."
-    rows = [(r["recall"], r["ndcg"], f"**{r['model']}**", f"{r['train_seconds']:.1f}", f"{as_text(r['parameters'])}") for r in results]
+    rows = [
+        (r["recall"], r["ndcg"], f"**{r['model']}**", f"{r['train_seconds']:.1f}", f"{as_text(r['parameters'])}")
+        for r in results
+    ]
     if with_published:
         rows += [(recall, ndcg, name, "", source) for name, recall, ndcg, source in PUBLISHED]
-    lines = [f"{shape[0]:,} users, {shape[1]:,} items, {shape[2]:,} pairs in train, {shape[3]:,} judged by ({judged_by}); {results[0]['users']:,} users.",
-             "Models of this project are bold.", "", "| model | Recall@20 | NDCG@20 | training, seconds | parameters, or source |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | {recall:.4f} | {ndcg:.4f} | {seconds} | {note} |" for recall, ndcg, name, seconds, note in sorted(rows, key=lambda row: row[:2])]
-    half = max((high - low)/2 for r in results for low, high in zip(r["low"], r["high"]))
-    return "\n".join(lines) + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less. Training seconds are of one run and hold for the machine and its load.\n"
+    lines = [
+        f"{shape[0]:,} users, {shape[1]:,} items, {shape[2]:,} pairs in train, {shape[3]:,} judged by ({judged_by}); "
+        f"{results[0]['users']:,} users.",
+        "Models of this project are bold.",
+        "",
+        "| model | Recall@20 | NDCG@20 | training, seconds | parameters, or source |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {recall:.4f} | {ndcg:.4f} | {seconds} | {note} |"
+        for recall, ndcg, name, seconds, note in sorted(rows, key=lambda row: row[:2])
+    ]
+    half = max((high - low) / 2 for r in results for low, high in zip(r["low"], r["high"]))
+    return (
+        "\n".join(lines)
+        + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less. Training seconds are of one run and hold for the machine and its load.\n"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--models", default="popularity,cosine,bm25,graph,als,weighted-als,low-pass,blend", help="by commas; also bpr, ease and blend-ease (default: %(default)s)")
-    parser.add_argument("--validate", action="store_true", help="judge on a held-out tenth of train, to choose parameters")
-    parser.add_argument("--tilt", type=float, default=0.0, help="of --validate: 0 draws at random, more prefers popular items")
+    parser.add_argument(
+        "--models",
+        default="popularity,cosine,bm25,graph,als,weighted-als,low-pass,blend",
+        help="by commas; also bpr, ease and blend-ease (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--validate", action="store_true", help="judge on a held-out tenth of train, to choose parameters"
+    )
+    parser.add_argument(
+        "--tilt", type=float, default=0.0, help="of --validate: 0 draws at random, more prefers popular items"
+    )
     parser.add_argument("--factors", type=int, default=512)
     parser.add_argument("--alpha", type=float, default=33.0)
     parser.add_argument("--regularization", type=float, default=30.0)
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--user-power", type=float, default=0.3, help="of weighted ALS")
     parser.add_argument("--item-power", type=float, default=0.1, help="of weighted ALS")
-    parser.add_argument("--graph", type=numbers(3), default=(0.5, 0.75, 0.2), help="from_power,user_power,to_power of the item graph (default: 0.5,0.75,0.2)")
+    parser.add_argument(
+        "--graph",
+        type=numbers(3),
+        default=(0.5, 0.75, 0.2),
+        help="from_power,user_power,to_power of the item graph (default: 0.5,0.75,0.2)",
+    )
     parser.add_argument("--neighbours", type=int, default=300, help="of the item graph")
     parser.add_argument("--patterns", type=int, default=1024, help="of low-pass")
-    parser.add_argument("--blend", type=numbers(3), default=(0.46, 0.43, 0.11), help="weights of weighted ALS, item graph and low-pass")
-    parser.add_argument("--blend-ease", type=numbers(4), default=(0.40, 0.11, 0.17, 0.32), help="the same, with EASE as the fourth")
+    parser.add_argument(
+        "--blend", type=numbers(3), default=(0.46, 0.43, 0.11), help="weights of weighted ALS, item graph and low-pass"
+    )
+    parser.add_argument(
+        "--blend-ease", type=numbers(4), default=(0.40, 0.11, 0.17, 0.32), help="the same, with EASE as the fourth"
+    )
     parser.add_argument("--ease-regularization", type=float, default=300.0)
-    parser.add_argument("--ease-max-size", type=int, default=30_000, help="of the fewer of users and items; 29,858 take 3.6 GB")
+    parser.add_argument(
+        "--ease-max-size", type=int, default=30_000, help="of the fewer of users and items; 29,858 take 3.6 GB"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent/"results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     models, names = all_models(options), options.models.split(",")
     if unknown := [name for name in names if name not in models]:
@@ -170,10 +261,12 @@ def main() -> None:
     shape = (*train.shape, train.nnz, targets.nnz)
     if options.validate:
         train, targets = hold_out(train, options.tilt)
-    judged_by = f"a tenth of train, held out{f', tilt {options.tilt}' if options.tilt else ''}" if options.validate else "test"
+    judged_by = (
+        f"a tenth of train, held out{f', tilt {options.tilt}' if options.tilt else ''}" if options.validate else "test"
+    )
     sizes, published = (*train.shape, train.nnz, targets.nnz), shape == GOWALLA and not options.validate
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out/f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
+    stem = options.out / f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
     snapshot, results, left_out, fit_alone = snapshot_of(train), [], [], {}
     for name in (bar := tqdm(names, unit="model")):
         bar.set_postfix_str(name)
@@ -185,11 +278,19 @@ def main() -> None:
             bar.write(left_out[-1], file=sys.stderr)
             continue
         fit_alone[model] = result["train_seconds"]
-        result["train_seconds"] += sum(fit_alone.get(part, 0.0) for part in getattr(model, "models", [])) # fitted for a row above
+        result["train_seconds"] += sum(
+            fit_alone.get(part, 0.0) for part in getattr(model, "models", [])
+        )  # fitted for a row above
         results.append({**result, "parameters": parameters})
-        bar.write(f"{name:14s} Recall@20 {result['recall']:.4f}  NDCG@20 {result['ndcg']:.4f}  {result['train_seconds']:.0f} s", file=sys.stderr)
+        bar.write(
+            f"{name:14s} Recall@20 {result['recall']:.4f}  NDCG@20 {result['ndcg']:.4f}  "
+            f"{result['train_seconds']:.0f} s",
+            file=sys.stderr,
+        )
         table = markdown(results, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
-        stem.with_suffix(".md").write_text(table, encoding="utf-8") # after each model: a run that is stopped leaves what it found
+        stem.with_suffix(".md").write_text(
+            table, encoding="utf-8"
+        )  # after each model: a run that is stopped leaves what it found
         stem.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if not results:
         sys.exit("no model could be fitted")

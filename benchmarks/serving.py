@@ -1,13 +1,19 @@
-"""What does /recommend cost beside an empty FastAPI route? All under uvicorn with the same number of workers, alternating, in one run.
+"""What does /recommend cost beside an empty FastAPI route? All under uvicorn with the same number of workers,
+alternating, in one run.
 
-    python benchmarks/serving.py [--models-dir models] [--workers 2] [--rounds 5] [--seconds 4] [--connections 16] [--write]   (needs wrk: apt-get install wrk)
+    python benchmarks/serving.py [--models-dir models] [--workers 2] [--rounds 5] [--seconds 4] [--connections 16]
+    [--write]   (needs wrk: apt-get install wrk)
 
-Three services: an empty FastAPI route; ours as it is deployed, with request log, figures and impressions, where most questions have been asked
-before; and ours with `cache_size` 0, where every list is ranked anew. Then the memory of 1, 2 and 4 workers after each has answered: what is
+Three services: an empty FastAPI route; ours as it is deployed, with request log, figures and impressions, where most
+questions have been asked
+before; and ours with `cache_size` 0, where every list is ranked anew. Then the memory of 1, 2 and 4 workers after each
+has answered: what is
 shared counts once (PSS), so four workers must need less than four times one.
 
-Without --models-dir the model is random, 2,500 users x 25,000 items x 64 factors, 200 seen items a user: the cost does not depend on the values.
+Without --models-dir the model is random, 2,500 users x 25,000 items x 64 factors, 200 seen items a user: the cost does
+not depend on the values.
 """
+
 import argparse
 import json
 import os
@@ -47,7 +53,9 @@ def make_model(folder: Path) -> None:
     rng = np.random.default_rng(0)
     users, items, factors, seen = 2_500, 25_000, 64, 200
     columns = np.sort(rng.integers(0, items, (users, seen)), axis=1).astype(np.int32).ravel()
-    matrix = csr_matrix((np.ones(len(columns), np.float32), columns, np.arange(0, len(columns) + 1, seen)), shape=(users, items))
+    matrix = csr_matrix(
+        (np.ones(len(columns), np.float32), columns, np.arange(0, len(columns) + 1, seen)), shape=(users, items)
+    )
     matrix.sum_duplicates()
     popularity = np.bincount(matrix.indices, minlength=items)
     path = write_bundle(
@@ -60,8 +68,17 @@ def make_model(folder: Path) -> None:
 def start(command: list[str], folder: Path, **settings) -> tuple[subprocess.Popen, int]:
     "A service in a process of its own, as soon as it answers."
     port, _ = bindable("127.0.0.1", 0)
-    environment = os.environ | {"PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}"} | {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in {**settings, "port": port}.items()}
-    process = subprocess.Popen([*command, *(["--port", str(port)] if "uvicorn" in command else [])], env=environment, stdout=open(folder / f"{port}.log", "w", encoding="utf-8"), stderr=subprocess.STDOUT)
+    environment = (
+        os.environ
+        | {"PYTHONPATH": f"{folder}:{Path(__file__).parents[1]}"}
+        | {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in {**settings, "port": port}.items()}
+    )
+    process = subprocess.Popen(
+        [*command, *(["--port", str(port)] if "uvicorn" in command else [])],
+        env=environment,
+        stdout=open(folder / f"{port}.log", "w", encoding="utf-8"),
+        stderr=subprocess.STDOUT,
+    )
     for _ in range(300):
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/openapi.json").read()
@@ -88,10 +105,23 @@ def milliseconds(text: str) -> float:
 
 def load(folder: Path, port: int, path: str, connections: int, seconds: float) -> tuple[float, float, float]:
     "Requests a second, p50 and p99 in milliseconds."
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "-s", str(folder / "walk.lua"), f"http://127.0.0.1:{port}", "--", path]
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds:g}s",
+        "--latency",
+        "-s",
+        str(folder / "walk.lua"),
+        f"http://127.0.0.1:{port}",
+        "--",
+        path,
+    ]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "Non-2xx" not in text, text
-    return float(re.search(r"Requests/sec:\s+(\S+)", text)[1]), *(milliseconds(re.search(rf"(?m)^\s+{share}%\s+(\S+)", text)[1]) for share in (50, 99))
+    return float(re.search(r"Requests/sec:\s+(\S+)", text)[1]), *(
+        milliseconds(re.search(rf"(?m)^\s+{share}%\s+(\S+)", text)[1]) for share in (50, 99)
+    )
 
 
 EMPTY_ROUTE = "empty FastAPI route"
@@ -100,12 +130,25 @@ SERVE = [sys.executable, "-c", "from product_recs.web.server import serve; serve
 
 def throughput(folder: Path, options) -> list[dict]:
     "Requests a second and milliseconds of each service in each round."
-    empty = [sys.executable, "-m", "uvicorn", "empty_route:app", "--no-access-log", "--log-level", "warning", "--workers", str(options.workers)]
+    empty = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "empty_route:app",
+        "--no-access-log",
+        "--log-level",
+        "warning",
+        "--workers",
+        str(options.workers),
+    ]
     ours = {"models_dir": options.models_dir, "workers": options.workers}
     servers = {
         EMPTY_ROUTE: (*start(empty, folder), "/empty/"),
         "/recommend/{user_id}": (*start(SERVE, folder, database_url=f"sqlite:///{folder}/a.db", **ours), "/recommend/"),
-        "the same, cache_size 0": (*start(SERVE, folder, database_url=f"sqlite:///{folder}/b.db", cache_size=0, **ours), "/recommend/"),
+        "the same, cache_size 0": (
+            *start(SERVE, folder, database_url=f"sqlite:///{folder}/b.db", cache_size=0, **ours),
+            "/recommend/",
+        ),
     }
     found = []
     try:
@@ -126,7 +169,9 @@ def memories(folder: Path, options) -> dict[int, float]:
     "MB by number of workers."
     found = {}
     for workers in (1, 2, 4):
-        process, port = start(SERVE, folder, models_dir=options.models_dir, workers=workers, database_url=f"sqlite:///{folder}/c.db")
+        process, port = start(
+            SERVE, folder, models_dir=options.models_dir, workers=workers, database_url=f"sqlite:///{folder}/c.db"
+        )
         load(folder, port, "/recommend/", 16, 5)
         found[workers] = memory(process)
         stop(process)
@@ -135,19 +180,35 @@ def memories(folder: Path, options) -> dict[int, float]:
 
 def shares(rounds: dict) -> dict[str, list[float]]:
     "Of each service, its requests a second / those of the empty route: median, smallest and largest."
-    found = {name: sorted(row[0] / other[0] for row, other in zip(rows, rounds[EMPTY_ROUTE])) for name, rows in rounds.items()}
+    found = {
+        name: sorted(row[0] / other[0] for row, other in zip(rows, rounds[EMPTY_ROUTE]))
+        for name, rows in rounds.items()
+    }
     return {name: [statistics.median(rows), rows[0], rows[-1]] for name, rows in found.items()}
 
 
 def tables(result: dict) -> str:
-    lines = [f"{result['workers']} workers, {result['model']}; {os.cpu_count()} cores, which the clients share. Shares: median of the rounds (smallest to largest). Made by `make bench-serving`.", "",
-             "| connections | route | rounds | requests/s | p50 ms | p99 ms | share of the empty route |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"{result['workers']} workers, {result['model']}; {os.cpu_count()} cores, which the clients share. Shares: "
+        f"median of the rounds (smallest to largest). Made by `make bench-serving`.",
+        "",
+        "| connections | route | rounds | requests/s | p50 ms | p99 ms | share of the empty route |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for one in result["throughput"]:
         for name, rows in one["rounds"].items():
             rate, p50, p99 = (statistics.median(column) for column in zip(*rows))
             share, low, high = shares(one["rounds"])[name]
-            lines.append(f"| {one['connections']} | {name} | {len(rows)} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {share:.0%} ({low:.0%} to {high:.0%}) |")
-    lines += ["", "| workers | MB, what is shared counts once |", "|---|---|", *(f"| {workers} | {megabytes:,.0f} |" for workers, megabytes in result["memory"].items())]
+            lines.append(
+                f"| {one['connections']} | {name} | {len(rows)} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {share:.0%} "
+                f"({low:.0%} to {high:.0%}) |"
+            )
+    lines += [
+        "",
+        "| workers | MB, what is shared counts once |",
+        "|---|---|",
+        *(f"| {workers} | {megabytes:,.0f} |" for workers, megabytes in result["memory"].items()),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -162,11 +223,15 @@ def plot(result: dict, path: Path) -> None:
     for place, (name, rows) in enumerate(rounds.items()):
         rate, share = statistics.median(row[0] for row in rows), shares(rounds)[name][0]
         left.barh(place, rate, 0.6, color="#b9b9b9" if name == EMPTY_ROUTE else "#1f77b4")
-        left.text(rate, place, f" {rate:,.0f}" + (f" ({share:.0%})" if name != EMPTY_ROUTE else ""), va="center", fontsize=9)
+        left.text(
+            rate, place, f" {rate:,.0f}" + (f" ({share:.0%})" if name != EMPTY_ROUTE else ""), va="center", fontsize=9
+        )
     left.set_yticks(range(len(rounds)), list(rounds))
     left.invert_yaxis()
     left.margins(x=0.25)
-    left.set_xlabel(f"requests a second, {result['throughput'][0]['connections']} connections, {result['workers']} workers")
+    left.set_xlabel(
+        f"requests a second, {result['throughput'][0]['connections']} connections, {result['workers']} workers"
+    )
     right.bar([str(workers) for workers in result["memory"]], list(result["memory"].values()), 0.6, color="#1f77b4")
     for place, megabytes in enumerate(result["memory"].values()):
         right.text(place, megabytes, f"{megabytes:,.0f}", ha="center", va="bottom", fontsize=9)
@@ -180,7 +245,9 @@ def plot(result: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models-dir", help="folder of bundles whose users have numbers from 1 (default: a random model)")
+    parser.add_argument(
+        "--models-dir", help="folder of bundles whose users have numbers from 1 (default: a random model)"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=int, default=4)
@@ -198,7 +265,12 @@ def main() -> None:
             options.models_dir = folder / "models"
             make_model(options.models_dir)
         options.models_dir = Path(options.models_dir).resolve()
-        result = {"workers": options.workers, "model": model, "throughput": throughput(folder, options), "memory": memories(folder, options)}
+        result = {
+            "workers": options.workers,
+            "model": model,
+            "throughput": throughput(folder, options),
+            "memory": memories(folder, options),
+        }
     print(tables(result))
     if options.write:
         out = Path(os.environ.get("BENCH_RESULTS", Path(__file__).parent / "results"))

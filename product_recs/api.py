@@ -40,22 +40,38 @@ from .web.service import FastPath, Service
 # %% ../nbs/06_api.ipynb #9a6cfed0
 def _headers(version:str, source:str, shortfall:str|None=None)->dict[str, str]:
     headers = {"X-Model-Version": version, "X-Recommendation-Source": source}
-    return headers | ({"X-Recommendation-Shortfall": shortfall.encode("ascii", "replace").decode()} if shortfall else {})
+    return headers | (
+        {"X-Recommendation-Shortfall": shortfall.encode("ascii", "replace").decode()} if shortfall else {}
+    )
 
 def _body(service:Service, model:ReadyModel, found:Recommendations, detail:bool, asked=None, **body)->dict:
     "The plain answer, or with `detail` all that is known of it."
     if not detail: return body
-    return body | {"source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall, "items": service.ranked(model, found, asked)}
+    return body | {
+        "source": found.source,
+        "model_version": model.bundle.version,
+        "shortfall": found.shortfall,
+        "items": service.ranked(model, found, asked),
+    }
 
 def respond(model:ReadyModel, found:Recommendations, body:dict)->Response:
-    return Response(json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(), media_type="application/json", headers=_headers(model.bundle.version, found.source, found.shortfall))
+    return Response(
+        json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(),
+        media_type="application/json",
+        headers=_headers(model.bundle.version, found.source, found.shortfall),
+    )
 
 # %% ../nbs/06_api.ipynb #d7b4b1fc
 def _parameters(settings:Settings)->tuple:
     "The types of n, detail and task."
     N = Annotated[int, Query(ge=1, le=settings.max_n, description="how many items", examples=[10])]
     Detail = Annotated[bool, Query(description="also say rank, score, title, attributes and reasons of each item")]
-    TaskName = Annotated[Task, Query(description="`discovery`: items new to the user; `next_purchase`: what the user most likely takes next, own items included")]
+    TaskName = Annotated[
+        Task,
+        Query(
+            description="`discovery`: items new to the user; `next_purchase`: what the user most likely takes next, own items included"
+        ),
+    ]
     return N, Detail, TaskName, min(settings.default_n, settings.max_n)
 
 def _add_recommend(app:FastAPI, service:Service)->None:
@@ -71,7 +87,9 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         shelf = service.shelf()
         asked = await service.question(user, n, task, shelf=shelf)
         found = await service.answer(model, asked)
-        response = respond(model, found, _body(service, model, found, detail, asked, user_id=user, recommendations=found.items))
+        response = respond(
+            model, found, _body(service, model, found, detail, asked, user_id=user, recommendations=found.items)
+        )
         service.keep(request.scope, model, asked, shelf, found, response)
         return response
 
@@ -88,13 +106,33 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         ids = [None if user is None else as_id(model.bundle.users, user) for user in users]
         asks = await service.questions(ids, body.n, body.task, session, filters, **told)
         def result(asked:Question, found:Recommendations)->dict:
-            facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
+            facts = {
+                "user_id": asked.user,
+                "recommendations": found.items,
+                "source": found.source,
+                "model_version": model.bundle.version,
+                "shortfall": found.shortfall,
+            }
             return facts | ({"items": service.ranked(model, found, asked)} if body.detail else {})
 
         def response()->Response:
             results = [result(asked, found) for asked, found in zip(asks, service.answer_all(model, asks))]
-            for one in results: service.shown(request.scope, model, one["user_id"], one["source"], one["recommendations"], one["shortfall"] is not None)
-            return JSONResponse({"results": results}, headers={"X-Model-Version": model.bundle.version, "X-Recommendation-Source": ",".join(dict.fromkeys(one["source"] for one in results))})
+            for one in results:
+                service.shown(
+                    request.scope,
+                    model,
+                    one["user_id"],
+                    one["source"],
+                    one["recommendations"],
+                    one["shortfall"] is not None,
+                )
+            return JSONResponse(
+                {"results": results},
+                headers={
+                    "X-Model-Version": model.bundle.version,
+                    "X-Recommendation-Source": ",".join(dict.fromkeys(one["source"] for one in results)),
+                },
+            )
 
         # many users, and what must be read from files, would hold up everybody else: they have a thread of their own
         return response() if len(asks) == 1 and not has_news(model, asks[0]) else await run_in_threadpool(response)
@@ -110,7 +148,8 @@ def _add_others(app:FastAPI, service:Service)->None:
         model = service.live.get()
         item = as_id(model.bundle.items, path_id(request.scope, -1))
         known = model.bundle.items.row(item) is not None
-        found = service.similar(model, item, n) if known else await run_in_threadpool(service.similar, model, item, n) # reads a file
+        # reads a file
+        found = service.similar(model, item, n) if known else await run_in_threadpool(service.similar, model, item, n)
         return respond(model, found, _body(service, model, found, detail, item_id=item, similar=found.items))
 
     @app.get("/popular", response_model=PopularList, tags=["recommendations"], summary="What most users have", responses=documented("Most users first.", 422, 503))
@@ -123,8 +162,12 @@ def _add_others(app:FastAPI, service:Service)->None:
              responses=documented("The past items that speak for it, or the rule that removed it.", 404, 422, 503))
     async def explain(request:Request, user_id:id_in_path("1", "an unknown user is answered too"), item_id:id_in_path("101", "an item of the model"), task:TaskName="discovery"):
         model = service.live.get()
-        user, item = as_id(model.bundle.users, path_id(request.scope, -2)), as_id(model.bundle.items, path_id(request.scope, -1))
-        if model.bundle.items.row(item) is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
+        user, item = (
+            as_id(model.bundle.users, path_id(request.scope, -2)),
+            as_id(model.bundle.items, path_id(request.scope, -1)),
+        )
+        if model.bundle.items.row(item) is None:
+            raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
         facts = await run_in_threadpool(service.explain, model, await service.question(user, n_default, task), item)
         return JSONResponse(facts, headers=_headers(model.bundle.version, facts["source"]))
 
@@ -132,19 +175,30 @@ def _add_others(app:FastAPI, service:Service)->None:
 def _add_operations(app:FastAPI, service:Service)->None:
     "/health, /model and /metrics."
     @app.get("/health/live", tags=["operation"], summary="The process answers", responses=documented("Alive.", model=False))
-    async def is_live(): return {"status": "live"}
+    async def is_live():
+        return {"status": "live"}
 
     @app.get("/health/ready", tags=["operation"], summary="There is a model to answer from", responses=documented("Ready.", 503))
     async def is_ready():
         version = service.live.get().bundle.version
-        return JSONResponse({"status": "ready", "model_version": version, "store": service.store_state()}, headers={"X-Model-Version": version})
+        return JSONResponse(
+            {"status": "ready", "model_version": version, "store": service.store_state()},
+            headers={"X-Model-Version": version},
+        )
 
     @app.get("/model", tags=["operation"], summary="Which model answers, and how it was trained", responses=documented("The manifest without its list of files.", 503))
     async def model():
         bundle, live = service.live.get().bundle, service.live
         facts = {name: plain(value) for name, value in bundle.manifest.items() if name != "files"}
-        refused = live.refused and {"version": live.refused.version, "error": live.refused.error, "at": plain(live.refused.at)}
-        return JSONResponse(facts | {"loaded_at": plain(live.loaded_at), "refused": refused, "store": service.store_state()}, headers={"X-Model-Version": bundle.version})
+        refused = live.refused and {
+            "version": live.refused.version,
+            "error": live.refused.error,
+            "at": plain(live.refused.at),
+        }
+        return JSONResponse(
+            facts | {"loaded_at": plain(live.loaded_at), "refused": refused, "store": service.store_state()},
+            headers={"X-Model-Version": bundle.version},
+        )
 
     @app.post("/model/reload", response_model=ReloadAnswer, tags=["operation"], summary="Look for a new model now", responses=documented("What became of it; other workers look by themselves.", 503, model=False))
     async def reload():
@@ -152,7 +206,8 @@ def _add_operations(app:FastAPI, service:Service)->None:
         return {"status": result.status, "model_version": result.version, "error": result.error}
 
     @app.get("/metrics", tags=["operation"], summary="Figures of all workers, for Prometheus", response_class=PlainTextResponse, responses=documented("Text in the format of Prometheus.", model=False))
-    async def metrics(): return Response(await run_in_threadpool(service.figures), media_type=service.metrics.content_type)
+    async def metrics():
+        return Response(await run_in_threadpool(service.figures), media_type=service.metrics.content_type)
 
 # %% ../nbs/06_api.ipynb #635acb59
 _DESCRIPTION = """Top-N recommendations from a trained model and from what users did since. Whoever asks is answered: a stranger gets what is popular, and the header X-Recommendation-Source says so;
@@ -186,12 +241,25 @@ def create_app(
             with one_blas_thread(): yield
         finally: service.stop()
 
-    app = FastAPIOffline(redoc_url=None, redirect_slashes=False, title="product_recs", description=_DESCRIPTION, version=__version__, lifespan=lifespan,
-                         swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True})
+    app = FastAPIOffline(
+        redoc_url=None,
+        redirect_slashes=False,
+        title="product_recs",
+        description=_DESCRIPTION,
+        version=__version__,
+        lifespan=lifespan,
+        swagger_ui_parameters={"tryItOutEnabled": True, "displayRequestDuration": True},
+    )
     app.state.service = service
-    handlers = {HTTPException: http_problem, RequestValidationError: parameter_problem, StoreError: _store_away, ProductRecsError: known_problem}
+    handlers = {
+        HTTPException: http_problem,
+        RequestValidationError: parameter_problem,
+        StoreError: _store_away,
+        ProductRecsError: known_problem,
+    }
     for kind, handler in handlers.items(): app.add_exception_handler(kind, handler)
-    for add in (_add_recommend, _add_others, add_feedback, add_people, add_items, add_new, _add_operations): add(app, service)
+    for add in (_add_recommend, _add_others, add_feedback, add_people, add_items, add_new, _add_operations):
+        add(app, service)
     _add_page(app)
     # the last one added is the outermost
     app.add_middleware(FastPath, service=service)

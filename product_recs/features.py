@@ -44,7 +44,9 @@ def _moment(name:str, given:str|date)->datetime:
         return moment.to_pydatetime(warn=False)
     except (ValueError, OverflowError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise FeatureError(f"{name}={given!r}: must be a date such as 2026-06-01 or a time such as 2026-06-01T12:00:00Z ({reason})") from None
+        raise FeatureError(
+            f"{name}={given!r}: must be a date such as 2026-06-01 or a time such as 2026-06-01T12:00:00Z ({reason})"
+        ) from None
 
 def choose_split(
     database:duckdb.DuckDBPyConnection, # with a view `interactions`
@@ -53,18 +55,27 @@ def choose_split(
 )->dict[str, str]:                      # starts, validation_from, test_from, ends as ISO; empty where the log has no timestamps
     "The moments that part training, validation and test."
     starts, ends, at_80, at_90 = database.execute("""WITH days AS (SELECT date_trunc('day', timestamp)::TIMESTAMP AS day, count(*) AS rows, min(timestamp) AS starts, max(timestamp) AS ends
-            FROM interactions WHERE timestamp IS NOT NULL GROUP BY 1), happened AS (SELECT *, sum(rows) OVER (ORDER BY day) AS until, sum(rows) OVER () AS total FROM days)
-        SELECT min(starts), max(ends), min(day) FILTER (until >= total * 0.8::DOUBLE), min(day) FILTER (until >= total * 0.9::DOUBLE) FROM happened""").fetchone()
+            FROM interactions WHERE timestamp IS NOT NULL GROUP BY 1), happened AS (SELECT *, sum(rows) OVER (ORDER BY
+            day) AS until, sum(rows) OVER () AS total FROM days)
+        SELECT min(starts), max(ends), min(day) FILTER (until >= total * 0.8::DOUBLE), min(day) FILTER (until >= total
+        * 0.9::DOUBLE) FROM happened""").fetchone()
     if starts is None:
-        if validation_from or test_from: raise FeatureError("validation_from and test_from need timestamps, and these interactions have none")
+        if validation_from or test_from:
+            raise FeatureError("validation_from and test_from need timestamps, and these interactions have none")
         return {}
-    given = {name: _moment(name, text) for name, text in (("validation_from", validation_from), ("test_from", test_from)) if text}
+    given = {
+        name: _moment(name, text)
+        for name, text in (("validation_from", validation_from), ("test_from", test_from))
+        if text
+    }
     split = {"starts": starts, "validation_from": at_80, "test_from": at_90, "ends": ends} | given
     if test_from and not validation_from and split["validation_from"] >= split["test_from"]:
         split["validation_from"] = starts + (split["test_from"] - starts) * 0.9
     if not starts < split["validation_from"] < split["test_from"] <= ends:
         if given:
-            says = lambda name: f"{name}={split[name].isoformat(' ')}" + ("" if name in given else " (chosen, since none was given)")
+            says = lambda name: (
+                f"{name}={split[name].isoformat(' ')}" + ("" if name in given else " (chosen, since none was given)")
+            )
             between = f"between {starts.isoformat(' ')} and {ends.isoformat(' ')}"
             raise FeatureError(f"{says('validation_from')} and {says('test_from')} must lie in this order {between}")
         return {}
@@ -75,8 +86,10 @@ UNTIMED = -2**63 # the time of a row without a timestamp: before every moment
 
 def _number_ids(database, key:str, table:str)->None:
     "Table `table`: the ids of the log in order, numbered, with the first and the last time they were seen."
-    database.execute(f"""CREATE TABLE {table} AS SELECT (row_number() OVER (ORDER BY {key}) - 1)::INTEGER AS row, {key}, first_seen, last_seen
-        FROM (SELECT {key}, min(timestamp) AS first_seen, max(timestamp) AS last_seen FROM interactions GROUP BY {key})""")
+    database.execute(f"""CREATE TABLE {table} AS SELECT (row_number() OVER (ORDER BY {key}) - 1)::INTEGER AS row,
+        {key}, first_seen, last_seen
+        FROM (SELECT {key}, min(timestamp) AS first_seen, max(timestamp) AS last_seen FROM interactions GROUP BY
+        {key})""")
 
 def _coded(database, key:str, table:str)->tuple[str, np.ndarray|None]:
     "SQL of an id as a whole number, and the sorted ids that turn it into a row number (None: it is one)."
@@ -100,11 +113,20 @@ def _row_numbers(values:np.ndarray, ids:np.ndarray|None)->np.ndarray:
 
 # %% ../nbs/02_features.ipynb #7162c1fc
 def _read_log(database, parameters:dict)->tuple[np.ndarray, ...]:
-    "Row number of the user and the item, worth before decay and time in microseconds of each interaction, sorted by user and item."
-    (user, users), (item, items) = (_coded(database, *side) for side in (("user_id", "log_users"), ("item_id", "log_items")))
-    found = database.execute(f"""SELECT {user} AS user, {item} AS item, {worth_sql(parameters["event_weights"], parameters["quantity"])}::DOUBLE AS worth,
+    """Row number of the user and the item, worth before decay and time in microseconds of each interaction, sorted by
+    user and item."""
+    (user, users), (item, items) = (
+        _coded(database, *side) for side in (("user_id", "log_users"), ("item_id", "log_items"))
+    )
+    found = database.execute(f"""SELECT {user} AS user, {item} AS item,
+        {worth_sql(parameters["event_weights"], parameters["quantity"])}::DOUBLE AS worth,
         coalesce(epoch_us(timestamp), {UNTIMED + 1} - 1) AS time FROM interactions""").fetchnumpy()
-    user, item, worth, time = _row_numbers(found.pop("user"), users), _row_numbers(found.pop("item"), items), found["worth"], found["time"]
+    user, item, worth, time = (
+        _row_numbers(found.pop("user"), users),
+        _row_numbers(found.pop("item"), items),
+        found["worth"],
+        found["time"],
+    )
     def turned(first): # whether two rows stand in the wrong order
         u, i = user[first:first + BLOCK + 1], item[first:first + BLOCK + 1]
         return ((u[1:] < u[:-1]) | ((u[1:] == u[:-1]) & (i[1:] < i[:-1]))).any()
@@ -119,18 +141,25 @@ def _micros(moment:str)->int: return int(np.datetime64(moment, "us").astype(np.i
 def _counts(chosen:np.ndarray|None, starts:np.ndarray, rows:int)->np.ndarray:
     "How many rows of each pair are chosen (None: all), as float32."
     borders = np.append(starts, rows)
-    return np.diff(borders if chosen is None else np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]).astype(np.float32)
+    return np.diff(
+        borders if chosen is None else np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]
+    ).astype(np.float32)
 
 def _snapshot(log:tuple, starts:np.ndarray, until:str|None, ends:int, half_life:float)->dict[str, np.ndarray]:
-    "Sum of the worth, number of the rows and age in days of each pair, over the rows known before `until` (None: all, up to `ends`)."
+    """Sum of the worth, number of the rows and age in days of each pair, over the rows known before `until` (None: all,
+    up to `ends`)."""
     _, _, worth, time = log
     moment = _micros(until) if until else ends
     known = time < moment if until else None
     when = np.where(time == UNTIMED, moment, time) if (time == UNTIMED).any() else time # a row without a time has age 0
-    if half_life: worth = worth * np.exp2(np.minimum(when - moment, 0) / (half_life * 86_400e6)) # what is not known yet is taken out below
+    # what is not known yet is taken out below
+    if half_life: worth = worth * np.exp2(np.minimum(when - moment, 0) / (half_life * 86_400e6))
     if until: worth, when = worth * known, np.where(known, when, UNTIMED)
-    return {"confidence": np.maximum(np.add.reduceat(worth, starts), LEAST).astype(np.float32), "counts": _counts(known, starts, len(time)),
-            "age_days": ((moment - np.maximum.reduceat(when, starts)) / 86_400e6).astype(np.float32)}
+    return {
+        "confidence": np.maximum(np.add.reduceat(worth, starts), LEAST).astype(np.float32),
+        "counts": _counts(known, starts, len(time)),
+        "age_days": ((moment - np.maximum.reduceat(when, starts)) / 86_400e6).astype(np.float32),
+    }
 
 BLOCK = 1 << 18 # rows looked at together: they stay in the cache of the processor
 
@@ -138,7 +167,11 @@ def _borders(user:np.ndarray, item:np.ndarray)->list[int]:
     "Row numbers that part the log into blocks, never inside a pair."
     borders, rows = [0], len(user)
     while (end := borders[-1] + BLOCK) < rows:
-        while end < rows and not (new := (user[end:end + 1024] != user[end - 1]) | (item[end:end + 1024] != item[end - 1])).any(): end += 1024
+        while (
+            end < rows
+            and not (new := (user[end : end + 1024] != user[end - 1]) | (item[end : end + 1024] != item[end - 1])).any()
+        ):
+            end += 1024
         if end < rows: borders.append(end + int(new.argmax()))
         else: break
     return [*borders, rows]
@@ -149,7 +182,8 @@ def _starts(log:tuple, first:int, end:int)->np.ndarray:
     return np.append(0, np.flatnonzero((user[1:] != user[:-1]) | (item[1:] != item[:-1])) + 1).astype(np.int32)
 
 def _by_blocks(pool:ThreadPoolExecutor, log:tuple, blocks:list, summed:Callable, room:dict[str, np.ndarray])->dict[str, np.ndarray]:
-    "User, item and what `summed` finds of each pair whose `counts` are not 0; in the arrays of `room`, which the next call writes over."
+    """User, item and what `summed` finds of each pair whose `counts` are not 0; in the arrays of `room`, which the next
+    call writes over."""
     def one(block):
         first, end, starts = block
         part = tuple(column[first:end] for column in log)
@@ -169,7 +203,10 @@ def _enough(user:np.ndarray, item:np.ndarray, parameters:dict)->np.ndarray|slice
     "Which pairs are left: items with enough users first, then users with enough of these items."
     kept = slice(None)
     for side, least in ((item, parameters["min_item_users"]), (user, parameters["min_user_items"])):
-        if least > 1: kept = (np.bincount(side[kept], minlength=side.max(initial=0) + 1) >= least)[side] & (True if isinstance(kept, slice) else kept)
+        if least > 1:
+            kept = (np.bincount(side[kept], minlength=side.max(initial=0) + 1) >= least)[side] & (
+                True if isinstance(kept, slice) else kept
+            )
     return kept
 
 # %% ../nbs/02_features.ipynb #c1057336
@@ -177,7 +214,10 @@ def _csr(pairs:dict[str, np.ndarray], value:str, shape:tuple[int, int])->csr_mat
     "Pairs sorted by row and column as CSR, without another sort."
     indptr = np.searchsorted(pairs["user"], np.arange(shape[0] + 1, dtype=pairs["user"].dtype))
     index = np.int32 if len(pairs["user"]) < 2**31 else np.int64
-    return csr_matrix((pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False), indptr.astype(index)), shape=shape)
+    return csr_matrix(
+        (pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False), indptr.astype(index)),
+        shape=shape,
+    )
 
 # %% ../nbs/02_features.ipynb #5a2d759c
 def _checked(parameters:dict)->dict:
@@ -188,8 +228,11 @@ def _checked(parameters:dict)->dict:
             raise FeatureError(f"{name}={parameters[name]!r}: must be one of {', '.join(known)}")
     for name in ("min_user_items", "min_item_users"):
         parameters[name] = number(name, parameters[name], 1, 2**31 - 1, whole=True, error=FeatureError)
-    days = parameters["half_life_days"] = number("half_life_days", parameters["half_life_days"], 0, 1e6, error=FeatureError)
-    if 0 < days < 1e-4: raise FeatureError(f"half_life_days={days!r}: must be 0, for no decay, or at least 0.0001, some seconds")
+    days = parameters["half_life_days"] = number(
+        "half_life_days", parameters["half_life_days"], 0, 1e6, error=FeatureError
+    )
+    if 0 < days < 1e-4:
+        raise FeatureError(f"half_life_days={days!r}: must be 0, for no decay, or at least 0.0001, some seconds")
     return parameters
 
 # %% ../nbs/02_features.ipynb #b3f97f15
@@ -199,7 +242,8 @@ def _id_table(database, key:str, kept:np.ndarray, popularity:np.ndarray, attribu
     extra, join = "", ""
     if attributes.exists():
         names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {parquet(attributes)}").fetchall()]
-        if taken := set(names) & set(Columns.Counted): raise FeatureError(f"{attributes}: the model counts {', '.join(sorted(taken))} itself; run 01_ingest again")
+        if taken := set(names) & set(Columns.Counted):
+            raise FeatureError(f"{attributes}: the model counts {', '.join(sorted(taken))} itself; run 01_ingest again")
         extra = "".join(f", a.{named(name)}" for name in names if name != key)
         join = f"LEFT JOIN {parquet(attributes)} a ON a.{key} = t.{key}"
     database.execute(f"""COPY (SELECT t.{key}, k.popularity, t.first_seen, t.last_seen{extra} FROM log_{out.stem} t
@@ -208,7 +252,8 @@ def _id_table(database, key:str, kept:np.ndarray, popularity:np.ndarray, attribu
     if attributes.exists(): _cold_rows(database, key, attributes, out)
 
 def _cold_rows(database, key:str, attributes:Path, table:Path)->None:
-    "The rows of the attributes that the id table does not have, beside it as `cold_users.parquet` or `cold_items.parquet`; no file where there are none."
+    """The rows of the attributes that the id table does not have, beside it as `cold_users.parquet` or
+    `cold_items.parquet`; no file where there are none."""
     cold = f"{parquet(attributes)} a ANTI JOIN {parquet(table)} USING ({key})"
     if not database.execute(f"SELECT count(*) FROM {cold}").fetchall()[0][0]: return
     out = file_name(table.with_name(f"cold_{table.name}"))
@@ -248,21 +293,43 @@ def build_features(
 
 # %% ../nbs/02_features.ipynb #40bfaefc
 def _write_matrices(database, folder:Path, interactions:Path, split:dict, parameters:dict)->tuple[tuple[int, int], float|None]:
-    "Id tables, snapshots and targets, as files in `folder`; returns the shape, and the mean total of a user where BM25 needs it."
+    """Id tables, snapshots and targets, as files in `folder`; returns the shape, and the mean total of a user where
+    BM25 needs it."""
     for key, table in (("user_id", "log_users"), ("item_id", "log_items")): _number_ids(database, key, table)
     log, room = _read_log(database, parameters), {}
     ends = max(int(log[3].max()), 0) # of the log, also where it is too short for a split; 0 without times
     with ThreadPoolExecutor(os.cpu_count()) as pool: # NumPy lets go of the interpreter while it works
         borders = _borders(*log[:2])
-        blocks = list(zip(borders, borders[1:], pool.map(lambda first, end: _starts(log, first, end), borders, borders[1:])))
+        blocks = list(
+            zip(borders, borders[1:], pool.map(lambda first, end: _starts(log, first, end), borders, borders[1:]))
+        )
         for name in ("all", "train_validation", "train"):
             until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
-            found = _by_blocks(pool, log, blocks, lambda part, starts, until=until: _snapshot(part, starts, until, ends, parameters["half_life_days"]), room)
+            found = _by_blocks(
+                pool,
+                log,
+                blocks,
+                lambda part, starts, until=until: _snapshot(part, starts, until, ends, parameters["half_life_days"]),
+                room,
+            )
             kept = _enough(found["user"], found["item"], parameters)
             every, found = found, {value: column[kept] for value, column in found.items()}
             if name == "all":
-                if not len(found["user"]): raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and min_item_users={parameters['min_item_users']}; lower them")
-                rows = {side: _write_ids(database, found[side], f"{side}_id", interactions/f"{attributes}.parquet", folder/f"{side}s.parquet") for side, attributes in (("user", "users"), ("item", "products"))}
+                if not len(found["user"]):
+                    raise FeatureError(
+                        f"no pair is left with min_user_items={parameters['min_user_items']} and "
+                        f"min_item_users={parameters['min_item_users']}; lower them"
+                    )
+                rows = {
+                    side: _write_ids(
+                        database,
+                        found[side],
+                        f"{side}_id",
+                        interactions / f"{attributes}.parquet",
+                        folder / f"{side}s.parquet",
+                    )
+                    for side, attributes in (("user", "users"), ("item", "products"))
+                }
                 shape = tuple(int(row.max()) + 1 for row in rows.values())
                 if not isinstance(kept, slice):
                     gone = {value: column[~kept] for value, column in every.items()}
@@ -273,7 +340,15 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
             for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", found[value])
         for name, start, end in (("validation", "validation_from", "test_from"), ("test", "test_from", "")):
             since, before = (_micros(split[moment]) if split and moment else 2**63 - 1 for moment in (start, end))
-            found = _by_blocks(pool, log, blocks, lambda part, starts, since=since, before=before: {"counts": _counts((part[3] >= since) & (part[3] < before), starts, len(part[3]))}, room)
+            found = _by_blocks(
+                pool,
+                log,
+                blocks,
+                lambda part, starts, since=since, before=before: {
+                    "counts": _counts((part[3] >= since) & (part[3] < before), starts, len(part[3]))
+                },
+                room,
+            )
             found = _numbered(found, rows)
             kept = (found["user"] >= 0) & (found["item"] >= 0)
             save_csr(folder, name, _csr({value: column[kept] for value, column in found.items()}, "counts", shape))
@@ -287,7 +362,8 @@ def _write_ids(database, column:np.ndarray, key:str, attributes:Path, out:Path)-
     "Write the id table of one side; row number in the log -> row number in the matrices, -1 for who has left."
     (known,), = database.execute(f"SELECT count(*) FROM log_{out.stem}").fetchall()
     popularity, step = np.zeros(known, np.int32), max(BLOCK, known)
-    for first in range(0, len(column), step): popularity += np.bincount(column[first:first + step], minlength=known).astype(np.int32)
+    for first in range(0, len(column), step):
+        popularity += np.bincount(column[first:first + step], minlength=known).astype(np.int32)
     left = np.flatnonzero(popularity).astype(np.int32)
     _id_table(database, key, left, popularity[left], attributes, out)
     rows = np.full(known, -1, np.int32)
@@ -306,7 +382,9 @@ def _left_out(database, pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray],
     column = np.where(column < 0, known + np.searchsorted(items, pairs["item"]), column)
     order = np.lexsort((column, user))
     values = ("confidence", "counts", "age_days")
-    found = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32)} | {name: pairs[name][order] for name in values}
+    found = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32)} | {
+        name: pairs[name][order] for name in values
+    }
     shape = len(users), known + len(items)
     matrices = (_csr(found, name, shape) for name in values)
     return LeftOut(known, IdTable(ids["user"][users]), IdTable(ids["item"][items]), *matrices)
@@ -323,6 +401,10 @@ def ensure_features(
         try: there = open_features(out)
         except FeatureError: there = None
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
-        fresh = there and (there.fingerprint, there.feedback_until, there.rules) == (ledger["fingerprint"], ledger.get("feedback_until"), ledger.get("rules", {}))
+        fresh = there and (there.fingerprint, there.feedback_until, there.rules) == (
+            ledger["fingerprint"],
+            ledger.get("feedback_until"),
+            ledger.get("rules", {}),
+        )
         if fresh and all(there.parameters[name] == value for name, value in parameters.items()): return there
         return build_features(interactions, out, **parameters)

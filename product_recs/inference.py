@@ -53,7 +53,8 @@ def next_purchase(
     deny:Iterable=(),        # external ids that must not come
     allow:Iterable|None=None, # external ids, of which all must be; None: no such limit
 )->Recommendations:          # scores are log odds
-    "The `n` items that the user most likely takes next, their own or new; a `BlendError` where the bundle has no blend."
+    """The `n` items that the user most likely takes next, their own or new; a `BlendError` where the bundle has no
+    blend."""
     n, row, signals = checked_n(n), model.bundle.users.row(user), model.signals
     known = row is not None and len(model.seen_by(row)) > 0
     scores = score_users(signals, np.array([row]))[0] if known else model.popularity.copy()
@@ -99,14 +100,25 @@ def recommend_many(
     for start in range(0, len(warm), BLOCK):
         block = warm[start:start + BLOCK]
         for at, items, scores in zip(block, *top_rows(model, np.array([rows[at] for at in block]), kept, exclude_seen)):
-            if kept == n and items[-1] >= 0: answers[at] = Recommendations(model.bundle.items.take(items), scores.tolist(), "personalised", rows=items.tolist())
-    return [recommend(model, user, n, exclude_seen=exclude_seen) if answer is None else answer for user, answer in zip(users, answers)]
+            if kept == n and items[-1] >= 0:
+                answers[at] = Recommendations(
+                    model.bundle.items.take(items), scores.tolist(), "personalised", rows=items.tolist()
+                )
+    return [
+        recommend(model, user, n, exclude_seen=exclude_seen) if answer is None else answer
+        for user, answer in zip(users, answers)
+    ]
 
 # %% ../nbs/05_inference.ipynb #f3981203
 def _append(database:duckdb.DuckDBPyConnection, bundle:Bundle, users:np.ndarray, items:np.ndarray, scores:np.ndarray)->int:
     "Append the lists of one block of users, as external ids; returns the number of rows."
     at, place = np.nonzero(items >= 0)
-    block = {"user_id": bundle.users.ids[users[at]], "rank": place + 1, "item_id": bundle.items.ids[items[at, place]], "score": scores[at, place]}
+    block = {
+        "user_id": bundle.users.ids[users[at]],
+        "rank": place + 1,
+        "item_id": bundle.items.ids[items[at, place]],
+        "score": scores[at, place],
+    }
     database.register("block", block)
     database.execute("INSERT INTO lists SELECT * FROM block")
     database.unregister("block")
@@ -114,7 +126,10 @@ def _append(database:duckdb.DuckDBPyConnection, bundle:Bundle, users:np.ndarray,
 
 def _open_lists(folder:Path, bundle:Bundle)->duckdb.DuckDBPyConnection:
     "An empty table of lists in a database file of its own."
-    database = duckdb.connect(utf8_name(folder/"lists.duckdb"), config={"memory_limit": "128MB", "threads": 2, "temp_directory": utf8_name(folder/"spill")})
+    database = duckdb.connect(
+        utf8_name(folder / "lists.duckdb"),
+        config={"memory_limit": "128MB", "threads": 2, "temp_directory": utf8_name(folder / "spill")},
+    )
     user, item = ("BIGINT" if table.is_int else "VARCHAR" for table in (bundle.users, bundle.items))
     database.execute(f"CREATE TABLE lists (user_id {user}, rank INTEGER, item_id {item}, score FLOAT)")
     return database

@@ -49,12 +49,14 @@ class Ledger:
     reasons: dict = field(default_factory=dict)    # reason -> rows, the most frequent first
     files: list = field(default_factory=list)      # file, role, rows_read, rows_rejected, bytes, changed
     warnings: list = field(default_factory=list)   # what a person should know, although nothing is wrong
-    tables: dict = field(default_factory=dict)     # products, users -> rows_read, rows_kept, rows_rejected, duplicates_merged; rows_forgotten where there are any
+    # products, users -> rows_read, rows_kept, rows_rejected, duplicates_merged; rows_forgotten where there are any
+    tables: dict = field(default_factory=dict)
     users: int = 0
     items: int = 0
     first_timestamp: str | None = None             # UTC, ISO-8601
     last_timestamp: str | None = None
-    feedback_until: str | None = None              # UTC, ISO-8601; what the feedback store received until then is in the rows
+    # UTC, ISO-8601; what the feedback store received until then is in the rows
+    feedback_until: str | None = None
     rules: dict = field(default_factory=dict)      # what an interaction had to be, as of `EventRules`
     fingerprint: str = ""                          # of the kept rows, whatever their order
     parameters: dict = field(default_factory=dict) # of the ingest
@@ -66,43 +68,77 @@ def open_ledger(
     path = Path(folder)/"ledger.json"
     try: return Ledger(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError: raise IngestError(f"{path}: there is no ledger. Run 01_ingest first.") from None
-    except (TypeError, ValueError) as error: raise IngestError(f"{path} is not a ledger ({error}). Run 01_ingest again.") from None
+    except (TypeError, ValueError) as error:
+        raise IngestError(f"{path} is not a ledger ({error}). Run 01_ingest again.") from None
 
 # %% ../nbs/01_ingest.ipynb #addf8bd4
-REMEDIES = {"not valid text": 'pass the encoding of the file, such as encoding="latin-1" or "cp1252"', "unknown event": "name your events with events=[...]",
-            "NUL byte": 'the file may be UTF-16: encoding="utf-16"', "too ": 'check delimiter="..."', "quantity above": "raise max_quantity",
-            "number too large": "write ids as whole numbers of 64 bits, or as text", "blank id": "check columns={...}",
-            "timestamp": "write times as ISO-8601 or as an epoch in seconds", "id is text": "write all ids of the log as text, if these are ids of yours"}
+REMEDIES = {
+    "not valid text": 'pass the encoding of the file, such as encoding="latin-1" or "cp1252"',
+    "unknown event": "name your events with events=[...]",
+    "NUL byte": 'the file may be UTF-16: encoding="utf-16"',
+    "too ": 'check delimiter="..."',
+    "quantity above": "raise max_quantity",
+    "number too large": "write ids as whole numbers of 64 bits, or as text",
+    "blank id": "check columns={...}",
+    "timestamp": "write times as ISO-8601 or as an epoch in seconds",
+    "id is text": "write all ids of the log as text, if these are ids of yours",
+}
 
 def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->None:
     "Raise if the rejects that `where` selects are too many."
     count, = con.execute(f"SELECT count(*) FROM rejects WHERE {where}").fetchone()
     if count and on_error == "fail":
-        file, line, column, value, reason = con.execute(f"SELECT * FROM rejects WHERE {where} ORDER BY line LIMIT 1").fetchone()
-        raise IngestError(f"{file}, line {line}" + (f", column {column}" if column else "") + f": {reason}: {(value or '')[:80]!r}. "
-                          'Nothing was written. Mend the line, or skip bad rows with on_error="skip".')
+        file, line, column, value, reason = con.execute(
+            f"SELECT * FROM rejects WHERE {where} ORDER BY line LIMIT 1"
+        ).fetchone()
+        raise IngestError(
+            f"{file}, line {line}" + (f", column {column}" if column else "") + f": {reason}: {(value or '')[:80]!r}. "
+            'Nothing was written. Mend the line, or skip bad rows with on_error="skip".'
+        )
     if not count or count <= max_share * rows: return
-    top = con.execute(f"SELECT reason, count(*), arg_min(file, line), min(line), arg_min(value, line) FROM rejects WHERE {where} GROUP BY reason ORDER BY 2 DESC, 1 LIMIT 3").fetchall()
+    top = con.execute(
+        f"SELECT reason, count(*), arg_min(file, line), min(line), arg_min(value, line) FROM rejects WHERE {where} "
+        f"GROUP BY reason ORDER BY 2 DESC, 1 LIMIT 3"
+    ).fetchall()
     remedies = {remedy for reason, *_ in top for start, remedy in REMEDIES.items() if reason.startswith(start)}
-    raise IngestError(f"{count:,} of {rows:,} rows of {what} are bad ({count / rows:.1%}; max_reject_share is {max_share:.1%}). Nothing was written.\n"
-        + "\n".join(f"  {number:,} x {reason}, first {file}, line {line}: {(value or '')[:60]!r}" for reason, number, file, line, value in top)
-        + f"\nRemedy: {'; '.join(sorted(remedies)) or 'mend these lines'}, or raise max_reject_share.")
+    raise IngestError(
+        f"{count:,} of {rows:,} rows of {what} are bad ({count / rows:.1%}; max_reject_share is {max_share:.1%}). "
+        f"Nothing was written.\n"
+        + "\n".join(
+            f"  {number:,} x {reason}, first {file}, line {line}: {(value or '')[:60]!r}"
+            for reason, number, file, line, value in top
+        )
+        + f"\nRemedy: {'; '.join(sorted(remedies)) or 'mend these lines'}, or raise max_reject_share."
+    )
 
 # %% ../nbs/01_ingest.ipynb #2b0a14f1
 def _id_type(con, column:str, kinds:set[str], files:list[FileRead], warnings:list[str])->str:
     "BIGINT or VARCHAR, for all files together."
     if "mixed" in kinds or ("text" in kinds and "number" in kinds):
-        warnings.append(f"{column} is a number in some rows and text in others; all are text now, and 1 and \"1\" are the same id.")
+        warnings.append(
+            f"{column} is a number in some rows and text in others; all are text now, and 1 and \"1\" are the same id."
+        )
     if kinds & {"text", "mixed"}: return "VARCHAR"
-    odd = f"CASE WHEN {column} >= ':' THEN true ELSE {whole_number(column)} IS NULL END" # most text is told by its first character
-    count, rows = con.execute(f"SELECT count(*) FILTER ({odd}), count(*) + (SELECT count(*) FROM plain) FROM checked WHERE fault IS NULL").fetchone()
+    # most text is told by its first character
+    odd = f"CASE WHEN {column} >= ':' THEN true ELSE {whole_number(column)} IS NULL END"
+    count, rows = con.execute(
+        f"SELECT count(*) FILTER ({odd}), count(*) + (SELECT count(*) FROM plain) FROM checked WHERE fault IS NULL"
+    ).fetchone()
     if not count: return "BIGINT"
     if count < rows * 0.5:
-        number, line, value = con.execute(f"SELECT file, line, {column} FROM checked WHERE fault IS NULL AND {odd} ORDER BY file, line NULLS FIRST LIMIT 1").fetchone()
+        number, line, value = con.execute(
+            f"SELECT file, line, {column} FROM checked WHERE fault IS NULL AND {odd} ORDER BY file, line NULLS FIRST "
+            f"LIMIT 1"
+        ).fetchone()
         if line is None: # loaded without lines
-            line, value = con.execute(f"""SELECT line, {column} FROM (SELECT line, {trimmed(column)} AS {column} FROM ({files[number].again})
-                ANTI JOIN (SELECT line FROM rejects WHERE file = ?) USING (line)) WHERE {odd} ORDER BY line LIMIT 1""", [files[number].shown]).fetchone()
-        warnings.append(f"{column} is text because {count:,} of {rows:,} values are not plain integers, the first {value[:40]!r} in {files[number].shown}, line {line}.")
+            line, value = con.execute(f"""SELECT line, {column} FROM (SELECT line, {trimmed(column)} AS {column} FROM
+                ({files[number].again})
+                ANTI JOIN (SELECT line FROM rejects WHERE file = ?) USING (line)) WHERE {odd} ORDER BY line LIMIT 1""",
+                [files[number].shown]).fetchone()
+        warnings.append(
+            f"{column} is text because {count:,} of {rows:,} values are not plain integers, the first {value[:40]!r} "
+            f"in {files[number].shown}, line {line}."
+        )
     return "VARCHAR"
 
 def _as(column:str, type:str)->str:
@@ -117,25 +153,44 @@ def add_faults(
     "Put the lines of a file that were no records into `rejects`."
     for start in range(0, len(read.faults), 100_000):
         lines, columns, values, reasons = (list(part) for part in zip(*read.faults[start:start + 100_000]))
-        con.execute("INSERT INTO rejects SELECT ?, unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[])", [read.shown, lines, columns, values, reasons])
+        con.execute(
+            "INSERT INTO rejects SELECT ?, unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), "
+            "unnest(?::VARCHAR[])",
+            [read.shown, lines, columns, values, reasons],
+        )
 
 def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
-    "Put the faulty rows of a file that has just been loaded into `rejects` and the file into the ledger; the number of its rows."
+    """Put the faulty rows of a file that has just been loaded into `rejects` and the file into the ledger; the number
+    of its rows."""
     add_faults(con, read)
     names = " ".join(f"WHEN {at} THEN {quoted(name)}" for at, (name, _, _) in enumerate(rules, 1))
     reasons = " ".join(f"WHEN {at} THEN {quoted(reason)}" for at, (_, reason, _) in enumerate(rules, 1))
-    con.execute(f"INSERT INTO rejects SELECT {quoted(read.shown)}, line, CASE fault {names} END, value, CASE fault {reasons} END FROM checked WHERE file = {len(ledger.files)} AND fault IS NOT NULL")
-    rows, (rejected,) = read.rows + len(read.faults), con.execute(f"SELECT count(*) FROM rejects WHERE file = {quoted(read.shown)}").fetchone()
-    good, = con.execute(f"SELECT (SELECT count(*) FROM checked WHERE file = {len(ledger.files)} AND fault IS NULL) + (SELECT count(*) FROM plain WHERE file = {len(ledger.files)})").fetchone()
+    con.execute(
+        f"INSERT INTO rejects SELECT {quoted(read.shown)}, line, CASE fault {names} END, value, CASE fault {reasons} "
+        f"END FROM checked WHERE file = {len(ledger.files)} AND fault IS NOT NULL"
+    )
+    rows, (rejected,) = (
+        read.rows + len(read.faults),
+        con.execute(f"SELECT count(*) FROM rejects WHERE file = {quoted(read.shown)}").fetchone(),
+    )
+    (good,) = con.execute(
+        f"SELECT (SELECT count(*) FROM checked WHERE file = {len(ledger.files)} AND fault IS NULL) + (SELECT count(*) "
+        f"FROM plain WHERE file = {len(ledger.files)})"
+    ).fetchone()
     assert rows == good + rejected, f"{read.shown}: {rows} rows read, {good} good, {rejected} rejected"
-    ledger.files.append(dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
+    ledger.files.append(
+        dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed)
+    )
     return rows
 
 def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:EventRules, latest:datetime,
                 label:str, options:dict)->int:
     "Load one file: the plain rows at a glance, the others by the rules; the number of all rows."
     for table in ("plain", "checked"): con.execute(f"DELETE FROM {table} WHERE file = ?", [number])
-    numbers, rows = con.execute(f"SELECT count(*) FILTER ({is_number('user_id')} AND {is_number('item_id')}), count(*) FROM (FROM ({sql}) LIMIT 1000)").fetchone()
+    numbers, rows = con.execute(
+        f"SELECT count(*) FILTER ({is_number('user_id')} AND {is_number('item_id')}), count(*) FROM (FROM ({sql}) "
+        f"LIMIT 1000)"
+    ).fetchone()
     judge = wanted, rules, latest, 2*numbers > rows
     marked = "plain WHERE odd" if judge[-1] else f"checked WHERE fault = {ODD}"
     loaded = run_query(con, plain_query(sql, number, *judge), label, options["progress"])[0][0]
@@ -156,16 +211,33 @@ def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:P
         current["wanted"] = match_columns(names, options["columns"], Columns.Required, Columns.Optional, shown)
         for name in set(Columns.Optional) - set(current["wanted"]):
             guess = near_name(name, [other for other in names if other not in current["wanted"].values()])
-            if guess: ledger.warnings.append(f"{shown} has no column {name}, but {guess}: if that is it, pass columns={{{name!r}: {guess!r}}}.")
+            if guess:
+                ledger.warnings.append(
+                    f"{shown} has no column {name}, but {guess}: if that is it, pass columns={{{name!r}: {guess!r}}}."
+                )
         return current["wanted"]
     def load(number, sql, again=""):
-        return _load_query(con, sql, again, number, current["wanted"], rules, latest, f"reading {masked(str(source))}"[:60], options)
+        return _load_query(
+            con, sql, again, number, current["wanted"], rules, latest, f"reading {masked(str(source))}"[:60], options
+        )
     def each(read):
         rows = _account(con, read, interaction_rules(rules, latest), "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
         _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], 1.0, read.shown)
-    reads = read_source(source, options["query"], load, match, Columns.Required, Columns.All, con, folder,
-                        delimiter=options["delimiter"], encoding=options["encoding"], progress=options["progress"], each=each)
+    reads = read_source(
+        source,
+        options["query"],
+        load,
+        match,
+        Columns.Required,
+        Columns.All,
+        con,
+        folder,
+        delimiter=options["delimiter"],
+        encoding=options["encoding"],
+        progress=options["progress"],
+        each=each,
+    )
     return reads, kinds
 
 # %% ../nbs/01_ingest.ipynb #4940f47c
@@ -177,26 +249,60 @@ def _write(con, folder:Path, types:Mapping[str, str], events:list[str], ledger:L
     con.execute(f"""CREATE VIEW good AS SELECT {numbers}, event, quantity, timestamp FROM plain
         UNION ALL SELECT {texts}, CASE event {places} END, quantity, timestamp FROM checked WHERE fault IS NULL""")
     found = write_merged(con, folder/"interactions.parquet", types, events, progress)
-    ledger.rows_kept, ledger.duplicates_merged, ledger.fingerprint = found.kept, found.rows - found.kept, found.fingerprint
-    ledger.users, ledger.items, ledger.first_timestamp, ledger.last_timestamp = found.users, found.items, found.first, found.last
-    if found.untimed: ledger.warnings.append(f"{found.untimed:,} of {found.rows:,} rows have no timestamp: they are never merged as duplicates and have no place in a split by time.")
+    ledger.rows_kept, ledger.duplicates_merged, ledger.fingerprint = (
+        found.kept,
+        found.rows - found.kept,
+        found.fingerprint,
+    )
+    ledger.users, ledger.items, ledger.first_timestamp, ledger.last_timestamp = (
+        found.users,
+        found.items,
+        found.first,
+        found.last,
+    )
+    if found.untimed:
+        ledger.warnings.append(
+            f"{found.untimed:,} of {found.rows:,} rows have no timestamp: they are never merged as duplicates and have "
+            f"no place in a split by time."
+        )
     if ledger.first_timestamp and ledger.first_timestamp < "1990":
-        ledger.warnings.append(f"The first timestamp is {ledger.first_timestamp}. If that is wrong, check the unit of your epoch numbers.")
+        ledger.warnings.append(
+            f"The first timestamp is {ledger.first_timestamp}. If that is wrong, check the unit of your epoch numbers."
+        )
 
 # %% ../nbs/01_ingest.ipynb #8c926ca5
 def _table_rows(con, source, name:str, key:str, options:dict, folder:Path)->tuple[list[FileRead], dict[str, str]]:
-    "Read the files of a table into one DuckDB table: number of the file, line, id and attributes; attribute -> its column there."
+    """Read the files of a table into one DuckDB table: number of the file, line, id and attributes; attribute -> its
+    column there."""
     columns = {}
     def match(names, shown):
         theirs = options["columns"].get(key, key)
         theirs = match_columns(names, {key: theirs if theirs in names else key}, [key], [], shown, mapped=False)[key]
         attributes = attribute_names(names, key, theirs, shown, columns)
-        return {key: theirs} | {columns.setdefault(attribute, f"c{len(columns)}"): attribute for attribute in attributes}
+        return {key: theirs} | {
+            columns.setdefault(attribute, f"c{len(columns)}"): attribute for attribute in attributes
+        }
     def load(number, sql, again=""):
-        con.execute(f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS file, line, * EXCLUDE line FROM ({again or sql})")
+        con.execute(
+            f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS file, line, * EXCLUDE line FROM "
+            f"({again or sql})"
+        )
         return con.execute(f"SELECT count(*) FROM {name}_{number}").fetchone()[0]
-    reads = read_source(source, "", load, match, [key], [key], con, folder, delimiter=options["delimiter"], encoding=options["encoding"],
-                        keep_types=True, progress=options["progress"], each=lambda read: add_faults(con, read))
+    reads = read_source(
+        source,
+        "",
+        load,
+        match,
+        [key],
+        [key],
+        con,
+        folder,
+        delimiter=options["delimiter"],
+        encoding=options["encoding"],
+        keep_types=True,
+        progress=options["progress"],
+        each=lambda read: add_faults(con, read),
+    )
     parts = [(f"{name}_{number}", read.shown, read.typed) for number, read in enumerate(reads)]
     con.execute(f"CREATE TABLE {name} AS {united(con, parts, columns, ['file', 'line', key])}")
     for table, *_ in parts: con.execute(f"DROP TABLE {table}")
@@ -205,18 +311,32 @@ def _table_rows(con, source, name:str, key:str, options:dict, folder:Path)->tupl
 # %% ../nbs/01_ingest.ipynb #9fa8a0ff
 def _judge_ids(con, reads:list[FileRead], name:str, key:str, id_type:str, options:dict, ledger:Ledger)->str:
     "Put the rows of a table without a good id into `rejects` and its files into the ledger; SQL of a row that is good."
-    con.execute(f"CREATE TABLE {name}_ids AS SELECT file, line, {key_sql('id')} AS id FROM (SELECT file, line, {trimmed(f'CAST({key} AS VARCHAR)')} AS id FROM {name})")
+    con.execute(
+        f"CREATE TABLE {name}_ids AS SELECT file, line, {key_sql('id')} AS id FROM (SELECT file, line, "
+        f"{trimmed(f'CAST({key} AS VARCHAR)')} AS id FROM {name})"
+    )
     rules = id_rules(key, "id")
-    if id_type == "BIGINT": rules += [(key, "id is no integer, but those of the interactions are", f"{whole_number('id')} IS NULL")]
+    if id_type == "BIGINT":
+        rules += [(key, "id is no integer, but those of the interactions are", f"{whole_number('id')} IS NULL")]
     reasons = " ".join(f"WHEN {at} THEN {quoted(reason)}" for at, (_, reason, _) in enumerate(rules, 1))
     files = " ".join(f"WHEN {at} THEN {quoted(read.shown)}" for at, read in enumerate(reads))
-    con.execute(f"""INSERT INTO rejects SELECT CASE file {files} END, line, {quoted(key)}, left(id, 200), CASE {first_fault(rules)} {reasons} END
+    con.execute(f"""INSERT INTO rejects SELECT CASE file {files} END, line, {quoted(key)}, left(id, 200), CASE
+        {first_fault(rules)} {reasons} END
         FROM {name}_ids WHERE {first_fault(rules)} IS NOT NULL""")
     for read in reads:
         rejected, = con.execute("SELECT count(*) FROM rejects WHERE file = ?", [read.shown]).fetchone()
         rows = read.rows + len(read.faults)
         _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], options["max_reject_share"], read.shown)
-        ledger.files.append(dict(file=read.shown, role=name, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed))
+        ledger.files.append(
+            dict(
+                file=read.shown,
+                role=name,
+                rows_read=rows,
+                rows_rejected=rejected,
+                bytes=read.size,
+                changed=read.changed,
+            )
+        )
     return f"{first_fault(rules)} IS NULL"
 
 def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder:Path, out:Path, ledger:Ledger)->None:
@@ -226,11 +346,19 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
     attributes = "".join(f", {column} AS {named(attribute)}" for attribute, column in columns.items())
     target = out/f"{name}.parquet"
     con.execute(f"""COPY (SELECT {id} AS {key}{attributes} FROM {name} JOIN {name}_ids USING (file, line) WHERE {good}
-        QUALIFY row_number() OVER (PARTITION BY {id} ORDER BY file DESC, line DESC) = 1 ORDER BY 1) TO {file_name(target)} (FORMAT parquet)""")
+        QUALIFY row_number() OVER (PARTITION BY {id} ORDER BY file DESC, line DESC) = 1 ORDER BY 1) TO
+        {file_name(target)} (FORMAT parquet)""")
     kept, = con.execute(f"SELECT count(*) FROM {parquet(target)}").fetchone()
-    rows, rejected = (sum(file[what] for file in ledger.files if file["role"] == name) for what in ("rows_read", "rows_rejected"))
-    ledger.tables[name] = dict(rows_read=rows, rows_kept=kept, rows_rejected=rejected, duplicates_merged=rows - rejected - kept)
-    if rows - rejected - kept: ledger.warnings.append(f"{name}: {rows - rejected - kept:,} rows repeat a {key}; the last row of each was kept.")
+    rows, rejected = (
+        sum(file[what] for file in ledger.files if file["role"] == name) for what in ("rows_read", "rows_rejected")
+    )
+    ledger.tables[name] = dict(
+        rows_read=rows, rows_kept=kept, rows_rejected=rejected, duplicates_merged=rows - rejected - kept
+    )
+    if rows - rejected - kept:
+        ledger.warnings.append(
+            f"{name}: {rows - rejected - kept:,} rows repeat a {key}; the last row of each was kept."
+        )
 
 # %% ../nbs/01_ingest.ipynb #53583b56
 @contextmanager
@@ -244,20 +372,25 @@ def _locked(path:Path)->Iterator[None]:
 def _checked_options(options:dict)->dict:
     "Refuse parameters that cannot be meant."
     if options["feedback"]: feedback_url(options["feedback"])
-    if options["on_error"] not in ("skip", "fail"): raise IngestError(f"on_error={options['on_error']!r} must be \"skip\" or \"fail\".")
-    for name, ends in (("max_reject_share", (0, 1)), ("max_quantity", (1e-9, 1e9))): options[name] = number(name, options[name], *ends, error=IngestError)
+    if options["on_error"] not in ("skip", "fail"):
+        raise IngestError(f"on_error={options['on_error']!r} must be \"skip\" or \"fail\".")
+    for name, ends in (("max_reject_share", (0, 1)), ("max_quantity", (1e-9, 1e9))):
+        options[name] = number(name, options[name], *ends, error=IngestError)
     if isinstance(options["events"], str): raise IngestError(f"events must be a list, such as [{options['events']!r}].")
     options["events"] = sorted({str(event).strip().lower() for event in options["events"]})
     if not options["events"]: raise IngestError("events is empty. Name at least one, such as [\"purchase\"].")
     if unknown := set(options["columns"]) - set(Columns.All):
-        raise IngestError(f"columns= maps our names to yours, and {sorted(unknown)} are none of ours: {', '.join(Columns.All)}.")
+        raise IngestError(
+            f"columns= maps our names to yours, and {sorted(unknown)} are none of ours: {', '.join(Columns.All)}."
+        )
     return options
 
 def _connect(folder:Path, memory_limit:str):
     "A temporary DuckDB database in memory; beyond the limit it spills to disk."
     con = temporary_database(memory_limit, folder/"spill", IngestError)
     con.execute("SET TimeZone = 'UTC'")
-    try: con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false") # so that it tells its progress
+    # so that it tells its progress
+    try: con.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
     except duckdb.Error: pass # in Jupyter it wants ipywidgets: there the bar shows the seconds only
     con.execute(TABLES)
     return con
@@ -267,17 +400,30 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules
                   ledger:Ledger)->dict[str, str]:
     "Load the feedback, drop the rows of forgotten users, and give the types of the ids."
     if feedback.forgotten: # the rows of one user are taken out of one table
-        con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, timestamp, "
-                    "NULL, NULL FROM plain", [list(rules.events)])
+        con.execute(
+            "INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, "
+            "timestamp, "
+            "NULL, NULL FROM plain",
+            [list(rules.events)],
+        )
         con.execute("DELETE FROM plain")
     ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten)
     faults = interaction_rules(rules, latest)
     con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, faults))
     read = FileRead(feedback.shown, feedback.rows, list(Columns.All), {}, {})
     rows = _account(con, read, faults, "feedback", ledger)
-    _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], options["max_reject_share"], "the feedback store")
+    _judge(
+        con,
+        f"file = {quoted(read.shown)}",
+        rows,
+        options["on_error"],
+        options["max_reject_share"],
+        "the feedback store",
+    )
     ledger.feedback_until = feedback.until.isoformat()
-    return types or {column: _id_type(con, column, feedback.kinds[column], [read], ledger.warnings) for column in Columns.Required}
+    return types or {
+        column: _id_type(con, column, feedback.kinds[column], [read], ledger.warnings) for column in Columns.Required
+    }
 
 # %% ../nbs/01_ingest.ipynb #24c5a481
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
@@ -291,7 +437,11 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     rows = sum(file["rows_read"] for file in ledger.files)
     if source and not rows: raise IngestError(f"{what}: there are columns but no rows. Nothing was written.")
     _judge(con, "true", rows, options["on_error"], options["max_reject_share"], what)
-    types = {column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required} if source else {}
+    types = (
+        {column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required}
+        if source
+        else {}
+    )
     wishes, rules = {}, replace(rules, numbers=[column for column, type in types.items() if type == "BIGINT"])
     ledger.rules = json.loads(json.dumps(asdict(rules)))
     if options["feedback"]:
@@ -300,19 +450,39 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
         what = f"{what} and the feedback" if source else "the feedback store"
     ledger.rows_read = sum(file["rows_read"] for file in ledger.files)
     ledger.rows_rejected, = con.execute("SELECT count(*) FROM rejects").fetchone()
-    ledger.reasons = dict(con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1").fetchall())
+    ledger.reasons = dict(
+        con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1").fetchall()
+    )
     if not ledger.rows_read: raise IngestError(f"{what} has no events yet. Nothing was written.")
     if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten:
-        forgotten = f" or of users that want to be forgotten ({ledger.rows_forgotten:,})" if ledger.rows_forgotten else ""
-        raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Reasons: {ledger.reasons}. Nothing was written.")
+        forgotten = (
+            f" or of users that want to be forgotten ({ledger.rows_forgotten:,})" if ledger.rows_forgotten else ""
+        )
+        raise IngestError(
+            f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Reasons: {ledger.reasons}. Nothing was written."
+        )
     _write(con, out, types, options["events"], ledger, options["progress"])
-    assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten, "the ledger does not add up"
+    assert (
+        ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten
+    ), "the ledger does not add up"
     for name, key in (("products", Columns.Item), ("users", Columns.User)):
         if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
-    if options["users"] and wishes and (dropped := drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet")):
-        ledger.tables["users"] |= {"rows_kept": ledger.tables["users"]["rows_kept"] - dropped, "rows_forgotten": dropped}
-    texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}' for column in ("file", "column", "value", "reason"))
-    con.execute(f"COPY (SELECT * REPLACE ({texts}) FROM rejects ORDER BY rejects.file, line) TO {file_name(out/'rejects.csv')} (HEADER)")
+    if (
+        options["users"]
+        and wishes
+        and (dropped := drop_forgotten_people(con, out / "users.parquet", out / "interactions.parquet"))
+    ):
+        ledger.tables["users"] |= {
+            "rows_kept": ledger.tables["users"]["rows_kept"] - dropped,
+            "rows_forgotten": dropped,
+        }
+    texts = ", ".join(
+        f'{safe_cell_sql(named(column))} AS {named(column)}' for column in ("file", "column", "value", "reason")
+    )
+    con.execute(
+        f"COPY (SELECT * REPLACE ({texts}) FROM rejects ORDER BY rejects.file, line) TO "
+        f"{file_name(out / 'rejects.csv')} (HEADER)"
+    )
     given = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
     given = json.loads(json.dumps(given, default=str))
     ledger.parameters = masked_parameters(given)
@@ -338,12 +508,31 @@ def ingest(
     progress:bool = True,                       # show bars
 )->Ledger:
     "Validate an interaction log and write it; raise `IngestError`, and write nothing, where that is impossible."
-    options = _checked_options(dict(query=query, feedback=feedback, columns=dict(columns or {}), products=products, users=users, delimiter=delimiter, encoding=encoding, events=events,
-        max_quantity=max_quantity, on_error=on_error, max_reject_share=max_reject_share, memory_limit=memory_limit, progress=progress))
+    options = _checked_options(
+        dict(
+            query=query,
+            feedback=feedback,
+            columns=dict(columns or {}),
+            products=products,
+            users=users,
+            delimiter=delimiter,
+            encoding=encoding,
+            events=events,
+            max_quantity=max_quantity,
+            on_error=on_error,
+            max_reject_share=max_reject_share,
+            memory_limit=memory_limit,
+            progress=progress,
+        )
+    )
     now = datetime.fromisoformat(now) if isinstance(now, str) else now or datetime.now(timezone.utc)
     latest = (now.astimezone(timezone.utc) if now.tzinfo else now).replace(tzinfo=None) + LEEWAY
     source = source if isinstance(source, (str, Path)) else list(source)
-    if not source and (query or not feedback): raise IngestError('No source is named. Pass a path, a pattern, a database URL, or feedback="settings" for the events of the service.')
+    if not source and (query or not feedback):
+        raise IngestError(
+            'No source is named. Pass a path, a pattern, a database URL, or feedback="settings" for the events of the '
+            'service.'
+        )
     out = resolve_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as folder:
@@ -351,20 +540,26 @@ def ingest(
         result.mkdir()
         con = _connect(work, memory_limit)
         what = "the query" if is_database(source) else masked(str(source))
-        failed = "the ingest stopped at a fault of this program, not of your data. Its log has the details at the level DEBUG."
+        failed = (
+            "the ingest stopped at a fault of this program, not of your data. Its log has the details at the level "
+            "DEBUG."
+        )
         try:
-            with database_errors(IngestError, what, failed, memory_limit): ledger = _build(con, source, work, result, options, latest)
+            with database_errors(IngestError, what, failed, memory_limit):
+                ledger = _build(con, source, work, result, options, latest)
         finally: con.close()
         with _locked(out.with_name(f".{out.name}.lock")), atomic_folder(out) as final:
             for file in result.iterdir(): file.rename(final/file.name)
-            for study in out.glob("tune.db"): shutil.copy2(study, final) # a search of parameters belongs to a fingerprint, and goes on if it is the same
+            # a search of parameters belongs to a fingerprint, and goes on if it is the same
+            for study in out.glob("tune.db"): shutil.copy2(study, final)
     return ledger
 
 # %% ../nbs/01_ingest.ipynb #ce55b18e
 DEFAULT_SOURCE, DEFAULT_PRODUCTS = "data/interactions.csv", "data/products.csv"
 
 def _unchanged(ledger:Ledger, given:dict)->bool:
-    "Whether the ledger belongs to these parameters and to the files as they are now; a database that is asked for has always news."
+    """Whether the ledger belongs to these parameters and to the files as they are now; a database that is asked for has
+    always news."""
     if given.get("feedback") or is_database(given.get("source")) or is_reference(given.get("source")): return False
     if any(ledger.parameters.get(name) != value for name, value in given.items()): return False
     for file in ledger.files:
@@ -378,9 +573,11 @@ def ensure_ingested(
     **parameters        # of `ingest`, with `source`; without any the run stays what it is, or becomes the sample
 )->Path:                # that folder
     "The folder of an ingested run, made if need be."
-    if not run or run != Path(run).name or run.startswith("."): raise IngestError(f"run={run!r} must be the name of a folder, such as sample.")
+    if not run or run != Path(run).name or run.startswith("."):
+        raise IngestError(f"run={run!r} must be the name of a folder, such as sample.")
     progress = {name: parameters.pop(name) for name in ("progress", "now") if name in parameters}
-    if "events" in parameters: parameters["events"] = sorted({str(event).strip().lower() for event in parameters["events"]})
+    if "events" in parameters:
+        parameters["events"] = sorted({str(event).strip().lower() for event in parameters["events"]})
     given = json.loads(json.dumps(parameters, default=str))
     out = resolve_path("data/processed")/run
     with _locked(out.with_name(f".{run}.ensure.lock")):

@@ -37,23 +37,62 @@ def train_bundle(
     **parameters,                 # of `fit_als`
 )->tuple[str, AlsModel]:          # version, and the fitted model
     "Fit ALS to everything known and write it as a bundle."
-    if publish_it not in (True, False, "auto"): raise TrainError(f"publish_bundle={publish_it!r}: must be true, false or 'auto'")
+    if publish_it not in (True, False, "auto"):
+        raise TrainError(f"publish_bundle={publish_it!r}: must be true, false or 'auto'")
     for name, usual in PLAIN_OBJECTIVE.items():
-        if parameters.get(name, usual) != usual: raise TrainError(f"{name}={parameters[name]!r}: the service folds users in with {name}={usual}; such a model can be judged, not served")
+        if parameters.get(name, usual) != usual:
+            raise TrainError(
+                f"{name}={parameters[name]!r}: the service folds users in with {name}={usual}; such a model can be "
+                f"judged, not served"
+            )
     check_index(index)
     model = fit_als(features.all.confidence, **parameters)
-    weights = blend_section(features, **model.parameters, num_threads=parameters.get("num_threads", 0)) if blend else {"missing": "it was trained with blend=False"}
+    weights = (
+        blend_section(features, **model.parameters, num_threads=parameters.get("num_threads", 0))
+        if blend
+        else {"missing": "it was trained with blend=False"}
+    )
     popularity = features.item_columns["popularity"]
-    index_data, facts = build_index(model.item_factors, model.item_factors.any(axis=1) & (popularity > 0), model.user_factors, features.all.confidence, index=index, seed=model.parameters["seed"],
-                                    num_threads=parameters.get("num_threads", 0), progress=parameters.get("progress", True))
-    path = write_bundle(resolve_path(models_dir), user_factors=model.user_factors, item_factors=model.item_factors, seen=features.all.confidence,
-        users=features.users, items=features.items, user_columns=features.user_columns, item_columns=features.item_columns,
-        algorithm="als", parameters={**model.parameters, "features": features.parameters, "ingest": features.rules},
-        data={"run": features.interactions.name, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until, **features.split, **({"mean_total": features.mean_total} if features.mean_total else {})},
+    index_data, facts = build_index(
+        model.item_factors,
+        model.item_factors.any(axis=1) & (popularity > 0),
+        model.user_factors,
+        features.all.confidence,
+        index=index,
+        seed=model.parameters["seed"],
+        num_threads=parameters.get("num_threads", 0),
+        progress=parameters.get("progress", True),
+    )
+    path = write_bundle(
+        resolve_path(models_dir),
+        user_factors=model.user_factors,
+        item_factors=model.item_factors,
+        seen=features.all.confidence,
+        users=features.users,
+        items=features.items,
+        user_columns=features.user_columns,
+        item_columns=features.item_columns,
+        algorithm="als",
+        parameters={**model.parameters, "features": features.parameters, "ingest": features.rules},
+        data={
+            "run": features.interactions.name,
+            "fingerprint": features.fingerprint,
+            "feedback_until": features.feedback_until,
+            **features.split,
+            **({"mean_total": features.mean_total} if features.mean_total else {}),
+        },
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
-        counts=features.all.counts, age_days=features.all.age_days, blend=weights,
-        cold_items=features.cold_items, cold_users=features.cold_users, left_out=features.left_out, index=facts, index_data=index_data)
-    if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)): publish(path.parent, path.name)
+        counts=features.all.counts,
+        age_days=features.all.age_days,
+        blend=weights,
+        cold_items=features.cold_items,
+        cold_users=features.cold_users,
+        left_out=features.left_out,
+        index=facts,
+        index_data=index_data,
+    )
+    if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)):
+        publish(path.parent, path.name)
     return path.name, model
 
 def _live_run(models_dir:Path)->str|None:
@@ -65,6 +104,8 @@ def ensure_bundle(
     run:str="sample",             # features in data/processed/<run>, made where they are missing
     models_dir:str|Path="models",
 )->str:                           # version
-    "A version made from this run's interactions, the live one if it was; where there is none, one is trained with the defaults."
+    """A version made from this run's interactions, the live one if it was; where there is none, one is trained with the
+    defaults."""
     folder, features = resolve_path(models_dir), ensure_features(run)
-    with locked(folder/".train.lock"): return version_of(folder, features.fingerprint) or train_bundle(features, folder, progress=False)[0]
+    with locked(folder/".train.lock"):
+        return version_of(folder, features.fingerprint) or train_bundle(features, folder, progress=False)[0]

@@ -1,4 +1,5 @@
 """The service as a client meets it: a real uvicorn in a process of its own, real sockets, right answers that are known."""
+
 import http.client
 import json
 import os
@@ -41,10 +42,19 @@ def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N), 
         "first_seen": np.full(len(items), np.datetime64("2026-01-02T03:04:05")),
     }
     path = write_bundle(
-        models_dir, user_factors=factors, item_factors=factors, seen=csr_matrix(seen), users=users, items=items,
-        user_columns={"popularity": seen.sum(axis=1).astype(np.int32)}, item_columns=columns,
-        algorithm="by hand", parameters={"factors": 2}, data={"fingerprint": "none"},
-        metrics={"loss": float("nan")}, **more,
+        models_dir,
+        user_factors=factors,
+        item_factors=factors,
+        seen=csr_matrix(seen),
+        users=users,
+        items=items,
+        user_columns={"popularity": seen.sum(axis=1).astype(np.int32)},
+        item_columns=columns,
+        algorithm="by hand",
+        parameters={"factors": 2},
+        data={"fingerprint": "none"},
+        metrics={"loss": float("nan")},
+        **more,
     )
     publish(models_dir, path.name)
     return path
@@ -57,19 +67,34 @@ class Server:
         self.stdout, self.stderr = folder / "stdout.log", folder / "stderr.log"
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        settings = {"models_dir": models_dir, "port": self.port, "workers": workers, "database_url": f"sqlite:///{folder}/feedback.db", **settings}
+        settings = {
+            "models_dir": models_dir,
+            "port": self.port,
+            "workers": workers,
+            "database_url": f"sqlite:///{folder}/feedback.db",
+            **settings,
+        }
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
         environment |= {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in settings.items()}
-        if command is None and "PRODUCT_RECS_SERVE" in os.environ:  # the service of an image, say: the same tests, another command
+        if (
+            command is None and "PRODUCT_RECS_SERVE" in os.environ
+        ):  # the service of an image, say: the same tests, another command
             command = shlex.split(os.environ["PRODUCT_RECS_SERVE"])
             for path in (folder, *folder.parents[:2]):
                 path.chmod(0o755)
             subprocess.run(["chmod", "-R", "a+rwX", folder], check=True)  # it may run as another user
         elif command is None:
-            command, environment["PYTHONPATH"] = [sys.executable, "-c", "from product_recs.web.server import serve; serve()"], str(ROOT)
+            command, environment["PYTHONPATH"] = (
+                [sys.executable, "-c", "from product_recs.web.server import serve; serve()"],
+                str(ROOT),
+            )
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment,
-            stdin=subprocess.DEVNULL, stdout=self.stdout.open("w"), stderr=self.stderr.open("w"),
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.stdout.open("w"),
+            stderr=self.stderr.open("w"),
         )
 
     def __enter__(self):
@@ -111,11 +136,20 @@ class Server:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         try:
             payload = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
-            connection.request(method, path, payload, ({} if payload is None else {"Content-Type": "application/json"}) | (headers or {}))
+            connection.request(
+                method,
+                path,
+                payload,
+                ({} if payload is None else {"Content-Type": "application/json"}) | (headers or {}),
+            )
             answer = connection.getresponse()
             content = answer.read()
             found = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, found, json.loads(content) if content and "json" in found.get("content-type", "") else content
+            return (
+                answer.status,
+                found,
+                json.loads(content) if content and "json" in found.get("content-type", "") else content,
+            )
         finally:
             connection.close()
 
@@ -156,6 +190,7 @@ def cause_of(server, answer):
 
 # --- answers -----------------------------------------------------------------------------------------------------------
 
+
 def test_each_user_gets_the_one_right_item(server):
     for k in range(N):
         status, headers, body = server.get(f"/recommend/{k + 1}?n=1")
@@ -178,18 +213,34 @@ def test_detail_says_the_same_with_titles(server):
     _, _, body = server.get("/recommend/3?n=4&detail=true")
     assert set(body) == {"user_id", "recommendations", "source", "model_version", "shortfall", "items"}
     assert {k: body[k] for k in plain} == plain and DetailedRecommendationList(**body)
-    assert (body["source"], body["model_version"], body["shortfall"]) == ("personalised", headers["x-model-version"], None)
+    assert (body["source"], body["model_version"], body["shortfall"]) == (
+        "personalised",
+        headers["x-model-version"],
+        None,
+    )
     assert [item["rank"] for item in body["items"]] == [1, 2, 3, 4]
     assert [item["item_id"] for item in body["items"]] == plain["recommendations"]
     first = body["items"][0]
     assert {reason["item_id"] % 2 for reason in first.pop("reasons")} == {1}  # things of the same taste speak for it
-    assert first == {"rank": 1, "item_id": 103, "score": 1.0, "title": "Thing 2",
-                     "attributes": {"popularity": 11, "category": "even", "price": None, "first_seen": "2026-01-02T03:04:05"}}
+    assert first == {
+        "rank": 1,
+        "item_id": 103,
+        "score": 1.0,
+        "title": "Thing 2",
+        "attributes": {"popularity": 11, "category": "even", "price": None, "first_seen": "2026-01-02T03:04:05"},
+    }
     assert server.get("/recommend/3?n=50&detail=1")[2]["shortfall"] == "only 13 of 50: 11 items already seen"
 
 
 def test_unknown_users_get_what_is_popular(server):
-    for user, echo in (("nobody", "nobody"), ("999", 999), ("007", "007"), ("9" * 19, "9" * 19), ("9" * 40, "9" * 40), ("-1", -1)):
+    for user, echo in (
+        ("nobody", "nobody"),
+        ("999", 999),
+        ("007", "007"),
+        ("9" * 19, "9" * 19),
+        ("9" * 40, "9" * 40),
+        ("-1", -1),
+    ):
         status, headers, body = server.get(f"/recommend/{user}?n=3")
         assert status == 200 and body["recommendations"] == [101, 102, 103] and str(body["user_id"]) == str(echo)
         assert headers["x-recommendation-source"] == "popular"
@@ -197,7 +248,11 @@ def test_unknown_users_get_what_is_popular(server):
 
 def test_similar_items(server):
     status, headers, body = server.get("/similar/101?n=2")
-    assert status == 200 and body == {"item_id": 101, "similar": [103, 105]} and headers["x-recommendation-source"] == "similar"
+    assert (
+        status == 200
+        and body == {"item_id": 101, "similar": [103, 105]}
+        and headers["x-recommendation-source"] == "similar"
+    )
     detailed = server.get("/similar/101?n=50&detail=true")[2]
     assert DetailedSimilarList(**detailed) and 101 not in detailed["similar"] and len(detailed["similar"]) == N - 1
     assert detailed["items"][0]["score"] == 1.0 and detailed["shortfall"] == "only 23 of 50: 1 item asked about"
@@ -208,7 +263,10 @@ def test_health_and_model(server):
     status, headers, body = server.get("/health/ready")
     facts = server.get("/model")[2]
     assert status == 200 and body == {"status": "ready", "model_version": facts["version"], "store": "open"}
-    assert facts["shape"] == {"users": N, "items": N, "factors": 2, "seen": N * (N // 2 - 1), "left_out": 0} and facts["algorithm"] == "by hand"
+    assert (
+        facts["shape"] == {"users": N, "items": N, "factors": 2, "seen": N * (N // 2 - 1), "left_out": 0}
+        and facts["algorithm"] == "by hand"
+    )
     assert facts["metrics"] == {"loss": None} and "files" not in facts
 
 
@@ -222,7 +280,11 @@ def test_head_is_get_without_the_body(server):
 def test_docs_need_no_internet(server):
     status, _, page = server.get("/docs")
     assert status == 200
-    sources = [part.split('"')[0].split("'")[0] for attribute in ('src="', 'href="', "src='") for part in page.decode().split(attribute)[1:]]
+    sources = [
+        part.split('"')[0].split("'")[0]
+        for attribute in ('src="', 'href="', "src='")
+        for part in page.decode().split(attribute)[1:]
+    ]
     assert len(sources) >= 2 and all(source.startswith("/") for source in sources)
     for source in sources:
         assert server.get(source)[0] == 200
@@ -248,7 +310,9 @@ def run_examples(server):
                     elif isinstance(example, dict):
                         query.append(f"{parameter['name']}={example['value']}")
             content = facts.get("requestBody", {}).get("content", {}).get("application/json", {})
-            bodies = [example["value"] for example in content.get("examples", {}).values()] or content.get("schema", {}).get("examples", [])
+            bodies = [example["value"] for example in content.get("examples", {}).values()] or content.get(
+                "schema", {}
+            ).get("examples", [])
             if method == "post" and not bodies and content:
                 name = content["schema"]["$ref"].rsplit("/", 1)[1]
                 bodies = server.get("/openapi.json")[2]["components"]["schemas"][name]["examples"]
@@ -260,6 +324,7 @@ def run_examples(server):
 
 
 # --- errors ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("n", ["0", "-1", "abc", "51", "NaN", "1.5", "1e3", "", "9" * 5000, "%00", "true", "Infinity"])
 @pytest.mark.parametrize("path", ["/recommend/1", "/similar/101"])
@@ -283,8 +348,36 @@ def test_unknown_item_path_and_method(server):
         assert method in problem(answer, 405).detail and "GET" in answer[1]["allow"]
 
 
-HOSTILE = ["%00", "%0a%0d", "..%2f..%2fetc%2fpasswd", "%2F", "a%2Fb", "%25", "%", "%zz", "%ff%fe", "%ED%A0%80", "%F0%9F%8D%8E", quote("é✓"), "x" * 10_000,
-           "9" * 10_000, "'%20OR%201=1--", "%3Cscript%3E", "-0", "+1", "1.5", "%20", "%D9%A1", "null", "true", "{user_id}", "1;2", "%7B%7D", "~", "."]
+HOSTILE = [
+    "%00",
+    "%0a%0d",
+    "..%2f..%2fetc%2fpasswd",
+    "%2F",
+    "a%2Fb",
+    "%25",
+    "%",
+    "%zz",
+    "%ff%fe",
+    "%ED%A0%80",
+    "%F0%9F%8D%8E",
+    quote("é✓"),
+    "x" * 10_000,
+    "9" * 10_000,
+    "'%20OR%201=1--",
+    "%3Cscript%3E",
+    "-0",
+    "+1",
+    "1.5",
+    "%20",
+    "%D9%A1",
+    "null",
+    "true",
+    "{user_id}",
+    "1;2",
+    "%7B%7D",
+    "~",
+    ".",
+]
 
 
 @pytest.mark.parametrize("id", HOSTILE, ids=lambda id: id[:20])
@@ -295,7 +388,12 @@ def test_no_id_breaks_it(server, id):
 
 
 def test_it_still_answers_after_garbage(server):
-    for garbage in (b"\x00\xff\x00\r\n\r\n", b"GET /recommend/1 HTTP/9.9\r\n\r\n", b"GET \xff HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /" + b"x" * 200_000):
+    for garbage in (
+        b"\x00\xff\x00\r\n\r\n",
+        b"GET /recommend/1 HTTP/9.9\r\n\r\n",
+        b"GET \xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /" + b"x" * 200_000,
+    ):
         with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
             try:
                 connection.sendall(garbage)
@@ -308,17 +406,32 @@ def test_it_still_answers_after_garbage(server):
 
 # --- the log -----------------------------------------------------------------------------------------------------------
 
+
 def test_each_request_is_one_line(server):
     time.sleep(0.2)
     before = len(server.lines())
-    asked = [("/recommend/secret-person?n=1", "GET"), ("/similar/999", "GET"), ("/nowhere/else", "GET"), ("/recommend/1?n=0", "GET"), ("/recommend/2", "HEAD")]
+    asked = [
+        ("/recommend/secret-person?n=1", "GET"),
+        ("/similar/999", "GET"),
+        ("/nowhere/else", "GET"),
+        ("/recommend/1?n=0", "GET"),
+        ("/recommend/2", "HEAD"),
+    ]
     ids = [server.get(path, method)[1]["x-request-id"] for path, method in asked]
     lines = server.lines(before + len(asked))[before:]
     assert len(lines) == len(asked) and all(set(line) == LOG_KEYS for line in lines)
     assert [line["request_id"] for line in lines] == ids and len(set(ids)) == len(ids)
     assert [line["status"] for line in lines] == [200, 404, 404, 422, 200]
-    assert [line["route"] for line in lines] == ["/recommend/{user_id}", "/similar/{item_id}", None, "/recommend/{user_id}", "/recommend/{user_id}"]
-    assert [line["source"] for line in lines] == ["popular", None, None, None, "personalised"] and lines[4]["method"] == "HEAD"
+    assert [line["route"] for line in lines] == [
+        "/recommend/{user_id}",
+        "/similar/{item_id}",
+        None,
+        "/recommend/{user_id}",
+        "/recommend/{user_id}",
+    ]
+    assert [line["source"] for line in lines] == ["popular", None, None, None, "personalised"] and lines[4][
+        "method"
+    ] == "HEAD"
     assert lines[0]["model_version"] and all(0 <= line["ms"] < 10_000 for line in lines)
     assert "secret-person" not in server.stdout.read_text()
 
@@ -330,6 +443,7 @@ def test_a_sane_request_id_is_taken_over(server):
 
 
 # --- ids, models, processes ---------------------------------------------------------------------------------------------
+
 
 def test_text_ids_stay_text(tmp_path):
     users = ["001", "a b", "a/b", "u1", "é✓"]
@@ -364,16 +478,22 @@ def test_a_model_that_comes_later_is_found(tmp_path):
         assert server.get("/recommend/1?n=1")[2]["recommendations"] == [101]
 
 
-@pytest.mark.parametrize("url", [
-    "postgresql://shopuser:geheim@127.0.0.1:1/shopdb", "sqlite:////proc/nowhere/feedback.db",
-])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://shopuser:geheim@127.0.0.1:1/shopdb",
+        "sqlite:////proc/nowhere/feedback.db",
+    ],
+)
 def test_a_503_says_nothing_of_the_database_and_the_log_says_all(tmp_path, url):
     """Host, port, user, file: a stranger learns none of them; the log has the cause under the request id."""
     publish_board(tmp_path / "models")
     with Server(tmp_path, tmp_path / "models", database_url=url) as server:
         asks = [
-            ("POST", "/events", {"user_id": 1, "item_id": 101}), ("DELETE", "/users/1", None),
-            ("GET", "/users/1/history", None), ("POST", "/availability", {"items": [{"item_id": 101, "available": True}]}),
+            ("POST", "/events", {"user_id": 1, "item_id": 101}),
+            ("DELETE", "/users/1", None),
+            ("GET", "/users/1/history", None),
+            ("POST", "/availability", {"items": [{"item_id": 101, "available": True}]}),
         ]
         for method, path, body in asks:
             answer = server.ask(method, path, body)
@@ -387,11 +507,16 @@ def test_a_503_says_nothing_of_the_database_and_the_log_says_all(tmp_path, url):
 
 def ask_all(server, requests):
     """Many clients at once, each with the right answer in hand."""
+
     def ask(k):
         user = k % N
         if k % 5 == 4:
-            return server.get(f"/similar/{user + 101}?n=1")[2] == {"item_id": user + 101, "similar": [101 + user % 2 if user > 1 else user + 103]}
+            return server.get(f"/similar/{user + 101}?n=1")[2] == {
+                "item_id": user + 101,
+                "similar": [101 + user % 2 if user > 1 else user + 103],
+            }
         return server.get(f"/recommend/{user + 1}?n=1")[2] == {"user_id": user + 1, "recommendations": [user + 101]}
+
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(ask, range(requests)))
 
@@ -411,7 +536,9 @@ def test_two_workers(tmp_path):
         processes = psutil.Process(server.process.pid).children(recursive=True)
         # the second worker may still be opening its model when the first has answered everything
         end = time.monotonic() + 30
-        while (opened := sum(any("item_factors.npy" in m.path for m in p.memory_maps()) for p in processes)) < 2 and time.monotonic() < end:
+        while (
+            opened := sum(any("item_factors.npy" in m.path for m in p.memory_maps()) for p in processes)
+        ) < 2 and time.monotonic() < end:
             time.sleep(0.1)
         assert opened == 2
     assert not psutil.wait_procs(processes, timeout=10)[1]
@@ -432,9 +559,21 @@ def test_sigterm_lets_a_request_end(tmp_path):
 
 
 def test_a_taken_port_is_one_clear_sentence(tmp_path, server):
-    run = subprocess.run([sys.executable, "-c", "from product_recs.web.server import serve; serve()"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-                         env=os.environ | {"PYTHONPATH": str(ROOT), "PRODUCT_RECS_PORT": str(server.port), "PRODUCT_RECS_MODELS_DIR": str(tmp_path)})
-    assert run.returncode != 0 and f"port {server.port}" in run.stderr and "in use" in run.stderr and "--port" in run.stderr
+    run = subprocess.run(
+        [sys.executable, "-c", "from product_recs.web.server import serve; serve()"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "PRODUCT_RECS_PORT": str(server.port), "PRODUCT_RECS_MODELS_DIR": str(tmp_path)},
+    )
+    assert (
+        run.returncode != 0
+        and f"port {server.port}" in run.stderr
+        and "in use" in run.stderr
+        and "--port" in run.stderr
+    )
 
 
 def test_the_version_served_is_the_current_one(tmp_path):

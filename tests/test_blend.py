@@ -1,4 +1,6 @@
-"""The blend for the next purchase: nothing of the test period is in it, the service gives the same scores, and it beats its parts."""
+"""The blend for the next purchase: nothing of the test period is in it, the service gives the same scores, and it beats
+its parts."""
+
 import json
 
 import numpy as np
@@ -28,7 +30,7 @@ QUICK = {"factors": 8, "iterations": 5, "num_threads": 1}
 
 @pytest.fixture(scope="module")
 def log():
-    return pd.read_csv(project_root()/"data/interactions.csv")
+    return pd.read_csv(project_root() / "data/interactions.csv")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,8 @@ def bundle(features, tmp_path_factory):
 
 
 def habits(users=120, items=60, weeks=40):
-    "Each user buys three items in most weeks, drops one for another now and then, and tries things of one department in four."
+    """Each user buys three items in most weeks, drops one for another now and then, and tries things of one department
+    in four."""
     rng, rows = np.random.default_rng(1), []
     for user in range(users):
         department = np.arange(user % 4, items, 4)
@@ -52,8 +55,13 @@ def habits(users=120, items=60, weeks=40):
         for week in range(weeks):
             for over in np.flatnonzero(ends == week):
                 own[over], ends[over] = rng.choice(np.setdiff1d(department, own)), week + rng.integers(12, 24)
-            bought = [item for item in own if rng.random() < 0.6] + ([rng.choice(department)] if rng.random() < 0.4 else [])
-            rows += [(user + 1, item + 101, pd.Timestamp("2026-01-01") + pd.Timedelta(days=7*week + int(rng.integers(7)))) for item in bought]
+            bought = [item for item in own if rng.random() < 0.6] + (
+                [rng.choice(department)] if rng.random() < 0.4 else []
+            )
+            rows += [
+                (user + 1, item + 101, pd.Timestamp("2026-01-01") + pd.Timedelta(days=7 * week + int(rng.integers(7))))
+                for item in bought
+            ]
     return pd.DataFrame(rows, columns=["user_id", "item_id", "timestamp"])
 
 
@@ -77,9 +85,13 @@ def test_what_follows_the_split_changes_neither_weights_nor_scores(log, features
 def test_the_weights_know_the_validation_period_only(features):
     "Interactions after the validation period may be anything."
     from dataclasses import replace
+
     weights = learn_weights(features, **QUICK)
-    nothing = features.test*0
-    assert learn_weights(replace(features, test=nothing, all=features.train, train_validation=features.train), **QUICK) == weights
+    nothing = features.test * 0
+    assert (
+        learn_weights(replace(features, test=nothing, all=features.train, train_validation=features.train), **QUICK)
+        == weights
+    )
     assert weights.facts["from"][:10] == SPLIT["validation_from"] and weights.facts["until"][:10] == SPLIT["test_from"]
     with pytest.raises(BlendError, match="cannot be judged by that period"):
         evaluate(features, [Blend(features, **QUICK)], [5], ["next_purchase"], period="validation", progress=False)
@@ -88,7 +100,9 @@ def test_the_weights_know_the_validation_period_only(features):
 def test_it_beats_its_parts_where_habits_change(tmp_path):
     features = features_of(habits(), tmp_path, validation_from="2026-08-01", test_from="2026-09-05")
     als = ALS(**QUICK, regularization=1.0)
-    found = evaluate(features, [Popularity(), BuyAgain(), als, Blend(features, als=als)], [5, 10], progress=False, bootstrap=300)
+    found = evaluate(
+        features, [Popularity(), BuyAgain(), als, Blend(features, als=als)], [5, 10], progress=False, bootstrap=300
+    )
     best = found.best("next_purchase", "ndcg", 5, without="blend")
     assert found.compare("next_purchase", "blend", best, "ndcg", 5, 300).low > 0.05
     assert not any(task == "discovery" and model == "blend" for task, model in found.hits)
@@ -116,43 +130,52 @@ def test_over_http(bundle, tmp_path):
         user = bundle.users[3]
         expected = next_purchase(ReadyModel(bundle), user, 5)
         status, headers, body = server.get(f"/recommend/{user}?n=5&task=next_purchase")
-        assert status == 200 and body == {"user_id": user, "recommendations": expected.items} and headers["x-recommendation-source"] == "next_purchase"
+        assert (
+            status == 200
+            and body == {"user_id": user, "recommendations": expected.items}
+            and headers["x-recommendation-source"] == "next_purchase"
+        )
         assert server.get(f"/recommend/{user}?n=5")[1]["x-recommendation-source"] == "personalised"
         unknown = server.get("/recommend/987654?n=5&task=next_purchase")
-        assert unknown[0] == 200 and unknown[1]["x-recommendation-source"] == "popular" and len(unknown[2]["recommendations"]) == 5
+        assert (
+            unknown[0] == 200
+            and unknown[1]["x-recommendation-source"] == "popular"
+            and len(unknown[2]["recommendations"]) == 5
+        )
         assert "task" in problem(server.get(f"/recommend/{user}?task=yesterday"), 422).detail
 
 
 def test_a_bundle_without_a_blend_is_as_good_as_before(features, tmp_path):
-    version, _ = train_bundle(features, tmp_path/"models", blend=False, progress=False, **QUICK)
-    path = tmp_path/"models"/version
-    manifest = json.loads((path/"manifest.json").read_text())
+    version, _ = train_bundle(features, tmp_path / "models", blend=False, progress=False, **QUICK)
+    path = tmp_path / "models" / version
+    manifest = json.loads((path / "manifest.json").read_text())
     del manifest["blend"]  # as bundles were written before there was a blend
     for name in ("seen_counts.npy", "seen_age_days.npy"):
         del manifest["files"][name]
-        (path/name).unlink()
-    (path/"manifest.json").write_text(json.dumps(manifest))
-    publish(tmp_path/"models", version)
-    old = open_bundle(tmp_path/"models", verify=True)
+        (path / name).unlink()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    publish(tmp_path / "models", version)
+    old = open_bundle(tmp_path / "models", verify=True)
     assert old.counts is None and old.age_days is None
-    with Server(tmp_path, tmp_path/"models") as server:
+    with Server(tmp_path, tmp_path / "models") as server:
         assert server.get("/recommend/1?n=3")[0] == 200
         assert "without a blend; train again" in problem(server.get("/recommend/1?n=3&task=next_purchase"), 422).detail
 
 
 def test_without_timestamps_training_says_why_there_is_no_blend(log, tmp_path):
     features = features_of(log.drop(columns="timestamp"), tmp_path)
-    train_bundle(features, tmp_path/"models", progress=False, **QUICK)
+    train_bundle(features, tmp_path / "models", progress=False, **QUICK)
     with pytest.raises(BlendError, match="no time split"):
-        next_purchase(ReadyModel(open_bundle(tmp_path/"models")), 1)
+        next_purchase(ReadyModel(open_bundle(tmp_path / "models")), 1)
 
 
 def test_damage_is_named(bundle, tmp_path):
     import shutil
+
     for name in ("seen_counts.npy", "seen_age_days.npy"):
-        copy = tmp_path/name
-        shutil.copytree(bundle.path, copy/bundle.version)
-        (copy/bundle.version/name).unlink()
+        copy = tmp_path / name
+        shutil.copytree(bundle.path, copy / bundle.version)
+        (copy / bundle.version / name).unlink()
         with pytest.raises(BundleError, match=name):
             open_bundle(copy, bundle.version)
 

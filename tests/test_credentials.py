@@ -207,7 +207,11 @@ def test_failed_runs_leave_no_password_either(project, postgres):
     for name, expected, parameters in (
         ("wrong", "password authentication failed", ["-p", "source", wrong, "-p", "query", QUERY]),
         ("table", "does not exist", ["-p", "source", good, "-p", "query", "select * from sails"]),
-        ("option", "the database refused", ["-p", "source", good + f"&sslpassword={TOKEN}&sslmode=no", "-p", "query", QUERY]),
+        (
+            "option",
+            "the database refused",
+            ["-p", "source", good + f"&sslpassword={TOKEN}&sslmode=no", "-p", "query", QUERY],
+        ),
         ("unknown", "the database refused", ["-p", "source", good + f"&passphrase={TOKEN}", "-p", "query", QUERY]),
         ("raw", "more than one @", ["-p", "source", f"postgresql://shop:{WRONG}@host/db", "-p", "query", QUERY]),
         ("port", "cannot be read", ["-p", "source", "postgresql://shop:secret@host:Sn1ppet/db", "-p", "query", QUERY]),

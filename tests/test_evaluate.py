@@ -1,4 +1,5 @@
 """The evaluation on a log that went through ingest and features: no leak, the right targets, bounded memory."""
+
 import tracemalloc
 from dataclasses import replace
 
@@ -23,13 +24,13 @@ SPLIT = {"validation_from": "2026-05-25", "test_from": "2026-06-10"}
 
 @pytest.fixture(scope="module")
 def log():
-    return pd.read_csv(project_root()/"data/interactions.csv")
+    return pd.read_csv(project_root() / "data/interactions.csv")
 
 
 def features_of(log, folder, **parameters):
-    log.to_csv(folder/"log.csv", index=False)
-    ingest(folder/"log.csv", folder/"run", progress=False)
-    return build_features(folder/"run", folder/"run"/"features", **parameters)
+    log.to_csv(folder / "log.csv", index=False)
+    ingest(folder / "log.csv", folder / "run", progress=False)
+    return build_features(folder / "run", folder / "run" / "features", **parameters)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,11 @@ def models():
 
 
 def by_id(features, scores):
-    return pd.DataFrame(scores, index=features.users.take(np.arange(len(features.users))), columns=features.items.take(np.arange(len(features.items))))
+    return pd.DataFrame(
+        scores,
+        index=features.users.take(np.arange(len(features.users))),
+        columns=features.items.take(np.arange(len(features.items))),
+    )
 
 
 @pytest.mark.parametrize("new_ids", [False, True])
@@ -59,8 +64,12 @@ def test_what_follows_the_split_changes_no_score(log, features, tmp_path, new_id
     poisoned = features_of(poison, tmp_path, **SPLIT)
     assert poisoned.fingerprint != features.fingerprint and poisoned.test.sum() > features.test.sum()
     for ours, theirs in zip(models(), models()):
-        if new_ids and ours.name == "ALS": continue # more columns: another random start
-        a, b = (by_id(f, model.fit(f.train_validation).score(np.arange(len(f.users)))) for f, model in ((features, ours), (poisoned, theirs)))
+        if new_ids and ours.name == "ALS":
+            continue  # more columns: another random start
+        a, b = (
+            by_id(f, model.fit(f.train_validation).score(np.arange(len(f.users))))
+            for f, model in ((features, ours), (poisoned, theirs))
+        )
         users = features.users.take(np.flatnonzero(np.diff(features.train_validation.counts.indptr)))
         items = features.items.take(np.flatnonzero(ours.candidates))
         np.testing.assert_array_equal(a.loc[users, items], b.loc[users, items], err_msg=ours.name)
@@ -80,39 +89,46 @@ def test_the_table_against_a_loop_over_the_log(log, features):
             for user in sorted(set(had) & set(then)):
                 relevant = {item for item in then[user] if item in buyers and not (new_only and item in had[user])}
                 figures = plain([item for item in ranked if not (new_only and item in had[user])], relevant, k)
-                if figures: each.append(figures)
+                if figures:
+                    each.append(figures)
             assert found.facts["users"][task] == len(each)
             for name in each[0]:
-                assert found.value(task, "popularity", name, k) == pytest.approx(np.mean([e[name] for e in each]), abs=1e-9), (task, name, k)
+                assert found.value(task, "popularity", name, k) == pytest.approx(
+                    np.mean([e[name] for e in each]), abs=1e-9
+                ), (task, name, k)
     new_items = future.item_id.isin(set(log.item_id) - set(buyers))
     assert found.facts["cold_items"] == pytest.approx(new_items.mean())
     assert found.facts["cold_users"] == pytest.approx((~future.user_id.isin(had)).mean())
 
 
 def test_the_size_of_the_blocks_changes_nothing(features):
-    first, second = (evaluate(features, models(), k=(5, 10), block=block, progress=False, bootstrap=20).table for block in (1024, 17))
+    first, second = (
+        evaluate(features, models(), k=(5, 10), block=block, progress=False, bootstrap=20).table for block in (1024, 17)
+    )
     rows = ["task", "model", "metric", "k", "value"]
-    exact = ~first.model.isin(["ALS", "item-item cosine"]) # a product of other blocks may round differently
+    exact = ~first.model.isin(["ALS", "item-item cosine"])  # a product of other blocks may round differently
     pd.testing.assert_frame_equal(first[exact][rows], second[exact][rows])
     np.testing.assert_allclose(first.value, second.value, atol=5e-3)
 
 
 def test_without_timestamps_it_says_what_to_do(log, tmp_path):
     features = features_of(log.drop(columns="timestamp"), tmp_path)
-    with pytest.raises(EvaluateError, match="no timestamps"): evaluate(features, [Popularity()], progress=False)
+    with pytest.raises(EvaluateError, match="no timestamps"):
+        evaluate(features, [Popularity()], progress=False)
 
 
 def test_a_user_without_a_past_or_an_unknown_item_breaks_nothing(features):
-    nobody = replace(features, test=features.test*0)
-    with pytest.raises(EvaluateError, match="choose another split date"): evaluate(nobody, [Popularity()], progress=False)
+    nobody = replace(features, test=features.test * 0)
+    with pytest.raises(EvaluateError, match="choose another split date"):
+        evaluate(nobody, [Popularity()], progress=False)
 
 
 def test_memory_stays_far_below_users_times_items():
-    users, items = 6000, 20_000 # 480 MB as one float32 matrix
+    users, items = 6000, 20_000  # 480 MB as one float32 matrix
     counts = random_sparse(users, items, density=0.0005, format="csr", dtype=np.float32, random_state=1)
     model = Popularity().fit(Snapshot(None, counts, counts, counts))
     tracemalloc.start()
     top_lists(model, np.arange(users), 10)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 250e6, f"{peak/1e6:.0f} MB"
+    assert peak < 250e6, f"{peak / 1e6:.0f} MB"

@@ -1,6 +1,8 @@
-"""Requests that no friendly client sends: each has one right answer, and after all of them the service still answers, in the same memory.
+"""Requests that no friendly client sends: each has one right answer, and after all of them the service still answers,
+in the same memory.
 
 `python tests/test_hostile.py` prints them with their answers as a Markdown table."""
+
 import gzip
 import http.client
 import json
@@ -19,12 +21,17 @@ from test_api import Server, publish_board
 
 EVENT = {"user_id": 1, "item_id": 101, "event": "view", "quantity": 1}
 HUGE = 10_000_000
-GOOD = {"/recommend": {"users": [1]}, "/events": EVENT, "/availability": {"items": [{"item_id": 101, "available": True}]}}
+GOOD = {
+    "/recommend": {"users": [1]},
+    "/events": EVENT,
+    "/availability": {"items": [{"item_id": 101, "available": True}]},
+}
 
 
 @dataclass
 class Hostile:
     "A request as the bytes that go over the wire, and what must come back."
+
     name: str
     data: bytes
     status: int
@@ -52,14 +59,21 @@ def request(method, path, body=None, *headers, host="localhost", kind="applicati
     payload = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     lines = [f"{method} {path} HTTP/1.1".encode("latin-1"), f"Host: {host}".encode()]
     if body is not None:
-        lines += [f"Content-Type: {kind}".encode()] * (kind is not None) + [f"Content-Length: {len(payload) if length is None else length}".encode()]
+        lines += [f"Content-Type: {kind}".encode()] * (kind is not None) + [
+            f"Content-Length: {len(payload) if length is None else length}".encode()
+        ]
     lines += [header.encode("latin-1") for header in headers]
     return b"\r\n".join([*lines, b"", payload])
 
 
 def chunked(body, size=65536):
     "A body in chunks."
-    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (body[at:at + size] for at in range(0, len(body), size))) + b"0\r\n\r\n"
+    return (
+        b"".join(
+            b"%x\r\n%b\r\n" % (len(part), part) for part in (body[at : at + size] for at in range(0, len(body), size))
+        )
+        + b"0\r\n\r\n"
+    )
 
 
 def in_chunks(path, body):
@@ -71,13 +85,31 @@ def short(text):
     return text if len(text) <= 60 else f"{text[:20]}... ({len(text):,} characters)"
 
 
-# --- numbers, JSON and bodies ------------------------------------------------------------------------------------------
+# --- numbers, JSON and bodies
+# ------------------------------------------------------------------------------------------
+
 
 def of_numbers():
-    for n in ("99999999999999999999", "-1", "0", "NaN", "1e400", "-0.0", "Infinity", "1" * 5000, "%00", "0x10", "%D9%A1"):
+    for n in (
+        "99999999999999999999",
+        "-1",
+        "0",
+        "NaN",
+        "1e400",
+        "-0.0",
+        "Infinity",
+        "1" * 5000,
+        "%00",
+        "0x10",
+        "%D9%A1",
+    ):
         yield Hostile(f"`?n={short(n)}`", request("GET", f"/recommend/1?n={n}"), 422, "n:")
     for n in ("99999999999999999999", "-1", "NaN", "1e400", "1.5", '"5"', "true", "null", "[]", "1" * 5000):
-        yield Hostile(f"`{{\"n\": {short(n)}}}`", request("POST", "/recommend", f'{{"n": {n}}}'.encode()), 400 if len(n) > 100 else 422)
+        yield Hostile(
+            f'`{{"n": {short(n)}}}`',
+            request("POST", "/recommend", f'{{"n": {n}}}'.encode()),
+            400 if len(n) > 100 else 422,
+        )
     for path in ("/similar/101", "/popular"):
         yield Hostile(f"`{path}?n=1e400`", request("GET", f"{path}?n=1e400"), 422, "n:")
     for path in ("/users", "/items", "/users/1/history"):
@@ -88,10 +120,20 @@ def of_json():
     deep = b"[" * 100_000
     for path in ("/recommend", "/events", "/availability"):
         yield Hostile(f"100,000 open brackets to {path}", request("POST", path, deep), 400)
-        yield Hostile(f"100,000 nested objects to {path}", request("POST", path, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), 400)
+        yield Hostile(
+            f"100,000 nested objects to {path}", request("POST", path, b'{"a":' * 100_000 + b"1" + b"}" * 100_000), 400
+        )
         yield Hostile(f"UTF-8 that is none to {path}", request("POST", path, b'{"users": ["\xff\xfe"]}'), 400)
-        yield Hostile(f"UTF-16 to {path}", request("POST", path, '{"users": [1]}'.encode("utf-16")), {"/recommend": 200, "/events": 200, "/availability": 422}[path])
-        yield Hostile(f"a byte order mark before JSON to {path}", request("POST", path, b"\xef\xbb\xbf" + json.dumps(GOOD[path]).encode()), 200)
+        yield Hostile(
+            f"UTF-16 to {path}",
+            request("POST", path, '{"users": [1]}'.encode("utf-16")),
+            {"/recommend": 200, "/events": 200, "/availability": 422}[path],
+        )
+        yield Hostile(
+            f"a byte order mark before JSON to {path}",
+            request("POST", path, b"\xef\xbb\xbf" + json.dumps(GOOD[path]).encode()),
+            200,
+        )
         yield Hostile(f"NaN to {path}", request("POST", path, b'{"n": NaN}'), 200 if path == "/events" else 422)
         yield Hostile(f"no JSON to {path}", request("POST", path, b"n=10"), 400)
         yield Hostile(f"half a JSON document to {path}", request("POST", path, b'{"users": [1'), 400)
@@ -99,39 +141,127 @@ def of_json():
         yield Hostile(f"no content type to {path}", request("POST", path, {}, kind=None), 415)
         yield Hostile(f"text/plain to {path}", request("POST", path, {}, kind="text/plain"), 415)
         yield Hostile(f"a form to {path}", request("POST", path, b"a=b", kind="application/x-www-form-urlencoded"), 415)
-        yield Hostile(f"a gzip body to {path}", request("POST", path, gzip.compress(json.dumps(EVENT).encode()), "Content-Encoding: gzip"), 415)
+        yield Hostile(
+            f"a gzip body to {path}",
+            request("POST", path, gzip.compress(json.dumps(EVENT).encode()), "Content-Encoding: gzip"),
+            415,
+        )
         yield Hostile(f"a list to {path}", request("POST", path, []), 422)
         yield Hostile(f"null to {path}", request("POST", path, b"null"), 422)
-        yield Hostile(f"a key that is a lone surrogate to {path}", request("POST", path, b'{"\\ud800": 1}'), 200 if path == "/events" else 422)
+        yield Hostile(
+            f"a key that is a lone surrogate to {path}",
+            request("POST", path, b'{"\\ud800": 1}'),
+            200 if path == "/events" else 422,
+        )
         yield Hostile(f"10 MB to {path}", request("POST", path, b" " * HUGE), 413, big=True)
         yield Hostile(f"10 MB in chunks to {path}", in_chunks(path, b" " * HUGE), 413, big=True)
         yield Hostile(f"10 MB announced and not sent to {path}", request("POST", path, b"{", length=HUGE), 413)
-    yield Hostile("a lone surrogate as a user", request("POST", "/recommend", b'{"users": ["\\ud800"]}'), 422, "users.0")
+    yield Hostile(
+        "a lone surrogate as a user", request("POST", "/recommend", b'{"users": ["\\ud800"]}'), 422, "users.0"
+    )
     yield Hostile("NUL in a user id", request("POST", "/recommend", b'{"users": ["a\\u0000b"]}'), 422)
-    yield Hostile("the same key twice in an object", request("POST", "/recommend", b'{"n": 3, "n": 2}'), 200, check=lambda _, body: len(body["results"][0]["recommendations"]) == 2)
-    yield Hostile("good JSON in chunks of 3 bytes", request("POST", "/recommend", None, "Content-Type: application/json", "Transfer-Encoding: chunked") + chunked(b'{"n": 2}', 3), 200)
+    yield Hostile(
+        "the same key twice in an object",
+        request("POST", "/recommend", b'{"n": 3, "n": 2}'),
+        200,
+        check=lambda _, body: len(body["results"][0]["recommendations"]) == 2,
+    )
+    yield Hostile(
+        "good JSON in chunks of 3 bytes",
+        request("POST", "/recommend", None, "Content-Type: application/json", "Transfer-Encoding: chunked")
+        + chunked(b'{"n": 2}', 3),
+        200,
+    )
     ids = [1] * 10_000
-    yield Hostile("10,000 ids in `allow` and in `deny`", request("POST", "/recommend", {"filters": {"allow": ids, "deny": ids}}), 200)
-    yield Hostile("10,001 ids in `deny`", request("POST", "/recommend", {"filters": {"deny": [1] * 10_001}}), 422, "filters.deny")
+    yield Hostile(
+        "10,000 ids in `allow` and in `deny`",
+        request("POST", "/recommend", {"filters": {"allow": ids, "deny": ids}}),
+        200,
+    )
+    yield Hostile(
+        "10,001 ids in `deny`", request("POST", "/recommend", {"filters": {"deny": [1] * 10_001}}), 422, "filters.deny"
+    )
     yield Hostile("10,001 events", request("POST", "/events", {"events": [EVENT] * 10_001}), 422, "10,001", big=True)
     yield Hostile("1,001 users", request("POST", "/recommend", {"users": list(range(1001))}), 422, "users")
-    yield Hostile("1,001 items to /availability", request("POST", "/availability", {"items": [{"item_id": 1, "available": True}] * 1001}), 422, "items")
-    yield Hostile("`where` with a number of 30 digits", request("POST", "/recommend", b'{"filters": {"where": {"price": [1%s]}}}' % (b"0" * 30)), 200)
-    yield Hostile("`where` up to 1e308", request("POST", "/recommend", b'{"filters": {"where": {"price": {"max": 1e308}}}}'), 200)
-    yield Hostile("`where` up to a number of 400 digits", request("POST", "/recommend", b'{"filters": {"where": {"price": {"max": 1%s}}}}' % (b"0" * 400)), 422, "price")
-    yield Hostile("`where` up to 1e400", request("POST", "/recommend", b'{"filters": {"where": {"price": {"max": 1e400}}}}'), 422, "price")
-    yield Hostile("`max_per` of 30 digits", request("POST", "/recommend", b'{"filters": {"max_per": {"category": 1%s}}}' % (b"0" * 30)), 200)
-    yield Hostile("`where` on a column that is not there", request("POST", "/recommend", {"filters": {"where": {"__class__": [1]}}}), 422, "__class__")
-    yield Hostile("`where` with a lone surrogate as a column", request("POST", "/recommend", b'{"filters": {"where": {"\\ud800": [1]}}}'), 422)
-    yield Hostile("`where` with a range upside down", request("POST", "/recommend", {"filters": {"where": {"price": {"min": 2, "max": 1}}}}), 422, "price")
+    yield Hostile(
+        "1,001 items to /availability",
+        request("POST", "/availability", {"items": [{"item_id": 1, "available": True}] * 1001}),
+        422,
+        "items",
+    )
+    yield Hostile(
+        "`where` with a number of 30 digits",
+        request("POST", "/recommend", b'{"filters": {"where": {"price": [1%s]}}}' % (b"0" * 30)),
+        200,
+    )
+    yield Hostile(
+        "`where` up to 1e308", request("POST", "/recommend", b'{"filters": {"where": {"price": {"max": 1e308}}}}'), 200
+    )
+    yield Hostile(
+        "`where` up to a number of 400 digits",
+        request("POST", "/recommend", b'{"filters": {"where": {"price": {"max": 1%s}}}}' % (b"0" * 400)),
+        422,
+        "price",
+    )
+    yield Hostile(
+        "`where` up to 1e400",
+        request("POST", "/recommend", b'{"filters": {"where": {"price": {"max": 1e400}}}}'),
+        422,
+        "price",
+    )
+    yield Hostile(
+        "`max_per` of 30 digits",
+        request("POST", "/recommend", b'{"filters": {"max_per": {"category": 1%s}}}' % (b"0" * 30)),
+        200,
+    )
+    yield Hostile(
+        "`where` on a column that is not there",
+        request("POST", "/recommend", {"filters": {"where": {"__class__": [1]}}}),
+        422,
+        "__class__",
+    )
+    yield Hostile(
+        "`where` with a lone surrogate as a column",
+        request("POST", "/recommend", b'{"filters": {"where": {"\\ud800": [1]}}}'),
+        422,
+    )
+    yield Hostile(
+        "`where` with a range upside down",
+        request("POST", "/recommend", {"filters": {"where": {"price": {"min": 2, "max": 1}}}}),
+        422,
+        "price",
+    )
 
 
-WRONG = {"a text": "x", "a list": [], "an object": {}, "true": True, "null": None, "1.5": 1.5, "a number as text": "1", "10**30": 10**30}
+WRONG = {
+    "a text": "x",
+    "a list": [],
+    "an object": {},
+    "true": True,
+    "null": None,
+    "1.5": 1.5,
+    "a number as text": "1",
+    "10**30": 10**30,
+}
 TAKEN = {  # what each field takes of them
-    "users": {"null"}, "users.0": {"a text", "a number as text", "10**30"}, "n": set(), "task": set(), "events": {"a list"}, "detail": {"true"}, "filters": {"an object"},
-    "events.0.item_id": {"a text", "a number as text", "10**30"}, "events.0.event": {"a text", "a number as text"}, "events.0.quantity": {"1.5", "10**30"},
-    "filters.exclude_seen": {"true", "null"}, "filters.deny": {"a list"}, "filters.deny.0": {"a text", "a number as text", "10**30"}, "filters.allow": {"a list", "null"},
-    "filters.where": {"an object"}, "filters.where.price": {"a list", "an object"}, "filters.max_per": {"an object"}, "filters.max_per.category": {"10**30"},
+    "users": {"null"},
+    "users.0": {"a text", "a number as text", "10**30"},
+    "n": set(),
+    "task": set(),
+    "events": {"a list"},
+    "detail": {"true"},
+    "filters": {"an object"},
+    "events.0.item_id": {"a text", "a number as text", "10**30"},
+    "events.0.event": {"a text", "a number as text"},
+    "events.0.quantity": {"1.5", "10**30"},
+    "filters.exclude_seen": {"true", "null"},
+    "filters.deny": {"a list"},
+    "filters.deny.0": {"a text", "a number as text", "10**30"},
+    "filters.allow": {"a list", "null"},
+    "filters.where": {"an object"},
+    "filters.where.price": {"a list", "an object"},
+    "filters.max_per": {"an object"},
+    "filters.max_per.category": {"10**30"},
     "filters.where.price.min": {"1.5", "null", "10**30"},
 }
 """fields of POST /recommend, by path"""
@@ -148,28 +278,97 @@ def of_types():
     for path, taken in TAKEN.items():
         for what, value in WRONG.items():
             if what not in taken:
-                yield Hostile(f"`{path}` is {what}", request("POST", "/recommend", at(path, value)), 422, path.split(".")[0] if path.startswith("filters.where.price") else path)
-    good = {"user_id": {"a text", "a number as text", "10**30"}, "item_id": {"a text", "a number as text", "10**30"}, "event": {"a text"}, "quantity": {"1.5"}, "timestamp": {"null"}, "key": {"a text", "a number as text", "null"}}
+                yield Hostile(
+                    f"`{path}` is {what}",
+                    request("POST", "/recommend", at(path, value)),
+                    422,
+                    path.split(".")[0] if path.startswith("filters.where.price") else path,
+                )
+    good = {
+        "user_id": {"a text", "a number as text", "10**30"},
+        "item_id": {"a text", "a number as text", "10**30"},
+        "event": {"a text"},
+        "quantity": {"1.5"},
+        "timestamp": {"null"},
+        "key": {"a text", "a number as text", "null"},
+    }
     for field, taken in good.items():
         for what, value in WRONG.items():
             if what not in taken:
-                yield Hostile(f"/events: `{field}` is {what}", request("POST", "/events", EVENT | {field: value}), 200,
-                              check=lambda _, body, field=field: body["rejected"] == 1 == len(body["results"]) and field in body["results"][0]["error"])
-    for field, value in {"user_id": "a\0b", "item_id": " ", "event": "BUY NOW", "quantity": 0, "timestamp": "2999-01-01", "key": "two words", "extra": 1}.items():
-        yield Hostile(f"/events: `{field}` is {value!r}", request("POST", "/events", EVENT | {field: value}), 200, check=lambda _, body, field=field: body["rejected"] == 1 and field in body["results"][0]["error"])
+                yield Hostile(
+                    f"/events: `{field}` is {what}",
+                    request("POST", "/events", EVENT | {field: value}),
+                    200,
+                    check=lambda _, body, field=field: (
+                        body["rejected"] == 1 == len(body["results"]) and field in body["results"][0]["error"]
+                    ),
+                )
+    for field, value in {
+        "user_id": "a\0b",
+        "item_id": " ",
+        "event": "BUY NOW",
+        "quantity": 0,
+        "timestamp": "2999-01-01",
+        "key": "two words",
+        "extra": 1,
+    }.items():
+        yield Hostile(
+            f"/events: `{field}` is {value!r}",
+            request("POST", "/events", EVENT | {field: value}),
+            200,
+            check=lambda _, body, field=field: body["rejected"] == 1 and field in body["results"][0]["error"],
+        )
     for field in ("item_id", "available"):
         for what, value in WRONG.items():
-            if not (field == "item_id" and ("text" in what or what == "10**30")) and not (field == "available" and what == "true"):
-                yield Hostile(f"/availability: `{field}` is {what}", request("POST", "/availability", {"items": [{"item_id": 101, "available": True} | {field: value}]}), 422, f"items.0.{field}")
+            if not (field == "item_id" and ("text" in what or what == "10**30")) and not (
+                field == "available" and what == "true"
+            ):
+                yield Hostile(
+                    f"/availability: `{field}` is {what}",
+                    request("POST", "/availability", {"items": [{"item_id": 101, "available": True} | {field: value}]}),
+                    422,
+                    f"items.0.{field}",
+                )
 
 
-# --- paths, methods and headers ----------------------------------------------------------------------------------------
+# --- paths, methods and headers
+# ----------------------------------------------------------------------------------------
+
 
 def of_paths():
-    for path in ("/%2e%2e/%2e%2e/etc/passwd", "/../../etc/passwd", "/static/../api.py", "/static/%2e%2e/api.py", "/static/..%2fapi.py", "/static/..%5capi.py", "/static/%00", "/static//etc/passwd", "/static/",
-                 "/static", "/static/" + "a" * 5000, "//", "//metrics", "/recommend//1", "/recommend/1/", "/%2f", "/\\..\\..\\windows", "/;/", "/%", "/%zz", "/recommend/1%2f..%2f..%2fmetrics/x"):
+    for path in (
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/../../etc/passwd",
+        "/static/../api.py",
+        "/static/%2e%2e/api.py",
+        "/static/..%2fapi.py",
+        "/static/..%5capi.py",
+        "/static/%00",
+        "/static//etc/passwd",
+        "/static/",
+        "/static",
+        "/static/" + "a" * 5000,
+        "//",
+        "//metrics",
+        "/recommend//1",
+        "/recommend/1/",
+        "/%2f",
+        "/\\..\\..\\windows",
+        "/;/",
+        "/%",
+        "/%zz",
+        "/recommend/1%2f..%2f..%2fmetrics/x",
+    ):
         yield Hostile(f"`{short(path)}`", request("GET", path), 404)
-    for path in ("/recommend/%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/recommend/..", "/recommend/a%00b", "/recommend/%ED%A0%80", "/recommend/%ff", "/recommend/\\", "/recommend/" + "x" * 60_000):
+    for path in (
+        "/recommend/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "/recommend/..",
+        "/recommend/a%00b",
+        "/recommend/%ED%A0%80",
+        "/recommend/%ff",
+        "/recommend/\\",
+        "/recommend/" + "x" * 60_000,
+    ):
         yield Hostile(f"`{short(path)}`, a user like any other", request("GET", path), 200)
     for path in ("/users/a%00b/history", "/users/%20/history", "/users/" + "x" * 5000 + "/history"):
         yield Hostile(f"`{short(path)}`", request("GET", path), 422, "user_id")
@@ -177,8 +376,18 @@ def of_paths():
         yield Hostile(f"`DELETE {path}`", request("DELETE", path), 422, "user_id", "DELETE")
     for path in ("/items/%00", "/similar/%00", "/explain/1/%00", "/items/" + "9" * 5000):
         yield Hostile(f"`{short(path)}`", request("GET", path), 404)
-    yield Hostile("`/popular?category=%00`", request("GET", "/popular?category=%00"), 200, check=lambda _, body: body["recommendations"] == [])
-    yield Hostile("`/popular?category=%0d%0aX-Evil:1`", request("GET", "/popular?category=%0d%0aX-Evil:1"), 200, check=lambda headers, _: "x-evil" not in headers)
+    yield Hostile(
+        "`/popular?category=%00`",
+        request("GET", "/popular?category=%00"),
+        200,
+        check=lambda _, body: body["recommendations"] == [],
+    )
+    yield Hostile(
+        "`/popular?category=%0d%0aX-Evil:1`",
+        request("GET", "/popular?category=%0d%0aX-Evil:1"),
+        200,
+        check=lambda headers, _: "x-evil" not in headers,
+    )
     yield Hostile("`/items?query=%00`", request("GET", "/items?query=%00"), 200)
     yield Hostile("`/items?query=` of 201 letters", request("GET", "/items?query=" + "a" * 201), 422)
     yield Hostile("the same parameter twice: `?n=1&n=2`", request("GET", "/recommend/1?n=1&n=2"), 200)
@@ -190,9 +399,30 @@ def of_paths():
     yield Hostile("a whole URL as the path", request("GET", "http://evil.example/health/live"), 200)
 
 
-ROUTES = {"/recommend/1": "GET", "/recommend": "POST", "/similar/101": "GET", "/popular": "GET", "/new": "GET", "/explain/1/101": "GET", "/events": "POST", "/availability": "POST", "/users": "GET",
-          "/users/1": "DELETE", "/users/1/history": "GET", "/items/101": "GET", "/items?query=thing": "GET", "/model": "GET", "/model/reload": "POST", "/health/live": "GET", "/health/ready": "GET",
-          "/metrics": "GET", "/": "GET", "/docs": "GET", "/openapi.json": "GET", "/static/app.js": "GET"}
+ROUTES = {
+    "/recommend/1": "GET",
+    "/recommend": "POST",
+    "/similar/101": "GET",
+    "/popular": "GET",
+    "/new": "GET",
+    "/explain/1/101": "GET",
+    "/events": "POST",
+    "/availability": "POST",
+    "/users": "GET",
+    "/users/1": "DELETE",
+    "/users/1/history": "GET",
+    "/items/101": "GET",
+    "/items?query=thing": "GET",
+    "/model": "GET",
+    "/model/reload": "POST",
+    "/health/live": "GET",
+    "/health/ready": "GET",
+    "/metrics": "GET",
+    "/": "GET",
+    "/docs": "GET",
+    "/openapi.json": "GET",
+    "/static/app.js": "GET",
+}
 
 
 def of_methods():
@@ -200,8 +430,16 @@ def of_methods():
         for method in ("HEAD", "OPTIONS", "TRACE", "PUT", "PATCH", "DELETE", "POST", "GET", "PROPFIND"):
             if method != right:
                 head = method == "HEAD" and right == "GET"
-                yield Hostile(f"`{method} {path}`", request(method, path), 200 if head else 405, "" if head else method, method,
-                              check=lambda headers, body, right=right, head=head: (body == b"" if head else right in headers["allow"]))
+                yield Hostile(
+                    f"`{method} {path}`",
+                    request(method, path),
+                    200 if head else 405,
+                    "" if head else method,
+                    method,
+                    check=lambda headers, body, right=right, head=head: (
+                        body == b"" if head else right in headers["allow"]
+                    ),
+                )
     yield Hostile("`OPTIONS *`", request("OPTIONS", "*"), 404, method="OPTIONS")
     yield Hostile("`CONNECT evil.example:443`", request("CONNECT", "evil.example:443"), 400, method="GET")
     yield Hostile("a method that does not exist", request("BREW", "/recommend/1"), 400)
@@ -209,28 +447,107 @@ def of_methods():
 
 def of_headers():
     def unseen(word):
-        return lambda headers, body: word not in json.dumps(headers).lower() and word not in (body if isinstance(body, bytes) else json.dumps(body).encode()).decode().lower()
+        return lambda headers, body: (
+            word not in json.dumps(headers).lower()
+            and word not in (body if isinstance(body, bytes) else json.dumps(body).encode()).decode().lower()
+        )
+
     forged = ("X-Forwarded-Host: evil.example", "X-Forwarded-Prefix: /evil.example")
-    for path, status in (("/recommend/1", 200), ("/docs", 200), ("/", 200), ("/nowhere", 404), ("/static", 404), ("/openapi.json", 200)):
-        yield Hostile(f"a forged `X-Forwarded-Host` for {path}", request("GET", path, None, *forged), status, check=unseen("evil.example"))
-    for path, status in (("/recommend/1", 403), ("/metrics", 403), ("/docs", 200), ("/", 200), ("/nowhere", 403), ("/openapi.json", 200)):
+    for path, status in (
+        ("/recommend/1", 200),
+        ("/docs", 200),
+        ("/", 200),
+        ("/nowhere", 404),
+        ("/static", 404),
+        ("/openapi.json", 200),
+    ):
+        yield Hostile(
+            f"a forged `X-Forwarded-Host` for {path}",
+            request("GET", path, None, *forged),
+            status,
+            check=unseen("evil.example"),
+        )
+    for path, status in (
+        ("/recommend/1", 403),
+        ("/metrics", 403),
+        ("/docs", 200),
+        ("/", 200),
+        ("/nowhere", 403),
+        ("/openapi.json", 200),
+    ):
         yield Hostile(f"another `Host` for {path}", request("GET", path, None, host="evil.example"), status)
-    for host in ("localhost.evil.example", "127.0.0.1.evil.example", "0.0.0.0", "2130706433", "[::]", "localhost:1:2", "evil@localhost"):
-        yield Hostile(f"`Host: {host}`", request("GET", "/recommend/1", None, host=host), 403, "PRODUCT_RECS_ALLOWED_HOSTS")
+    for host in (
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "0.0.0.0",
+        "2130706433",
+        "[::]",
+        "localhost:1:2",
+        "evil@localhost",
+    ):
+        yield Hostile(
+            f"`Host: {host}`", request("GET", "/recommend/1", None, host=host), 403, "PRODUCT_RECS_ALLOWED_HOSTS"
+        )
     yield Hostile("no `Host` for data", b"GET /recommend/1 HTTP/1.1\r\n\r\n", 403)
     yield Hostile("no `Host` at all", b"GET /health/live HTTP/1.1\r\n\r\n", 200)
-    yield Hostile("a `Host` of rubbish", request("GET", "/docs", host='"><script>'), 200, check=unseen("\"><script>"))
-    yield Hostile("CRLF in `X-Request-ID`", request("GET", "/health/live", None, "X-Request-ID: a\r\nX-Evil: 1"), 200, check=lambda headers, _: "x-evil" not in headers)
-    yield Hostile("a bare CR in `X-Request-ID`", request("GET", "/health/live", None, "X-Request-ID: a\rX-Evil: 1"), 400)
-    yield Hostile("%0d%0a in `X-Request-ID`", request("GET", "/health/live", None, "X-Request-ID: a%0d%0aX-Evil:1"), 200, check=lambda headers, _: len(headers["x-request-id"]) == 32 and "x-evil" not in headers)
-    yield Hostile("two `X-Request-ID`", request("GET", "/health/live", None, "X-Request-ID: one", "X-Request-ID: two"), 200)
-    yield Hostile("`X-Request-ID` of 100,000 letters", request("GET", "/health/live", None, "X-Request-ID: " + "a" * 100_000), 431, big=True)
-    yield Hostile("10,000 headers", request("GET", "/health/live", None, *(f"X-{k}: 1" for k in range(10_000))), 431, big=True)
+    yield Hostile("a `Host` of rubbish", request("GET", "/docs", host='"><script>'), 200, check=unseen('"><script>'))
+    yield Hostile(
+        "CRLF in `X-Request-ID`",
+        request("GET", "/health/live", None, "X-Request-ID: a\r\nX-Evil: 1"),
+        200,
+        check=lambda headers, _: "x-evil" not in headers,
+    )
+    yield Hostile(
+        "a bare CR in `X-Request-ID`", request("GET", "/health/live", None, "X-Request-ID: a\rX-Evil: 1"), 400
+    )
+    yield Hostile(
+        "%0d%0a in `X-Request-ID`",
+        request("GET", "/health/live", None, "X-Request-ID: a%0d%0aX-Evil:1"),
+        200,
+        check=lambda headers, _: len(headers["x-request-id"]) == 32 and "x-evil" not in headers,
+    )
+    yield Hostile(
+        "two `X-Request-ID`", request("GET", "/health/live", None, "X-Request-ID: one", "X-Request-ID: two"), 200
+    )
+    yield Hostile(
+        "`X-Request-ID` of 100,000 letters",
+        request("GET", "/health/live", None, "X-Request-ID: " + "a" * 100_000),
+        431,
+        big=True,
+    )
+    yield Hostile(
+        "10,000 headers", request("GET", "/health/live", None, *(f"X-{k}: 1" for k in range(10_000))), 431, big=True
+    )
     yield Hostile("a header of 10 MB", request("GET", "/health/live", None, "X-Long: " + "a" * HUGE), 431, big=True)
-    yield Hostile("a page of another site that changes something", request("POST", "/events", EVENT, "Origin: https://evil.example", "Sec-Fetch-Site: cross-site"), 403)
-    yield Hostile("a websocket", request("GET", "/recommend/1", None, "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==", "Sec-WebSocket-Version: 13"), 200)
-    yield Hostile("`Expect: 100-continue` and too large a body", request("POST", "/recommend", b"{", "Expect: 100-continue", length=HUGE), 413)
-    yield Hostile("`Range` of a page", request("GET", "/static/app.js", None, "Range: bytes=999999999-"), 416, check=lambda headers, _: headers["content-range"].startswith("bytes */"))
+    yield Hostile(
+        "a page of another site that changes something",
+        request("POST", "/events", EVENT, "Origin: https://evil.example", "Sec-Fetch-Site: cross-site"),
+        403,
+    )
+    yield Hostile(
+        "a websocket",
+        request(
+            "GET",
+            "/recommend/1",
+            None,
+            "Connection: Upgrade",
+            "Upgrade: websocket",
+            "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+            "Sec-WebSocket-Version: 13",
+        ),
+        200,
+    )
+    yield Hostile(
+        "`Expect: 100-continue` and too large a body",
+        request("POST", "/recommend", b"{", "Expect: 100-continue", length=HUGE),
+        413,
+    )
+    yield Hostile(
+        "`Range` of a page",
+        request("GET", "/static/app.js", None, "Range: bytes=999999999-"),
+        416,
+        check=lambda headers, _: headers["content-range"].startswith("bytes */"),
+    )
 
 
 def of_smuggling():
@@ -240,25 +557,52 @@ def of_smuggling():
         "`Transfer-Encoding` and `Content-Length`": ("Transfer-Encoding: chunked", "Content-Length: 4"),
         "two different `Content-Length`": ("Content-Length: 8", "Content-Length: 4"),
         "the same `Content-Length` twice": ("Content-Length: 8", "Content-Length: 8"),
-        "`Content-Length: -1`": ("Content-Length: -1",), "`Content-Length: +8`": ("Content-Length: +8",), "`Content-Length: 0x8`": ("Content-Length: 0x8",),
-        "`Content-Length` of 30 digits": ("Content-Length: " + "9" * 30,), "`Content-Length: 8, 8`": ("Content-Length: 8, 8",),
-        "`Transfer-Encoding: chunked, identity`": ("Transfer-Encoding: chunked, identity",), "a space before the colon": ("Content-Length : 8",),
+        "`Content-Length: -1`": ("Content-Length: -1",),
+        "`Content-Length: +8`": ("Content-Length: +8",),
+        "`Content-Length: 0x8`": ("Content-Length: 0x8",),
+        "`Content-Length` of 30 digits": ("Content-Length: " + "9" * 30,),
+        "`Content-Length: 8, 8`": ("Content-Length: 8, 8",),
+        "`Transfer-Encoding: chunked, identity`": ("Transfer-Encoding: chunked, identity",),
+        "a space before the colon": ("Content-Length : 8",),
         "a folded `Transfer-Encoding`": ("Transfer-Encoding:\r\n chunked", "Content-Length: 4"),
         "`Transfer-Encoding: xchunked`": ("Transfer-Encoding: xchunked", "Content-Length: 8"),
     }.items():
-        yield Hostile(name, request("POST", "/recommend", None, "Content-Type: application/json", *headers) + body, 400, method="POST")
-    for name, tail in {"a chunk whose size is no number": b"zz\r\n{}\r\n0\r\n\r\n", "a chunk longer than it says": b"1\r\n{}\r\n0\r\n\r\n", "a chunk of 20 hex digits": b"f" * 20 + b"\r\n{}"}.items():
-        yield Hostile(name, request("POST", "/recommend", None, "Content-Type: application/json", "Transfer-Encoding: chunked") + tail, 400, method="POST")
+        yield Hostile(
+            name,
+            request("POST", "/recommend", None, "Content-Type: application/json", *headers) + body,
+            400,
+            method="POST",
+        )
+    for name, tail in {
+        "a chunk whose size is no number": b"zz\r\n{}\r\n0\r\n\r\n",
+        "a chunk longer than it says": b"1\r\n{}\r\n0\r\n\r\n",
+        "a chunk of 20 hex digits": b"f" * 20 + b"\r\n{}",
+    }.items():
+        yield Hostile(
+            name,
+            request("POST", "/recommend", None, "Content-Type: application/json", "Transfer-Encoding: chunked") + tail,
+            400,
+            method="POST",
+        )
     yield Hostile("HTTP/9.9", b"GET /health/live HTTP/9.9\r\nHost: localhost\r\n\r\n", 400)
     yield Hostile("HTTP/2 with prior knowledge", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400)
     yield Hostile("the hello of TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400)
 
 
-GROUPS = {"numbers": of_numbers, "json": of_json, "types": of_types, "paths": of_paths, "methods": of_methods, "headers": of_headers, "smuggling": of_smuggling}
+GROUPS = {
+    "numbers": of_numbers,
+    "json": of_json,
+    "types": of_types,
+    "paths": of_paths,
+    "methods": of_methods,
+    "headers": of_headers,
+    "smuggling": of_smuggling,
+}
 CASES = [replace(case, group=name) for name, group in GROUPS.items() for case in group()]
 
 
-# --- the tests ---------------------------------------------------------------------------------------------------------
+# --- the tests
+# ---------------------------------------------------------------------------------------------------------
 
 NO_HTTP = b"Invalid HTTP request received."  # what uvicorn says itself
 
@@ -272,8 +616,15 @@ def fault(case, answer):
         return "the body is not the JSON that it says it is"
     if status != case.status:
         return f"{status} in place of {case.status}: {content[:200]}"
-    if status >= 400 and status != 416 and content != NO_HTTP and case.method != "HEAD":  # 416 comes from the framework's server of files
-        if headers["content-type"] != "application/problem+json" or not headers["x-request-id"] or body["status"] != status or not body["detail"]:
+    if (
+        status >= 400 and status != 416 and content != NO_HTTP and case.method != "HEAD"
+    ):  # 416 comes from the framework's server of files
+        if (
+            headers["content-type"] != "application/problem+json"
+            or not headers["x-request-id"]
+            or body["status"] != status
+            or not body["detail"]
+        ):
             return f"no problem document: {headers} {content[:200]}"
     if status < 400 and "x-request-id" not in headers:
         return "no request id"
@@ -297,7 +648,9 @@ def whole(server):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_each_has_its_one_answer(server, group):
-    faults = {case.name: found for case in CASES if case.group == group and (found := fault(case, send(server.port, case)))}
+    faults = {
+        case.name: found for case in CASES if case.group == group and (found := fault(case, send(server.port, case)))
+    }
     assert not faults
     assert whole(server)
 
@@ -310,7 +663,11 @@ def test_no_request_made_a_fault(server):
 
 def test_clients_that_never_finish_hold_nobody_up(server):
     "300 connections stop in the middle of a head or of a body; another client is answered all the same."
-    halves = [b"GET /recommend/1 HTTP/1.1\r\nHost: x", request("POST", "/recommend", b'{"n"', length=100), request("POST", "/events", None, "Transfer-Encoding: chunked") + b"5\r\n{"]
+    halves = [
+        b"GET /recommend/1 HTTP/1.1\r\nHost: x",
+        request("POST", "/recommend", b'{"n"', length=100),
+        request("POST", "/events", None, "Transfer-Encoding: chunked") + b"5\r\n{",
+    ]
     slow = [socket.create_connection(("127.0.0.1", server.port), timeout=20) for _ in range(300)]
     try:
         for k, connection in enumerate(slow):
@@ -342,10 +699,12 @@ def test_memory_stays(server):
     "2,000 hostile requests after 2,000 hostile requests need no more memory; the allowance is what an allocator keeps."
     small = [case for case in CASES if not case.big]
     process = psutil.Process(server.process.pid)
+
     def many():
         for k in range(2000):
             send(server.port, small[k % len(small)])
         return process.memory_info().rss
+
     before = many()
     assert many() - before < 16_000_000
     assert process.num_fds() < 100 and whole(server)
@@ -360,8 +719,17 @@ def main():
             for case in CASES:
                 answer = send(server.port, case)
                 status, _, content = answer
-                said = NO_HTTP.decode() if content == NO_HTTP else json.loads(content)["detail"] if b'"detail"' in content[:200] and status >= 400 else ""
-                print(f"| {case.group} | {case.name.replace('|', chr(92) + '|')} | {status} {short(said).replace('|', '/')}{' WRONG' if fault(case, answer) else ''} |")
+                said = (
+                    NO_HTTP.decode()
+                    if content == NO_HTTP
+                    else json.loads(content)["detail"]
+                    if b'"detail"' in content[:200] and status >= 400
+                    else ""
+                )
+                print(
+                    f"| {case.group} | {case.name.replace('|', chr(92) + '|')} | {status} "
+                    f"{short(said).replace('|', '/')}{' WRONG' if fault(case, answer) else ''} |"
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The index of a very large catalogue, whole: in a bundle, opened, asked, damaged, missing, shared, and killed while it is built."""
+"""The index of a very large catalogue, whole: in a bundle, opened, asked, damaged, missing, shared, and killed while it
+is built."""
+
 import os
 import signal
 import subprocess
@@ -49,14 +51,36 @@ def parts():
     x, y, seen = data()  # noqa: F821
     seen.sort_indices()
     popularity = np.where(y.any(axis=1), 1 + np.bincount(seen.indices, minlength=ITEMS), 0)
-    columns = {"popularity": popularity, "brand": np.array(["plain", "fine", "rare"], object)[np.minimum(np.arange(ITEMS) % 100, 2)], "available": np.arange(ITEMS) % 10 != 3}
-    return {"user_factors": x, "item_factors": y, "seen": seen, "users": IdTable(range(USERS)), "items": IdTable(range(ITEMS)), "user_columns": {"popularity": np.full(USERS, 20)},
-            "item_columns": columns, "algorithm": "by hand", "parameters": {"regularization": 0.1, "alpha": 1.0}, "data": {}, "metrics": {}}
+    columns = {
+        "popularity": popularity,
+        "brand": np.array(["plain", "fine", "rare"], object)[np.minimum(np.arange(ITEMS) % 100, 2)],
+        "available": np.arange(ITEMS) % 10 != 3,
+    }
+    return {
+        "user_factors": x,
+        "item_factors": y,
+        "seen": seen,
+        "users": IdTable(range(USERS)),
+        "items": IdTable(range(ITEMS)),
+        "user_columns": {"popularity": np.full(USERS, 20)},
+        "item_columns": columns,
+        "algorithm": "by hand",
+        "parameters": {"regularization": 0.1, "alpha": 1.0},
+        "data": {},
+        "metrics": {},
+    }
 
 
 @pytest.fixture(scope="module")
 def built(parts):
-    return build_index(parts["item_factors"], parts["item_factors"].any(axis=1), parts["user_factors"], parts["seen"], enough=100_000, progress=False)
+    return build_index(
+        parts["item_factors"],
+        parts["item_factors"].any(axis=1),
+        parts["user_factors"],
+        parts["seen"],
+        enough=100_000,
+        progress=False,
+    )
 
 
 @pytest.fixture
@@ -89,22 +113,45 @@ def test_the_measured_recall_is_that_of_the_answers(two, built):
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.sampled_from([0, 3, 200, 4000]), st.sampled_from([0, 100, 3000]), st.sampled_from([None, {"brand": ["rare"]}, {"brand": ["fine"]}]),
-       st.booleans(), st.sampled_from([None, 1, 30]))
-def test_an_item_that_is_ruled_out_never_comes_and_the_list_is_as_long_as_the_exact_one(two, seed, n, denied, gone, include, exclude_seen, allow):
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 60),
+    st.sampled_from([0, 3, 200, 4000]),
+    st.sampled_from([0, 100, 3000]),
+    st.sampled_from([None, {"brand": ["rare"]}, {"brand": ["fine"]}]),
+    st.booleans(),
+    st.sampled_from([None, 1, 30]),
+)
+def test_an_item_that_is_ruled_out_never_comes_and_the_list_is_as_long_as_the_exact_one(
+    two, seed, n, denied, gone, include, exclude_seen, allow
+):
     near, exact = two
     rng = np.random.default_rng(seed)
     user = int(rng.integers(USERS))
     liked = np.argsort(-(near.item_factors @ near.user_factors[user]))
-    filters = Filters(exclude_seen=exclude_seen, deny=tuple(liked[:denied].tolist()), where=include or {}, allow=None if allow is None else tuple(rng.permutation(ITEMS)[:allow].tolist()))
-    unavailable = frozenset(liked[denied:denied + gone].tolist())
-    request = Request(user, n, filters=filters, unavailable=unavailable, state=UserState(denied=frozenset(liked[:7].tolist())))
+    filters = Filters(
+        exclude_seen=exclude_seen,
+        deny=tuple(liked[:denied].tolist()),
+        where=include or {},
+        allow=None if allow is None else tuple(rng.permutation(ITEMS)[:allow].tolist()),
+    )
+    unavailable = frozenset(liked[denied : denied + gone].tolist())
+    request = Request(
+        user, n, filters=filters, unavailable=unavailable, state=UserState(denied=frozenset(liked[:7].tolist()))
+    )
     mine, right = answer(near, request), answer(exact, request)
     assert len(mine) == len(right) and mine.shortfall == right.shortfall and len(set(mine.items)) == len(mine)
-    out = set(filters.deny) | unavailable | set(liked[:7].tolist()) | (set(near.seen_by(near.bundle.users.row(user)).tolist()) if exclude_seen else set())
+    out = (
+        set(filters.deny)
+        | unavailable
+        | set(liked[:7].tolist())
+        | (set(near.seen_by(near.bundle.users.row(user)).tolist()) if exclude_seen else set())
+    )
     assert not out & set(mine.items)
     assert all(item % 50 and item % 10 != 3 for item in mine.items)
-    assert include is None or all(item % 100 == 1 if include == {"brand": ["fine"]} else item % 100 >= 2 for item in mine.items)
+    assert include is None or all(
+        item % 100 == 1 if include == {"brand": ["fine"]} else item % 100 >= 2 for item in mine.items
+    )
     assert allow is None or set(mine.items) <= set(filters.allow)
 
 
@@ -113,7 +160,11 @@ def test_a_damaged_index_is_refused_and_the_old_model_goes_on(models, parts, bui
     live.start()
     live.stop()
     whole = built[0].tobytes()
-    for damage, words in ((lambda file: file.write_bytes(whole[:-100]), "the copy is incomplete"), (lambda file: file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "sha256"), (lambda file: file.unlink(), "missing")):
+    for damage, words in (
+        (lambda file: file.write_bytes(whole[:-100]), "the copy is incomplete"),
+        (lambda file: file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "sha256"),
+        (lambda file: file.unlink(), "missing"),
+    ):
         write_bundle(models, **parts, index=built[1], index_data=built[0], version="next")
         damage(models / "next" / INDEX_FILE)
         (models / "current").write_text("next\n")
@@ -146,6 +197,7 @@ def test_the_setting_of_the_service(models, monkeypatch):
     from fastapi.testclient import TestClient
 
     from product_recs.api import create_app
+
     monkeypatch.setenv("PRODUCT_RECS_INDEX", "approximate")
     options = {"models_dir": models, "database_url": "", "auth": "off"}
     with TestClient(create_app(Settings(**options)), base_url="http://localhost") as client:
@@ -162,6 +214,7 @@ def test_the_setting_of_the_service(models, monkeypatch):
 
 def test_threads_share_an_index(two):
     from concurrent.futures import ThreadPoolExecutor
+
     near, _ = two
     alone = [recommend(near, user, 10, deny=range(user)) for user in range(200)]
     with ThreadPoolExecutor(8) as pool:
@@ -169,7 +222,9 @@ def test_threads_share_an_index(two):
 
 
 def run(program, **more):
-    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, **more
+    )
 
 
 def test_without_the_library_everything_is_exact_and_says_how_to_get_it(models):
@@ -208,7 +263,12 @@ print([recommend(model, user, 10).items for user in range(20)], flush=True)
 sys.stdin.readline()
 print(*(line for line in open("/proc/self/maps") if "{INDEX_FILE}" in line), flush=True)
 """
-    workers = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     lists = [worker.stdout.readline() for worker in workers]  # both have opened it now
     maps = [worker.communicate("\n", timeout=60)[0].split() for worker in workers]
     assert lists[0] == lists[1] and len(eval(lists[0])) == 20
@@ -217,7 +277,9 @@ print(*(line for line in open("/proc/self/maps") if "{INDEX_FILE}" in line), flu
 
 
 def test_a_build_that_is_killed_leaves_no_model(tmp_path):
-    program = DATA + f"""
+    program = (
+        DATA
+        + f"""
 from pathlib import Path
 from product_recs.bundle.files import write_bundle
 from product_recs.core.ids import IdTable
@@ -229,6 +291,7 @@ write_bundle(Path({str(tmp_path)!r}), user_factors=x, item_factors=y, seen=seen,
              algorithm="by hand", parameters={{}}, data={{}}, metrics={{}}, index=facts, index_data=found)
 print("written")
 """
+    )
     worker = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert worker.stdout.readline() == "building\n"
     time.sleep(0.3)

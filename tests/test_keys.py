@@ -1,4 +1,5 @@
-"""A person and an item keep their key whatever model is live: none, one whose ids are numbers or texts, a retrained one."""
+"""A person and an item keep their key whatever model is live: none, one whose ids are numbers or texts, a retrained
+one."""
 
 import shutil
 import tempfile
@@ -53,10 +54,15 @@ def by_hand(folder, kind):
     seen = np.array([[float(thing in BOUGHT[person]) for thing in things] for person in people], np.float32)
     random = np.random.default_rng(0)
     table = lambda keys: IdTable(keys if texts else [int(key) for key in keys])
-    factors = {"user_factors": random.normal(size=(len(people), 4)), "item_factors": random.normal(size=(len(things), 4))}
+    factors = {
+        "user_factors": random.normal(size=(len(people), 4)),
+        "item_factors": random.normal(size=(len(things), 4)),
+    }
     columns = {"user_columns": {}, "item_columns": {"popularity": seen.sum(axis=0).astype(int)}}
     facts = {"algorithm": "by hand", "parameters": {"regularization": 1.0}, "data": {}, "metrics": {}, "version": kind}
-    return write_bundle(folder, **factors, seen=csr_matrix(seen), users=table(people), items=table(things), **columns, **facts).name
+    return write_bundle(
+        folder, **factors, seen=csr_matrix(seen), users=table(people), items=table(things), **columns, **facts
+    ).name
 
 
 class Shop(RuleBasedStateMachine):

@@ -1,4 +1,5 @@
 """Every list, for everybody and under every combination of rules, against a reference that is slow and plainly right."""
+
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -24,36 +25,89 @@ from product_recs.answer.ladder import SEGMENT_USERS, Request, answer, content_s
 
 WORDS = ["tea", "coffee", "mug", None]
 NUMBERS = [0.0, 1.0, 2.5, None]
-BLEND = {"weights": dict.fromkeys(("popularity", "recent_popularity", "recency", "count_recency", "repeat"), 0.0) | {"taste": 1.0, "own": 1.0, "count": 1.0},
-         "intercept": -1.0, "half_life_days": 30.0, "popularity_half_life_days": 30.0, "facts": {}}
-CALM = settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+BLEND = {
+    "weights": dict.fromkeys(("popularity", "recent_popularity", "recency", "count_recency", "repeat"), 0.0)
+    | {"taste": 1.0, "own": 1.0, "count": 1.0},
+    "intercept": -1.0,
+    "half_life_days": 30.0,
+    "popularity_half_life_days": 30.0,
+    "facts": {},
+}
+CALM = settings(
+    deadline=None,
+    max_examples=150,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 # ---- random shops and questions
+
 
 @st.composite
 def shops(draw):
     "A small bundle in memory: many equal scores, unknown attributes, items without interactions, users without factors."
     n_items, n_users, texts = draw(st.integers(1, 14)), draw(st.integers(1, 6)), draw(st.booleans())
     column = lambda values: draw(st.lists(st.sampled_from(values), min_size=n_items, max_size=n_items))
-    matrix = lambda rows, low: np.array(draw(st.lists(st.lists(st.integers(low, 2), min_size=2, max_size=2), min_size=rows, max_size=rows)), np.float32).reshape(rows, 2)
-    seen = np.array([draw(st.lists(st.sampled_from([0, 0, 1]), min_size=n_items, max_size=n_items)) for _ in range(n_users)], np.float32)
+    matrix = lambda rows, low: np.array(
+        draw(st.lists(st.lists(st.integers(low, 2), min_size=2, max_size=2), min_size=rows, max_size=rows)), np.float32
+    ).reshape(rows, 2)
+    seen = np.array(
+        [draw(st.lists(st.sampled_from([0, 0, 1]), min_size=n_items, max_size=n_items)) for _ in range(n_users)],
+        np.float32,
+    )
     ids = sorted(f"i{i}" for i in range(n_items)) if texts else list(range(10, 10 + n_items))
-    items = {"popularity": seen.sum(axis=0).astype(int), "category": np.array(column(WORDS), object), "brand": np.array(column(["Elm", "Fir"]), object),
-             "price": np.array(column(NUMBERS), float), "organic": np.array(column([True, False, None]), object)}
-    if draw(st.booleans()): items["available"] = np.array(column([True, True, False]))
-    users = {"popularity": seen.sum(axis=1).astype(int), "age": np.array(draw(st.lists(st.sampled_from(["young", "old", None]), min_size=n_users, max_size=n_users)), object)}
+    items = {
+        "popularity": seen.sum(axis=0).astype(int),
+        "category": np.array(column(WORDS), object),
+        "brand": np.array(column(["Elm", "Fir"]), object),
+        "price": np.array(column(NUMBERS), float),
+        "organic": np.array(column([True, False, None]), object),
+    }
+    if draw(st.booleans()):
+        items["available"] = np.array(column([True, True, False]))
+    users = {
+        "popularity": seen.sum(axis=1).astype(int),
+        "age": np.array(
+            draw(st.lists(st.sampled_from(["young", "old", None]), min_size=n_users, max_size=n_users)), object
+        ),
+    }
     sparse = csr_matrix(seen)
-    return prepared(Bundle(Path("."), {"version": "v", "parameters": {"regularization": 0.5, "alpha": 2.0}, "blend": BLEND}, matrix(n_users, -1), matrix(n_items, -1), sparse,
-                           IdTable([f"u{u}" for u in range(n_users)] if texts else range(n_users)), IdTable(ids), users, items, sparse.copy(), sparse*0))
+    return prepared(
+        Bundle(
+            Path("."),
+            {"version": "v", "parameters": {"regularization": 0.5, "alpha": 2.0}, "blend": BLEND},
+            matrix(n_users, -1),
+            matrix(n_items, -1),
+            sparse,
+            IdTable([f"u{u}" for u in range(n_users)] if texts else range(n_users)),
+            IdTable(ids),
+            users,
+            items,
+            sparse.copy(),
+            sparse * 0,
+        )
+    )
 
 
 def filters(ids):
     some = st.lists(st.sampled_from(ids), max_size=4)
-    values = {"category": st.lists(st.sampled_from(["tea", "coffee", "mug", "cocoa"]), max_size=3), "organic": st.lists(st.booleans(), max_size=2),
-              "price": st.lists(st.sampled_from([0, 1.0, 2.5, 99]), max_size=3) | st.fixed_dictionaries({"min": st.sampled_from([0, 1])}, optional={"max": st.sampled_from([1, 2.5])})}
-    return st.builds(Filters, st.sampled_from([None, True, False]), some | some.map(set), st.none() | some, st.fixed_dictionaries({}, optional=values),
-                     st.fixed_dictionaries({}, optional={"category": st.integers(1, 3), "brand": st.integers(1, 3), "price": st.integers(1, 2)}))
+    values = {
+        "category": st.lists(st.sampled_from(["tea", "coffee", "mug", "cocoa"]), max_size=3),
+        "organic": st.lists(st.booleans(), max_size=2),
+        "price": st.lists(st.sampled_from([0, 1.0, 2.5, 99]), max_size=3)
+        | st.fixed_dictionaries({"min": st.sampled_from([0, 1])}, optional={"max": st.sampled_from([1, 2.5])}),
+    }
+    return st.builds(
+        Filters,
+        st.sampled_from([None, True, False]),
+        some | some.map(set),
+        st.none() | some,
+        st.fixed_dictionaries({}, optional=values),
+        st.fixed_dictionaries(
+            {}, optional={"category": st.integers(1, 3), "brand": st.integers(1, 3), "price": st.integers(1, 2)}
+        ),
+    )
 
 
 @st.composite
@@ -65,11 +119,21 @@ def questions(draw):
     users = [None, "nobody", 77, *(model.bundle.users[row] for row in range(len(model.bundle.users)))]
     some = st.frozensets(st.sampled_from(ids), max_size=3)
     state = st.builds(UserState, events.map(tuple), some, st.booleans())
-    return model, Request(draw(st.sampled_from(users)), draw(st.integers(1, 16)), draw(st.sampled_from(["discovery", "next_purchase"])), draw(events), draw(filters(ids)), draw(state),
-                          draw(some), draw(some), draw(st.sampled_from([{}, {"age": "young"}, {"age": "nobody's"}])))
+    return model, Request(
+        draw(st.sampled_from(users)),
+        draw(st.integers(1, 16)),
+        draw(st.sampled_from(["discovery", "next_purchase"])),
+        draw(events),
+        draw(filters(ids)),
+        draw(state),
+        draw(some),
+        draw(some),
+        draw(st.sampled_from([{}, {"age": "young"}, {"age": "nobody's"}])),
+    )
 
 
 # ---- the reference: one item at a time
+
 
 def same(value, wanted):
     return value is not None and value == value and value == wanted
@@ -79,17 +143,30 @@ def first_reason(model, request, row, seen, asked_about=None):
     "Why this item may not come, or None; max_per aside."
     bundle, id, rules = model.bundle, model.bundle.items[row], request.filters
     listed = bool(bundle.item_columns["available"][row]) if "available" in bundle.item_columns else True
-    if not bundle.item_factors[row].any() or bundle.item_columns["popularity"][row] == 0 or not (listed or id in request.available): return "not available or without interactions"
-    if id in request.unavailable: return "not available at the moment"
-    if row == asked_about: return "asked about"
-    if row in seen: return "already seen"
-    if id in rules.deny or id in request.state.denied: return "denied"
-    if rules.allow is not None and id not in rules.allow: return "not in the list of allowed items"
+    if (
+        not bundle.item_factors[row].any()
+        or bundle.item_columns["popularity"][row] == 0
+        or not (listed or id in request.available)
+    ):
+        return "not available or without interactions"
+    if id in request.unavailable:
+        return "not available at the moment"
+    if row == asked_about:
+        return "asked about"
+    if row in seen:
+        return "already seen"
+    if id in rules.deny or id in request.state.denied:
+        return "denied"
+    if rules.allow is not None and id not in rules.allow:
+        return "not in the list of allowed items"
     for name, wanted in rules.where.items():
         value = bundle.item_columns[name][row]
-        if isinstance(wanted, dict): fits = value == value and wanted.get("min", -math.inf) <= value <= wanted.get("max", math.inf)
-        else: fits = any(same(value, one) for one in wanted)
-        if not fits: return f"outside the filter on '{name}'"
+        if isinstance(wanted, dict):
+            fits = value == value and wanted.get("min", -math.inf) <= value <= wanted.get("max", math.inf)
+        else:
+            fits = any(same(value, one) for one in wanted)
+        if not fits:
+            return f"outside the filter on '{name}'"
     return None
 
 
@@ -104,11 +181,14 @@ def reference(model, request, scores, seen=(), asked_about=None):
             kinds = [(name, bundle.item_columns[name][row]) for name in rules.max_per]
             kinds = [(name, value) for name, value in kinds if same(value, value)]
             full = [name for name, value in kinds if count.get((name, value), 0) >= rules.max_per[name]]
-            if full: reason = "full"
+            if full:
+                reason = "full"
             elif len(taken) < request.n:
                 taken.append(row)
-                for kind in kinds: count[kind] = count.get(kind, 0) + 1
-        if reason: reasons[reason] = reasons.get(reason, 0) + 1
+                for kind in kinds:
+                    count[kind] = count.get(kind, 0) + 1
+        if reason:
+            reasons[reason] = reasons.get(reason, 0) + 1
     return [bundle.items[row] for row in taken], [scores[row] for row in taken], reasons
 
 
@@ -121,7 +201,8 @@ def check(model, request, found, scores, seen=(), asked_about=None):
     assert len(set(found.items)) == len(found.items) <= request.n
     assert all(a >= b for a, b in zip(found.scores, found.scores[1:]))
     assert (found.shortfall is None) == (len(found) == request.n)
-    if found.shortfall is None: return
+    if found.shortfall is None:
+        return
     stated = re.fullmatch(rf"only {len(found)} of {request.n}: (.+)", found.shortfall)[1]
     if "no more items" in stated:
         assert not reasons
@@ -131,7 +212,7 @@ def check(model, request, found, scores, seen=(), asked_about=None):
         number, reason = re.fullmatch(r"([\d,]+) items? (.+)", part).groups()
         reason = "full" if reason.startswith("beyond ") else reason
         counts[reason] = counts.get(reason, 0) + int(number)
-    assert counts == reasons # every item that is missing is counted once, under the rule that took it
+    assert counts == reasons  # every item that is missing is counted once, under the rule that took it
     assert sum(counts.values()) + len(found) == len(model.bundle.items)
 
 
@@ -142,6 +223,7 @@ def trained_row(model, request):
 
 # ---- the ladder
 
+
 @CALM
 @given(questions())
 def test_every_list_is_the_one_of_the_reference(question):
@@ -150,11 +232,21 @@ def test_every_list_is_the_one_of_the_reference(question):
     found, who = answer(model, request), person(model, request.user, request.state, request.session)
     if who.vector is not None:
         scores = score_person(model, who, request.task)
-        assert found.source == ("session" if trained_row(model, request) is None else "next_purchase" if request.task == "next_purchase" else "personalised")
-    elif found.source == "content": scores = content_scores(model, who.items, who.confidence)
-    elif "category" in request.filters.where and any(model.bundle.item_columns["category"]): assert found.source == "segment"
-    else: assert found.source == "popular" # these shops are too small for a segment of users
-    if found.source in ("segment", "popular"): scores = model.bundle.item_columns["popularity"]
+        assert found.source == (
+            "session"
+            if trained_row(model, request) is None
+            else "next_purchase"
+            if request.task == "next_purchase"
+            else "personalised"
+        )
+    elif found.source == "content":
+        scores = content_scores(model, who.items, who.confidence)
+    elif "category" in request.filters.where and any(model.bundle.item_columns["category"]):
+        assert found.source == "segment"
+    else:
+        assert found.source == "popular"  # these shops are too small for a segment of users
+    if found.source in ("segment", "popular"):
+        scores = model.bundle.item_columns["popularity"]
     exclude = request.filters.exclude_seen if request.filters.exclude_seen is not None else request.task == "discovery"
     check(model, request, found, np.asarray(scores, float).tolist(), set(who.seen.tolist()) if exclude else ())
     assert answer(model, request) == found
@@ -167,14 +259,25 @@ def test_what_is_known_decides_the_rung(question):
     model, request = question
     bundle = model.bundle
     trained, who = trained_row(model, request) is not None, person(model, request.user, request.state, request.session)
-    in_hand = [event.item_id for event in (*request.state.events, *request.session) if bundle.items.row(event.item_id) is not None]
+    in_hand = [
+        event.item_id
+        for event in (*request.state.events, *request.session)
+        if bundle.items.row(event.item_id) is not None
+    ]
     source = answer(model, request).source
-    tells = bool(in_hand) and bool((who.confidence @ model.item_factors[who.items]).any()) # else the items say nothing, or take each other back
-    if trained and not in_hand: assert source == ("personalised" if request.task == "discovery" else "next_purchase")
-    elif trained: assert tells == (source in ("personalised", "next_purchase"))
-    else: assert tells == (source == "session")
-    if source == "content": assert len(who.items)
-    if request.state.forgotten: assert source not in ("personalised", "next_purchase")
+    tells = bool(in_hand) and bool(
+        (who.confidence @ model.item_factors[who.items]).any()
+    )  # else the items say nothing, or take each other back
+    if trained and not in_hand:
+        assert source == ("personalised" if request.task == "discovery" else "next_purchase")
+    elif trained:
+        assert tells == (source in ("personalised", "next_purchase"))
+    else:
+        assert tells == (source == "session")
+    if source == "content":
+        assert len(who.items)
+    if request.state.forgotten:
+        assert source not in ("personalised", "next_purchase")
 
 
 @CALM
@@ -185,7 +288,10 @@ def test_recommend_and_next_purchase_are_rungs_of_the_ladder(model, n, exclude):
     for user, row in zip(users, range(len(users))):
         if model.user_factors[row].any():
             assert answer(model, Request(user, n, filters=rules)) == recommend(model, user, n, exclude_seen=exclude)
-            if len(model.seen_by(row)): assert answer(model, Request(user, n, "next_purchase", filters=rules)) == next_purchase(model, user, n, exclude_seen=exclude)
+            if len(model.seen_by(row)):
+                assert answer(model, Request(user, n, "next_purchase", filters=rules)) == next_purchase(
+                    model, user, n, exclude_seen=exclude
+                )
     many = recommend_many(model, users, n, exclude_seen=exclude)
     assert [one.items for one in many] == [recommend(model, user, n, exclude_seen=exclude).items for user in users]
     assert answer(model, Request(None, n)) == popular_items(model, n) == recommend(model, "nobody at all", n)
@@ -204,18 +310,32 @@ def test_similar_and_popular_items_keep_the_same_rules(question):
         if not factors.any():
             assert not found.items and "no interactions" in found.shortfall
             continue
-        cosines = np.clip(model.item_factors @ (factors/model.norms[row])/model.norms, -1, 1)
+        cosines = np.clip(model.item_factors @ (factors / model.norms[row]) / model.norms, -1, 1)
         check(model, nobody, found, cosines.tolist(), asked_about=row)
-    with pytest.raises(UnknownItem): similar_items(model, "no such item", **feed)
+    with pytest.raises(UnknownItem):
+        similar_items(model, "no such item", **feed)
 
 
 # ---- single parts
 
+
 @CALM
-@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, -math.inf, math.nan]), max_size=200), st.integers(1, 30), st.data())
+@given(
+    st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0, -math.inf, math.nan]), max_size=200), st.integers(1, 30), st.data()
+)
 def test_the_limit_is_right_however_often_the_slice_must_grow(scores, n, data):
     size = len(scores)
-    kinds = {name: np.array(data.draw(st.lists(st.sampled_from(["a", "b", "c", None][:data.draw(st.integers(1, 4))]), min_size=size, max_size=size)), object) for name in ("one", "two")}
+    kinds = {
+        name: np.array(
+            data.draw(
+                st.lists(
+                    st.sampled_from(["a", "b", "c", None][: data.draw(st.integers(1, 4))]), min_size=size, max_size=size
+                )
+            ),
+            object,
+        )
+        for name in ("one", "two")
+    }
     limits = data.draw(st.fixed_dictionaries({"one": st.integers(1, 4)}, optional={"two": st.integers(1, 40)}))
     catalogue = Catalogue(IdTable(range(size)), kinds, np.ones(size, bool))
     rows, best, shortfall = best_allowed(catalogue, np.array(scores, np.float32), n, [], limits)
@@ -224,14 +344,15 @@ def test_the_limit_is_right_however_often_the_slice_must_grow(scores, n, data):
         groups = [(name, kinds[name][row]) for name in limits if kinds[name][row] is not None]
         if len(expected) < n and all(count.get(group, 0) < limits[group[0]] for group in groups):
             expected.append(row)
-            for group in groups: count[group] = count.get(group, 0) + 1
+            for group in groups:
+                count[group] = count.get(group, 0) + 1
     assert rows == expected and best == [scores[row] for row in expected] and (shortfall is None) == (len(rows) == n)
 
 
 def test_a_full_category_of_thousands_is_passed_over():
     "Ten thousand items of one brand score best; the list needs those behind them."
     size = 20_000
-    brand = np.array(["Elm"]*19_990 + [f"b{i}" for i in range(10)], object)
+    brand = np.array(["Elm"] * 19_990 + [f"b{i}" for i in range(10)], object)
     catalogue = Catalogue(IdTable(range(size)), {"brand": brand}, np.ones(size, bool))
     rows, _, shortfall = best_allowed(catalogue, -np.arange(size, dtype=np.float32), 10, [], {"brand": 2})
     assert rows == [0, 1, *range(19_990, 19_998)] and shortfall is None
@@ -247,7 +368,11 @@ def test_codes_find_what_equality_finds(values, wanted):
 
 
 @CALM
-@given(st.lists(st.integers(-2**63, 2**63 - 1) | st.sampled_from([2**53, 2**53 + 1])), st.integers(-2**70, 2**70), st.integers(-2**70, 2**70))
+@given(
+    st.lists(st.integers(-(2**63), 2**63 - 1) | st.sampled_from([2**53, 2**53 + 1])),
+    st.integers(-(2**70), 2**70),
+    st.integers(-(2**70), 2**70),
+)
 @example([2**53, 2**53 + 1], 2**53 + 1, 2**53 + 1)
 def test_whole_numbers_are_compared_exactly(values, low, high):
     table, (low, high) = Attributes({"c": np.array(values, np.int64)}), sorted((low, high))
@@ -260,8 +385,15 @@ def test_whole_numbers_are_compared_exactly(values, low, high):
 def test_content_counts_what_is_shared(model, data):
     columns, size = model.bundle.item_columns, len(model.bundle.items)
     hand = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=3, unique=True))
-    match = [sum(math.log(size/sum(same(other, value) for other in columns[name])) for mine in hand for name in ("brand", "category", "organic")
-                 if same(value := columns[name][row], columns[name][mine])) for row in range(size)]
+    match = [
+        sum(
+            math.log(size / sum(same(other, value) for other in columns[name]))
+            for mine in hand
+            for name in ("brand", "category", "organic")
+            if same(value := columns[name][row], columns[name][mine])
+        )
+        for row in range(size)
+    ]
     scores = content_scores(model, np.array(hand), np.ones(len(hand)))
     if scores is None:
         assert not any(value > 1e-9 for row, value in enumerate(match) if model.candidates[row])
@@ -269,9 +401,10 @@ def test_content_counts_what_is_shared(model, data):
     top = 1 + max(columns["popularity"])
     for a in range(size):
         assert 0 <= scores[a] - math.floor(scores[a]) < 1 and (scores[a] >= 1) == (match[a] > 1e-9)
-        assert np.isclose(scores[a] % 1, columns["popularity"][a]/top)
+        assert np.isclose(scores[a] % 1, columns["popularity"][a] / top)
         for b in range(size):
-            if match[a] > match[b] + 1e-6: assert math.floor(scores[a]) > math.floor(scores[b])
+            if match[a] > match[b] + 1e-6:
+                assert math.floor(scores[a]) > math.floor(scores[b])
 
 
 @CALM
@@ -280,7 +413,10 @@ def test_a_described_item_counts_like_one_of_the_model(model, data):
     columns, nothing = model.bundle.item_columns, np.empty(0, np.int64)
     hand = data.draw(st.lists(st.integers(0, len(model.bundle.items) - 1), min_size=1, max_size=3))
     described = [{name: columns[name][row] for name in ("brand", "category", "organic")} for row in hand]
-    by_row, by_words = content_scores(model, np.array(hand), np.ones(len(hand))), content_scores(model, nothing, nothing, described)
+    by_row, by_words = (
+        content_scores(model, np.array(hand), np.ones(len(hand))),
+        content_scores(model, nothing, nothing, described),
+    )
     assert (by_row is None) == (by_words is None) and (by_row is None or np.allclose(by_row, by_words))
     found = answer(model, Request(None, 3, session=[Event("brand new")], new_items={"brand new": described[0]}))
     one = content_scores(model, nothing, nothing, described[:1])
@@ -290,33 +426,77 @@ def test_a_described_item_counts_like_one_of_the_model(model, data):
 
 def test_many_threads_with_different_feeds_get_what_one_gets_alone():
     rng, size = np.random.default_rng(3), 400
-    columns = {"popularity": rng.integers(1, 9, size), "category": rng.choice(["tea", "mug", "pot"], size).astype(object)}
+    columns = {
+        "popularity": rng.integers(1, 9, size),
+        "category": rng.choice(["tea", "mug", "pot"], size).astype(object),
+    }
     users = {"age": rng.choice(["young", "old"], 60).astype(object)}
     sparse = csr_matrix((rng.random((60, size)) < 0.05).astype(np.float32))
-    bundle = Bundle(Path("."), {"version": "v", "parameters": {}}, rng.normal(size=(60, 4)).astype(np.float32), rng.normal(size=(size, 4)).astype(np.float32), sparse,
-                    IdTable(range(60)), IdTable(range(size)), users, columns, sparse, sparse*0)
+    bundle = Bundle(
+        Path("."),
+        {"version": "v", "parameters": {}},
+        rng.normal(size=(60, 4)).astype(np.float32),
+        rng.normal(size=(size, 4)).astype(np.float32),
+        sparse,
+        IdTable(range(60)),
+        IdTable(range(size)),
+        users,
+        columns,
+        sparse,
+        sparse * 0,
+    )
     feeds = [frozenset(rng.integers(0, size, 150).tolist()) for _ in range(4)]
-    asked = [Request(user if user % 3 else None, 8, filters=Filters(where={"category": ["tea"]}) if user % 2 else Filters(max_per={"category": 2}), unavailable=feeds[user % 4],
-                     attributes={"age": ("young", "old")[user % 2]}) for user in range(60)]*5
+    asked = [
+        Request(
+            user if user % 3 else None,
+            8,
+            filters=Filters(where={"category": ["tea"]}) if user % 2 else Filters(max_per={"category": 2}),
+            unavailable=feeds[user % 4],
+            attributes={"age": ("young", "old")[user % 2]},
+        )
+        for user in range(60)
+    ] * 5
     alone = [answer(prepared(bundle), request) for request in asked]
     together = prepared(bundle)
-    with ThreadPoolExecutor(8) as threads: assert list(threads.map(lambda request: answer(together, request), asked)) == alone
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda request: answer(together, request), asked)) == alone
 
 
 def test_a_segment_counts_its_own_users_and_no_small_one_is_used():
     rng = np.random.default_rng(5)
     n_users, n_items = 90, 12
     seen = (rng.random((n_users, n_items)) < 0.3).astype(np.float32)
-    users = {"age": rng.choice(["young", "old", "rare"], n_users, p=[0.5, 0.4, 0.1]).astype(object), "town": rng.choice(["Rome", "Oslo", "Bonn"], n_users).astype(object)}
+    users = {
+        "age": rng.choice(["young", "old", "rare"], n_users, p=[0.5, 0.4, 0.1]).astype(object),
+        "town": rng.choice(["Rome", "Oslo", "Bonn"], n_users).astype(object),
+    }
     sparse = csr_matrix(seen)
-    bundle = Bundle(Path("."), {"version": "v", "parameters": {}}, rng.normal(size=(n_users, 3)).astype(np.float32), rng.normal(size=(n_items, 3)).astype(np.float32), sparse,
-                    IdTable(range(n_users)), IdTable(range(n_items)), users, {"popularity": seen.sum(axis=0).astype(int)}, sparse, sparse*0)
+    bundle = Bundle(
+        Path("."),
+        {"version": "v", "parameters": {}},
+        rng.normal(size=(n_users, 3)).astype(np.float32),
+        rng.normal(size=(n_items, 3)).astype(np.float32),
+        sparse,
+        IdTable(range(n_users)),
+        IdTable(range(n_items)),
+        users,
+        {"popularity": seen.sum(axis=0).astype(int)},
+        sparse,
+        sparse * 0,
+    )
     model = prepared(bundle)
     used = set()
     for age in ("young", "old", "rare", "unheard of", None):
         for town in ("Rome", "Oslo", "Bonn", None):
             agree = [(users["age"][u] == age) + (users["town"][u] == town) for u in range(n_users)]
-            people = next(([u for u in range(n_users) if agree[u] >= level] for level in (2, 1) if sum(a >= level for a in agree) >= SEGMENT_USERS), None)
+            people = next(
+                (
+                    [u for u in range(n_users) if agree[u] >= level]
+                    for level in (2, 1)
+                    if sum(a >= level for a in agree) >= SEGMENT_USERS
+                ),
+                None,
+            )
             scores = segment_scores(model, {"age": age, "town": town})
             used.add(None if people is None else len(people))
             if people is None:
@@ -332,19 +512,59 @@ def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
     monkeypatch.setattr("product_recs.answer.ladder.SEGMENT_SAMPLE", 10)
     seen = np.eye(95, dtype=np.float32)
     sparse = csr_matrix(seen)
-    model = prepared(Bundle(Path("."), {"version": "v", "parameters": {}}, seen, seen, sparse, IdTable(range(95)), IdTable(range(95)), {"age": np.array(["old"]*95, object)},
-                            {"popularity": np.ones(95, int)}, sparse, sparse*0))
+    model = prepared(
+        Bundle(
+            Path("."),
+            {"version": "v", "parameters": {}},
+            seen,
+            seen,
+            sparse,
+            IdTable(range(95)),
+            IdTable(range(95)),
+            {"age": np.array(["old"] * 95, object)},
+            {"popularity": np.ones(95, int)},
+            sparse,
+            sparse * 0,
+        )
+    )
     assert np.flatnonzero(np.floor(segment_scores(model, {"age": "old"}))).tolist() == list(range(0, 95, 10))
 
 
-@pytest.mark.parametrize("rules, words", [
-    (Filters(where={"colour": ["red"]}), ["where", "'colour'", "'category'"]), (Filters(max_per={"colour": 1}), ["max_per", "'colour'", "'category'"]),
-    (Filters(where={"category": [1]}), ["'category'", "text"]), (Filters(where={"price": ["1"]}), ["'price'", "numbers"]), (Filters(where={"category": {"min": 1}}), ["'category'", "range"])])
+@pytest.mark.parametrize(
+    "rules, words",
+    [
+        (Filters(where={"colour": ["red"]}), ["where", "'colour'", "'category'"]),
+        (Filters(max_per={"colour": 1}), ["max_per", "'colour'", "'category'"]),
+        (Filters(where={"category": [1]}), ["'category'", "text"]),
+        (Filters(where={"price": ["1"]}), ["'price'", "numbers"]),
+        (Filters(where={"category": {"min": 1}}), ["'category'", "range"]),
+    ],
+)
 def test_a_wrong_filter_is_named_on_every_rung(rules, words):
     column = np.array(["tea", "mug"], object)
     sparse = csr_matrix(np.eye(2, dtype=np.float32))
-    model = prepared(Bundle(Path("."), {"version": "v", "parameters": {}}, np.eye(2, dtype=np.float32), np.eye(2, dtype=np.float32), sparse, IdTable([1, 2]), IdTable([1, 2]), {"age": column},
-                            {"popularity": np.ones(2, int), "category": column, "price": np.ones(2)}, sparse, sparse*0))
-    for ask in (lambda: answer(model, Request(1, filters=rules)), lambda: answer(model, Request(None, filters=rules)), lambda: popular_items(model, filters=rules), lambda: similar_items(model, 1, filters=rules), lambda: rule_out(model.catalogue, rules)):
-        with pytest.raises(ProductRecsError) as error: ask()
+    model = prepared(
+        Bundle(
+            Path("."),
+            {"version": "v", "parameters": {}},
+            np.eye(2, dtype=np.float32),
+            np.eye(2, dtype=np.float32),
+            sparse,
+            IdTable([1, 2]),
+            IdTable([1, 2]),
+            {"age": column},
+            {"popularity": np.ones(2, int), "category": column, "price": np.ones(2)},
+            sparse,
+            sparse * 0,
+        )
+    )
+    for ask in (
+        lambda: answer(model, Request(1, filters=rules)),
+        lambda: answer(model, Request(None, filters=rules)),
+        lambda: popular_items(model, filters=rules),
+        lambda: similar_items(model, 1, filters=rules),
+        lambda: rule_out(model.catalogue, rules),
+    ):
+        with pytest.raises(ProductRecsError) as error:
+            ask()
         assert all(word in str(error.value) for word in words)

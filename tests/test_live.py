@@ -1,4 +1,5 @@
 """Models change while they answer: real bundles, published and broken on disk, while threads and processes read."""
+
 import json
 import logging
 import os
@@ -33,8 +34,19 @@ def write(models_dir, version, best):
     factors[best - 1] = 1
     seen = csr_matrix(([1.0], ([0], [0])), shape=(1, ITEMS))
     return write_bundle(
-        models_dir, user_factors=np.ones((1, 8)), item_factors=factors, seen=seen, users=IdTable([7]), items=IdTable(range(1, ITEMS + 1)),
-        user_columns={}, item_columns={"popularity": np.ones(ITEMS, int)}, algorithm="by hand", parameters={}, data={}, metrics={}, version=version,
+        models_dir,
+        user_factors=np.ones((1, 8)),
+        item_factors=factors,
+        seen=seen,
+        users=IdTable([7]),
+        items=IdTable(range(1, ITEMS + 1)),
+        user_columns={},
+        item_columns={"popularity": np.ones(ITEMS, int)},
+        algorithm="by hand",
+        parameters={},
+        data={},
+        metrics={},
+        version=version,
     )
 
 
@@ -105,7 +117,18 @@ def test_threads_that_answer_never_see_a_mixture_or_an_error(models, live):
     assert wrong == [] and set(counts) == set(versions)
 
 
-@pytest.mark.parametrize("name", ["item_factors.npy", "user_factors.npy", "seen_indices.npy", "seen_data.npy", "items.parquet", "users.parquet", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "item_factors.npy",
+        "user_factors.npy",
+        "seen_indices.npy",
+        "seen_data.npy",
+        "items.parquet",
+        "users.parquet",
+        "manifest.json",
+    ],
+)
 def test_a_bundle_damaged_in_any_file_is_refused_and_the_old_model_answers(models, live, name):
     path = write(models, "v2", 12)
     if name == "manifest.json":
@@ -228,6 +251,7 @@ def test_short_of_open_files_for_a_moment_refuses_no_good_model(models, live):
 
 def test_a_failing_preparation_is_tried_less_and_less_and_logged_once(models, caplog):
     """Pauses of minutes, so that no try comes by itself here; the time of the next one tells the pause."""
+
     def cannot(bundle):
         raise MemoryError("no room")
 
@@ -261,7 +285,9 @@ def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(model
     parts = {"shape": {"users": "many"}, "files": {"a": 1}, "path": {"../a": {"bytes": 1, "sha256": ""}}}
     for name, part in parts.items():
         (models / name).mkdir()
-        (models / name / "manifest.json").write_text(json.dumps(whole | {"shape" if name == "shape" else "files": part}))
+        (models / name / "manifest.json").write_text(
+            json.dumps(whole | {"shape" if name == "shape" else "files": part})
+        )
     usable = [line for line in version_lines(models) if "not usable" not in line]
     assert [line.split()[:2] for line in usable] == [["live", "v2"], ["-1", "v1"]]
     for name in ("tool", "list", "text", "shape", "files", "path", "a b", "empty"):
@@ -288,7 +314,9 @@ time.sleep(60)
 """
     output = tmp_path / "reader.log"
     with output.open("w") as file:
-        reader = subprocess.Popen([sys.executable, "-c", program], stdout=file, env={**os.environ, "PRODUCT_RECS_ROOT": str(tmp_path)})
+        reader = subprocess.Popen(
+            [sys.executable, "-c", program], stdout=file, env={**os.environ, "PRODUCT_RECS_ROOT": str(tmp_path)}
+        )
     try:
         assert until(lambda: output.read_text() == "reloaded v1 11\n", 30), output.read_text()
         for k in range(2, 6):
@@ -328,7 +356,13 @@ def test_command_goes_back(models):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def run(*arguments):
-        return subprocess.run([*command, *arguments, "--models-dir", str(models)], capture_output=True, text=True, env=environment, timeout=60)
+        return subprocess.run(
+            [*command, *arguments, "--models-dir", str(models)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=60,
+        )
 
     assert [line.split()[:2] for line in run("models").stdout.splitlines()] == [["live", "v2"], ["-1", "v1"]]
     back = run("rollback")

@@ -1,4 +1,6 @@
-"""Several workers, watched from outside: their numbers add up, dead ones are replaced, and what they say can be read by a program."""
+"""Several workers, watched from outside: their numbers add up, dead ones are replaced, and what they say can be read by
+a program."""
+
 import json
 import os
 import re
@@ -19,7 +21,7 @@ import yaml
 from product_recs.web.security import add_key
 
 ROOT = Path(__file__).resolve().parents[1]
-APPLICATION = '''
+APPLICATION = """
 import asyncio, os
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -64,7 +66,7 @@ if __name__ == "__main__":
     with shared_folder(int(sys.argv[2])):
         uvicorn.run("watched:create_app", factory=True, port=int(sys.argv[1]), workers=int(sys.argv[2]), access_log=False,
                     log_config=log_config("INFO"), timeout_graceful_shutdown=10, timeout_worker_healthcheck=30)
-'''
+"""
 
 
 def wait_for(condition, seconds=30):
@@ -86,9 +88,20 @@ class Service:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
-        environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "TMPDIR": str(self.tmp), "PRODUCT_RECS_AUTH": "on", "PRODUCT_RECS_API_KEYS_FILE": str(folder / "keys.json")}
+        environment |= {
+            "PYTHONPATH": f"{ROOT}:{folder}",
+            "TMPDIR": str(self.tmp),
+            "PRODUCT_RECS_AUTH": "on",
+            "PRODUCT_RECS_API_KEYS_FILE": str(folder / "keys.json"),
+        }
         command = [sys.executable, str(folder / "watched.py"), str(self.port), str(workers)]
-        self.process = subprocess.Popen(command, env=environment, stdout=(folder / "out").open("w"), stderr=(folder / "err").open("w"), stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=(folder / "out").open("w"),
+            stderr=(folder / "err").open("w"),
+            stdin=subprocess.DEVNULL,
+        )
         self.url = f"http://127.0.0.1:{self.port}"
         assert wait_for(lambda: len(self.alive()) == workers, 60), (folder / "err").read_text()
 
@@ -109,7 +122,10 @@ class Service:
     def numbers(self):
         answer = self.get("/metrics")
         assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain")
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))}
+        return {
+            name: float(value)
+            for name, value in (line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+        }
 
     def stop(self):
         if self.process.poll() is None:
@@ -147,12 +163,22 @@ def test_every_request_to_every_worker_is_counted_once(service):
     assert len(pids) == 2, pids
     counted = requests(after) - requests(before)
     assert counted == {
-        ("GET", "/recommend/{user}", "200"): 60, ("GET", "/recommend/{user}", "422"): 3, ("GET", "other", "401"): 3, ("POST", "other", "403"): 3,
-        ("GET", "/fault", "500"): 3, ("GET", "other", "404"): 3, ("POST", "other", "413"): 3, ("GET", "/metrics", "200"): 1,
+        ("GET", "/recommend/{user}", "200"): 60,
+        ("GET", "/recommend/{user}", "422"): 3,
+        ("GET", "other", "401"): 3,
+        ("POST", "other", "403"): 3,
+        ("GET", "/fault", "500"): 3,
+        ("GET", "other", "404"): 3,
+        ("POST", "other", "413"): 3,
+        ("GET", "/metrics", "200"): 1,
     }
     name = 'http_request_duration_seconds_count{route="/recommend/{user}"}'
     assert after[name] - before.get(name, 0) == 63
-    assert after['recommendations_total{source="personalised"}'] - before.get('recommendations_total{source="personalised"}', 0) == 60
+    assert (
+        after['recommendations_total{source="personalised"}']
+        - before.get('recommendations_total{source="personalised"}', 0)
+        == 60
+    )
     assert after["workers_alive"] == after['model_info{version="v1"}'] == 2
 
 
@@ -163,7 +189,9 @@ def test_every_line_of_the_logs_is_json(service):
     assert {"request_id", "status", "route"} <= set(lines[0])
     assert any(line["status"] == 401 for line in lines) or service.get("/recommend/1", key="wrong").status_code == 401
     operation = [json.loads(line) for line in (service.folder / "err").read_text().splitlines()]
-    assert any("Uvicorn running" in line["message"] for line in operation) and {line["logger"] for line in operation} >= {"uvicorn.error"}
+    assert any("Uvicorn running" in line["message"] for line in operation) and {
+        line["logger"] for line in operation
+    } >= {"uvicorn.error"}
     assert service.key not in (service.folder / "out").read_text() + (service.folder / "err").read_text()
 
 
@@ -186,19 +214,28 @@ def test_a_killed_worker_is_replaced_and_its_counts_stay(service):
 def series(expression):
     """Names of metrics and of labels in a PromQL expression."""
     bare = re.sub(r'"[^"]*"', '""', re.sub(r"\[[^\]]*\]", "", expression))
-    labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", bare)) | {label.strip() for found in re.findall(r"\bby\s*\(([^)]*)\)", bare) for label in found.split(",")}
+    labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", bare)) | {
+        label.strip() for found in re.findall(r"\bby\s*\(([^)]*)\)", bare) for label in found.split(",")
+    }
     words = set(re.findall(r"\b[a-z_]\w*\b(?!\s*\()", re.sub(r"\bby\s*\([^)]*\)|\{[^}]*\}|\bon\s*\(\)", " ", bare)))
     return words - {"or", "and", "on"}, labels - {""}
 
 
 def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service):
-    assert service.get("/recommend/1").status_code == 200 and service.get("/fall-behind", key=service.writer, method="POST").status_code == 200
+    assert (
+        service.get("/recommend/1").status_code == 200
+        and service.get("/fall-behind", key=service.writer, method="POST").status_code == 200
+    )
     there = service.numbers()
     names = {name.split("{")[0] for name in there} | {"up"}
     labels = {label for name in there for label in re.findall(r'(\w+)="', name)} | {"job"}
     dashboard = json.loads((ROOT / "ops/grafana/dashboards/product_recs.json").read_text())
-    shown = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])] + [note["expr"] for note in dashboard["annotations"]["list"]]
-    rules = [rule for group in yaml.safe_load((ROOT / "ops/alerts.yml").read_text())["groups"] for rule in group["rules"]]
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])] + [
+        note["expr"] for note in dashboard["annotations"]["list"]
+    ]
+    rules = [
+        rule for group in yaml.safe_load((ROOT / "ops/alerts.yml").read_text())["groups"] for rule in group["rules"]
+    ]
     used = set()
     for expression in shown + [rule["expr"] for rule in rules]:
         asked, by = series(expression)
@@ -208,7 +245,12 @@ def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service):
     kinds = {name.removesuffix("_bucket").removesuffix("_count").removesuffix("_sum") for name in names}
     assert kinds - used == set(), "everything that is counted is shown"
     assert all(rule["annotations"]["action"] for rule in rules)
-    legends = {label for panel in dashboard["panels"] for target in panel.get("targets", []) for label in re.findall(r"{{(\w+)}}", target["legendFormat"])}
+    legends = {
+        label
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", [])
+        for label in re.findall(r"{{(\w+)}}", target["legendFormat"])
+    }
     assert legends <= labels
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]), "ids of panels are unique"
 
@@ -226,19 +268,31 @@ def test_compose_and_its_files_belong_together():
     text = (ROOT / "compose.yaml").read_text()
     variables = set(re.findall(r"\$\{(\w+)", text))
     assert variables == set(re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
-    assert all(f"${{{name}:?" in text for name in variables if name.endswith("PASSWORD")), "there is no default password"
+    assert all(f"${{{name}:?" in text for name in variables if name.endswith("PASSWORD")), (
+        "there is no default password"
+    )
     scrape = yaml.safe_load((ROOT / "ops/prometheus.yml").read_text())
-    source = yaml.safe_load((ROOT / "ops/grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"][0]
+    source = yaml.safe_load((ROOT / "ops/grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"][
+        0
+    ]
     dashboard = json.loads((ROOT / "ops/grafana/dashboards/product_recs.json").read_text())
-    assert {panel["datasource"]["uid"] for panel in dashboard["panels"] if "datasource" in panel} == {source["uid"]} and "//prometheus:" in source["url"]
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"] if "datasource" in panel} == {
+        source["uid"]
+    } and "//prometheus:" in source["url"]
     assert scrape["scrape_configs"][0]["static_configs"][0]["targets"] == ["api:8000"]
-    assert scrape["scrape_configs"][0]["authorization"]["credentials_file"] == f"/run/secrets/{services['prometheus']['secrets'][0]}"
+    assert (
+        scrape["scrape_configs"][0]["authorization"]["credentials_file"]
+        == f"/run/secrets/{services['prometheus']['secrets'][0]}"
+    )
 
 
 def test_sigterm_finishes_what_runs_and_leaves_nothing(tmp_path):
     service, answers = Service(tmp_path / "ending"), []
     assert [path for path in service.tmp.iterdir() if path.name.startswith("product_recs-")]
-    threads = [threading.Thread(target=lambda: answers.append(service.get("/recommend/1?wait=2").status_code)) for _ in range(6)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(service.get("/recommend/1?wait=2").status_code))
+        for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     assert wait_for(lambda: (service.tmp / "begun").exists() and len((service.tmp / "begun").read_text()) == 6)
@@ -248,7 +302,9 @@ def test_sigterm_finishes_what_runs_and_leaves_nothing(tmp_path):
         thread.join()
     assert service.process.wait(30) == 0 and answers == [200] * 6
     assert len(children) >= 2 and psutil.wait_procs(children, timeout=20)[1] == []
-    assert not [path for path in service.tmp.iterdir() if path.name.startswith("product_recs-")], "the folder of the workers is gone"
+    assert not [path for path in service.tmp.iterdir() if path.name.startswith("product_recs-")], (
+        "the folder of the workers is gone"
+    )
 
 
 def test_one_worker_counts_without_a_folder(tmp_path):
@@ -256,7 +312,11 @@ def test_one_worker_counts_without_a_folder(tmp_path):
     try:
         assert service.get("/recommend/1").status_code == 200
         numbers = service.numbers()
-        assert requests(numbers)[("GET", "/recommend/{user}", "200")] == 1 and numbers["workers_alive"] == 1 and numbers["model_age_seconds"] > 0
+        assert (
+            requests(numbers)[("GET", "/recommend/{user}", "200")] == 1
+            and numbers["workers_alive"] == 1
+            and numbers["model_age_seconds"] > 0
+        )
         assert not [path for path in service.tmp.iterdir() if path.name.startswith("product_recs-")]
     finally:
         service.stop()

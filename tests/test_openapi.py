@@ -1,4 +1,6 @@
-"""The service against its own description: thousands of requests made from the OpenAPI document, good ones and bad ones, to real servers with trained models."""
+"""The service against its own description: thousands of requests made from the OpenAPI document, good ones and bad
+ones, to real servers with trained models."""
+
 import csv
 import json
 import subprocess
@@ -32,7 +34,13 @@ def train(folder, text=False, feedback="", **parameters):
     if text:
         source, products = (with_texts(path, folder / path.name) for path in (source, products))
     ingest(source, folder / "interactions", products=products, feedback=feedback, progress=False)
-    version, _ = train_bundle(build_features(folder / "interactions", folder / "features"), folder / "models", progress=False, publish_it=True, **{"factors": 8, "iterations": 4, **parameters})
+    version, _ = train_bundle(
+        build_features(folder / "interactions", folder / "features"),
+        folder / "models",
+        progress=False,
+        publish_it=True,
+        **{"factors": 8, "iterations": 4, **parameters},
+    )
     return version
 
 
@@ -53,9 +61,31 @@ def run(folder, server, examples, *options, key=None):
     (folder / "schemathesis.toml").write_text(CONFIG)
     header = [] if key is None else ["--header", f"Authorization: Bearer {key}"]
     done = subprocess.run(
-        [SCHEMATHESIS, "--config-file", folder / "schemathesis.toml", "run", f"http://127.0.0.1:{server.port}/openapi.json", "--max-examples", str(examples), "--seed", "20260101",
-         "--exclude-checks", "positive_data_acceptance", "--continue-on-failure", "--report", "json", "--report-json-path", folder / "report.json", *header, *options],
-        cwd=folder, capture_output=True, text=True, timeout=580)
+        [
+            SCHEMATHESIS,
+            "--config-file",
+            folder / "schemathesis.toml",
+            "run",
+            f"http://127.0.0.1:{server.port}/openapi.json",
+            "--max-examples",
+            str(examples),
+            "--seed",
+            "20260101",
+            "--exclude-checks",
+            "positive_data_acceptance",
+            "--continue-on-failure",
+            "--report",
+            "json",
+            "--report-json-path",
+            folder / "report.json",
+            *header,
+            *options,
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=580,
+    )
     assert (folder / "report.json").exists(), done.stdout + done.stderr
     return json.loads((folder / "report.json").read_text()), done.stdout
 
@@ -63,13 +93,28 @@ def run(folder, server, examples, *options, key=None):
 def conforms(server, report, words, least):
     "Every operation was tested, nothing failed, and no line of the server's log is a fault."
     assert report["failures"] == report["errors"] == [], words[-6000:]
-    assert report["operations"]["tested"] == report["operations"]["total"] == 18 and report["stop_reason"] == "completed"
-    assert all(phase["status"] in ("success", "skip") for phase in report["phases"].values()) and report["test_cases"]["generated"] >= least
+    assert (
+        report["operations"]["tested"] == report["operations"]["total"] == 18 and report["stop_reason"] == "completed"
+    )
+    assert (
+        all(phase["status"] in ("success", "skip") for phase in report["phases"].values())
+        and report["test_cases"]["generated"] >= least
+    )
     lines = server.lines(least)
     assert [line for line in lines if line["status"] is None or line["status"] >= 500] == []
     seen = {(line["route"], line["status"]) for line in lines}
     good = {route for route, status in seen if status == 200}
-    assert {"/recommend", "/recommend/{user_id}", "/similar/{item_id}", "/explain/{user_id}/{item_id}", "/events", "/availability", "/users/{user_id}", "/users/{user_id}/history", "/items/{item_id}"} <= good
+    assert {
+        "/recommend",
+        "/recommend/{user_id}",
+        "/similar/{item_id}",
+        "/explain/{user_id}/{item_id}",
+        "/events",
+        "/availability",
+        "/users/{user_id}",
+        "/users/{user_id}/history",
+        "/items/{item_id}",
+    } <= good
     return seen
 
 
@@ -78,22 +123,39 @@ def test_the_service_does_what_its_description_says(tmp_path, ids):
     train(tmp_path, ids == "texts")
     with Server(tmp_path, tmp_path / "models") as server:
         if ids == "texts":  # the examples of the description are ids of the sample
-            assert server.get("/similar/i%2F101?n=1")[0] == server.get("/items/i%2F101")[0] == server.get("/explain/u%201/i%2F101")[0] == 200
+            assert (
+                server.get("/similar/i%2F101?n=1")[0]
+                == server.get("/items/i%2F101")[0]
+                == server.get("/explain/u%201/i%2F101")[0]
+                == 200
+            )
         report, words = run(tmp_path, server, 15)
         seen = conforms(server, report, words, 1000)
         assert {("/recommend", 422), ("/recommend", 415), ("/events", 400), ("/recommend/{user_id}", 422)} <= seen
 
 
 def test_with_api_keys(tmp_path):
-    "With every scope all of the above; without a key and with one that may read only, the refusals are those of the description too."
+    """With every scope all of the above; without a key and with one that may read only, the refusals are those of the
+    description too."""
     train(tmp_path)
     keys = {scope: add_key(tmp_path / "keys.json", scope, scope) for scope in ("read", "admin")}
     with Server(tmp_path, tmp_path / "models", auth="on", api_keys_file=tmp_path / "keys.json") as server:
-        seen = conforms(server, *run(tmp_path, server, 5, "--phases", "examples,coverage,fuzzing", key=keys["admin"]), 500)
+        seen = conforms(
+            server, *run(tmp_path, server, 5, "--phases", "examples,coverage,fuzzing", key=keys["admin"]), 500
+        )
         assert {status for _, status in seen} >= {200, 401, 422}
     with Server(tmp_path, tmp_path / "models", auth="on", api_keys_file=tmp_path / "keys.json") as server:
         for key, status in ((keys["read"], 403), (None, 401)):
-            report, words = run(tmp_path, server, 3, "--phases", "examples,fuzzing", "--exclude-checks", "positive_data_acceptance,negative_data_rejection", key=key)
+            report, words = run(
+                tmp_path,
+                server,
+                3,
+                "--phases",
+                "examples,fuzzing",
+                "--exclude-checks",
+                "positive_data_acceptance,negative_data_rejection",
+                key=key,
+            )
             assert report["failures"] == report["errors"] == [], words[-6000:]
             assert any(line["status"] == status for line in server.lines())
 
@@ -102,6 +164,14 @@ def test_without_a_model_and_without_a_store(tmp_path):
     "503 is the answer of the description where there is nothing to answer from; it is never 500."
     (tmp_path / "file").touch()
     with Server(tmp_path, tmp_path / "models", database_url=f"sqlite:///{tmp_path}/file/feedback.db") as server:
-        report, words = run(tmp_path, server, 5, "--phases", "examples,fuzzing", "--exclude-checks", "not_a_server_error,positive_data_acceptance")
+        report, words = run(
+            tmp_path,
+            server,
+            5,
+            "--phases",
+            "examples,fuzzing",
+            "--exclude-checks",
+            "not_a_server_error,positive_data_acceptance",
+        )
         assert report["failures"] == report["errors"] == [], words[-6000:]
         assert {line["status"] for line in server.lines() if (line["status"] or 500) >= 500} == {503}

@@ -1,4 +1,6 @@
-"""The page as a person meets it: a real browser, a real service, found by the names and roles that a screen reader hears."""
+"""The page as a person meets it: a real browser, a real service, found by the names and roles that a screen reader
+hears."""
+
 import http.client
 import os
 import re
@@ -25,31 +27,65 @@ ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no browser at {CHROMIUM}; set CHROMIUM")
 
-EACH = 12                      # coffees, and as many teas; 6 lovers of each
-FIRST = 2**53 + 1              # the first coffee's id: JavaScript's own numbers end before it
+EACH = 12  # coffees, and as many teas; 6 lovers of each
+FIRST = 2**53 + 1  # the first coffee's id: JavaScript's own numbers end before it
 COFFEE = [f"Coffee {k}" for k in range(EACH)]
 TEA = ['<img src=x onerror="window.harmed = 1"><b>Tea</b> 0', *(f"Tea {k}" for k in range(1, EACH))]
 
 
 def publish_shop(models_dir):
-    """Persons 1 to 6 drink coffee, 7 to 12 tea; the k-th has had 6 kinds of their drink, from number 2 k on, each of them k + 1 times."""
+    """Persons 1 to 6 drink coffee, 7 to 12 tea; the k-th has had 6 kinds of their drink, from number 2 k on, each of
+    them k + 1 times."""
     taste, place = np.repeat([0, 1], EACH), np.tile(np.arange(EACH), 2)
     lover, start = np.repeat([0, 1], 6), np.tile(np.arange(6), 2)
     had = (lover[:, None] == taste) & ((place - 2 * start[:, None]) % EACH < 6)
     seen = csr_matrix(had.astype(np.float32))
     counts = csr_matrix(seen.multiply((start + 1)[:, None]).astype(np.float32))
     age = csr_matrix(seen.multiply(1 + place[None]).astype(np.float32))
-    blend = BlendWeights({name: {"taste": 0.5, "own": 3.0, "count": 0.5}.get(name, 0.0) for name in SIGNALS}, -1.0, 30.0, 30.0, {})
+    blend = BlendWeights(
+        {name: {"taste": 0.5, "own": 3.0, "count": 0.5}.get(name, 0.0) for name in SIGNALS}, -1.0, 30.0, 30.0, {}
+    )
     path = write_bundle(
-        models_dir, user_factors=np.eye(2, dtype=np.float32)[lover], item_factors=np.eye(2, dtype=np.float32)[taste],
-        seen=seen, counts=counts, age_days=age, blend=blend.to_json(), users=IdTable(range(1, 13)), items=IdTable(FIRST + np.arange(2 * EACH)),
+        models_dir,
+        user_factors=np.eye(2, dtype=np.float32)[lover],
+        item_factors=np.eye(2, dtype=np.float32)[taste],
+        seen=seen,
+        counts=counts,
+        age_days=age,
+        blend=blend.to_json(),
+        users=IdTable(range(1, 13)),
+        items=IdTable(FIRST + np.arange(2 * EACH)),
         user_columns={"popularity": had.sum(axis=1).astype(np.int32)},
-        item_columns={"popularity": had.sum(axis=0).astype(np.int32), "title": np.array(COFFEE + TEA, object), "category": np.repeat(np.array(["HOT COFFEE", "TEA"], object), EACH),
-                      "price": np.arange(2 * EACH) / 4},
-        algorithm="by hand", data={"fingerprint": "none", "starts": "2026-01-01T00:00:00", "ends": "2026-02-01T00:00:00"},
-        parameters={"factors": 2, "regularization": 0.01, "alpha": 1.0, "iterations": 1, "seed": 0,
-                    "features": {"event_weights": {"purchase": 1, "cart": 1}, "quantity": "ignore", "half_life_days": 0, "weighting": "none", "min_user_items": 1, "min_item_users": 1}},
-        metrics={"evaluation": {"split": "2026-01-20T00:00:00", "discovery_hit_rate@10": 0.5, "next_purchase_hit_rate@10 (blend)": 0.75}},
+        item_columns={
+            "popularity": had.sum(axis=0).astype(np.int32),
+            "title": np.array(COFFEE + TEA, object),
+            "category": np.repeat(np.array(["HOT COFFEE", "TEA"], object), EACH),
+            "price": np.arange(2 * EACH) / 4,
+        },
+        algorithm="by hand",
+        data={"fingerprint": "none", "starts": "2026-01-01T00:00:00", "ends": "2026-02-01T00:00:00"},
+        parameters={
+            "factors": 2,
+            "regularization": 0.01,
+            "alpha": 1.0,
+            "iterations": 1,
+            "seed": 0,
+            "features": {
+                "event_weights": {"purchase": 1, "cart": 1},
+                "quantity": "ignore",
+                "half_life_days": 0,
+                "weighting": "none",
+                "min_user_items": 1,
+                "min_item_users": 1,
+            },
+        },
+        metrics={
+            "evaluation": {
+                "split": "2026-01-20T00:00:00",
+                "discovery_hit_rate@10": 0.5,
+                "next_purchase_hit_rate@10 (blend)": 0.75,
+            }
+        },
     )
     publish(models_dir, path.name)
     return path
@@ -82,11 +118,15 @@ class Visit:
 
     def __init__(self, browser, base, **options):
         self.base = base
-        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **options})
+        self.context = browser.new_context(
+            **{"viewport": {"width": 1280, "height": 900}, "reduced_motion": "reduce", **options}
+        )
         self.page = self.context.new_page()
         self.page.set_default_timeout(10_000)
         self.wrong, self.asked = [], []
-        self.page.on("console", lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None)
+        self.page.on(
+            "console", lambda message: self.wrong.append(message.text) if message.type in ("error", "warning") else None
+        )
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
 
@@ -113,14 +153,33 @@ def visit(browser, service):
     assert {url.split("/")[2] for url in opened.asked} == {f"127.0.0.1:{service.port}"}
 
 
-def titles(page): return page.get_by_role("list", name="Recommendations").get_by_role("heading", level=3)
-def names(page): return titles(page).all_inner_texts()
-def line(page, list_name, title): return page.get_by_role("list", name=list_name).get_by_role("listitem").filter(has=page.get_by_role("button", name=title, exact=True))
-def step(page): return page.get_by_role("list", name="Ways to find an answer").locator("[aria-current=step]")
-def said(page, text): expect(page.get_by_role("status").get_by_text(text)).to_be_visible()
+def titles(page):
+    return page.get_by_role("list", name="Recommendations").get_by_role("heading", level=3)
 
 
-# --- what it shows ------------------------------------------------------------------------------------------------------
+def names(page):
+    return titles(page).all_inner_texts()
+
+
+def line(page, list_name, title):
+    return (
+        page.get_by_role("list", name=list_name)
+        .get_by_role("listitem")
+        .filter(has=page.get_by_role("button", name=title, exact=True))
+    )
+
+
+def step(page):
+    return page.get_by_role("list", name="Ways to find an answer").locator("[aria-current=step]")
+
+
+def said(page, text):
+    expect(page.get_by_role("status").get_by_text(text)).to_be_visible()
+
+
+# --- what it shows
+# ------------------------------------------------------------------------------------------------------
+
 
 def test_a_person_is_shown_with_names_reasons_history_and_rung(visit, service):
     page = visit.person("#user=1")
@@ -198,7 +257,9 @@ def test_the_live_figures_are_those_of_the_service(visit, service):
     live.get_by_role("switch", name="Live").uncheck()
 
 
-# --- what it does -------------------------------------------------------------------------------------------------------
+# --- what it does
+# -------------------------------------------------------------------------------------------------------
+
 
 def test_what_goes_into_the_basket_changes_the_list_at_once(visit, service):
     page = visit.person("#user=4")
@@ -235,7 +296,9 @@ def test_not_interested_is_kept_and_can_be_taken_back(visit, service):
     assert id in service.get("/recommend/5?n=24")[2]["recommendations"]
     # out of the basket again: a known person's event cannot be unsaid, so the item is denied
     page.get_by_role("button", name=f"Add to basket: {unwanted}", exact=True).click()
-    page.get_by_role("list", name="In the basket").get_by_role("button", name=f"Remove from basket: {unwanted}", exact=True).click()
+    page.get_by_role("list", name="In the basket").get_by_role(
+        "button", name=f"Remove from basket: {unwanted}", exact=True
+    ).click()
     expect(line(page, "Not interested", unwanted)).to_be_visible()
     assert id not in service.get("/recommend/5?n=24")[2]["recommendations"]
 
@@ -255,7 +318,9 @@ def test_a_guest_is_known_by_the_basket_alone(visit):
     expect(step(page)).to_have_text("This visit")
     page.get_by_role("button", name="Not interested: Tea 5", exact=True).click()
     expect(line(page, "Not interested", "Tea 5")).to_be_visible()
-    expect(page.get_by_role("list", name="Recommendations").get_by_role("button", name="Tea 5", exact=True)).to_have_count(0)
+    expect(
+        page.get_by_role("list", name="Recommendations").get_by_role("button", name="Tea 5", exact=True)
+    ).to_have_count(0)
     page.get_by_role("button", name="Remove from basket: Tea 3", exact=True).click()
     expect(step(page)).to_have_text("Popular")
     expect(page.get_by_text("Empty. Add an item")).to_be_visible()
@@ -297,7 +362,9 @@ def test_why_why_not_and_similar_items(visit):
     page.get_by_role("button", name="Close").click()
     expect(opener).to_be_focused()
     line(page, "What this person had", "Coffee 3").get_by_role("button").click()
-    expect(page.get_by_role("region", name="Why, or why not")).to_contain_text("Left out: this person has had it already.")
+    expect(page.get_by_role("region", name="Why, or why not")).to_contain_text(
+        "Left out: this person has had it already."
+    )
 
 
 def test_a_person_is_forgotten_after_a_question(visit, service):
@@ -317,10 +384,15 @@ def test_a_person_is_forgotten_after_a_question(visit, service):
     expect(page.get_by_text("Empty. Add an item")).to_be_visible()
     expect(page.get_by_role("region", name="History")).to_contain_text("Nothing is known of this person.")
     assert service.get("/users/11/history")[2]["history"] == []
-    assert service.get("/recommend/11?n=24")[2]["recommendations"] == service.get("/recommend/nobody?n=24")[2]["recommendations"]
+    assert (
+        service.get("/recommend/11?n=24")[2]["recommendations"]
+        == service.get("/recommend/nobody?n=24")[2]["recommendations"]
+    )
 
 
-# --- when something is amiss --------------------------------------------------------------------------------------------
+# --- when something is amiss
+# --------------------------------------------------------------------------------------------
+
 
 def test_a_service_without_a_model_says_so_and_recovers_by_itself(browser, tmp_path):
     with run_server(tmp_path, tmp_path / "models") as server:
@@ -354,8 +426,24 @@ def test_a_service_that_went_away_is_found_again(browser, tmp_path):
 def new_key(folder, scope):
     """A key of the service, made as its owner makes one."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PRODUCT_RECS_API_KEYS_FILE": str(folder / "keys.json")}
-    run = subprocess.run([sys.executable, "-c", "from product_recs.jobs.cli import main; main()", "keys", "add", scope, "--scope", scope],
-                         cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from product_recs.jobs.cli import main; main()",
+            "keys",
+            "add",
+            scope,
+            "--scope",
+            scope,
+        ],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     return re.search(r"pr_[\w-]{32,}", run.stdout)[0]
 
 
@@ -394,11 +482,17 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser, tmp_path):
 
 class Proxy(BaseHTTPRequestHandler):
     """A reverse proxy that gives the service the prefix /shop, which the service itself does not see."""
+
     target = 0
 
-    def do_GET(self): self._forward("GET")
-    def do_POST(self): self._forward("POST")
-    def do_DELETE(self): self._forward("DELETE")
+    def do_GET(self):
+        self._forward("GET")
+
+    def do_POST(self):
+        self._forward("POST")
+
+    def do_DELETE(self):
+        self._forward("DELETE")
 
     def _forward(self, method):
         if not self.path.startswith("/shop/"):
@@ -406,7 +500,9 @@ class Proxy(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         connection = http.client.HTTPConnection("127.0.0.1", self.target, timeout=20)
-        connection.request(method, self.path.removeprefix("/shop"), body, {"Content-Type": self.headers.get("content-type", "")})
+        connection.request(
+            method, self.path.removeprefix("/shop"), body, {"Content-Type": self.headers.get("content-type", "")}
+        )
         answer = connection.getresponse()
         content = answer.read()
         self.send_response(answer.status)
@@ -417,7 +513,8 @@ class Proxy(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(content)
 
-    def log_message(self, *_): pass
+    def log_message(self, *_):
+        pass
 
 
 def test_behind_a_path_prefix(browser, service):
@@ -436,7 +533,8 @@ def test_behind_a_path_prefix(browser, service):
         proxy.server_close()
 
 
-# --- for everybody ------------------------------------------------------------------------------------------------------
+# --- for everybody
+# ------------------------------------------------------------------------------------------------------
 
 CHECKS = r"""() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -475,7 +573,19 @@ CHECKS = r"""() => {
   return {weak, tooSmall, twice: ids.filter((id, at) => ids.indexOf(id) !== at), levels,
           inline: [...document.querySelectorAll('[onclick], [onload], style, script:not([src])')].length, width: [document.documentElement.scrollWidth, innerWidth]};
 }"""
-CONTROLS = {"button", "link", "textbox", "searchbox", "combobox", "radio", "checkbox", "switch", "dialog", "region", "listbox"}
+CONTROLS = {
+    "button",
+    "link",
+    "textbox",
+    "searchbox",
+    "combobox",
+    "radio",
+    "checkbox",
+    "switch",
+    "dialog",
+    "region",
+    "listbox",
+}
 
 
 def audit(page):
@@ -494,7 +604,12 @@ def audit(page):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [(1280, 900), (360, 740)], ids=["desktop", "phone"])
 def test_everybody_can_use_it(browser, service, scheme, size):
-    visit = Visit(browser, f"http://127.0.0.1:{service.port}/", viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+    visit = Visit(
+        browser,
+        f"http://127.0.0.1:{service.port}/",
+        viewport={"width": size[0], "height": size[1]},
+        color_scheme=scheme,
+    )
     page = visit.person("#user=7&task=next_purchase")
     expect(page.get_by_role("list", name="What this person had").get_by_role("listitem")).to_have_count(6)
     audit(page)
@@ -525,10 +640,29 @@ def test_landmarks_and_the_order_of_the_keyboard(visit):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement === document.body"):
             break  # past the last one
-        order.append(page.evaluate("(e => e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText)(document.activeElement)").strip())
-        assert page.evaluate("(s => s.outlineStyle !== 'none' || getComputedStyle(document.activeElement, '::after').outlineStyle !== 'none' || document.activeElement.matches('[type=radio]'))(getComputedStyle(document.activeElement))"), order[-1]
+        order.append(
+            page.evaluate(
+                "(e => e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.innerText)(document.activeElement)"
+            ).strip()
+        )
+        assert page.evaluate(
+            "(s => s.outlineStyle !== 'none' || getComputedStyle(document.activeElement, '::after').outlineStyle !== "
+            "'none' || document.activeElement.matches('[type=radio]'))(getComputedStyle(document.activeElement))"
+        ), order[-1]
     top = names(page)[0]
-    wanted = ["API key", "API docs", "Choose a person", "Show", "Start as a guest", "Something new", top, f"Add to basket: {top}", f"Not interested: {top}", "Find an item", "Forget this person…"]
+    wanted = [
+        "API key",
+        "API docs",
+        "Choose a person",
+        "Show",
+        "Start as a guest",
+        "Something new",
+        top,
+        f"Add to basket: {top}",
+        f"Not interested: {top}",
+        "Find an item",
+        "Forget this person…",
+    ]
     assert [order.index(name) for name in wanted] == sorted(order.index(name) for name in wanted)
     # the link skips what stands before the list, and leaves the address as it is
     page.get_by_role("link", name="Skip to the recommendations").focus()
@@ -550,9 +684,18 @@ def test_nothing_scrolls_sideways_on_the_smallest_screens(browser, service):
 
 
 def test_the_policy_allows_nothing_from_elsewhere_and_nothing_inline(service):
-    for path, kind in (("/", "text/html"), ("/static/app.js", "text/javascript"), ("/static/style.css", "text/css"), ("/static/icon.svg", "image/svg+xml")):
+    for path, kind in (
+        ("/", "text/html"),
+        ("/static/app.js", "text/javascript"),
+        ("/static/style.css", "text/css"),
+        ("/static/icon.svg", "image/svg+xml"),
+    ):
         status, headers, body = service.get(path)
-        assert status == 200 and headers["content-type"].startswith(kind) and headers["x-content-type-options"] == "nosniff"
+        assert (
+            status == 200
+            and headers["content-type"].startswith(kind)
+            and headers["x-content-type-options"] == "nosniff"
+        )
         assert re.findall(rb"""(?:src|href|url\()=?["']?(?:https?:)?//""", body) == []
     policy = service.get("/")[1]["content-security-policy"]
     assert "default-src 'self'" in policy and "unsafe" not in policy and "http" not in policy
@@ -565,6 +708,14 @@ def test_a_built_wheel_holds_the_page(tmp_path):
     source.mkdir()
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "product_recs"):
         (source / name).symlink_to(ROOT / name)
-    subprocess.run([sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)], cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)],
+        cwd=source,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     (wheel,) = tmp_path.glob("*.whl")
-    assert {f"product_recs/web/page/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")} <= set(zipfile.ZipFile(wheel).namelist())
+    assert {f"product_recs/web/page/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")} <= set(
+        zipfile.ZipFile(wheel).namelist()
+    )

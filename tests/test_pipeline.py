@@ -1,4 +1,5 @@
 """The whole pipeline as a user runs it: processes, files and signals, in a project folder of its own."""
+
 import json
 import os
 import random
@@ -29,7 +30,14 @@ def fresh_project(folder: Path) -> Path:
 
 def call(root: Path, *command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [str(BIN / command[0]), *command[1:]], cwd=root, env=os.environ | {"PRODUCT_RECS_ROOT": str(root)}, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL, **options
+        [str(BIN / command[0]), *command[1:]],
+        cwd=root,
+        env=os.environ | {"PRODUCT_RECS_ROOT": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
+        **options,
     )
 
 
@@ -62,7 +70,10 @@ def test_parameters_reach_their_notebooks(finished):
     metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
     assert metrics["03_train"]["parameters"]["factors"] == 12
     assert metrics["02_features"]["parameters"]["half_life_days"] == 60
-    assert metrics["run"]["parameters"] == {"factors": 12, "half_life_days": 60} and metrics["run"]["status"] == "succeeded"
+    assert (
+        metrics["run"]["parameters"] == {"factors": 12, "half_life_days": 60}
+        and metrics["run"]["status"] == "succeeded"
+    )
     ledger = metrics["01_ingest"]
     assert ledger["rows_read"] == ledger["rows_kept"] + ledger["rows_rejected"] + ledger["duplicates_merged"] > 10_000
 
@@ -73,7 +84,10 @@ def test_bundle_matches_manifest_and_metrics(finished):
     assert bundle.item_factors.shape[1] == 12 == bundle.manifest["parameters"]["factors"]
     metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
     assert bundle.version == metrics["run"]["version"] == metrics["03_train"]["version"]
-    assert bundle.manifest["data"]["fingerprint"] == metrics["02_features"]["fingerprint"] and len(bundle.manifest["metrics"]) > 2
+    assert (
+        bundle.manifest["data"]["fingerprint"] == metrics["02_features"]["fingerprint"]
+        and len(bundle.manifest["metrics"]) > 2
+    )
 
 
 def test_evaluation_finds_the_planted_tastes(finished):
@@ -81,7 +95,11 @@ def test_evaluation_finds_the_planted_tastes(finished):
     records = json.loads((root / "reports" / "night" / "metrics.json").read_text())["04_evaluate"]["table"]
     ndcg = {(record["task"], record["model"]): record["value"] for record in records if record["metric"] == "ndcg"}
     assert ndcg["discovery", "ALS"] > 1.3 * ndcg["discovery", "popularity"]
-    assert all(record["low"] <= record["value"] <= record["high"] and record["users"] > 50 for record in records if record["metric"] == "ndcg")
+    assert all(
+        record["low"] <= record["value"] <= record["high"] and record["users"] > 50
+        for record in records
+        if record["metric"] == "ndcg"
+    )
 
 
 def test_recommend_and_similar_answer_with_the_planted_category(finished):
@@ -99,7 +117,10 @@ def test_failing_notebook_leaves_its_report_and_the_old_model(finished):
     root, _ = finished
     before, versions = current_version(root / "models"), list_versions(root / "models")
     done = call(root, "product-recs", "run", "--name", "broken", "-p", "factors", "0", "--quiet")
-    assert done.returncode == 1 and "03_train failed: TrainError: factors=0: must be a whole number from 1 to 4096" in done.stderr
+    assert (
+        done.returncode == 1
+        and "03_train failed: TrainError: factors=0: must be a whole number from 1 to 4096" in done.stderr
+    )
     assert "TrainError</strong>: factors=0" in (root / "reports" / "broken" / "03_train.html").read_text()
     assert not (root / "reports" / "broken" / "04_evaluate.html").exists()
     assert "no model was published" in (root / "reports" / "broken" / "index.html").read_text()
@@ -129,14 +150,20 @@ def test_papermill_alone_trains_from_the_committed_sample(tmp_path, form):
     command = [str(BIN / "papermill"), "nbs/03_train.ipynb", *output, "-p", "factors", "8"]
     environment = os.environ | {"PRODUCT_RECS_ROOT": str(root)}
     if output:
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+        )
     else:
         controller, terminal = os.openpty()
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, stdin=terminal)
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, stdin=terminal
+        )
         os.close(controller), os.close(terminal)
     assert done.returncode == 0, done.stderr
     assert open_bundle(root / "models", verify=True).item_factors.shape[1] == 8
-    assert json.loads((root / "reports" / "sample" / "metrics.json").read_text())["03_train"]["parameters"]["factors"] == 8
+    assert (
+        json.loads((root / "reports" / "sample" / "metrics.json").read_text())["03_train"]["parameters"]["factors"] == 8
+    )
     if output:
         assert (root / output[0]).exists()
     else:
@@ -161,12 +188,20 @@ def test_killed_while_publishing_leaves_a_whole_model_live(tmp_path):
     models = root / "models"
     interrupted = 0
     for _ in range(12):
-        process = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(models)], cwd=root, env=os.environ | {"PRODUCT_RECS_ROOT": str(root)}, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", PUBLISHER, str(models)],
+            cwd=root,
+            env=os.environ | {"PRODUCT_RECS_ROOT": str(root)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert process.stdout.readline().strip() == "ready"
         process.stdout.readline()  # one bundle is live
         # wait until it is in the middle of writing one, then kill it there
         end = time.monotonic() + 30
-        while time.monotonic() < end and not any(path.name.startswith(".") and path.is_dir() for path in models.iterdir()):
+        while time.monotonic() < end and not any(
+            path.name.startswith(".") and path.is_dir() for path in models.iterdir()
+        ):
             pass
         time.sleep(rng.random() * 0.03)
         process.send_signal(signal.SIGKILL)
@@ -182,7 +217,13 @@ def test_killed_while_publishing_leaves_a_whole_model_live(tmp_path):
 def test_a_reader_never_sees_a_half_model_while_another_process_publishes(tmp_path):
     root = fresh_project(tmp_path)
     models = root / "models"
-    process = subprocess.Popen([sys.executable, "-c", PUBLISHER, str(models)], cwd=root, env=os.environ | {"PRODUCT_RECS_ROOT": str(root)}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PUBLISHER, str(models)],
+        cwd=root,
+        env=os.environ | {"PRODUCT_RECS_ROOT": str(root)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         process.stdout.readline(), process.stdout.readline()
         seen, end = set(), time.monotonic() + 5
@@ -200,9 +241,17 @@ def test_make_data_writes_the_real_sample_and_it_is_ingested(tmp_path):
     root = fresh_project(tmp_path)
     assert call(root, "product-recs", "data").returncode == 0
     folder = root / "data" / "complete_journey"
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "interactions.csv", "products.csv", "users.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "interactions.csv",
+        "products.csv",
+        "users.csv",
+    ]
     assert "Draw no business conclusion" in (folder / "README.md").read_text()
-    script = f"from product_recs.ingest import ingest; print(ingest({str(folder / 'interactions.csv')!r}, {str(root / 'out')!r}, products={str(folder / 'products.csv')!r}, progress=False).rows_read)"
+    script = (
+        f"from product_recs.ingest import ingest; print(ingest({str(folder / 'interactions.csv')!r}, "
+        f"{str(root / 'out')!r}, products={str(folder / 'products.csv')!r}, progress=False).rows_read)"
+    )
     done = call(root, "python", "-c", script)
     assert done.stdout.strip() == "1469307", done.stderr
     ledger = json.loads((root / "out" / "ledger.json").read_text())

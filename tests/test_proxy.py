@@ -1,4 +1,5 @@
-"""The service behind a real nginx, with TLS and under a prefix: the configuration is the documented one, with other ports and paths."""
+"""The service behind a real nginx, with TLS and under a prefix: the configuration is the documented one, with other
+ports and paths."""
 
 import http.client
 import json
@@ -100,7 +101,8 @@ class Nginx:
         self.process.wait(20)
 
     def ask(self, path, method="GET", body=None, source="127.0.0.1", **headers):
-        "Status, headers and body; the path is what stands behind the prefix, or the whole one where it begins with two slashes."
+        """Status, headers and body; the path is what stands behind the prefix, or the whole one where it begins with
+        two slashes."""
         connection = http.client.HTTPSConnection(
             "localhost", self.port, timeout=20, context=self.trust, source_address=(source, 0)
         )

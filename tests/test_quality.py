@@ -1,4 +1,5 @@
 """benchmarks/quality.py as a user starts it: a folder of two Parquet files in, a table out."""
+
 import json
 import subprocess
 import sys
@@ -12,42 +13,76 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(folder, *options):
-    return subprocess.run([sys.executable, ROOT/"benchmarks/quality.py", folder, "--out", folder/"out", *options], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks/quality.py", folder, "--out", folder / "out", *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    "Checkerboard of 40 users with ids of their own; the test holds each user's own item. One more user likes an item that only the test knows."
+    """Checkerboard of 40 users with ids of their own; the test holds each user's own item. One more user likes an item
+    that only the test knows."""
     folder = tmp_path_factory.mktemp("board")
     user, item = np.nonzero((np.add.outer(np.arange(40), np.arange(40)) % 2 == 0) & ~np.eye(40, dtype=bool))
-    pd.DataFrame({"user_id": user*10, "item_id": item + 1000}).to_parquet(folder/"train.parquet")
-    pd.DataFrame({"user_id": [*np.arange(40)*10, 10], "item_id": [*np.arange(40) + 1000, 5000]}).to_parquet(folder/"test.parquet")
+    pd.DataFrame({"user_id": user * 10, "item_id": item + 1000}).to_parquet(folder / "train.parquet")
+    pd.DataFrame({"user_id": [*np.arange(40) * 10, 10], "item_id": [*np.arange(40) + 1000, 5000]}).to_parquet(
+        folder / "test.parquet"
+    )
     return folder
 
 
 def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
-    done = run(folder, "--models", "popularity,cosine,graph,weighted-als,low-pass,blend,ease,blend-ease", "--factors", "4", "--patterns", "2", "--regularization", "1")
+    done = run(
+        folder,
+        "--models",
+        "popularity,cosine,graph,weighted-als,low-pass,blend,ease,blend-ease",
+        "--factors",
+        "4",
+        "--patterns",
+        "2",
+        "--regularization",
+        "1",
+    )
     assert done.returncode == 0, done.stderr
-    results = {result["model"]: result for result in json.loads((folder/"out"/f"quality-{folder.name}.json").read_text())}
-    best = (39 + 1/2)/40 # the one user with an unknown item finds one of two
-    for name in ("item-item cosine", "item graph", "weighted ALS", "low-pass", "EASE", "blend of weighted ALS + item graph + low-pass", "blend of weighted ALS + item graph + low-pass + EASE"):
+    results = {
+        result["model"]: result for result in json.loads((folder / "out" / f"quality-{folder.name}.json").read_text())
+    }
+    best = (39 + 1 / 2) / 40  # the one user with an unknown item finds one of two
+    for name in (
+        "item-item cosine",
+        "item graph",
+        "weighted ALS",
+        "low-pass",
+        "EASE",
+        "blend of weighted ALS + item graph + low-pass",
+        "blend of weighted ALS + item graph + low-pass + EASE",
+    ):
         assert results[name]["recall"] == pytest.approx(best), name
     assert results["popularity"]["ndcg"] < results["EASE"]["ndcg"]
     assert all(result["users"] == 40 for result in results.values())
-    table = (folder/"out"/f"quality-{folder.name}.md").read_text()
+    table = (folder / "out" / f"quality-{folder.name}.md").read_text()
     assert "| **item graph** |" in table and table.strip() in done.stdout
-    assert "SimpleX" not in table # the published figures are of another split
+    assert "SimpleX" not in table  # the published figures are of another split
 
 
 def test_validation_takes_nothing_from_the_test(folder):
     done = run(folder, "--models", "popularity,ease", "--validate", "--ease-max-size", "30")
     assert done.returncode == 0, done.stderr
-    assert "40 users and 40 items have a past, and the limit max_size is 30" in done.stderr and "ease is left out" in done.stderr
-    table = (folder/"out"/f"quality-{folder.name}-validation.md").read_text()
+    assert (
+        "40 users and 40 items have a past, and the limit max_size is 30" in done.stderr
+        and "ease is left out" in done.stderr
+    )
+    table = (folder / "out" / f"quality-{folder.name}-validation.md").read_text()
     assert "a tenth of train, held out" in table and "680 pairs in train, 80 judged" in table
 
 
-@pytest.mark.parametrize("options, message", [(["--models", "popularity,magic"], "unknown magic; there are popularity, cosine"), ([], "the file is missing")])
+@pytest.mark.parametrize(
+    "options, message",
+    [(["--models", "popularity,magic"], "unknown magic; there are popularity, cosine"), ([], "the file is missing")],
+)
 def test_mistakes_are_named(tmp_path, options, message):
     done = run(tmp_path, *options)
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr

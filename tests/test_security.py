@@ -1,4 +1,5 @@
 """The guard as a client meets it: real uvicorn workers, real sockets, real files of keys."""
+
 import http.client
 import json
 import os
@@ -18,7 +19,7 @@ from test_api import Server, publish_board
 from product_recs.web.security import SCOPES, Keys, add_key, remove_key
 
 ROOT = Path(__file__).resolve().parents[1]
-APPLICATION = '''
+APPLICATION = """
 import asyncio, os
 from pathlib import Path
 from fastapi import FastAPI, HTTPException, Request
@@ -54,7 +55,7 @@ def create_app():
     app.add_middleware(Guard, settings=settings, shared_folder=Path(os.environ["SHARED"]))
     app.add_middleware(RequestLog)
     return app
-'''
+"""
 
 
 class Service:
@@ -68,11 +69,21 @@ class Service:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
-        environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "SHARED": str(folder), "PRODUCT_RECS_API_KEYS_FILE": str(self.keys_file)}
+        environment |= {
+            "PYTHONPATH": f"{ROOT}:{folder}",
+            "SHARED": str(folder),
+            "PRODUCT_RECS_API_KEYS_FILE": str(self.keys_file),
+        }
         environment |= {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in settings.items()}
         command = [sys.executable, "-m", "uvicorn", "guarded:create_app", "--factory", "--no-access-log"]
         command += ["--host", bind, "--port", str(self.port), "--workers", str(workers)]
-        self.process = subprocess.Popen(command, env=environment, stdout=self.log.open("w"), stderr=(folder / "err").open("w"), stdin=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=self.log.open("w"),
+            stderr=(folder / "err").open("w"),
+            stdin=subprocess.DEVNULL,
+        )
         self.url = f"http://127.0.0.1:{self.port}"
         self.client = httpx2.Client(base_url=self.url, timeout=20)
         end = time.monotonic() + 60
@@ -99,7 +110,9 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    service = Service(tmp_path_factory.mktemp("guarded"), auth="on", max_body_bytes=2000, cors_origins='["https://shop.example"]')
+    service = Service(
+        tmp_path_factory.mktemp("guarded"), auth="on", max_body_bytes=2000, cors_origins='["https://shop.example"]'
+    )
     yield service
     service.close()
 
@@ -111,11 +124,20 @@ def problem(answer, status):
     return answer.json()["detail"]
 
 
-# --- keys --------------------------------------------------------------------------------------------------------------
+# --- keys
+# --------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("method", "path", "needed"), [
-    ("GET", "/recommend/1", "read"), ("POST", "/recommend", "read"), ("POST", "/events", "write"), ("POST", "/model/reload", "admin"), ("GET", "/nowhere", "read"),
-])
+
+@pytest.mark.parametrize(
+    ("method", "path", "needed"),
+    [
+        ("GET", "/recommend/1", "read"),
+        ("POST", "/recommend", "read"),
+        ("POST", "/events", "write"),
+        ("POST", "/model/reload", "admin"),
+        ("GET", "/nowhere", "read"),
+    ],
+)
 def test_each_scope_opens_what_it_says(service, method, path, needed):
     body = {"json": {}} if method == "POST" else {}
     found = {200, 404}
@@ -128,10 +150,18 @@ def test_each_scope_opens_what_it_says(service, method, path, needed):
     assert "API key" in problem(service.client.request(method, path, **body), 401)
 
 
-@pytest.mark.parametrize("headers", [
-    {"Authorization": "Bearer"}, {"Authorization": "Bearer pr_nonsense"}, {"Authorization": "Basic YTpi"},
-    {"X-API-Key": ""}, {"X-API-Key": "x" * 5000}, {"X-API-Key": b"\xff\xfe\x80"}, {"Authorization": b"Bearer \xe2\x82\xac"},
-])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer pr_nonsense"},
+        {"Authorization": "Basic YTpi"},
+        {"X-API-Key": ""},
+        {"X-API-Key": "x" * 5000},
+        {"X-API-Key": b"\xff\xfe\x80"},
+        {"Authorization": b"Bearer \xe2\x82\xac"},
+    ],
+)
 def test_what_is_no_key_is_refused(service, headers):
     answer = service.client.get("/recommend/1", headers=headers)
     problem(answer, 401)
@@ -141,7 +171,16 @@ def test_what_is_no_key_is_refused(service, headers):
 def test_open_paths_ask_for_nothing_and_tricks_open_nothing(service):
     for path in ("/health/live", "/docs", "/openapi.json"):
         assert service.client.get(path).status_code == 200
-    for path in ("/static/../recommend/1", "//recommend/1", "/health/live/../../recommend/1", "/recommend/1#/docs", "/%72ecommend/1", "/recommend/1?/static/", "/static%2f../recommend/1", "/./recommend/1"):
+    for path in (
+        "/static/../recommend/1",
+        "//recommend/1",
+        "/health/live/../../recommend/1",
+        "/recommend/1#/docs",
+        "/%72ecommend/1",
+        "/recommend/1?/static/",
+        "/static%2f../recommend/1",
+        "/./recommend/1",
+    ):
         connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=20)  # sends a path as it is
         connection.request("GET", path)
         answer = connection.getresponse()
@@ -186,14 +225,22 @@ def test_keys_come_and_go_without_a_restart(service):
 
 def test_keys_added_at_the_same_moment_are_all_kept(tmp_path):
     file = tmp_path / "keys.json"
-    program = "import sys; from product_recs.web.security import add_key; [add_key(sys.argv[1], f'{sys.argv[2]}{k}') for k in range(10)]"
-    adding = [subprocess.Popen([sys.executable, "-c", program, file, name], env={**os.environ, "PYTHONPATH": str(ROOT)}) for name in "abc"]
+    program = (
+        "import sys; from product_recs.web.security import add_key; [add_key(sys.argv[1], f'{sys.argv[2]}{k}') for k "
+        "in range(10)]"
+    )
+    adding = [
+        subprocess.Popen([sys.executable, "-c", program, file, name], env={**os.environ, "PYTHONPATH": str(ROOT)})
+        for name in "abc"
+    ]
     assert [process.wait(60) for process in adding] == [0, 0, 0]
     keys = json.loads(file.read_text())["keys"]
     assert len({key["name"] for key in keys}) == 30 and file.stat().st_mode & 0o777 == 0o600
 
 
-# --- bodies ------------------------------------------------------------------------------------------------------------
+# --- bodies
+# ------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("path", ["/recommend", "/raw/events", "/events"])
 def test_a_body_beyond_the_limit_is_refused_however_it_comes(service, path):
@@ -209,10 +256,18 @@ def test_a_body_beyond_the_limit_is_refused_however_it_comes(service, path):
 
 def test_a_refused_upload_is_answered_before_it_is_sent(service):
     with socket.create_connection(("127.0.0.1", service.port)) as raw:
-        raw.sendall(b"POST /events HTTP/1.1\r\nHost: x\r\nX-API-Key: " + service.keys["write"].encode() + b"\r\nContent-Length: 999999999999\r\n\r\n{")
+        raw.sendall(
+            b"POST /events HTTP/1.1\r\nHost: x\r\nX-API-Key: "
+            + service.keys["write"].encode()
+            + b"\r\nContent-Length: 999999999999\r\n\r\n{"
+        )
         assert b" 413 " in raw.recv(65536)
     with socket.create_connection(("127.0.0.1", service.port)) as raw:
-        raw.sendall(b"POST /events HTTP/1.1\r\nHost: x\r\nX-API-Key: " + service.keys["write"].encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        raw.sendall(
+            b"POST /events HTTP/1.1\r\nHost: x\r\nX-API-Key: "
+            + service.keys["write"].encode()
+            + b"\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         for _ in range(3):
             raw.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
         assert b" 413 " in raw.recv(65536), "an endless upload ends at the limit"
@@ -227,29 +282,47 @@ def test_a_stranger_is_refused_before_the_body(service):
 def test_a_client_that_goes_away_in_the_middle_leaves_the_service_well(service):
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", service.port)) as raw:
-            raw.sendall(b"POST /events HTTP/1.1\r\nHost: x\r\nX-API-Key: " + service.keys["write"].encode() + b"\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{")
+            raw.sendall(
+                b"POST /events HTTP/1.1\r\nHost: x\r\nX-API-Key: "
+                + service.keys["write"].encode()
+                + b"\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"
+            )
     assert service.client.post("/events", json={"a": 1}, headers=service.sign("write")).json() == {"a": 1}
 
 
-# --- browsers ----------------------------------------------------------------------------------------------------------
+# --- browsers
+# ----------------------------------------------------------------------------------------------------------
+
 
 def test_a_browser_may_call_from_the_named_origin_alone(service):
     ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
     yes = service.client.options("/events", headers=ask | {"Origin": "https://shop.example"})
     assert yes.status_code == 200 and yes.headers["access-control-allow-origin"] == "https://shop.example"
-    assert "POST" in yes.headers["access-control-allow-methods"] and "authorization" in yes.headers["access-control-allow-headers"].lower()
+    assert (
+        "POST" in yes.headers["access-control-allow-methods"]
+        and "authorization" in yes.headers["access-control-allow-headers"].lower()
+    )
     no = service.client.options("/events", headers=ask | {"Origin": "https://evil.example"})
     assert no.status_code == 400 and "access-control-allow-origin" not in no.headers
     refused = service.client.get("/recommend/1", headers={"Origin": "https://shop.example"})
-    assert problem(refused, 401) and refused.headers["access-control-allow-origin"] == "https://shop.example", "the page can read why"
+    assert problem(refused, 401) and refused.headers["access-control-allow-origin"] == "https://shop.example", (
+        "the page can read why"
+    )
     answer = service.client.get("/recommend/1", headers=service.sign("read") | {"Origin": "https://shop.example"})
-    assert "X-Model-Version" in answer.headers["access-control-expose-headers"] and "access-control-allow-credentials" not in answer.headers
+    assert (
+        "X-Model-Version" in answer.headers["access-control-expose-headers"]
+        and "access-control-allow-credentials" not in answer.headers
+    )
 
 
 def test_headers_that_browsers_heed(service):
     answer = service.client.get("/recommend/1", headers=service.sign("read"))
     assert answer.headers["cache-control"] == "no-store" and answer.headers["x-frame-options"] == "DENY"
-    assert "default-src 'self';" in answer.headers["content-security-policy"] and "unsafe" not in answer.headers["content-security-policy"] and "script-src 'self' 'unsafe-inline'" in service.client.get("/docs").headers["content-security-policy"]
+    assert (
+        "default-src 'self';" in answer.headers["content-security-policy"]
+        and "unsafe" not in answer.headers["content-security-policy"]
+        and "script-src 'self' 'unsafe-inline'" in service.client.get("/docs").headers["content-security-policy"]
+    )
     assert "server" not in answer.headers or "product" not in answer.headers["server"]
 
 
@@ -259,13 +332,20 @@ def test_without_keys_a_page_of_another_site_changes_nothing(tmp_path):
         assert service.client.post("/events", json={}).status_code == 200
         answer = service.client.post("/events", json={}, headers={"Origin": "https://evil.example"})
         assert "another site" in problem(answer, 403)
-        assert "another site" in problem(service.client.post("/events", json={}, headers={"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}), 403)
+        assert "another site" in problem(
+            service.client.post(
+                "/events", json={}, headers={"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}
+            ),
+            403,
+        )
         assert service.client.get("/recommend/1", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 200
     finally:
         service.close()
 
 
-# --- who can reach it --------------------------------------------------------------------------------------------------
+# --- who can reach it
+# --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_another_server_than_serve_asks_for_keys(tmp_path, host):
@@ -280,10 +360,18 @@ def test_another_server_than_serve_asks_for_keys(tmp_path, host):
         service.close()
 
 
-@pytest.mark.parametrize(("settings", "asked"), [
-    ({}, False), ({"host": "localhost"}, False), ({"host": "0.0.0.0"}, True), ({"workers": 2}, False),
-    ({"host": "0.0.0.0", "workers": 2}, True), ({"auth": "on"}, True), ({"host": "0.0.0.0", "auth": "off"}, False),
-])
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, False),
+        ({"host": "localhost"}, False),
+        ({"host": "0.0.0.0"}, True),
+        ({"workers": 2}, False),
+        ({"host": "0.0.0.0", "workers": 2}, True),
+        ({"auth": "on"}, True),
+        ({"host": "0.0.0.0", "auth": "off"}, False),
+    ],
+)
 def test_serve_asks_for_keys_where_others_can_reach_it(tmp_path, settings, asked):
     with Server(tmp_path, tmp_path / "models", api_keys_file=tmp_path / "keys.json", **settings) as server:
         for method, path in (("DELETE", "/users/1"), ("GET", "/recommend/1"), ("GET", "/metrics")):
@@ -325,7 +413,9 @@ def test_a_file_of_keys_that_cannot_be_read_for_a_moment_is_read_again(tmp_path,
             while True:
                 held.append(os.open(os.devnull, os.O_RDONLY))
         keys.refresh(), keys.refresh()
-        assert keys.find(old.encode()) and [record.message.count("Too many open files") for record in caplog.records] == [1]
+        assert keys.find(old.encode()) and [
+            record.message.count("Too many open files") for record in caplog.records
+        ] == [1]
     finally:
         for descriptor in held:
             os.close(descriptor)
@@ -334,7 +424,9 @@ def test_a_file_of_keys_that_cannot_be_read_for_a_moment_is_read_again(tmp_path,
     assert keys.find(old.encode()) is None and keys.find(new.encode()).name == "new"
 
 
-# --- rate --------------------------------------------------------------------------------------------------------------
+# --- rate
+# --------------------------------------------------------------------------------------------------------------
+
 
 def test_the_rate_holds_for_all_workers_together(tmp_path):
     """Two workers, each reached over many connections: one rate for each key, and for the address of who guesses keys."""
@@ -347,7 +439,10 @@ def test_the_rate_holds_for_all_workers_together(tmp_path):
             nonlocal good
             for _ in range(15):
                 with httpx2.Client(base_url=service.url, timeout=20) as client:
-                    answer, pid = client.get("/recommend/1", headers=service.sign("read")), client.get("/health/live").json()["pid"]
+                    answer, pid = (
+                        client.get("/recommend/1", headers=service.sign("read")),
+                        client.get("/health/live").json()["pid"],
+                    )
                 with lock:
                     pids.add(pid)
                     good += answer.status_code == 200
@@ -361,9 +456,15 @@ def test_the_rate_holds_for_all_workers_together(tmp_path):
         seconds = time.monotonic() - began
         assert len(pids) == 2, "both workers answered"
         assert 5 <= good <= 5 + 5 * seconds + 1, (good, seconds)
-        assert refused and "5 requests a second" in problem(refused[0], 429) and refused[0].headers["retry-after"] == "1"
-        assert service.client.get("/recommend/1", headers=service.sign("write")).status_code == 200, "another key has its own rate"
-        statuses = [service.client.get("/recommend/1", headers={"X-API-Key": f"guess {k}"}).status_code for k in range(60)]
+        assert (
+            refused and "5 requests a second" in problem(refused[0], 429) and refused[0].headers["retry-after"] == "1"
+        )
+        assert service.client.get("/recommend/1", headers=service.sign("write")).status_code == 200, (
+            "another key has its own rate"
+        )
+        statuses = [
+            service.client.get("/recommend/1", headers={"X-API-Key": f"guess {k}"}).status_code for k in range(60)
+        ]
         assert set(statuses[:3]) == {401} and 429 in statuses, "guessing is limited by address"
     finally:
         service.close()

@@ -1,4 +1,6 @@
-"""What the service promises over HTTP: two worker processes, a trained model, and a feedback store in a real SQLite file and in a real PostgreSQL."""
+"""What the service promises over HTTP: two worker processes, a trained model, and a feedback store in a real SQLite
+file and in a real PostgreSQL."""
+
 import http.client
 import json
 import shutil
@@ -44,7 +46,9 @@ def url_of(kind, folder, request):
 def serving(folder, trained, url, **settings):
     "Two workers on a copy of the models."
     shutil.copytree(trained[0], folder / "models", symlinks=True)
-    with Server(folder, folder / "models", **{"workers": 2, "database_url": url, "watch_seconds": 0.1, **settings}) as server:
+    with Server(
+        folder, folder / "models", **{"workers": 2, "database_url": url, "watch_seconds": 0.1, **settings}
+    ) as server:
         server.models, server.url = folder / "models", url
         both(server, "/health/live")
         yield server
@@ -59,7 +63,10 @@ def shop(request, tmp_path_factory, trained):
 
 def both(server, path, method="GET", body=None, headers=None):
     "The answers of both workers, each over a connection that it keeps; the first part of a request id is the worker."
-    payload, sent = None if body is None else json.dumps(body), ({} if body is None else {"Content-Type": "application/json"}) | (headers or {})
+    payload, sent = (
+        None if body is None else json.dumps(body),
+        ({} if body is None else {"Content-Type": "application/json"}) | (headers or {}),
+    )
     if not hasattr(server, "kept"):
         server.kept = {}
     answers = []
@@ -114,7 +121,9 @@ def event(user, item, event="purchase", **more):
     return {"user_id": user, "item_id": item, "event": event, **more}
 
 
-# --- feedback ----------------------------------------------------------------------------------------------------------
+# --- feedback
+# ----------------------------------------------------------------------------------------------------------
+
 
 def test_an_event_counts_at_the_next_request_in_every_worker(shop):
     source, before = lists(shop, 11)
@@ -126,24 +135,43 @@ def test_an_event_counts_at_the_next_request_in_every_worker(shop):
         post(shop, event(7001, item, "cart"))
         source, found = lists(shop, 7001)
         assert source == "session" and item not in found and len(found) == 10
-    assert [(line["item_id"], line["event"], line["origin"]) for line in one(shop, "/users/7001/history")["history"]] == [(item, "cart", "feedback") for item in before[2::-1]]
+    assert [
+        (line["item_id"], line["event"], line["origin"]) for line in one(shop, "/users/7001/history")["history"]
+    ] == [(item, "cart", "feedback") for item in before[2::-1]]
 
 
 def test_a_key_counts_once_whichever_workers_get_it(shop):
     body = {"events": [event(7002, item, key=f"order-1-{item}") for item in (101, 102, 103)]}
     with ThreadPoolExecutor(8) as pool:
-        answers = [*pool.map(lambda _: shop.ask("POST", "/events", body), range(16)), *both(shop, "/events", "POST", body)]
+        answers = [
+            *pool.map(lambda _: shop.ask("POST", "/events", body), range(16)),
+            *both(shop, "/events", "POST", body),
+        ]
     statuses = Counter(result["status"] for _, _, body in answers for result in body["results"])
-    assert statuses["accepted"] == 3 and statuses["duplicate"] == 3 * (len(answers) - 1) and set(statuses) == {"accepted", "duplicate"}
+    assert (
+        statuses["accepted"] == 3
+        and statuses["duplicate"] == 3 * (len(answers) - 1)
+        and set(statuses) == {"accepted", "duplicate"}
+    )
     assert len(one(shop, "/users/7002/history")["history"]) == 3
-    status, _, mixed = shop.ask("POST", "/events", {"events": [event(7002, 104, key="new"), event(7002, 105, quantity=-1), event(7002, 101, key="order-1-101")]})
-    assert status == 200 and [result["status"] for result in mixed["results"]] == ["accepted", "rejected", "duplicate"] and "quantity" in mixed["results"][1]["error"]
+    status, _, mixed = shop.ask(
+        "POST",
+        "/events",
+        {"events": [event(7002, 104, key="new"), event(7002, 105, quantity=-1), event(7002, 101, key="order-1-101")]},
+    )
+    assert (
+        status == 200
+        and [result["status"] for result in mixed["results"]] == ["accepted", "rejected", "duplicate"]
+        and "quantity" in mixed["results"][1]["error"]
+    )
 
 
 def test_what_a_user_denies_never_comes(shop):
     _, before = lists(shop, 12)
     post(shop, event(12, before[0], "deny"), event(12, before[1], "deny"))
-    assert not {*before[:2]} & {*lists(shop, 12)[1]} and not {*before[:2]} & {*one(shop, "/recommend/12?task=next_purchase")["recommendations"]}
+    assert not {*before[:2]} & {*lists(shop, 12)[1]} and not {*before[:2]} & {
+        *one(shop, "/recommend/12?task=next_purchase")["recommendations"]
+    }
     assert "denied" in one(shop, f"/explain/12/{before[0]}")["rule"]
     post(shop, event(12, before[0], "undeny"), event(12, before[1], "undeny"))
     assert lists(shop, 12)[1] == before
@@ -168,22 +196,41 @@ def test_a_forgotten_user_is_a_stranger_in_every_worker(shop):
 def test_what_is_sold_out_is_recommended_to_nobody(shop):
     before, popular = {user: lists(shop, user)[1] for user in (14, 15)}, one(shop, "/popular?n=1")["recommendations"]
     gone = [before[14][0], before[15][0], popular[0]]
-    tell = lambda available: shop.ask("POST", "/availability", {"items": [{"item_id": item, "available": available} for item in gone]})
+    tell = lambda available: shop.ask(
+        "POST", "/availability", {"items": [{"item_id": item, "available": available} for item in gone]}
+    )
     assert tell(False)[2] == {"changed": len({*gone})} and tell(False)[2] == {"changed": 0}
-    for path in ("/recommend/14", "/recommend/15", "/recommend/8999", "/popular", f"/similar/{before[14][1]}?n=100", "/recommend/14?task=next_purchase&n=100"):
+    for path in (
+        "/recommend/14",
+        "/recommend/15",
+        "/recommend/8999",
+        "/popular",
+        f"/similar/{before[14][1]}?n=100",
+        "/recommend/14?task=next_purchase&n=100",
+    ):
         body = one(shop, path)
         assert not {*gone} & {*body.get("recommendations", body.get("similar"))}
-    assert one(shop, f"/items/{gone[0]}")["available"] is False and "not available" in one(shop, f"/explain/14/{gone[0]}")["rule"]
+    assert (
+        one(shop, f"/items/{gone[0]}")["available"] is False
+        and "not available" in one(shop, f"/explain/14/{gone[0]}")["rule"]
+    )
     tell(True)
     assert one(shop, f"/items/{gone[0]}")["available"] and {user: lists(shop, user)[1] for user in (14, 15)} == before
 
 
-# --- answers -----------------------------------------------------------------------------------------------------------
+# --- answers
+# -----------------------------------------------------------------------------------------------------------
+
 
 def test_a_guest_is_answered_from_the_session_alone(shop):
     session = [{"item_id": 101, "event": "cart"}, {"item_id": 102}]
     found = one(shop, "/recommend", "POST", {"events": session, "n": 5, "detail": True})["results"][0]
-    assert found["user_id"] is None and found["source"] == "session" and not {101, 102} & {*found["recommendations"]} and len(found["items"]) == 5
+    assert (
+        found["user_id"] is None
+        and found["source"] == "session"
+        and not {101, 102} & {*found["recommendations"]}
+        and len(found["items"]) == 5
+    )
     assert {reason["item_id"] for item in found["items"] for reason in item["reasons"]} <= {101, 102}
     assert one(shop, "/recommend", "POST", {"n": 5})["results"][0]["source"] == "popular"
     # the same as events: what a stranger did in the store
@@ -195,23 +242,44 @@ def test_filters_hold_together(shop):
     facts = {item: one_item for item in range(101, 221) if (one_item := shop.get(f"/items/{item}")[2]["attributes"])}
     categories = sorted({attributes["category"] for attributes in facts.values()})
     free = lists(shop, 16, n=100)[1]
-    rules = {"where": {"category": categories[:2], "price": {"min": 3, "max": 30}}, "max_per": {"category": 4}, "deny": free[:2], "allow": list(range(101, 200))}
-    fits = lambda item: facts[item]["category"] in categories[:2] and 3 <= facts[item]["price"] <= 30 and item not in free[:2] and item < 200
+    rules = {
+        "where": {"category": categories[:2], "price": {"min": 3, "max": 30}},
+        "max_per": {"category": 4},
+        "deny": free[:2],
+        "allow": list(range(101, 200)),
+    }
+    fits = lambda item: (
+        facts[item]["category"] in categories[:2]
+        and 3 <= facts[item]["price"] <= 30
+        and item not in free[:2]
+        and item < 200
+    )
     expected, count = [], Counter()
     for item in filter(fits, free):
         if count[facts[item]["category"]] < 4:
             expected.append(item)
             count[facts[item]["category"]] += 1
     result = one(shop, "/recommend", "POST", {"users": [16], "n": 20, "filters": rules})["results"][0]
-    assert result["recommendations"] == expected and 0 < len(expected) <= 8 and result["shortfall"].startswith(f"only {len(expected)} of 20: ")
+    assert (
+        result["recommendations"] == expected
+        and 0 < len(expected) <= 8
+        and result["shortfall"].startswith(f"only {len(expected)} of 20: ")
+    )
     problem(shop.ask("POST", "/recommend", {"filters": {"where": {"colour": ["red"]}}}), 422)
 
 
 def test_many_users_are_answered_in_the_order_asked(shop):
     users = [17, 9_000_001, 18, 17]
     results = one(shop, "/recommend", "POST", {"users": users, "n": 7})["results"]
-    assert [result["user_id"] for result in results] == users and [result["source"] for result in results] == ["personalised", "popular", "personalised", "personalised"]
-    assert [result["recommendations"] for result in results] == [one(shop, f"/recommend/{user}?n=7")["recommendations"] for user in users]
+    assert [result["user_id"] for result in results] == users and [result["source"] for result in results] == [
+        "personalised",
+        "popular",
+        "personalised",
+        "personalised",
+    ]
+    assert [result["recommendations"] for result in results] == [
+        one(shop, f"/recommend/{user}?n=7")["recommendations"] for user in users
+    ]
 
 
 @pytest.mark.parametrize("task", ["discovery", "next_purchase"])
@@ -220,31 +288,52 @@ def test_an_explanation_adds_up(shop, task):
     assert detail["source"] == ("personalised" if task == "discovery" else "next_purchase")
     for item in detail["items"]:
         told = one(shop, f"/explain/19/{item['item_id']}?task={task}")
-        assert (told["rank"], told["recommended"], told["rule"], told["title"]) == (item["rank"], True, None, item["title"])
+        assert (told["rank"], told["recommended"], told["rule"], told["title"]) == (
+            item["rank"],
+            True,
+            None,
+            item["title"],
+        )
         assert told["score"] == pytest.approx(item["score"], rel=1e-3, abs=1e-4)
         affinity = sum(reason["contribution"] for reason in told["why"]) + told["other"]
-        assert (affinity if task == "discovery" else sum(told["signals"].values())) == pytest.approx(told["score"], rel=1e-3, abs=1e-3)
-    own = next(line["item_id"] for line in one(shop, "/users/19/history")["history"] if shop.get(f"/items/{line['item_id']}")[2]["available"])
+        assert (affinity if task == "discovery" else sum(told["signals"].values())) == pytest.approx(
+            told["score"], rel=1e-3, abs=1e-3
+        )
+    own = next(
+        line["item_id"]
+        for line in one(shop, "/users/19/history")["history"]
+        if shop.get(f"/items/{line['item_id']}")[2]["available"]
+    )
     told = one(shop, f"/explain/19/{own}?task={task}")
-    assert told["rule"] == ("already seen" if task == "discovery" else None) and told["rank"] == (None if task == "discovery" else told["rank"])
+    assert told["rule"] == ("already seen" if task == "discovery" else None) and told["rank"] == (
+        None if task == "discovery" else told["rank"]
+    )
 
 
 def test_metrics_add_up_both_workers(shop):
     def figures():
-        lines = (line.rsplit(" ", 1) for line in shop.get("/metrics")[2].decode().splitlines() if not line.startswith("#"))
+        lines = (
+            line.rsplit(" ", 1) for line in shop.get("/metrics")[2].decode().splitlines() if not line.startswith("#")
+        )
         return {name: float(value) for name, value in lines}
+
     count = 'http_requests_total{method="GET",route="/similar/{item_id}",status="200"}'
     before = figures()
     asked = len(both(shop, "/similar/101"))
     until(lambda: figures().get(count, 0) - before.get(count, 0) == asked)
     after = figures()
-    assert after["workers_alive"] == 2 and sum(value for name, value in after.items() if name.startswith("model_info{")) == 2
+    assert (
+        after["workers_alive"] == 2
+        and sum(value for name, value in after.items() if name.startswith("model_info{")) == 2
+    )
     post(shop, event(7004, 101))
     name = 'feedback_events_total{result="accepted"}'
     until(lambda: figures()[name] == after[name] + 1)
 
 
-# --- models --------------------------------------------------------------------------------------------------------------
+# --- models
+# --------------------------------------------------------------------------------------------------------------
+
 
 def in_process(models_dir, version, users, n=10):
     model = prepared(open_bundle(models_dir, version))
@@ -266,7 +355,10 @@ def test_a_new_model_is_taken_up_while_requests_run(tmp_path, trained):
                 user, k = users[k % len(users)], k + 1
                 if k % 3 == 0:
                     status, headers, body = server.ask("POST", "/recommend", {"users": [user, users[0]]})
-                    pairs = [(result["user_id"], result["model_version"], result["recommendations"]) for result in body["results"]]
+                    pairs = [
+                        (result["user_id"], result["model_version"], result["recommendations"])
+                        for result in body["results"]
+                    ]
                     assert {version for _, version, _ in pairs} == {headers["x-model-version"]}
                 else:
                     status, headers, body = server.get(f"/recommend/{user}" + ("?detail=true" if k % 3 == 1 else ""))
@@ -281,7 +373,11 @@ def test_a_new_model_is_taken_up_while_requests_run(tmp_path, trained):
             try:
                 for version in (second, first, second):
                     publish(server.models, version)
-                    until(lambda version=version: all(headers["x-model-version"] == version for _, headers, _ in both(server, "/health/ready")))
+                    until(
+                        lambda version=version: all(
+                            headers["x-model-version"] == version for _, headers, _ in both(server, "/health/ready")
+                        )
+                    )
             finally:
                 ended.set()
             assert [found.result() for found in asking] == [[]] * 6
@@ -292,7 +388,9 @@ def test_a_broken_model_is_refused_and_shown_and_an_earlier_one_is_one_command_a
     _, first, second = trained
     with serving(tmp_path, trained, "") as server:
         publish(server.models, second)
-        versions = lambda: {(body["version"], (body["refused"] or {}).get("version")) for _, _, body in both(server, "/model")}
+        versions = lambda: {
+            (body["version"], (body["refused"] or {}).get("version")) for _, _, body in both(server, "/model")
+        }
         until(lambda: versions() == {(second, None)})
         broken = "29990101T000000-broken00"
         shutil.copytree(server.models / second, server.models / broken)
@@ -305,7 +403,9 @@ def test_a_broken_model_is_refused_and_shown_and_an_earlier_one_is_one_command_a
         until(lambda: versions() == {(second, broken)})
         assert "item_factors.npy" in server.get("/model")[2]["refused"]["error"]
         assert {body["status"] for _, _, body in both(server, "/model/reload", "POST")} == {"refused"}
-        assert {status for status, _, _ in both(server, "/health/ready")} == {200} and one(server, "/recommend/1")["recommendations"] == in_process(server.models, second, [1])[1]
+        assert {status for status, _, _ in both(server, "/health/ready")} == {200} and one(server, "/recommend/1")[
+            "recommendations"
+        ] == in_process(server.models, second, [1])[1]
         assert rollback(server.models, first) == first
         until(lambda: versions() == {(first, None)})
         assert one(server, "/recommend/1")["recommendations"] == in_process(server.models, first, [1])[1]
@@ -319,7 +419,9 @@ def test_what_users_did_becomes_part_of_the_next_model(kind, request, tmp_path, 
     url = url_of(kind, tmp_path, request)
     with serving(tmp_path, trained, url) as server:
         bought = lists(server, 1)[1][:3]
-        post(server, *[event(7100, item, timestamp="2026-01-05T12:00:00Z") for item in bought], event(7100, 101, "deny"))
+        post(
+            server, *[event(7100, item, timestamp="2026-01-05T12:00:00Z") for item in bought], event(7100, 101, "deny")
+        )
         assert server.ask("DELETE", "/users/20")[0] == 200
         source, before = lists(server, 7100)
         assert source == "session" and not {*bought, 101} & {*before}
@@ -329,26 +431,35 @@ def test_what_users_did_becomes_part_of_the_next_model(kind, request, tmp_path, 
         shutil.copytree(tmp_path / "next/models" / version, server.models / version)
         publish(server.models, version)
         until(lambda: all(headers["x-model-version"] == version for _, headers, _ in both(server, "/health/ready")))
-        assert server.get("/model")[2]["data"]["feedback_until"] and one(server, "/users?limit=1")["total"] == 360  # one is new, one is forgotten
+        assert (
+            server.get("/model")[2]["data"]["feedback_until"] and one(server, "/users?limit=1")["total"] == 360
+        )  # one is new, one is forgotten
         source, after = lists(server, 7100)
         expected = [item for item in in_process(server.models, version, [7100], 11)[7100] if item != 101][:10]
         assert (source, after) == ("personalised", expected)
         told = one(server, "/users/7100/history")
-        assert told["known"] and Counter(line["item_id"] for line in told["history"]) == Counter([*bought, 101])  # each thing once
+        assert told["known"] and Counter(line["item_id"] for line in told["history"]) == Counter(
+            [*bought, 101]
+        )  # each thing once
         assert lists(server, 20)[0] == "popular"
         post(server, event(7100, after[0]))
         assert after[0] not in lists(server, 7100)[1]
 
 
-# --- the store goes away ------------------------------------------------------------------------------------------------
+# --- the store goes away
+# ------------------------------------------------------------------------------------------------
+
 
 def refused_then_counted(server, stop, start):
-    "Recommendations go on while the store is away; events are refused with 503, and accepted when it is back, without a restart."
+    """Recommendations go on while the store is away; events are refused with 503, and accepted when it is back, without
+    a restart."""
     post(server, event(7201, 101))
     before = lists(server, 7201)
     stop()
     answers = both(server, "/recommend/7201")
-    assert {status for status, _, _ in answers} == {200} and all(body["recommendations"] == before[1] for _, _, body in answers)
+    assert {status for status, _, _ in answers} == {200} and all(
+        body["recommendations"] == before[1] for _, _, body in answers
+    )
     body = {"events": [event(7201, before[1][0], key="while-away")]}
     refused = server.ask("POST", "/events", body)
     assert "nothing was taken" in problem(refused, 503).detail and int(refused[1]["retry-after"]) > 0
@@ -377,13 +488,25 @@ def test_a_locked_sqlite_file_is_survived(tmp_path, trained):
         holder.close()
 
 
-# --- keys ---------------------------------------------------------------------------------------------------------------
+# --- keys
+# ---------------------------------------------------------------------------------------------------------------
+
 
 def test_keys_open_what_their_scope_says_in_every_worker(tmp_path, trained):
     keys = {scope: add_key(tmp_path / "keys.json", scope, scope) for scope in ("read", "write", "admin")}
-    with serving(tmp_path, trained, f"sqlite:///{tmp_path}/feedback.db", auth="on", api_keys_file=tmp_path / "keys.json") as server:
-        asks = [("GET", "/recommend/1", None, 0), ("POST", "/recommend", {}, 0), ("GET", "/metrics", None, 0), ("GET", "/model", None, 0), ("POST", "/events", event(1, 101, key="k"), 1),
-                ("DELETE", "/users/21", None, 1), ("POST", "/availability", {"items": [{"item_id": 101, "available": True}]}, 1), ("POST", "/model/reload", None, 2)]
+    with serving(
+        tmp_path, trained, f"sqlite:///{tmp_path}/feedback.db", auth="on", api_keys_file=tmp_path / "keys.json"
+    ) as server:
+        asks = [
+            ("GET", "/recommend/1", None, 0),
+            ("POST", "/recommend", {}, 0),
+            ("GET", "/metrics", None, 0),
+            ("GET", "/model", None, 0),
+            ("POST", "/events", event(1, 101, key="k"), 1),
+            ("DELETE", "/users/21", None, 1),
+            ("POST", "/availability", {"items": [{"item_id": 101, "available": True}]}, 1),
+            ("POST", "/model/reload", None, 2),
+        ]
         for method, path, body, needed in asks:
             assert {status for status, _, _ in both(server, path, method, body)} == {401}
             for at, key in enumerate(keys.values()):

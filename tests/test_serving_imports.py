@@ -1,4 +1,5 @@
 """The service needs its own few requirements and nothing else: no training, no tables, no notebooks."""
+
 import shlex
 import shutil
 import subprocess
@@ -11,32 +12,97 @@ import pytest
 from test_api import Server, publish_board
 
 ROOT = Path(__file__).resolve().parents[1]
-UNWANTED = ("implicit", "pandas", "papermill", "nbdev", "nbconvert", "nbformat", "jupyter", "IPython", "ipykernel", "matplotlib", "pyarrow", "faiss")
+UNWANTED = (
+    "implicit",
+    "pandas",
+    "papermill",
+    "nbdev",
+    "nbconvert",
+    "nbformat",
+    "jupyter",
+    "IPython",
+    "ipykernel",
+    "matplotlib",
+    "pyarrow",
+    "faiss",
+)
 
 
 def test_the_service_imports_nothing_of_training_or_notebooks():
     program = "import sys, product_recs.api; print(*sorted(sys.modules), sep='\\n')"
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
     modules = run.stdout.split()
     assert "product_recs.inference" in modules
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
-    assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in (
-        "answers", "api", "bundle", "changes", "cold", "connection", "core", "credentials", "events", "explain", "filters", "foldin", "ids", "inference", "ladder", "live", "monitor", "nearest", "parameters", "people", "ranking",
-        "records", "search", "security", "service", "signals", "solver", "sql", "store", "web")}
+    assert {m for m in modules if m.startswith("product_recs.")} == {
+        f"product_recs.{m}"
+        for m in (
+            "answers",
+            "api",
+            "bundle",
+            "changes",
+            "cold",
+            "connection",
+            "core",
+            "credentials",
+            "events",
+            "explain",
+            "filters",
+            "foldin",
+            "ids",
+            "inference",
+            "ladder",
+            "live",
+            "monitor",
+            "nearest",
+            "parameters",
+            "people",
+            "ranking",
+            "records",
+            "search",
+            "security",
+            "service",
+            "signals",
+            "solver",
+            "sql",
+            "store",
+            "web",
+        )
+    }
 
 
 def test_the_feedback_store_needs_only_what_the_service_has():
     program = "import sys, product_recs.store, product_recs.changes; print(*sorted(sys.modules), sep='\\n')"
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
     modules = run.stdout.split()
     assert [m for m in modules if m.split(".")[0].lower().startswith(tuple(u.lower() for u in UNWANTED))] == []
-    assert {m for m in modules if m.startswith("product_recs.")} == {f"product_recs.{m}" for m in ("changes", "connection", "core", "credentials", "events", "ids", "records", "sql", "store")}
+    assert {m for m in modules if m.startswith("product_recs.")} == {
+        f"product_recs.{m}"
+        for m in ("changes", "connection", "core", "credentials", "events", "ids", "records", "sql", "store")
+    }
 
 
 def test_importing_the_service_does_no_work(tmp_path):
     program = "import threading, product_recs.api, os; print(threading.active_count(), os.listdir('.'))"
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "PRODUCT_RECS_PORT": "not a number", "PRODUCT_RECS_MODELS_DIR": "/nowhere"}
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": "",
+        "PRODUCT_RECS_PORT": "not a number",
+        "PRODUCT_RECS_MODELS_DIR": "/nowhere",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=environment,
+    )
     assert run.stdout.split() == ["1", "[]"]
 
 
@@ -59,17 +125,30 @@ def serving_venv(tmp_path_factory):
 
 
 def test_the_requirements_of_serving_are_enough(serving_venv, tmp_path):
-    listed = subprocess.run([serving_venv / "bin/python", "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True, check=True, timeout=60)
+    listed = subprocess.run(
+        [serving_venv / "bin/python", "-m", "pip", "list", "--format=freeze"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
     installed = {line.split("==")[0].lower() for line in listed.stdout.split()}
     assert installed.isdisjoint({u.lower() for u in UNWANTED}) and "fastapi" in installed
     publish_board(tmp_path / "models")
     with Server(tmp_path, tmp_path / "models", command=[serving_venv / "bin/product-recs", "serve"]) as server:
         assert server.get("/recommend/1?n=1")[2] == {"user_id": 1, "recommendations": [101]}
-        assert server.get("/similar/101?n=1&detail=true")[0] == server.get("/docs")[0] == server.get("/health/ready")[0] == 200
+        assert (
+            server.get("/similar/101?n=1&detail=true")[0]
+            == server.get("/docs")[0]
+            == server.get("/health/ready")[0]
+            == 200
+        )
 
 
 def test_the_installed_package_brings_the_migrations(serving_venv, tmp_path):
     program = "import sys; from product_recs.feedback.records import NewEvent; from product_recs.feedback.store import Store; store = Store(sys.argv[1]); print(store.add_events([NewEvent(1, 101)]), store.history(1)[0].item_id)"
     command = [serving_venv / "bin/python", "-c", program, f"sqlite:///{tmp_path}/feedback.db"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env={"PATH": ""})
+    run = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env={"PATH": ""}
+    )
     assert run.stdout.split() == ["['accepted']", "101"]

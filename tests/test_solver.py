@@ -1,4 +1,6 @@
-"""The trainer's own solver as a whole: the same model on any number of threads and through the NumPy path, interrupts, and an installation without a compiler."""
+"""The trainer's own solver as a whole: the same model on any number of threads and through the NumPy path, interrupts,
+and an installation without a compiler."""
+
 import os
 import shutil
 import signal
@@ -38,7 +40,10 @@ def shop():
 @pytest.mark.parametrize("options", [{}, {"nu": 0.5, "regularization": 0.5}, {"unobserved_weight": 0.3}])
 def test_kernels_and_numpy_end_in_the_same_model(shop, options):
     options = {"factors": 24, "regularization": 8.0} | options
-    models = [RotatedALS(shop, **options, native=native, num_threads=2) for native in ([True] if native_kernels() else []) + [False]]
+    models = [
+        RotatedALS(shop, **options, native=native, num_threads=2)
+        for native in ([True] if native_kernels() else []) + [False]
+    ]
     for model in models:
         for _ in range(3):
             model.step()
@@ -51,18 +56,32 @@ def test_kernels_and_numpy_end_in_the_same_model(shop, options):
 
 
 def test_threads_change_nothing_and_the_service_would_solve_the_same(shop):
-    one, many = (fit_als(shop, factors=20, regularization=8.0, iterations=4, solver="rotated", num_threads=threads, progress=False) for threads in (1, 5))
-    assert np.array_equal(one.user_factors, many.user_factors) and np.array_equal(one.item_factors, many.item_factors) and one.losses == many.losses
+    one, many = (
+        fit_als(
+            shop, factors=20, regularization=8.0, iterations=4, solver="rotated", num_threads=threads, progress=False
+        )
+        for threads in (1, 5)
+    )
+    assert (
+        np.array_equal(one.user_factors, many.user_factors)
+        and np.array_equal(one.item_factors, many.item_factors)
+        and one.losses == many.losses
+    )
     solver = Solver(one.item_factors, 8.0, 1.0)
     expected = np.array([solver.solve(row.indices, row.data) for row in shop])
-    assert (np.linalg.norm(one.user_factors - expected, axis=1) <= 1e-5*np.linalg.norm(expected, axis=1)).all()
+    assert (np.linalg.norm(one.user_factors - expected, axis=1) <= 1e-5 * np.linalg.norm(expected, axis=1)).all()
 
 
 def test_the_loss_never_rises_and_ends_no_higher_than_that_of_implicit(shop):
-    losses = {solver: fit_als(shop, factors=16, regularization=8.0, iterations=40, loss_every=1, solver=solver, progress=False).losses for solver in ("implicit", "rotated")}
+    losses = {
+        solver: fit_als(
+            shop, factors=16, regularization=8.0, iterations=40, loss_every=1, solver=solver, progress=False
+        ).losses
+        for solver in ("implicit", "rotated")
+    }
     values = [loss for _, loss in losses["rotated"]]
-    assert len(values) == 40 and all(later <= earlier*(1 + 1e-5) for earlier, later in zip(values, values[1:]))
-    assert values[-1] <= losses["implicit"][-1][1]*1.001
+    assert len(values) == 40 and all(later <= earlier * (1 + 1e-5) for earlier, later in zip(values, values[1:]))
+    assert values[-1] <= losses["implicit"][-1][1] * 1.001
 
 
 def ours():
@@ -107,7 +126,9 @@ def wheel(folder, **environment):
     source.mkdir()
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    shutil.copytree(
+        ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
     command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(folder)]
     subprocess.run(command, cwd=source, env=os.environ | environment, check=True, capture_output=True, timeout=300)
     [found] = folder.glob("*.whl")
@@ -123,7 +144,15 @@ from product_recs.models.solver import native_kernels, RotatedALS
 model = RotatedALS(s.csr_matrix(np.eye(9, dtype=np.float32)), 4)
 model.step()
 print(native_kernels(), model.loss() > 0)"""
-    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )
     assert run.stdout.split() == ["None", "True"]
 
 
@@ -132,10 +161,23 @@ def test_a_wheel_with_kernels_serves_every_python(tmp_path):
     found = wheel(tmp_path)
     assert "cp310-abi3" in found.name
     with zipfile.ZipFile(found) as archive:
-        assert sorted(name for name in archive.namelist() if name.endswith(".so")) == ["product_recs/_als.abi3.so", "product_recs/_search.abi3.so"]
+        assert sorted(name for name in archive.namelist() if name.endswith(".so")) == [
+            "product_recs/_als.abi3.so",
+            "product_recs/_search.abi3.so",
+        ]
         archive.extractall(tmp_path / "site")
-    program = "from product_recs.core.kernels import compiled; print(compiled('_als') is not None, compiled('_search') is not None)"
-    run = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    program = (
+        "from product_recs.core.kernels import compiled; print(compiled('_als') is not None, compiled('_search') is "
+        "not None)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+    )
     assert run.stdout.split() == ["True", "True"], run.stderr
 
 
@@ -147,8 +189,9 @@ def wide_shop(seed, users, items, full, width, outliers):
     rng = np.random.default_rng(seed)
     taken = rng.random((users, items)) < full
     taken[0, 0] = True
-    values = 10**rng.uniform(*width, taken.shape)
-    if outliers: values = np.where(rng.random(taken.shape) < 0.03, 10.0**width[1], 1)
+    values = 10 ** rng.uniform(*width, taken.shape)
+    if outliers:
+        values = np.where(rng.random(taken.shape) < 0.03, 10.0 ** width[1], 1)
     return csr_matrix(np.where(taken, values, 0).astype(np.float32))
 
 
@@ -156,55 +199,85 @@ def by_the_book(confidence, factors, regularization):
     "Each row's solution, and its matrix, in float64 and without squaring what is heavy."
     for row in confidence.toarray().astype(float):
         weight = np.where(row > 0, row, 1.0)
-        rows = np.vstack([np.sqrt(weight)[:, None]*factors, np.sqrt(regularization)*np.eye(factors.shape[1])])
+        rows = np.vstack([np.sqrt(weight)[:, None] * factors, np.sqrt(regularization) * np.eye(factors.shape[1])])
         wanted = np.append(np.where(row > 0, np.sqrt(weight), 0), np.zeros(factors.shape[1]))
         yield np.linalg.lstsq(rows, wanted, rcond=None)[0], rows.T @ rows, row > 0
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 120), st.sampled_from([0.02, 0.2, 0.6, 1.0]), st.sampled_from(WIDTHS), st.booleans(),
-       st.sampled_from([1, 3, 16, 17, 40, 130]), st.sampled_from([0, 1e-6, 1e-2, 1, 20, 1e6]), st.integers(1, 2), st.booleans())
-def test_no_confidence_and_no_regularization_makes_a_factor_infinite(seed, users, items, full, width, outliers, factors, regularization, threads, native):
-    "Where what all rows share leaves a solution, scores over all items are right to 5 per mille, and one by one to 2 in 100,000."
+@given(
+    st.integers(0, 1000),
+    st.integers(1, 50),
+    st.integers(1, 120),
+    st.sampled_from([0.02, 0.2, 0.6, 1.0]),
+    st.sampled_from(WIDTHS),
+    st.booleans(),
+    st.sampled_from([1, 3, 16, 17, 40, 130]),
+    st.sampled_from([0, 1e-6, 1e-2, 1, 20, 1e6]),
+    st.integers(1, 2),
+    st.booleans(),
+)
+def test_no_confidence_and_no_regularization_makes_a_factor_infinite(
+    seed, users, items, full, width, outliers, factors, regularization, threads, native
+):
+    """Where what all rows share leaves a solution, scores over all items are right to 5 per mille, and one by one to 2
+    in 100,000."""
     native = native and native_kernels() is not None
     confidence = wide_shop(seed, users, items, full, width, outliers)
     model = RotatedALS(confidence, factors, regularization, seed=seed, num_threads=threads, native=native)
-    for _ in range(3): model.step()
+    for _ in range(3):
+        model.step()
     model.solve_users()
     assert np.isfinite(model.user_factors).all() and np.isfinite(model.item_factors).all() and np.isfinite(model.loss())
-    fixed = np.random.default_rng(seed).standard_normal((items, factors), np.float32)/np.sqrt(np.float32(factors))
-    found, one = solve_rows(fixed, confidence, regularization, num_threads=threads, native=native), Solver(fixed, regularization, 1.0)
-    shared = fixed.T.astype(float) @ fixed + regularization*np.eye(factors)
+    fixed = np.random.default_rng(seed).standard_normal((items, factors), np.float32) / np.sqrt(np.float32(factors))
+    found, one = (
+        solve_rows(fixed, confidence, regularization, num_threads=threads, native=native),
+        Solver(fixed, regularization, 1.0),
+    )
+    shared = fixed.T.astype(float) @ fixed + regularization * np.eye(factors)
     assert np.isfinite(found).all()
-    if np.linalg.cond(shared) > 1e5: return
+    if np.linalg.cond(shared) > 1e5:
+        return
     root = np.linalg.inv(np.linalg.cholesky(shared))
     for row, (exact, matrix, taken) in enumerate(by_the_book(confidence, fixed.astype(float), regularization)):
-        if not taken.any() or np.linalg.eigvalsh(root @ matrix @ root.T)[0] < 1e-3: continue
+        if not taken.any() or np.linalg.eigvalsh(root @ matrix @ root.T)[0] < 1e-3:
+            continue
         single = one.solve(np.flatnonzero(taken), confidence[row].data)
         for name, x in (("rows", found[row]), ("one", single)):
             error = x - exact
             tolerance = 5e-3 if name == "rows" else 2e-5
-            assert error @ shared @ error <= tolerance**2*(exact @ shared @ exact), (name, row)
+            assert error @ shared @ error <= tolerance**2 * (exact @ shared @ exact), (name, row)
 
 
 @pytest.mark.parametrize("solver", ["implicit", "rotated"])
 @pytest.mark.parametrize("big", [1e8, 1e10, 1e12])
 def test_one_user_with_an_absurd_confidence_spoils_nobody(shop, solver, big):
     shop = shop[:600, :200].copy()
-    shop.data[shop.indptr[3]:shop.indptr[4]] = big
+    shop.data[shop.indptr[3] : shop.indptr[4]] = big
     for seed in range(8 if solver == "rotated" else 2):
-        model = fit_als(shop, factors=16, regularization=20.0, iterations=6, seed=seed, solver=solver, num_threads=2, progress=False)
+        model = fit_als(
+            shop, factors=16, regularization=20.0, iterations=6, seed=seed, solver=solver, num_threads=2, progress=False
+        )
         scores = model.user_factors @ model.item_factors.T
-        assert np.isfinite(scores).all() and np.abs(scores[3, shop[3].indices] - 1).max() < 0.05 and np.abs(scores).max() < 100
+        assert (
+            np.isfinite(scores).all()
+            and np.abs(scores[3, shop[3].indices] - 1).max() < 0.05
+            and np.abs(scores).max() < 100
+        )
 
 
 def test_no_row_of_an_ordinary_shop_leaves_the_kernels(shop, monkeypatch):
-    "A confidence of 1 is that of an unobserved cell, which is no reason to solve a row in float64: that takes a hundred times as long."
-    if native_kernels() is None: pytest.skip("there are no kernels here")
+    """A confidence of 1 is that of an unobserved cell, which is no reason to solve a row in float64: that takes a
+    hundred times as long."""
+    if native_kernels() is None:
+        pytest.skip("there are no kernels here")
     seen = []
-    monkeypatch.setattr("product_recs.models.solver._hard_rows", lambda side, fixed, solved, rows, *given: seen.append(len(rows)))
+    monkeypatch.setattr(
+        "product_recs.models.solver._hard_rows", lambda side, fixed, solved, rows, *given: seen.append(len(rows))
+    )
     ones = csr_matrix((np.ones_like(shop.data), shop.indices, shop.indptr), shape=shop.shape)
     for confidence in (shop, ones):
         model = RotatedALS(confidence, 64, 20.0, seed=0, num_threads=2, native=True)
-        for _ in range(4): model.step()
+        for _ in range(4):
+            model.step()
     assert len(seen) >= 16 and sum(seen) == 0

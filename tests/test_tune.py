@@ -1,4 +1,5 @@
 """Tuning as a user runs it: goes on where it was, survives kill -9, never mixes data, and its answer runs."""
+
 import json
 import os
 import random
@@ -19,16 +20,31 @@ from product_recs.ingest import ingest
 from product_recs.jobs.tune import as_trial, choose_candidates, finished, open_study, pose, search, starting_points
 from test_pipeline import call, fresh_project
 
-QUICK = "max_trials: 4\nmax_factors: 16\nmax_iterations: 10\nhalf_lives: [30]\nstrengths: [1]\nseeds: [0]\nlab_factors: 8\nlab_iterations: 3\nmax_users: 100\ntest_seeds: [0]\nbootstrap: 100\n"
+QUICK = (
+    "max_trials: 4\nmax_factors: 16\nmax_iterations: 10\nhalf_lives: [30]\nstrengths: [1]\nseeds: [0]\nlab_factors: "
+    "8\nlab_iterations: 3\nmax_users: 100\ntest_seeds: [0]\nbootstrap: 100\n"
+)
 
 
 def only_the_jobs(notebooks):
-    "Take the examples between the definitions out of the notebooks: they are run by nbdev_test, and here they are most of the time."
+    """Take the examples between the definitions out of the notebooks: they are run by nbdev_test, and here they are
+    most of the time."""
     for path in notebooks:
         notebook = nbformat.read(path, as_version=4)
         first = next((at for at, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])), 0)
-        exported = {at for at, cell in enumerate(notebook.cells) if "#| export" in cell.source or all(line.startswith(("import ", "from ", "    ", ")", "#|")) for line in cell.source.splitlines() if line)}
-        notebook.cells = [cell for at, cell in enumerate(notebook.cells) if at >= first or cell.cell_type == "markdown" or at in exported]
+        exported = {
+            at
+            for at, cell in enumerate(notebook.cells)
+            if "#| export" in cell.source
+            or all(
+                line.startswith(("import ", "from ", "    ", ")", "#|")) for line in cell.source.splitlines() if line
+            )
+        }
+        notebook.cells = [
+            cell
+            for at, cell in enumerate(notebook.cells)
+            if at >= first or cell.cell_type == "markdown" or at in exported
+        ]
         nbformat.write(notebook, path)
 
 
@@ -36,43 +52,82 @@ def only_the_jobs(notebooks):
 def tuned(tmp_path_factory):
     "A project that was tuned twice, by the command and by papermill, with what each said."
     root = fresh_project(tmp_path_factory.mktemp("tune"))
-    only_the_jobs((root/"nbs").glob("*_*.ipynb"))
-    (root/"quick.yaml").write_text(QUICK)
+    only_the_jobs((root / "nbs").glob("*_*.ipynb"))
+    (root / "quick.yaml").write_text(QUICK)
     said = []
-    papermill = ("papermill", "nbs/11_tune.ipynb", "reports/again.ipynb", "-f", "tune.yaml", "-p", "budget_minutes", "4")
-    (root/"tune.yaml").write_text("".join(line + "\n" for line in QUICK.splitlines() if line.split(":")[0] in ("max_trials", "max_factors", "max_iterations", "max_users", "test_seeds", "bootstrap")))
+    papermill = (
+        "papermill",
+        "nbs/11_tune.ipynb",
+        "reports/again.ipynb",
+        "-f",
+        "tune.yaml",
+        "-p",
+        "budget_minutes",
+        "4",
+    )
+    (root / "tune.yaml").write_text(
+        "".join(
+            line + "\n"
+            for line in QUICK.splitlines()
+            if line.split(":")[0]
+            in ("max_trials", "max_factors", "max_iterations", "max_users", "test_seeds", "bootstrap")
+        )
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OPENBLAS_NUM_THREADS", "1") # of the processes, in all tests of this file
-        for command in (("product-recs", "tune", "--name", "sample", "-f", "quick.yaml", "--minutes", "3", "--quiet"), papermill):
+        patch.setenv("OPENBLAS_NUM_THREADS", "1")  # of the processes, in all tests of this file
+        for command in (
+            ("product-recs", "tune", "--name", "sample", "-f", "quick.yaml", "--minutes", "3", "--quiet"),
+            papermill,
+        ):
             done = call(root, *command)
             assert done.returncode == 0, done.stderr
-            said.append((done.stdout, json.loads((root/"reports"/"sample"/"metrics.json").read_text())))
+            said.append((done.stdout, json.loads((root / "reports" / "sample" / "metrics.json").read_text())))
         yield root, said
 
 
 def test_a_second_call_goes_on(tuned):
     _, ((out, first), (_, second)) = tuned
     a, b = (metrics["11_tune"]["tasks"]["discovery"] for metrics in (first, second))
-    assert (a["earlier_trials"], a["trials"], b["earlier_trials"], b["trials"]) == (0, 4, 4, 8) and a["study"] == b["study"]
+    assert (a["earlier_trials"], a["trials"], b["earlier_trials"], b["trials"]) == (0, 4, 4, 8) and a["study"] == b[
+        "study"
+    ]
     assert [metrics["11_tune"]["parameters"]["budget_minutes"] for metrics in (first, second)] == [3, 4]
-    assert b["validation_ndcg"] >= a["validation_ndcg"] >= max(a["starting_points"].values()) and len(a["starting_points"]) >= 2
+    assert (
+        b["validation_ndcg"] >= a["validation_ndcg"] >= max(a["starting_points"].values())
+        and len(a["starting_points"]) >= 2
+    )
     assert a["sentence"] in out and "best_discovery.yaml" in out
 
 
 def test_the_answer_runs_and_the_reports_stay(tuned):
     root, (_, (_, metrics)) = tuned
-    best = yaml.safe_load((root/"data/processed/sample/best_discovery.yaml").read_text())
-    assert best == metrics["11_tune"]["tasks"]["discovery"]["best"] == yaml.safe_load((root/"reports/sample/best_discovery.yaml").read_text())
-    (root/"yours.yaml").write_text("factors: 3\nbootstrap: 100\nmodels: [popularity, ALS]\n")
-    done = call(root, "product-recs", "run", "--name", "sample", "-f", "yours.yaml", "-f", "data/processed/sample/best_discovery.yaml", "--quiet")
+    best = yaml.safe_load((root / "data/processed/sample/best_discovery.yaml").read_text())
+    assert (
+        best
+        == metrics["11_tune"]["tasks"]["discovery"]["best"]
+        == yaml.safe_load((root / "reports/sample/best_discovery.yaml").read_text())
+    )
+    (root / "yours.yaml").write_text("factors: 3\nbootstrap: 100\nmodels: [popularity, ALS]\n")
+    done = call(
+        root,
+        "product-recs",
+        "run",
+        "--name",
+        "sample",
+        "-f",
+        "yours.yaml",
+        "-f",
+        "data/processed/sample/best_discovery.yaml",
+        "--quiet",
+    )
     assert done.returncode == 0, done.stderr
-    parameters = open_bundle(root/"models").manifest["parameters"]
+    parameters = open_bundle(root / "models").manifest["parameters"]
     assert {**parameters, **parameters["features"]} | best == {**parameters, **parameters["features"]}
-    judged = json.loads((root/"reports/sample/metrics.json").read_text())["04_evaluate"]["table"]
+    judged = json.loads((root / "reports/sample/metrics.json").read_text())["04_evaluate"]["table"]
     assert {row["model"] for row in judged} == {"popularity", "ALS"}
-    page = (root/"reports/sample/index.html").read_text()
-    assert "11_tune.html" in page and "04_evaluate.html" in page and (root/"reports/sample/10_weights.html").exists()
-    assert (root/"data/processed/sample/tune.db").exists()
+    page = (root / "reports/sample/index.html").read_text()
+    assert "11_tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/10_weights.html").exists()
+    assert (root / "data/processed/sample/tune.db").exists()
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +136,19 @@ def problem_of():
         candidates = choose_candidates(features, "discovery", top=1)
         problem = pose(features, "discovery", candidates, max_factors=16, max_iterations=10, max_users=100, **options)
         points = starting_points(features, "discovery")
-        return problem, {name: as_trial(features, problem, point) for name, point in points.items()}, {name: point["iterations"] for name, point in points.items()}
+        return (
+            problem,
+            {name: as_trial(features, problem, point) for name, point in points.items()},
+            {name: point["iterations"] for name, point in points.items()},
+        )
+
     return make
 
 
 def test_kill_9_leaves_a_study_that_goes_on(tmp_path, problem_of):
     "Killed twice and more in the middle of its work, the sequence of trials is still the one of an undisturbed search."
     root, rng = fresh_project(tmp_path), random.Random(0)
-    features = build_features(ingested(root), root/"features")
+    features = build_features(ingested(root), root / "features")
     script = """
 import sys
 from product_recs.data.snapshots import open_features
@@ -99,29 +159,38 @@ points = starting_points(features, "discovery")
 search(sys.argv[2], problem, {name: as_trial(features, problem, point) for name, point in points.items()}, {name: point["iterations"] for name, point in points.items()}, max_trials=1000, progress=False)
 """
     killed_in_a_trial, kills = 0, 0
-    while kills < 2 or not killed_in_a_trial:  # a trial takes some hundredths of a second, so a kill may come just after it
+    while (
+        kills < 2 or not killed_in_a_trial
+    ):  # a trial takes some hundredths of a second, so a kill may come just after it
         assert kills < 20, "the kills never hit a trial that was being made"
-        before = count(root/"tune.db")
-        process = subprocess.Popen([sys.executable, "-c", script, str(root/"features"), str(root/"tune.db")], env=os.environ | {"PRODUCT_RECS_ROOT": str(root)})
+        before = count(root / "tune.db")
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(root / "features"), str(root / "tune.db")],
+            env=os.environ | {"PRODUCT_RECS_ROOT": str(root)},
+        )
         end = time.monotonic() + 90
-        while (count(root/"tune.db") < before + 2 or not count(root/"tune.db", "RUNNING")) and time.monotonic() < end:
+        while (
+            count(root / "tune.db") < before + 2 or not count(root / "tune.db", "RUNNING")
+        ) and time.monotonic() < end:
             assert process.poll() is None
-        time.sleep(rng.random()*0.02)
+        time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
         kills += 1
-        killed_in_a_trial += count(root/"tune.db", "RUNNING") > 0
+        killed_in_a_trial += count(root / "tune.db", "RUNNING") > 0
     problem, *first = problem_of(features)
-    before = len(finished(open_study(root/"tune.db", problem)))
-    study, there = search(root/"tune.db", problem, *first, max_trials=2, progress=False)
-    assert there == before and len(finished(study)) == before + 2 and not count(root/"tune.db", "RUNNING")
-    whole, _ = search(root/"whole.db", problem, *first, max_trials=before + 2, progress=False)
-    assert [(trial.params, trial.value) for trial in finished(study)] == [(trial.params, trial.value) for trial in finished(whole)]
+    before = len(finished(open_study(root / "tune.db", problem)))
+    study, there = search(root / "tune.db", problem, *first, max_trials=2, progress=False)
+    assert there == before and len(finished(study)) == before + 2 and not count(root / "tune.db", "RUNNING")
+    whole, _ = search(root / "whole.db", problem, *first, max_trials=before + 2, progress=False)
+    assert [(trial.params, trial.value) for trial in finished(study)] == [
+        (trial.params, trial.value) for trial in finished(whole)
+    ]
 
 
 def ingested(root):
-    ingest(root/"data/interactions.csv", root/"run", products=root/"data/products.csv", progress=False)
-    return root/"run"
+    ingest(root / "data/interactions.csv", root / "run", products=root / "data/products.csv", progress=False)
+    return root / "run"
 
 
 def count(file, *states):
@@ -131,28 +200,36 @@ def count(file, *states):
             rows = database.execute("SELECT state FROM trials").fetchall()
     except sqlite3.OperationalError:
         return 0
-    return sum(state in (states or ("COMPLETE", "PRUNED")) for state, in rows)
+    return sum(state in (states or ("COMPLETE", "PRUNED")) for (state,) in rows)
 
 
 def test_other_data_and_other_rules_have_studies_of_their_own(tmp_path, problem_of):
     root = fresh_project(tmp_path)
-    features = build_features(ingested(root), root/"features")
-    log = (root/"data/interactions.csv").read_text().splitlines()
-    (root/"data/interactions.csv").write_text("\n".join(log[:-1]) + "\n")
-    other = build_features(ingested(root), root/"other")
-    names = {problem_of(features)[0].study_name, problem_of(other)[0].study_name, problem_of(features, cut_off=5)[0].study_name, problem_of(features, seed=1)[0].study_name,
-             problem_of(build_features(root/"run", root/"other", min_item_users=3))[0].study_name}
+    features = build_features(ingested(root), root / "features")
+    log = (root / "data/interactions.csv").read_text().splitlines()
+    (root / "data/interactions.csv").write_text("\n".join(log[:-1]) + "\n")
+    other = build_features(ingested(root), root / "other")
+    names = {
+        problem_of(features)[0].study_name,
+        problem_of(other)[0].study_name,
+        problem_of(features, cut_off=5)[0].study_name,
+        problem_of(features, seed=1)[0].study_name,
+        problem_of(build_features(root / "run", root / "other", min_item_users=3))[0].study_name,
+    }
     assert len(names) == 5
     for data in (features, other):
-        search(root/"tune.db", *problem_of(data), max_trials=2, progress=False)
-    assert sorted(optuna.get_all_study_names(f"sqlite:///{root/'tune.db'}")) == sorted({problem_of(data)[0].study_name for data in (features, other)})
+        search(root / "tune.db", *problem_of(data), max_trials=2, progress=False)
+    assert sorted(optuna.get_all_study_names(f"sqlite:///{root / 'tune.db'}")) == sorted(
+        {problem_of(data)[0].study_name for data in (features, other)}
+    )
 
 
 def test_two_searches_in_one_file_are_refused(tmp_path, problem_of):
     import fcntl
+
     features = ensure_features("sample")
-    open_study(tmp_path/"tune.db", problem_of(features)[0])
-    with open(tmp_path/".tune.db.lock", "w") as lock:
+    open_study(tmp_path / "tune.db", problem_of(features)[0])
+    with open(tmp_path / ".tune.db.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(Exception, match="another search is going on"):
-            search(tmp_path/"tune.db", *problem_of(features), progress=False)
+            search(tmp_path / "tune.db", *problem_of(features), progress=False)

@@ -1,4 +1,5 @@
-"""Nothing on the event loop waits or reads, the memory for events has an end, and what is replaced while others look is replaced whole."""
+"""Nothing on the event loop waits or reads, the memory for events has an end, and what is replaced while others look is
+replaced whole."""
 
 import asyncio
 import random
@@ -79,7 +80,8 @@ def locked_clock(store):
         yield
 
 
-# --- the loop ----------------------------------------------------------------------------------------------------------
+# --- the loop
+# ----------------------------------------------------------------------------------------------------------
 
 ROUTES = [
     ("GET", "/recommend/1", None),
@@ -155,7 +157,8 @@ def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgr
 
 
 class OnTheLoop:
-    "What the thread of the loop did that could make it wait: databases, files, waiting for other threads. Everything is done as ever."
+    """What the thread of the loop did that could make it wait: databases, files, waiting for other threads. Everything
+    is done as ever."""
 
     found = None  # only while a request of the test is answered
 
@@ -292,13 +295,15 @@ def test_the_file_of_keys_is_read_in_a_thread(tmp_path, monkeypatch):
     assert sent == [401, None, "second"]
 
 
-# --- the memory --------------------------------------------------------------------------------------------------------
+# --- the memory
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("most", [1, 7, 40, 100_000])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_view_with_a_limit_knows_what_one_without_knows(url, opened, most, seed):  # noqa: F811
-    "Events, denials, wishes, new models, rollbacks, a thread that was away: whatever is in memory, each user is told the same."
+    """Events, denials, wishes, new models, rollbacks, a thread that was away: whatever is in memory, each user is told
+    the same."""
     chance, store = random.Random(seed), opened(Store(url))
     store.open()
     changes = opened(Changes(store, wait=60, poll=3600, most=most).start())
@@ -383,7 +388,8 @@ def test_who_asked_last_stays_in_memory(tmp_path, opened):  # noqa: F811
 
 
 def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, opened):  # noqa: F811
-    "A user whose events are not in memory: what is denied stays denied, who is forgotten stays so, and the answer says that it is stale."
+    """A user whose events are not in memory: what is denied stays denied, who is forgotten stays so, and the answer
+    says that it is stale."""
     store = opened(Store(f"sqlite:///{tmp_path}/feedback.db"))
     store.add_events(
         [NewEvent("a", item, "purchase") for item in range(5)] + [NewEvent("a", 9, "deny"), NewEvent("b", 1)]
@@ -404,11 +410,13 @@ def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, op
     }
 
 
-# --- the kept answers --------------------------------------------------------------------------------------------------
+# --- the kept answers
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_swap_in_the_middle_of_keeping_an_answer_leaves_a_count_that_is_right(models):
-    "The watcher's thread takes up a model between the two steps of `put`; afterwards the bytes are those of the answers."
+    """The watcher's thread takes up a model between the two steps of `put`; afterwards the bytes are those of the
+    answers."""
     service, swaps = Service(settings_of(models, "", cache_size=5)), []
     service.start()
     try:

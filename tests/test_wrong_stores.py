@@ -1,4 +1,5 @@
-"""Databases that cannot be a feedback store: the service starts, recommends from its model, and says what is wrong; nothing is half taken."""
+"""Databases that cannot be a feedback store: the service starts, recommends from its model, and says what is wrong;
+nothing is half taken."""
 
 import asyncio
 import os

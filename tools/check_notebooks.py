@@ -2,6 +2,7 @@
 
 Use: python tools/check_notebooks.py [NOTEBOOK ...]     (default: all in nbs/)
 """
+
 import ast
 import json
 import re
@@ -20,7 +21,9 @@ def source(cell: dict) -> str:
 
 
 def directives(text: str) -> set[str]:
-    return {word for line in text.splitlines() if line.startswith("#|") for word in line[2:].replace(":", " ").split()[:1]}
+    return {
+        word for line in text.splitlines() if line.startswith("#|") for word in line[2:].replace(":", " ").split()[:1]
+    }
 
 
 def parse(text: str) -> ast.Module:
@@ -39,15 +42,26 @@ def only_holds_data(node: ast.stmt) -> bool:
     "A dataclass, a model of fields or an exception: there is no body that could be wrong."
     if not isinstance(node, ast.ClassDef):
         return False
-    marks = {child.id for base in (*node.decorator_list, *node.bases) for child in ast.walk(base) if isinstance(child, ast.Name)}
-    return (bool(marks & {"dataclass", "BaseModel", "NamedTuple"}) or any(mark.endswith("Error") for mark in marks)) and not any(isinstance(child, ast.FunctionDef) and not child.decorator_list for child in node.body)
+    marks = {
+        child.id
+        for base in (*node.decorator_list, *node.bases)
+        for child in ast.walk(base)
+        if isinstance(child, ast.Name)
+    }
+    return (
+        bool(marks & {"dataclass", "BaseModel", "NamedTuple"}) or any(mark.endswith("Error") for mark in marks)
+    ) and not any(isinstance(child, ast.FunctionDef) and not child.decorator_list for child in node.body)
 
 
 def unescaped(tree: ast.Module) -> list[str]:
     "Ways to show data that take its characters for markup."
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr == "style" and not (isinstance(node.value, ast.Name) and node.value.id in ("plt", "matplotlib")):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "style"
+            and not (isinstance(node.value, ast.Name) and node.value.id in ("plt", "matplotlib"))
+        ):
             found.append("`.style` shows a table without escaping it; use shown_table of 00_text")
         called = node.func if isinstance(node, ast.Call) else None
         name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
@@ -59,7 +73,11 @@ def unescaped(tree: ast.Module) -> list[str]:
 
 
 def public_names(tree: ast.Module) -> dict[str, ast.stmt]:
-    return {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")}
+    return {
+        node.name: node
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+    }
 
 
 def check(path: Path) -> list[str]:
@@ -106,7 +124,13 @@ def check(path: Path) -> list[str]:
             if isinstance(node, ast.ImportFrom) and any(name.name == "*" for name in node.names):
                 complain(number, "`import *`; name what you use")
         imports = [is_import(node) for node in tree.body]
-        if is_exported and any(imports) and any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in tree.body) and imports[0] and not isinstance(tree.body[0], ast.With):
+        if (
+            is_exported
+            and any(imports)
+            and any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in tree.body)
+            and imports[0]
+            and not isinstance(tree.body[0], ast.With)
+        ):
             complain(number, "imports and definitions in one exported cell; nbdev wants them apart")
         if is_exported:
             code += len(text.splitlines())
@@ -115,9 +139,13 @@ def check(path: Path) -> list[str]:
                     exported[name] = number
                 if ast.get_docstring(node) is None:
                     complain(number, f"{name} has no docstring")
-        elif not directives(text) & {"eval", "notest", "slow"} and any(isinstance(node, (ast.Assert, ast.Raise)) for node in ast.walk(tree)):
+        elif not directives(text) & {"eval", "notest", "slow"} and any(
+            isinstance(node, (ast.Assert, ast.Raise)) for node in ast.walk(tree)
+        ):
             # a name counts as checked where it takes part in a cell that asserts something
-            checked |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            checked |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {
+                node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+            }
 
     # a helper of the notebook's own that is called in an asserting cell checks what it calls
     helpers = {}
@@ -126,9 +154,20 @@ def check(path: Path) -> list[str]:
             try:
                 for node in ast.walk(parse(source(cell))):
                     if isinstance(node, (ast.FunctionDef, ast.Lambda, ast.Assign)):
-                        names = [node.name] if isinstance(node, ast.FunctionDef) else [target.id for target in getattr(node, "targets", []) for target in ast.walk(target) if isinstance(target, ast.Name)]
+                        names = (
+                            [node.name]
+                            if isinstance(node, ast.FunctionDef)
+                            else [
+                                target.id
+                                for target in getattr(node, "targets", [])
+                                for target in ast.walk(target)
+                                if isinstance(target, ast.Name)
+                            ]
+                        )
                         for name in names:
-                            helpers.setdefault(name, set()).update({child.id for child in ast.walk(node) if isinstance(child, ast.Name)})
+                            helpers.setdefault(name, set()).update(
+                                {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
+                            )
             except SyntaxError:
                 continue
     while more := {name for helper in checked & set(helpers) for name in helpers[helper]} - checked:
@@ -147,7 +186,9 @@ def check(path: Path) -> list[str]:
                 try:
                     ast.literal_eval(node.value)
                 except (ValueError, AttributeError):
-                    complain(tagged[0], "parameters must be literal assignments: papermill reads them without running them")
+                    complain(
+                        tagged[0], "parameters must be literal assignments: papermill reads them without running them"
+                    )
     elif tagged:
         complain(tagged[0], "a `parameters` cell in a notebook that is no job")
     if path.stem != "index" and prose < 1.5 * code:

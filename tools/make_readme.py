@@ -1,7 +1,9 @@
 """Write README.md from nbs/index.ipynb as it was last run; with --check, fail where the two differ.
 
-Cells marked `#| hide` stay out. Links and pictures, which count from nbs/ in the notebook, are made to count from the root.
+Cells marked `#| hide` stay out. Links and pictures, which count from nbs/ in the notebook, are made to count from the
+root.
 """
+
 import re
 import sys
 from pathlib import Path

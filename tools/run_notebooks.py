@@ -3,6 +3,7 @@
 Paths of this machine become short, and of a progress bar the last state stays. A job notebook is run as a test runs it
 (IN_TEST=1): it does not replace the live model.
 """
+
 import os
 import re
 import shutil
@@ -42,7 +43,12 @@ copy = fresh_copy(Path(temporary.name).resolve())
 for path in (bar := tqdm(paths)):
     bar.set_postfix_str(path.stem)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(copy / "nbs")}}, extra_arguments=["--IPKernelApp.log_level=50"]).execute()
+    NotebookClient(
+        notebook,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(copy / "nbs")}},
+        extra_arguments=["--IPKernelApp.log_level=50"],
+    ).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = joined_streams(cell.outputs)

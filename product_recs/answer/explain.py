@@ -25,7 +25,8 @@ class Explanation:
     items: np.ndarray          # (k,) rows of past items, the one that adds most first
     contributions: np.ndarray  # (k,) float64, what each adds to the affinity
     other: float               # affinity minus their sum: rounding, or what training left unsolved in an older bundle
-    signals: dict[str, float]|None = None # next purchase: the intercept and each signal in log odds, which sum to the score; None for discovery
+    # next purchase: the intercept and each signal in log odds, which sum to the score; None for discovery
+    signals: dict[str, float]|None = None
 
     def share(self)->np.ndarray: # (k,)
         "Contributions as parts of all that speaks for the item; those that speak against it are below zero."
@@ -39,22 +40,35 @@ def why(
     item:int,             # row
     task:str="discovery", # discovery | next_purchase
 )->Explanation:
-    "Why this item has this score for this person; a `BlendError` where a next purchase is asked of a bundle without a blend."
-    if task not in ("discovery", "next_purchase"): raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
-    if person.vector is None: raise ProductRecsError("there is no score to explain for somebody of whom the model knows nothing")
+    """Why this item has this score for this person; a `BlendError` where a next purchase is asked of a bundle without a
+    blend."""
+    if task not in ("discovery", "next_purchase"):
+        raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
+    if person.vector is None:
+        raise ProductRecsError("there is no score to explain for somebody of whom the model knows nothing")
     solver, target = prepare_people(model)._people.solver, model.item_factors[item].astype(np.float64)
     toward = solver.apply(person.items, person.confidence, target)
     added = solver.alpha*person.confidence.astype(np.float64)*(solver.item_factors[person.items] @ toward)
     affinity = float(target @ person.vector)
     order = np.lexsort((person.items, -added))
     signals = _signals(model, person, item) if task == "next_purchase" else None
-    return Explanation(affinity if signals is None else sum(signals.values()), affinity, person.items[order], added[order], affinity - float(added.sum()), signals)
+    return Explanation(
+        affinity if signals is None else sum(signals.values()),
+        affinity,
+        person.items[order],
+        added[order],
+        affinity - float(added.sum()),
+        signals,
+    )
 
 def _signals(model:ReadyModel, person:Person, item:int)->dict[str, float]:
     "Intercept and signals of one item for one person, in log odds."
     signals = model.signals
     history = np.zeros(len(person.items), np.int64), person.items, person.counts, person.age_days
-    table = pair_signals(signals, person.vector[None], np.zeros(1, np.int64), np.array([item]), history)[0]*signals.blend.vector()
+    table = (
+        pair_signals(signals, person.vector[None], np.zeros(1, np.int64), np.array([item]), history)[0]
+        * signals.blend.vector()
+    )
     return {"intercept": signals.blend.intercept, **dict(zip(SIGNALS, map(float, table)))}
 
 # %% ../../nbs/answer/explain.ipynb #8c0ffee5

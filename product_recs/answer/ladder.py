@@ -38,8 +38,10 @@ class Request:
     state: UserState = UNCHANGED       # what is known of the user beyond the model
     available: frozenset = frozenset() # external ids that can be bought, whatever the products file says
     unavailable: frozenset = frozenset() # external ids that cannot
-    attributes: Mapping = field(default_factory=dict) # column of the users file -> value, for somebody whom the model does not know
-    new_items: Mapping = field(default_factory=dict) # item id -> column of the products file -> value, for items of the events that the model does not know
+    # column of the users file -> value, for somebody whom the model does not know
+    attributes: Mapping = field(default_factory=dict)
+    # item id -> column of the products file -> value, for items of the events that the model does not know
+    new_items: Mapping = field(default_factory=dict)
 
     def __post_init__(self):
         checked_n(self.n)
@@ -69,7 +71,8 @@ def content_weights(
         size = np.bincount(codes[codes >= 0], minlength=len(values))
         wanted = np.bincount(codes[items] + 1, confidence, len(values) + 1)[1:]
         for thing in described:
-            if thing.get(name) is not None and (code := attributes.code(name, thing[name], "new_items")) >= 0: wanted[code] += 1
+            if thing.get(name) is not None and (code := attributes.code(name, thing[name], "new_items")) >= 0:
+                wanted[code] += 1
         weights[name] = wanted*np.log(len(codes)/np.maximum(size, 1))
     return weights
 
@@ -81,7 +84,9 @@ def content_scores(
 )->np.ndarray|None:        # (n_items,) float64; None where no candidate has anything in common with them
     "How much each item shares with the things in hand."
     match = np.zeros(len(model.popularity))
-    for name, weights in content_weights(model, items, confidence, described).items(): match += np.append(weights, 0)[model.catalogue.attributes.coded(name)[0]] # code -1 takes the last one
+    # code -1 takes the last one
+    for name, weights in content_weights(model, items, confidence, described).items():
+        match += np.append(weights, 0)[model.catalogue.attributes.coded(name)[0]]
     if not match[model.candidates].any(): return None
     return _then_popular(model, np.unique(np.append(match, 0), return_inverse=True)[1][:-1])
 
@@ -90,7 +95,11 @@ SEGMENT_USERS, SEGMENT_SAMPLE, SEGMENT_BYTES = 20, 10_000, 1 << 25
 
 def _codes(model:ReadyModel, attributes:Mapping)->dict[str, int]:
     "The known attributes as the users' columns code them."
-    return {name: model.user_attributes.code(name, value, "attributes") for name, value in attributes.items() if value is not None}
+    return {
+        name: model.user_attributes.code(name, value, "attributes")
+        for name, value in attributes.items()
+        if value is not None
+    }
 
 def segment(
     model:ReadyModel,
@@ -142,12 +151,18 @@ def _climb_down(model:ReadyModel, request:Request, who:Person)->tuple[str, np.nd
         scores = segment_scores(model, attributes)
         if scores is not None: return "segment", scores
     kinds = model.catalogue.attributes.kinds
-    return "segment" if any(kinds.get(name) == TEXT for name in request.filters.where) else "popular", model.popularity.copy()
+    return "segment" if any(
+        kinds.get(name) == TEXT for name in request.filters.where
+    ) else "popular", model.popularity.copy()
 
 def _own_attributes(model:ReadyModel, row:int)->dict:
     "What the users file told of one user."
     table = model.user_attributes
-    return {name: table.columns[name][row] for name, kind in table.kinds.items() if kind in (TEXT, YES_NO) and table.columns[name][row] is not None}
+    return {
+        name: table.columns[name][row]
+        for name, kind in table.kinds.items()
+        if kind in (TEXT, YES_NO) and table.columns[name][row] is not None
+    }
 
 def _known(model:ReadyModel, request:Request)->tuple[Person, str, list]:
     "The user as of now, the rung if it is one with factors, and the rules."
@@ -156,7 +171,18 @@ def _known(model:ReadyModel, request:Request)->tuple[Person, str, list]:
     trained = who.row is not None and model.user_factors[who.row].any()
     source = "session" if not trained else NEXT_PURCHASE if request.task == NEXT_PURCHASE else "personalised"
     exclude_seen = request.task == DISCOVERY if request.filters.exclude_seen is None else request.filters.exclude_seen
-    return who, source, rule_out(model.catalogue, request.filters, [(SEEN, who.seen)] if exclude_seen else [], request.state.denied, request.unavailable, request.available)
+    return (
+        who,
+        source,
+        rule_out(
+            model.catalogue,
+            request.filters,
+            [(SEEN, who.seen)] if exclude_seen else [],
+            request.state.denied,
+            request.unavailable,
+            request.available,
+        ),
+    )
 
 def score_request(
     model:ReadyModel,
@@ -201,10 +227,21 @@ def described(
         if told is not None or given is not None: items[event.item_id] = {**(told or {}), **(given or {})}
     for item in () if state.forgotten else bundle.left_out.of(request.user).others:
         if item not in items and (told := bundle.cold_items.get(item)) is not None: items[item] = told
-    if request.user is not None and not state.forgotten and bundle.users.row(request.user) is None and (told := bundle.cold_users.get(request.user)):
+    if (
+        request.user is not None
+        and not state.forgotten
+        and bundle.users.row(request.user) is None
+        and (told := bundle.cold_users.get(request.user))
+    ):
         kinds = model.user_attributes.kinds
-        attributes = {name: value for name, value in told.items() if value is not None and kinds.get(name) in (TEXT, YES_NO)} | dict(attributes)
-    return request if items == request.new_items and attributes is request.attributes else replace(request, new_items=items, attributes=attributes)
+        attributes = {
+            name: value for name, value in told.items() if value is not None and kinds.get(name) in (TEXT, YES_NO)
+        } | dict(attributes)
+    return (
+        request
+        if items == request.new_items and attributes is request.attributes
+        else replace(request, new_items=items, attributes=attributes)
+    )
 
 def has_news(
     model:ReadyModel,
@@ -212,9 +249,16 @@ def has_news(
 )->bool: # False: `described` would give the same request
     "Does the question hold ids for which cold rows must be read? This looks at the model only and takes microseconds."
     bundle = model.bundle
-    if bundle.cold_items.path is not None and not request.state.forgotten and bundle.left_out.of(request.user).others: return True
-    return (bundle.cold_users.path is not None and request.user is not None and bundle.users.row(request.user) is None) or \
-        bool(request.new_items) or (bundle.cold_items.path is not None and any(bundle.items.row(event.item_id) is None for event in (*request.state.events, *request.session)))
+    if bundle.cold_items.path is not None and not request.state.forgotten and bundle.left_out.of(request.user).others:
+        return True
+    return (
+        (bundle.cold_users.path is not None and request.user is not None and bundle.users.row(request.user) is None)
+        or bool(request.new_items)
+        or (
+            bundle.cold_items.path is not None
+            and any(bundle.items.row(event.item_id) is None for event in (*request.state.events, *request.session))
+        )
+    )
 
 def check_words(
     table:Attributes, # of the items or the users
@@ -223,7 +267,8 @@ def check_words(
 )->None:
     "An error that names the first column that the table does not have, or whose kind the value is not."
     for name, value in given.items():
-        if name in Columns.Counted: raise ProductRecsError(f"{rule}: {name!a} is counted by the model and cannot be told")
+        if name in Columns.Counted:
+            raise ProductRecsError(f"{rule}: {name!a} is counted by the model and cannot be told")
         table.kind(name, rule)
         if value is not None: table.code(name, value, rule)
 
@@ -243,7 +288,10 @@ def similar_by_content(
     nothing = np.empty(0, np.int64)
     scores = content_scores(model, nothing, nothing, [attributes])
     if scores is None: scores = np.zeros(len(model.popularity))
-    ruled_out = [*rule_out(model.catalogue, filters, unavailable=unavailable, available=available), (UNLIKE, np.flatnonzero(scores < 1))]
+    ruled_out = [
+        *rule_out(model.catalogue, filters, unavailable=unavailable, available=available),
+        (UNLIKE, np.flatnonzero(scores < 1)),
+    ]
     return make_list(model, scores, checked_n(n), "content", ruled_out, filters)
 
 # %% ../../nbs/answer/ladder.ipynb #4848b7bf
@@ -259,11 +307,35 @@ def new_for(
     things = list(described(model, request).new_items.values())
     if len(who.items) or things:
         for name, worth in content_weights(model, who.items, who.confidence, things).items():
-            weights[name] = {value: worth[code] for value, code in model.catalogue.attributes.coded(name)[1].items() if worth[code] > 0}
+            weights[name] = {
+                value: worth[code]
+                for value, code in model.catalogue.attributes.coded(name)[1].items()
+                if worth[code] > 0
+            }
     left_out = {*state.denied, *request.unavailable, *(event.item_id for event in (*state.events, *request.session)),
                 *(() if state.forgotten else model.bundle.left_out.of(request.user).others)}
     known = lambda ids: cold.ids.take(rows_of(cold.ids, ids))
     columns = {} if cold.path is None else cold.types
-    found = cold.best(weights, request.n, category=category, leave_out=known(left_out), for_sale=known(request.available - request.unavailable)) if category is None or "category" in columns else []
-    shortfall = None if len(found) == request.n else f"only {len(found)} of {request.n}: the products file has no more that nobody has bought and that can be had" + (" in this category" if category is not None else "")
-    return Recommendations([item for item, _ in found], [float(score) for _, score in found], "content" if found and found[0][1] > 0 else "new", shortfall)
+    found = (
+        cold.best(
+            weights,
+            request.n,
+            category=category,
+            leave_out=known(left_out),
+            for_sale=known(request.available - request.unavailable),
+        )
+        if category is None or "category" in columns
+        else []
+    )
+    shortfall = (
+        None
+        if len(found) == request.n
+        else f"only {len(found)} of {request.n}: the products file has no more that nobody has bought and that can be had"
+        + (" in this category" if category is not None else "")
+    )
+    return Recommendations(
+        [item for item, _ in found],
+        [float(score) for _, score in found],
+        "content" if found and found[0][1] > 0 else "new",
+        shortfall,
+    )

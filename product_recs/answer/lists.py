@@ -23,7 +23,8 @@ class Recommendations:
     "Items for one user, or items like one item; best first."
     items: list              # external ids, the customer's own `int` or `str`
     scores: list             # a float for each item; comparable inside one list only
-    source: str              # the rung that answered: `personalised`, `next_purchase`, `popular`; `similar` for items like an item
+    # the rung that answered: `personalised`, `next_purchase`, `popular`; `similar` for items like an item
+    source: str
     shortfall: str|None=None # why there are fewer than asked; None when there are not
     rows: list|None=None     # row of each item in the model
 
@@ -59,10 +60,16 @@ def search_list(
 )->Recommendations:
     "The items with the largest inner products that nothing rules out, and the reason where they are too few."
     if not filters.max_per and n <= len(model.item_factors):
-        closed = next((rows for reason, rows in ruled_out if reason == NOT_A_CANDIDATE), None) if model.nearest is not model.searcher else None # an index knows them as closed to all
+        # an index knows them as closed to all
+        closed = (
+            next((rows for reason, rows in ruled_out if reason == NOT_A_CANDIDATE), None)
+            if model.nearest is not model.searcher
+            else None
+        )
         forbidden = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in ruled_out if rows is not closed)])
         rows, scores = model.nearest.top(vector[None], n, (np.array([0, len(forbidden)]), forbidden), closed)
-        if rows[0, -1] >= 0: return Recommendations(model.bundle.items.take(rows[0]), scores[0].tolist(), source, None, rows[0].tolist())
+        if rows[0, -1] >= 0:
+            return Recommendations(model.bundle.items.take(rows[0]), scores[0].tolist(), source, None, rows[0].tolist())
     return make_list(model, model.item_factors @ vector, n, source, ruled_out, filters)
 
 # %% ../../nbs/answer/lists.ipynb #e24736b6
@@ -72,7 +79,11 @@ def _had(model:ReadyModel, user:int|str)->np.ndarray:
     return model.seen_by(row) if row is not None else model.bundle.left_out.of(user).items
 
 def list_filters(exclude_seen:bool|None, deny:Iterable, allow:Iterable|None)->Filters:
-    return Filters(exclude_seen, tuple(deny), None if allow is None else tuple(allow)) if deny or allow is not None else NO_FILTERS
+    return (
+        Filters(exclude_seen, tuple(deny), None if allow is None else tuple(allow))
+        if deny or allow is not None
+        else NO_FILTERS
+    )
 
 def similar_items(
     model:ReadyModel,
@@ -89,9 +100,14 @@ def similar_items(
     n, row = checked_n(n), model.bundle.items.row(item)
     if row is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
     filters = list_filters(None, deny, allow) if filters is None else filters
-    ruled_out = rule_out(model.catalogue, filters, [("asked about", np.array([row]))], unavailable=unavailable, available=available)
+    ruled_out = rule_out(
+        model.catalogue, filters, [("asked about", np.array([row]))], unavailable=unavailable, available=available
+    )
     factors = model.item_factors[row]
-    if not factors.any(): return Recommendations([], [], "similar", f"only 0 of {n}: item {item!a} has no interactions, so nothing is known of it", [])
+    if not factors.any():
+        return Recommendations(
+            [], [], "similar", f"only 0 of {n}: item {item!a} has no interactions, so nothing is known of it", []
+        )
     scores = np.clip(model.item_factors @ (factors / model.norms[row]) / model.norms, -1, 1)
     return make_list(model, scores, n, "similar", ruled_out, filters)
 

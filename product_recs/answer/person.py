@@ -37,11 +37,15 @@ def confidence_with(
     features = bundle.manifest["parameters"].get("features", {})
     added = worth([event for _, event in new], features.get("event_weights", {}), features.get("quantity", "ignore"))
     weighting, mean_total = features.get("weighting", "none"), bundle.manifest["data"].get("mean_total")
-    rare = lambda rows: rarity(bundle.item_columns["popularity"][rows], len(bundle.users)) if weighting == "bm25" else None
+    rare = lambda rows: (
+        rarity(bundle.item_columns["popularity"][rows], len(bundle.users)) if weighting == "bm25" else None
+    )
     before = had.items if row is None else items
     merged, place = _merge(before, np.array([at for at, _ in new], np.int64))
     sums = np.zeros(len(merged))
-    sums[np.searchsorted(merged, before)] = had.sums if row is None else unweigh(confidence, weighting, rare(items), mean_total)
+    sums[np.searchsorted(merged, before)] = (
+        had.sums if row is None else unweigh(confidence, weighting, rare(items), mean_total)
+    )
     np.add.at(sums, place, added)
     return merged, weigh_user(sums, weighting, rare(merged), mean_total)
 
@@ -76,7 +80,10 @@ class _Prepared:
         _ = self.solver.inverse
         _ = bundle.rules # an error now, and not at the first request
         # plain arrays over the same mapped memory: slicing them is cheaper than slicing a memmap
-        self.confidence, self.counts, self.age_days = (None if matrix is None else np.asarray(matrix.data) for matrix in (bundle.seen, bundle.counts, bundle.age_days))
+        self.confidence, self.counts, self.age_days = (
+            None if matrix is None else np.asarray(matrix.data)
+            for matrix in (bundle.seen, bundle.counts, bundle.age_days)
+        )
 
 def prepare_people(
     model:ReadyModel,
@@ -143,4 +150,11 @@ def score_person(
     if task == "discovery": return model.item_factors @ person.vector
     if task != "next_purchase": raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
     signals = model.signals
-    return score_histories(signals, person.vector[None], np.zeros(len(person.items), np.int64), person.items, person.counts, person.age_days)[0]
+    return score_histories(
+        signals,
+        person.vector[None],
+        np.zeros(len(person.items), np.int64),
+        person.items,
+        person.counts,
+        person.age_days,
+    )[0]

@@ -31,14 +31,18 @@ class Filters:
 
     def __post_init__(self):
         def refuse(name, what): raise ProductRecsError(f"{name}: needs {what}, and not {getattr(self, name)!r}")
-        if not (self.exclude_seen is None or isinstance(self.exclude_seen, bool)): refuse("exclude_seen", "true or false")
+        if not (self.exclude_seen is None or isinstance(self.exclude_seen, bool)):
+            refuse("exclude_seen", "true or false")
         if not _is_list(self.deny): refuse("deny", "a list of item ids")
         if not (self.allow is None or _is_list(self.allow)): refuse("allow", "a list of item ids")
         for name in ("where", "max_per"):
             if not isinstance(getattr(self, name), Mapping): refuse(name, "columns with what is wanted of each")
         for column, wanted in self.where.items():
             if not (_is_list(wanted) or _is_range(wanted)):
-                raise ProductRecsError(f"where: {column!a} needs a list of values or a range such as {{'min': 1, 'max': 5}}, and not {wanted!r}")
+                raise ProductRecsError(
+                    f"where: {column!a} needs a list of values or a range such as {{'min': 1, 'max': 5}}, and not "
+                    f"{wanted!r}"
+                )
         for column, most in self.max_per.items():
             if isinstance(most, bool) or not isinstance(most, (int, np.integer)) or most < 1:
                 raise ProductRecsError(f"max_per: {column!a} needs a whole number of at least 1, and not {most!r}")
@@ -89,7 +93,10 @@ def _spread(
     max_per:Mapping,   # column -> most items of one value
 )->tuple[list, list, list]: # rows, scores, and the rules that it made: reason and rows
     "The best `n` rows with at most so many of one value."
-    columns = [(f"beyond {most} of one {name!a}", most, catalogue.attributes.coded(name)[0], {}) for name, most in max_per.items()]
+    columns = [
+        (f"beyond {most} of one {name!a}", most, catalogue.attributes.coded(name)[0], {})
+        for name, most in max_per.items()
+    ]
     rows, best, beyond, size = [], [], [], 4*n
     while len(rows) < n:
         for row, score in zip(*(part[0].tolist() for part in top_n(scores[None], min(size, len(scores))))):

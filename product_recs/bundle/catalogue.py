@@ -26,18 +26,24 @@ def _kind(values:np.ndarray)->str|None:
     if values.dtype.kind in "iufbMU": return {"b": YES_NO, "M": TIME, "U": TEXT}.get(values.dtype.kind, NUMBER)
     first = next((value for value in values if value is not None), None)
     if first is None: return UNKNOWN
-    kinds = ((str, TEXT), ((bool, np.bool_), YES_NO), ((int, np.integer), NUMBER)) # whole numbers with a gap are objects
+    # whole numbers with a gap are objects
+    kinds = ((str, TEXT), ((bool, np.bool_), YES_NO), ((int, np.integer), NUMBER))
     return next((kind for types, kind in kinds if isinstance(first, types)), None)
 
 def _time(value)->np.datetime64:
     "A moment as the bundle has it: UTC without a time zone."
     if isinstance(value, date) and not isinstance(value, datetime): return np.datetime64(value, "us")
-    if not isinstance(value, datetime): value = datetime.fromisoformat(value[:-1] + "+00:00" if value[-1:] in "zZ" else value)
+    if not isinstance(value, datetime):
+        value = datetime.fromisoformat(value[:-1] + "+00:00" if value[-1:] in "zZ" else value)
     return np.datetime64(value.astimezone(timezone.utc).replace(tzinfo=None) if value.tzinfo else value, "us")
 
-_FITS = {TEXT: lambda value: isinstance(value, str), YES_NO: lambda value: isinstance(value, (bool, np.bool_)),
-         NUMBER: lambda value: isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value == value,
-         TIME: lambda value: isinstance(value, (str, date)), UNKNOWN: lambda value: value.__hash__ is not None}
+_FITS = {
+    TEXT: lambda value: isinstance(value, str),
+    YES_NO: lambda value: isinstance(value, (bool, np.bool_)),
+    NUMBER: lambda value: isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value == value,
+    TIME: lambda value: isinstance(value, (str, date)),
+    UNKNOWN: lambda value: value.__hash__ is not None,
+}
 
 # %% ../../nbs/bundle/catalogue.ipynb #b8c4ab9e
 def _value(kind:str, name:str, value, rule:str="where"):
@@ -49,14 +55,18 @@ def _value(kind:str, name:str, value, rule:str="where"):
 
 def _inside(values:np.ndarray, name:str, ends:dict)->np.ndarray:
     "Which values lie in a range."
-    if len(ends) == 2 and ends["min"] > ends["max"]: raise ProductRecsError(f"where: for {name!a} min {ends['min']} is above max {ends['max']}")
+    if len(ends) == 2 and ends["min"] > ends["max"]:
+        raise ProductRecsError(f"where: for {name!a} min {ends['min']} is above max {ends['max']}")
     inside = values == values # unknown: NaN and NaT
     if values.dtype.kind == "O":
         inside = np.array([value is not None for value in values], bool)
         values = np.array([0 if value is None else value for value in values], np.int64)
     if values.dtype.kind in "iu": # whole ends: a comparison with a float would round the values
         rounded = {"min": ceil, "max": floor}
-        ends = {end: rounded[end](value) if isinstance(value, (float, np.floating)) and np.isfinite(value) else value for end, value in ends.items()}
+        ends = {
+            end: rounded[end](value) if isinstance(value, (float, np.floating)) and np.isfinite(value) else value
+            for end, value in ends.items()
+        }
     if "min" in ends: inside &= values >= ends["min"]
     if "max" in ends: inside &= values <= ends["max"]
     return inside
@@ -81,7 +91,11 @@ class Attributes:
         rule:str="where", # the rule that asks
     )->str:
         "What a column holds; an error names the columns that there are."
-        if name not in self.kinds: raise ProductRecsError(f"{rule}: there is no column {name!a} to filter by; there are {', '.join(map(ascii, self.kinds)) or 'none'}")
+        if name not in self.kinds:
+            raise ProductRecsError(
+                f"{rule}: there is no column {name!a} to filter by; there are "
+                f"{', '.join(map(ascii, self.kinds)) or 'none'}"
+            )
         return self.kinds[name]
 
     def coded(self,
@@ -92,7 +106,14 @@ class Attributes:
             values = self.columns[name]
             if values.dtype.kind == "M": values = values.astype("datetime64[us]").astype(object) # NaT becomes None
             codes:dict = {}
-            of_value = np.fromiter((-1 if value is None or value != value else codes.setdefault(value, len(codes)) for value in values.tolist()), np.int32, len(values))
+            of_value = np.fromiter(
+                (
+                    -1 if value is None or value != value else codes.setdefault(value, len(codes))
+                    for value in values.tolist()
+                ),
+                np.int32,
+                len(values),
+            )
             self._coded[name] = of_value, codes
         return self._coded[name]
 
@@ -104,7 +125,8 @@ class Attributes:
         kind = self.kind(name)
         if kind == UNKNOWN: return np.zeros(len(self.columns[name]), bool)
         ranged = isinstance(wanted, Mapping)
-        if ranged and kind not in (NUMBER, TIME): raise ProductRecsError(f"where: column {name!a} holds {kind}; give a list of values, not a range")
+        if ranged and kind not in (NUMBER, TIME):
+            raise ProductRecsError(f"where: column {name!a} holds {kind}; give a list of values, not a range")
         values = [_value(kind, name, value) for value in (wanted.values() if ranged else wanted)]
         if ranged: return _inside(self.columns[name], name, dict(zip(wanted, values)))
         codes, table = self.coded(name)

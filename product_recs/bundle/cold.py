@@ -19,7 +19,12 @@ from ..core.sql import named, parquet
 
 # %% ../../nbs/bundle/cold.ipynb #70f390be
 _log = logging.getLogger("product_recs.cold")
-_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException, duckdb.OutOfMemoryException)
+_UNREADABLE = (
+    duckdb.IOException,
+    duckdb.InvalidInputException,
+    duckdb.SerializationException,
+    duckdb.OutOfMemoryException,
+)
 
 class _Rows:
     "A file of cold rows, read when it is asked."
@@ -30,7 +35,8 @@ class _Rows:
         self.path, self.key, self._kept = path, key, lru_cache(1024)(self._read)
 
     @cached_property
-    def _database(self)->duckdb.DuckDBPyConnection: return duckdb.connect(config={"threads": 1, "memory_limit": "256MB"})
+    def _database(self)->duckdb.DuckDBPyConnection:
+        return duckdb.connect(config={"threads": 1, "memory_limit": "256MB"})
 
     def _ask(self, sql:str, given:Sequence=())->duckdb.DuckDBPyConnection:
         "Run a query with a cursor of its own, so that threads do not meet."
@@ -42,12 +48,24 @@ class _Rows:
     @cached_property
     def ids(self)->IdTable:
         "The external ids."
-        return IdTable([] if self.path is None else self._ask(f"SELECT {named(self.key)} AS id FROM {self._file} ORDER BY 1").fetchnumpy()["id"])
+        return IdTable(
+            []
+            if self.path is None
+            else self._ask(f"SELECT {named(self.key)} AS id FROM {self._file} ORDER BY 1").fetchnumpy()["id"]
+        )
 
     @cached_property
     def types(self)->dict[str, str]: # column -> type in SQL
         "The columns besides the id."
-        return {} if self.path is None else {name: kind for name, kind, *_ in self._ask(f"DESCRIBE SELECT * FROM {self._file}").fetchall() if name != self.key}
+        return (
+            {}
+            if self.path is None
+            else {
+                name: kind
+                for name, kind, *_ in self._ask(f"DESCRIBE SELECT * FROM {self._file}").fetchall()
+                if name != self.key
+            }
+        )
 
     def _read(self, id:int|str)->dict:
         asked = self._ask(f"SELECT * FROM {self._file} WHERE {named(self.key)} = ?", [id])
@@ -81,7 +99,13 @@ class ColdTable(_Rows):
         "Items by words of their title."
         if not words or limit < 1 or not self._or_nothing(lambda: "title" in self.types, False): return []
         every = " AND ".join("contains(' ' || lower(CAST(title AS VARCHAR)), ?)" for _ in words)
-        rows = self._or_nothing(lambda: self._ask(f"SELECT {named(self.key)} FROM {self._file} WHERE {every} ORDER BY 1 LIMIT {int(limit)}", [f" {word}" for word in words]).fetchall(), [])
+        rows = self._or_nothing(
+            lambda: self._ask(
+                f"SELECT {named(self.key)} FROM {self._file} WHERE {every} ORDER BY 1 LIMIT {int(limit)}",
+                [f" {word}" for word in words],
+            ).fetchall(),
+            [],
+        )
         return [id for id, in rows]
 
     def best(self,
@@ -93,23 +117,48 @@ class ColdTable(_Rows):
         for_sale:Sequence=(),          # ids that can be bought, whatever the column `available` says
     )->list[tuple]:                    # id and score; the best first, then the newest, then by title
         "Items that can be bought, by the sum of what their values are worth."
-        return self._or_nothing(lambda: self._ask(*self._best_query(weights, n, category, list(leave_out), list(for_sale))).fetchall(), [])
+        return self._or_nothing(
+            lambda: self._ask(*self._best_query(weights, n, category, list(leave_out), list(for_sale))).fetchall(), []
+        )
 
     def _best_query(self, weights, n, category, leave_out, for_sale)->tuple[str, list]:
         key, text = named(self.key), lambda column: f"CAST(t.{named(column)} AS VARCHAR)"
-        kind, weights = "BIGINT" if self.ids.is_int else "VARCHAR", {column: worth for column, worth in weights.items() if column in self.types and worth}
+        kind, weights = (
+            "BIGINT" if self.ids.is_int else "VARCHAR",
+            {column: worth for column, worth in weights.items() if column in self.types and worth},
+        )
         joins, given = [], []
         for at, (column, worth) in enumerate(weights.items()):
-            joins.append(f"LEFT JOIN (SELECT unnest(?::VARCHAR[]) AS value, unnest(?::DOUBLE[]) AS worth) w{at} ON {text(column)} = w{at}.value")
-            given += [[str(value).lower() if isinstance(value, (bool, np.bool_)) else value for value in worth], [float(one) for one in worth.values()]]
+            joins.append(
+                f"LEFT JOIN (SELECT unnest(?::VARCHAR[]) AS value, unnest(?::DOUBLE[]) AS worth) w{at} ON "
+                f"{text(column)} = w{at}.value"
+            )
+            given += [
+                [str(value).lower() if isinstance(value, (bool, np.bool_)) else value for value in worth],
+                [float(one) for one in worth.values()],
+            ]
         score = " + ".join(f"coalesce(w{at}.worth, 0)" for at in range(len(weights))) or "0"
         rules, given = [f"t.{key} NOT IN (SELECT unnest(?::{kind}[]))"], [*given, leave_out]
         if "available" in self.types:
-            rules.append(f"(t.{key} IN (SELECT unnest(?::{kind}[])) OR coalesce(lower(trim({text('available')})) NOT IN ('false', 'f', '0', '0.0', 'no', 'n'), true))")
+            rules.append(
+                f"(t.{key} IN (SELECT unnest(?::{kind}[])) OR coalesce(lower(trim({text('available')})) NOT IN "
+                f"('false', 'f', '0', '0.0', 'no', 'n'), true))"
+            )
             given.append(for_sale)
         if category is not None: rules.append(f"{text('category')} = CAST(? AS VARCHAR)"); given.append(category)
-        newest = next((f"t.{named(column)} DESC NULLS LAST, " for column, kind in self.types.items() if kind.startswith(("TIMESTAMP", "DATE"))), "")
+        newest = next(
+            (
+                f"t.{named(column)} DESC NULLS LAST, "
+                for column, kind in self.types.items()
+                if kind.startswith(("TIMESTAMP", "DATE"))
+            ),
+            "",
+        )
         title = f"{text('title')} NULLS LAST, " if "title" in self.types else ""
-        return f"SELECT t.{key}, {score} FROM {self._file} t {' '.join(joins)} WHERE {' AND '.join(rules)} ORDER BY 2 DESC, {newest}{title}t.{key} LIMIT {int(n)}", given
+        return (
+            f"SELECT t.{key}, {score} FROM {self._file} t {' '.join(joins)} WHERE {' AND '.join(rules)} ORDER BY 2 "
+            f"DESC, {newest}{title}t.{key} LIMIT {int(n)}",
+            given,
+        )
 
 NO_COLD = ColdTable(None, "id") # of a bundle without cold rows

@@ -78,10 +78,16 @@ def write_bundle(
     version:str|None=None,            # default: UTC time and a hash of the factors
 )->Path:                              # models_dir/<version>, complete and not yet live
     "Write a whole bundle; `publish` makes it live."
-    arrays = {"user_factors": np.ascontiguousarray(user_factors, np.float32), "item_factors": np.ascontiguousarray(item_factors, np.float32)}
+    arrays = {
+        "user_factors": np.ascontiguousarray(user_factors, np.float32),
+        "item_factors": np.ascontiguousarray(item_factors, np.float32),
+    }
     _check_shapes(arrays["user_factors"], arrays["item_factors"], seen.shape, len(users), len(items))
     created = datetime.now(timezone.utc)
-    version = version or f"{created:%Y%m%dT%H%M%S.%f}-{hashlib.sha256(arrays['item_factors'].tobytes() + arrays['user_factors'].tobytes()).hexdigest()[:8]}"
+    version = (
+        version
+        or f"{created:%Y%m%dT%H%M%S.%f}-{hashlib.sha256(arrays['item_factors'].tobytes() + arrays['user_factors'].tobytes()).hexdigest()[:8]}"
+    )
     path = Path(models_dir)/_valid_version(version)
     if path.exists(): raise BundleError(f"{path}: a bundle of this version is there already")
     with atomic_folder(path) as folder:
@@ -91,23 +97,54 @@ def write_bundle(
             if matrix is not None: np.save(folder/f"{name}.npy", matrix_values(matrix, seen, name), allow_pickle=False)
         save_table(folder/"users.parquet", {"user_id": users.ids, **user_columns})
         save_table(folder/"items.parquet", {"item_id": items.ids, **item_columns})
-        cold = {f"cold_{name}": file for name, file in {"items": cold_items, "users": cold_users}.items() if file is not None}
+        cold = {
+            f"cold_{name}": file
+            for name, file in {"items": cold_items, "users": cold_users}.items()
+            if file is not None
+        }
         for name, file in cold.items(): shutil.copyfile(file, folder/f"{name}.parquet")
         if index_data is not None: index_data.tofile(folder/INDEX_FILE)
         save_left_out(folder, left_out)
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
-        manifest = {"format": FORMAT, "version": version, "created_at": created.isoformat(timespec="seconds"), "algorithm": algorithm,
-                    "parameters": parameters, "data": data, "shape": {"users": len(users), "items": len(items), "factors": user_factors.shape[1], "seen": int(seen.nnz), "left_out": len(left_out)},
-                    "dtype": "float32", "libraries": _libraries(), "metrics": metrics, "blend": blend, "index": index, "files": files}
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
+        }
+        manifest = {
+            "format": FORMAT,
+            "version": version,
+            "created_at": created.isoformat(timespec="seconds"),
+            "algorithm": algorithm,
+            "parameters": parameters,
+            "data": data,
+            "shape": {
+                "users": len(users),
+                "items": len(items),
+                "factors": user_factors.shape[1],
+                "seen": int(seen.nnz),
+                "left_out": len(left_out),
+            },
+            "dtype": "float32",
+            "libraries": _libraries(),
+            "metrics": metrics,
+            "blend": blend,
+            "index": index,
+            "files": files,
+        }
         (folder/"manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 def _check_shapes(user_factors, item_factors, seen_shape, n_users:int, n_items:int, where:str="bundle")->None:
     "The parts of a model belong together only if their shapes do."
-    expected = {"user_factors": (n_users, item_factors.shape[-1]), "item_factors": (n_items, item_factors.shape[-1]), "seen": (n_users, n_items)}
+    expected = {
+        "user_factors": (n_users, item_factors.shape[-1]),
+        "item_factors": (n_items, item_factors.shape[-1]),
+        "seen": (n_users, n_items),
+    }
     found = {"user_factors": user_factors.shape, "item_factors": item_factors.shape, "seen": tuple(seen_shape)}
     for name, shape in expected.items():
-        if found[name] != shape: raise BundleError(f"{where}: {name} has shape {found[name]}, but {n_users} users and {n_items} items need {shape}")
+        if found[name] != shape:
+            raise BundleError(
+                f"{where}: {name} has shape {found[name]}, but {n_users} users and {n_items} items need {shape}"
+            )
 
 # %% ../../nbs/bundle/files.ipynb #500f0056
 @dataclass(frozen=True)
@@ -156,10 +193,15 @@ def read_manifest(
 )->dict:
     "The manifest of a bundle; refused where its format is unknown or where it is another program's."
     try: manifest = json.loads((path/"manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError): raise BundleError(f"{path/'manifest.json'}: the file is missing, so this is no complete bundle") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path/'manifest.json'}: the file is missing, so this is no complete bundle") from None
     except ValueError as error: raise BundleError(f"{path/'manifest.json'}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BundleError(f"{path/'manifest.json'}: bundle format {manifest.get('format') if isinstance(manifest, dict) else '?'!r}, this version reads {FORMAT}; update product-recs or train again")
+        raise BundleError(
+            f"{path / 'manifest.json'}: bundle format "
+            f"{manifest.get('format') if isinstance(manifest, dict) else '?'!r}, this version reads {FORMAT}; update "
+            f"product-recs or train again"
+        )
     if missing := _missing(manifest):
         raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}")
     return manifest
@@ -175,9 +217,13 @@ def verify_files(
         file = path/name
         if not file.is_file(): raise BundleError(f"{file}: the file is missing; train again or restore it from a copy")
         if (size := file.stat().st_size) != expected["bytes"]:
-            raise BundleError(f"{file}: {size:,} bytes, the manifest says {expected['bytes']:,}; the copy is incomplete")
+            raise BundleError(
+                f"{file}: {size:,} bytes, the manifest says {expected['bytes']:,}; the copy is incomplete"
+            )
         if hashes and _sha256(file) != expected["sha256"]:
-            raise BundleError(f"{file}: its content does not have the sha256 of the manifest; the file was changed or damaged")
+            raise BundleError(
+                f"{file}: its content does not have the sha256 of the manifest; the file was changed or damaged"
+            )
     return manifest
 
 def open_bundle(
@@ -188,19 +234,34 @@ def open_bundle(
     "Open a bundle after checking its files, shapes and types."
     models_dir = Path(models_dir)
     version = version or current_version(models_dir)
-    if version is None: raise BundleError(f"{models_dir}: no model is live there (there is no file `current`); train one with `product-recs run`")
+    if version is None:
+        raise BundleError(
+            f"{models_dir}: no model is live there (there is no file `current`); train one with `product-recs run`"
+        )
     path = models_dir/_valid_version(version)
     manifest = verify_files(path, hashes=verify)
     user_factors, item_factors = load_array(path/"user_factors.npy"), load_array(path/"item_factors.npy")
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
     shape = (len(users["user_id"]), len(items["item_id"]))
     for name, array in {"user_factors": user_factors, "item_factors": item_factors}.items():
-        if array.dtype != np.float32 or array.ndim != 2: raise BundleError(f"{path/name}.npy: {array.ndim}-dimensional {array.dtype}, expected a float32 matrix")
+        if array.dtype != np.float32 or array.ndim != 2:
+            raise BundleError(f"{path/name}.npy: {array.ndim}-dimensional {array.dtype}, expected a float32 matrix")
     seen = load_csr(path, "seen", shape)
     _check_shapes(user_factors, item_factors, seen.shape, *shape, where=str(path))
-    return Bundle(path, manifest, user_factors, item_factors, seen, IdTable(users.pop("user_id")), IdTable(items.pop("item_id")), users, items,
-                  *(_optional(path, name, seen, manifest) for name in ("seen_counts", "seen_age_days")), *(_cold(path, name, manifest) for name in ("items", "users")),
-                  load_left_out(path, shape[1]) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT)
+    return Bundle(
+        path,
+        manifest,
+        user_factors,
+        item_factors,
+        seen,
+        IdTable(users.pop("user_id")),
+        IdTable(items.pop("item_id")),
+        users,
+        items,
+        *(_optional(path, name, seen, manifest) for name in ("seen_counts", "seen_age_days")),
+        *(_cold(path, name, manifest) for name in ("items", "users")),
+        load_left_out(path, shape[1]) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
+    )
 
 def _cold(path:Path, name:str, manifest:dict)->ColdTable:
     "The cold items or users; empty where the bundle has no such file."
@@ -249,7 +310,8 @@ def publish(
     verify_files(models_dir/_valid_version(version))
     live, before = live_version(models_dir), previous_versions(models_dir)
     if previous is None: previous = before if live in (None, version) else [live, *before]
-    if kept := [name for name in previous if name != version][:10]: atomic_write(models_dir/"previous", "\n".join(kept) + "\n")
+    if kept := [name for name in previous if name != version][:10]:
+        atomic_write(models_dir/"previous", "\n".join(kept) + "\n")
     else: (models_dir/"previous").unlink(missing_ok=True)
     atomic_write(models_dir/"current", version + "\n")
 

@@ -51,7 +51,11 @@ def _stamp(models_dir:Path)->tuple:
     try:
         name, found = (models_dir/"current").read_bytes(), (models_dir/"current").stat()
         with os.scandir(models_dir/name.decode().strip()) as files:
-            return name, found.st_mtime_ns, tuple(sorted((file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in files))
+            return (
+                name,
+                found.st_mtime_ns,
+                tuple(sorted((file.name, (about := file.stat()).st_size, about.st_mtime_ns) for file in files)),
+            )
     except (OSError, ValueError) as error: return (str(error),)
 
 # %% ../../nbs/bundle/live.ipynb #b8cd272b
@@ -118,14 +122,21 @@ class _Refusing(_Held):
     def _tell(self, result:Reload)->None:
         "Log it and call the listeners; an error of one hinders neither the others nor the model."
         if result.status == "reloaded": _log.info("model %s answers now", result.version)
-        else: _log.error("model %s was refused, %s: %s", self.refused.version, f"{result.version} answers" if result.version else "there is no other", result.error)
+        else:
+            _log.error(
+                "model %s was refused, %s: %s",
+                self.refused.version,
+                f"{result.version} answers" if result.version else "there is no other",
+                result.error,
+            )
         for callback in self._listeners:
             try: callback(result)
             except Exception: _log.exception("a listener failed on %s", result)
 
 # %% ../../nbs/bundle/live.ipynb #b18ca9ed
 class LiveModel(_Refusing):
-    "The served model: always whole, replaced while it answers; `refused` says what is not served, `loaded_at` since when this one is."
+    """The served model: always whole, replaced while it answers; `refused` says what is not served, `loaded_at` since
+    when this one is."""
     def __init__(self,
         models_dir:str|Path,              # folder of bundles
         prepare:Callable[[Bundle], Any],  # makes of a bundle what answers; a `BundleError` refuses the bundle for good
@@ -191,7 +202,10 @@ def rollback(
     models_dir = resolve_path(models_dir)
     live, before = live_version(models_dir), previous_versions(models_dir)
     if version is None:
-        if not before: raise BundleError(f"{models_dir}: no earlier version is known to go back to; `product-recs models` lists what is there")
+        if not before:
+            raise BundleError(
+                f"{models_dir}: no earlier version is known to go back to; `product-recs models` lists what is there"
+            )
         version = before[0]
     elif version == live: raise BundleError(f"{version} is live already")
     publish(models_dir, version, before[before.index(version) + 1:] if version in before else None)

@@ -24,13 +24,20 @@ class ReadyModel:
     def __init__(self, bundle:Bundle, # as `open_bundle` gives it
         index:str="auto", # how one user's items are searched: auto takes the bundle's index where that is worth it; exact; approximate
     ):
-        self.bundle, self.index = bundle, index # and plain arrays over the same mapped memory: indexing them is cheaper than indexing a memmap
-        self.user_factors, self.item_factors, self.indptr, self.indices = map(np.asarray, (bundle.user_factors, bundle.item_factors, bundle.seen.indptr, bundle.seen.indices))
+        # and plain arrays over the same mapped memory: indexing them is cheaper than indexing a memmap
+        self.bundle, self.index = bundle, index
+        self.user_factors, self.item_factors, self.indptr, self.indices = map(
+            np.asarray, (bundle.user_factors, bundle.item_factors, bundle.seen.indptr, bundle.seen.indices)
+        )
 
     @cached_property
     def catalogue(self)->Catalogue:
         "The items as the rules see them; one without factors or interactions cannot be scored."
-        return Catalogue(self.bundle.items, columns := self.bundle.item_columns, self.item_factors.any(axis=1) & (columns["popularity"] > 0))
+        return Catalogue(
+            self.bundle.items,
+            columns := self.bundle.item_columns,
+            self.item_factors.any(axis=1) & (columns["popularity"] > 0),
+        )
 
     @property
     def candidates(self)->np.ndarray: # (n_items,) bool
@@ -55,7 +62,9 @@ class ReadyModel:
     @cached_property
     def user_attributes(self)->Attributes:
         "What the users file told of the users."
-        return Attributes({name: values for name, values in self.bundle.user_columns.items() if name not in Columns.Counted})
+        return Attributes(
+            {name: values for name, values in self.bundle.user_columns.items() if name not in Columns.Counted}
+        )
 
     def seen_by(self, row:int|None)->np.ndarray: # row of a user, None: one that the model does not know; rows of items
         "What a user had interacted with when the model was trained."
@@ -71,10 +80,13 @@ class ReadyModel:
     def signals(self)->Signals:
         "What speaks for a next purchase; a `BlendError` where the bundle has no blend."
         weights = read_weights(self.bundle.manifest.get("blend"))
-        if self.bundle.counts is None or self.bundle.age_days is None: raise BlendError("this model has weights for the next purchase and no history for them; train again")
+        if self.bundle.counts is None or self.bundle.age_days is None:
+            raise BlendError("this model has weights for the next purchase and no history for them; train again")
         return Signals(self.user_factors, self.item_factors, self.bundle.counts, self.bundle.age_days, weights)
 
     @cached_property
     def norms(self)->np.ndarray: # (n_items,) float32
         "Length of each item's factors; 1 where it is 0, so that it can be divided by."
-        return np.where(norms := np.sqrt(np.einsum("if,if->i", self.item_factors, self.item_factors)), norms, 1).astype(np.float32)
+        return np.where(norms := np.sqrt(np.einsum("if,if->i", self.item_factors, self.item_factors)), norms, 1).astype(
+            np.float32
+        )

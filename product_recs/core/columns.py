@@ -16,4 +16,5 @@ class Columns:
     Required = (User, Item)
     Optional = (Event, Quantity, Timestamp)
     All = Required + Optional
-    Counted = ("popularity", "first_seen", "last_seen") # what a model knows of each user and item besides the attributes
+    # what a model knows of each user and item besides the attributes
+    Counted = ("popularity", "first_seen", "last_seen")

@@ -24,7 +24,8 @@ _SHOWN = frozenset("""application_name cache channel_binding charset client_enco
     user""".split()) # of a URL's query: these values are no secrets
 _PORT = r"""(?!\d{1,5}(?:[/?#\s,;:.'")\]]|$))""" # http://host:8000/ written by me@here has no password
 _HEAD = r"[A-Za-z][\w+.-]*:/{1,2}(?!/)" # of a URL; a path that was made of one has one slash
-_PASSWORD = re.compile(rf"({_HEAD}[^\s/:]*):(?!\*\*\*@)(?:{_PORT}[^\n]+|\S+)@") # in a sentence: to the last @ of the line
+# in a sentence: to the last @ of the line
+_PASSWORD = re.compile(rf"({_HEAD}[^\s/:]*):(?!\*\*\*@)(?:{_PORT}[^\n]+|\S+)@")
 _PASSWORD_OF_ALL = re.compile(rf"({_HEAD}[^\s/:]*):.+@", re.DOTALL)
 _NO_PORT = re.compile(rf"({_HEAD}(?:[^\s/@]*@)?[^\s/:@\[\]]*):{_PORT}[^\s/?@]+")
 _WEB = re.compile(r"(?i)\b((?:https?|ftps?|s3|gs|abfss?|wasbs?):/{1,2})[^\s/@]+@")

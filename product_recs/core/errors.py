@@ -35,7 +35,8 @@ class StoreError(ProductRecsError):
 
 class NoStoreError(StoreError):
     "The service was started without a feedback store."
-    public = "this service keeps no feedback; the setting PRODUCT_RECS_DATABASE_URL names a store" # what a client may know
+    # what a client may know
+    public = "this service keeps no feedback; the setting PRODUCT_RECS_DATABASE_URL names a store"
 
 class FeedbackError(ProductRecsError):
     "Feedback that the store does not take; the message names the field."

@@ -109,7 +109,9 @@ def declared_defaults(
     path = resolve_path(f"nbs/{job}.ipynb")
     try: cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError:
-        raise ParameterError(f"{path} is not there; run this in a clone of the project, or set PRODUCT_RECS_ROOT to one") from None
+        raise ParameterError(
+            f"{path} is not there; run this in a clone of the project, or set PRODUCT_RECS_ROOT to one"
+        ) from None
     lines = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(lines).body}
 

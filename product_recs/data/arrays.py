@@ -22,7 +22,8 @@ def save_csr(
     matrix:csr_matrix, # sorted and free of duplicates
 )->None:
     "Write `name_indptr.npy`, `name_indices.npy` and `name_data.npy`."
-    for part in ("indptr", "indices", "data"): np.save(folder/f"{name}_{part}.npy", getattr(matrix, part), allow_pickle=False)
+    for part in ("indptr", "indices", "data"):
+        np.save(folder/f"{name}_{part}.npy", getattr(matrix, part), allow_pickle=False)
 
 def load_array(
     path:Path,
@@ -31,10 +32,14 @@ def load_array(
     try:
         # NumPy cannot map a file that holds no values
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError: raise BundleError(f"{path}: the file is missing; train again or restore the folder from a copy") from None
+    except FileNotFoundError:
+        raise BundleError(f"{path}: the file is missing; train again or restore the folder from a copy") from None
     except ValueError as error:
         try: return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError): raise BundleError(f"{path}: not a readable .npy file ({error}); train again or restore it from a copy") from None
+        except (ValueError, EOFError):
+            raise BundleError(
+                f"{path}: not a readable .npy file ({error}); train again or restore it from a copy"
+            ) from None
     return array
 
 def load_csr(
@@ -45,7 +50,10 @@ def load_csr(
     "Open what `save_csr` wrote."
     indptr, indices, data = (load_array(folder/f"{name}_{part}.npy") for part in ("indptr", "indices", "data"))
     if len(indptr) != shape[0] + 1 or len(indices) != indptr[-1] or len(data) != len(indices):
-        raise BundleError(f"{folder/name}_*.npy: {len(indptr)} row pointers, {len(indices)} indices and {len(data)} values do not make a matrix of {shape[0]} rows")
+        raise BundleError(
+            f"{folder / name}_*.npy: {len(indptr)} row pointers, {len(indices)} indices and {len(data)} values do not "
+            f"make a matrix of {shape[0]} rows"
+        )
     matrix = csr_matrix(shape, dtype=data.dtype)
     matrix.indptr, matrix.indices, matrix.data = indptr, indices, data
     # the writer sorted them; checking again would read the whole file
@@ -53,14 +61,18 @@ def load_csr(
     return matrix
 
 # %% ../../nbs/data/arrays.ipynb #7ff1b3c6
-_TYPES = {"i": "BIGINT", "u": "BIGINT", "f": "DOUBLE", "b": "BOOLEAN", "M": "TIMESTAMP"} # kind of a NumPy array -> DuckDB
+# kind of a NumPy array -> DuckDB
+_TYPES = {"i": "BIGINT", "u": "BIGINT", "f": "DOUBLE", "b": "BOOLEAN", "M": "TIMESTAMP"}
 
 def _with_gaps(values:np.ndarray)->tuple[np.ndarray, np.ndarray|None]:
-    "Objects that are whole numbers or yes/no as an array of those, and where they are known; other objects as they are, and None."
+    """Objects that are whole numbers or yes/no as an array of those, and where they are known; other objects as they
+    are, and None."""
     first = next((value for value in values if value is not None), None)
     kind = bool if isinstance(first, (bool, np.bool_)) else np.int64 if isinstance(first, (int, np.integer)) else None
     if kind is None: return values, None
-    return np.array([0 if value is None else value for value in values], kind), np.array([value is not None for value in values])
+    return np.array([0 if value is None else value for value in values], kind), np.array(
+        [value is not None for value in values]
+    )
 
 def save_table(
     path:Path,
@@ -85,16 +97,23 @@ def load_table(
 )->dict[str, np.ndarray]: # text, whole numbers with gaps and yes/no with gaps as object arrays with None where unknown
     "Read a Parquet file as columns, in the order of its rows."
     try:
-        with database_errors(BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"), duckdb.connect() as database:
+        with (
+            database_errors(
+                BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"
+            ),
+            duckdb.connect() as database,
+        ):
             columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
     except BundleError as error:
         # short of memory or of open files: the file is not to blame, and may be read a moment later
-        if isinstance(error.__context__, duckdb.OperationalError) and path.is_file(): raise OSError(f"{path}: cannot be read now ({error})") from None
+        if isinstance(error.__context__, duckdb.OperationalError) and path.is_file():
+            raise OSError(f"{path}: cannot be read now ({error})") from None
         raise
     return {name: _plain(values) for name, values in columns.items()}
 
 def _plain(values:np.ndarray)->np.ndarray:
-    "DuckDB's masked array as a plain one: NaN, NaT or None where masked; a whole number stays one, with all its digits."
+    """DuckDB's masked array as a plain one: NaN, NaT or None where masked; a whole number stays one, with all its
+    digits."""
     if not isinstance(values, np.ma.MaskedArray): return values
     if not values.mask.any(): return values.data
     if values.dtype.kind == "M": return values.filled(np.datetime64("NaT", np.datetime_data(values.dtype)[0]))
@@ -108,7 +127,9 @@ def on_structure(path:Path, matrix:csr_matrix)->csr_matrix:
     "The values of a file on the structure of a matrix."
     values = load_array(path)
     if values.shape != matrix.data.shape or values.dtype != np.float32:
-        raise BundleError(f"{path}: {values.dtype} of shape {values.shape}, expected float32 of shape {matrix.data.shape}")
+        raise BundleError(
+            f"{path}: {values.dtype} of shape {values.shape}, expected float32 of shape {matrix.data.shape}"
+        )
     made = csr_matrix(matrix.shape, dtype=np.float32)
     made.indptr, made.indices, made.data = matrix.indptr, matrix.indices, values
     made.has_sorted_indices = made.has_canonical_format = True
@@ -116,6 +137,8 @@ def on_structure(path:Path, matrix:csr_matrix)->csr_matrix:
 
 def matrix_values(matrix:csr_matrix, seen:csr_matrix, name:str)->np.ndarray:
     "Values of a matrix that has the structure of another."
-    if matrix.shape != seen.shape or not (np.array_equal(matrix.indptr, seen.indptr) and np.array_equal(matrix.indices, seen.indices)):
+    if matrix.shape != seen.shape or not (
+        np.array_equal(matrix.indptr, seen.indptr) and np.array_equal(matrix.indices, seen.indices)
+    ):
         raise BundleError(f"{name} must have the structure of the seen matrix: the same pairs in the same order")
     return np.asarray(matrix.data, np.float32)

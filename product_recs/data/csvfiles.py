@@ -34,9 +34,13 @@ def file_errors(
     "Turn what the operating system or gzip says about one file into an `IngestError`."
     try: yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise IngestError(f"{shown}: its gzip data is broken or cut short ({error}). Copy or export the file again.") from None
+        raise IngestError(
+            f"{shown}: its gzip data is broken or cut short ({error}). Copy or export the file again."
+        ) from None
     except FileNotFoundError:
-        raise IngestError(f"{shown}: there is no such file, or it vanished while it was being read. Check the path.") from None
+        raise IngestError(
+            f"{shown}: there is no such file, or it vanished while it was being read. Check the path."
+        ) from None
     except IsADirectoryError:
         raise IngestError(f"{shown} is a folder. Name its files, for example {shown}/*.csv") from None
     except OSError as error:
@@ -74,20 +78,34 @@ def known_encoding(
 )->str:          # Python's name of it
     "The codec behind a name."
     try: return codecs.lookup(encoding).name
-    except LookupError: raise IngestError(f"encoding={encoding!r} is not known. Use for example utf-8, latin-1, cp1252 or utf-16.") from None
+    except LookupError:
+        raise IngestError(
+            f"encoding={encoding!r} is not known. Use for example utf-8, latin-1, cp1252 or utf-16."
+        ) from None
 
 def _first_line(path:Path, shown:str)->str:
     "The header line of a UTF-8 file, without mark and line break."
     with file_errors(shown), open_bytes(path) as file: raw = file.readline(1 << 20)
     if not raw.strip(b"\xef\xbb\xbf\r\n \t"):
-        raise IngestError(f"{shown}: " + ("line 1 is blank; it must name the columns." if raw else "the file is empty."))
+        raise IngestError(
+            f"{shown}: " + ("line 1 is blank; it must name the columns." if raw else "the file is empty.")
+        )
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise IngestError(f"{shown} is UTF-16, not UTF-8. Pass encoding=\"utf-16\".")
     try: text = raw.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
-        raise IngestError(f"{shown}, line 1: the header is not valid UTF-8. Pass its encoding, such as encoding=\"latin-1\" or \"cp1252\".") from None
-    if "\0" in text: raise IngestError(f"{shown}, line 1: NUL bytes in the header. Is it UTF-16 (encoding=\"utf-16\"), or no text at all?")
-    if "\r" in text: raise IngestError(f"{shown}: its lines end with a carriage return alone. Save it with Unix or Windows line ends.")
+        raise IngestError(
+            f"{shown}, line 1: the header is not valid UTF-8. Pass its encoding, such as encoding=\"latin-1\" or "
+            f"\"cp1252\"."
+        ) from None
+    if "\0" in text:
+        raise IngestError(
+            f"{shown}, line 1: NUL bytes in the header. Is it UTF-16 (encoding=\"utf-16\"), or no text at all?"
+        )
+    if "\r" in text:
+        raise IngestError(
+            f"{shown}: its lines end with a carriage return alone. Save it with Unix or Windows line ends."
+        )
     return text
 
 # %% ../../nbs/data/csvfiles.ipynb #e5513a26
@@ -109,7 +127,10 @@ def open_csv(
     if fault: raise IngestError(f"{shown}, line 1: {fault} in the header: {header[:100]!r}")
     names = tuple(name.strip() for name in fields)
     twice = sorted({name for name in names if name and sum(other.lower() == name.lower() for other in names) > 1})
-    if twice: raise IngestError(f"{shown}, line 1: the header has the same column twice: {', '.join(twice)}. Rename one of them.")
+    if twice:
+        raise IngestError(
+            f"{shown}, line 1: the header has the same column twice: {', '.join(twice)}. Rename one of them."
+        )
     return CsvFile(path, shown, delimiter, names, recoded)
 
 # %% ../../nbs/data/csvfiles.ipynb #82e21f5c
@@ -144,7 +165,8 @@ def read_lines(
             if number == 1: raw = raw.removeprefix(codecs.BOM_UTF8)
             if len(raw) > LONGEST_LINE: raw, fault = raw[:200], "line longer than 1 MiB"
             try: text = raw.decode().rstrip("\r\n")
-            except UnicodeDecodeError: text, fault = raw.decode(errors="backslashreplace").rstrip("\r\n"), fault or NOT_TEXT
+            except UnicodeDecodeError:
+                text, fault = raw.decode(errors="backslashreplace").rstrip("\r\n"), fault or NOT_TEXT
             if "\0" in text: fault = fault or "NUL byte"
             elif recoded and "\ufffd" in text: fault = fault or NOT_TEXT
             yield number, text, fault
@@ -159,7 +181,8 @@ def _join(text:str, pull, put_back, width:int, delimiter:str, guarded:Iterable[i
         if item[2] or (width > 1 and alone is not None and len(alone) == width): break
         text += "\n" + item[1]
         fields, fault = parse_line(text, delimiter)
-    if fields is not None and len(fields) == width and not any("\n" in fields[at] for at in guarded): return fields, None
+    if fields is not None and len(fields) == width and not any("\n" in fields[at] for at in guarded):
+        return fields, None
     put_back(reversed(ahead))
     return None, UNCLOSED
 
@@ -180,7 +203,10 @@ def read_records(
             fields, fault = parse_line(text, delimiter)
             if fault == UNCLOSED: fields, fault = _join(text, pull, waiting.extendleft, width, delimiter, guarded)
             if fields is not None and len(fields) != width:
-                fields, fault = None, f"too {'few' if len(fields) < width else 'many'} fields ({len(fields)} instead of {width})"
+                fields, fault = (
+                    None,
+                    f"too {'few' if len(fields) < width else 'many'} fields ({len(fields)} instead of {width})",
+                )
         yield number, fields, fault, text
 
 # %% ../../nbs/data/csvfiles.ipynb #03b35d3c
@@ -209,8 +235,11 @@ def quick_query(
     packing = "gzip" if source.path.suffix.lower() == ".gz" else "none"
     columns = ", ".join(f"'c{at}': 'VARCHAR'" for at in range(len(source.names)))
     chosen = "".join(f", c{source.names.index(name)} AS {named(out)}" for out, name in wanted.items())
-    return (f"SELECT {line} AS line{chosen} FROM read_csv({one_file(source.path)}, compression={quoted(packing)}, delim={quoted(source.delimiter)}, "
-            f"quote='\"', escape='\"', header=false, skip=1, auto_detect=false, strict_mode=true, columns={{{columns}}})")
+    return (
+        f"SELECT {line} AS line{chosen} FROM read_csv({one_file(source.path)}, compression={quoted(packing)}, "
+        f"delim={quoted(source.delimiter)}, "
+        f"quote='\"', escape='\"', header=false, skip=1, auto_detect=false, strict_mode=true, columns={{{columns}}})"
+    )
 
 def staged_query(
     path:Path,              # a CSV that this package wrote: no header, `line` first
@@ -218,8 +247,11 @@ def staged_query(
 )->str:                     # SELECT line, then the columns as VARCHAR
     "The DuckDB query for a file that has been cleaned."
     types = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
-    return (f"SELECT * FROM read_csv({one_file(path)}, delim=',', quote='\"', escape='\"', new_line='\\r\\n', header=false, auto_detect=false, parallel=false, "
-            f"columns={{'line': 'BIGINT', {types}}})")
+    return (
+        f"SELECT * FROM read_csv({one_file(path)}, delim=',', quote='\"', escape='\"', new_line='\\r\\n', "
+        f"header=false, auto_detect=false, parallel=false, "
+        f"columns={{'line': 'BIGINT', {types}}})"
+    )
 
 # %% ../../nbs/data/csvfiles.ipynb #428eb621
 def careful_files(
@@ -237,8 +269,15 @@ def careful_files(
     with file_errors(source.shown), open(kept, **text) as good, open(faults, **text) as bad:
         good, bad = csv.writer(good), csv.writer(bad)
         next(lines)
-        found = read_records(lines, len(source.names), source.delimiter, [source.names.index(wanted[name]) for name in guarded if name in wanted])
-        for number, fields, fault, text in tqdm(found, desc=f"{source.shown}, line by line", unit=" lines", delay=2, leave=False, disable=not progress):
+        found = read_records(
+            lines,
+            len(source.names),
+            source.delimiter,
+            [source.names.index(wanted[name]) for name in guarded if name in wanted],
+        )
+        for number, fields, fault, text in tqdm(
+            found, desc=f"{source.shown}, line by line", unit=" lines", delay=2, leave=False, disable=not progress
+        ):
             if fault: bad.writerow([number, text[:200].replace("\0", "\\0"), fault])
             else: good.writerow([number, *(fields[column] for column in at)])
     return kept, faults

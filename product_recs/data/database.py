@@ -38,7 +38,9 @@ def _database(text:str):
         if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
             path = resolve_path(url.database)
             if not path.is_file():
-                raise IngestError(f"{path}: there is no such SQLite database. Check the path; it counts from {project_root()}")
+                raise IngestError(
+                    f"{path}: there is no such SQLite database. Check the path; it counts from {project_root()}"
+                )
             url = url.set(database=str(path))
         return create_engine(url), url, shown_url(url)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
@@ -47,7 +49,14 @@ def _database(text:str):
 
 def _plain(value):
     "A database value as a text that the validation understands."
-    if isinstance(value, (float, int)) and not isinstance(value, bool) and value == value and abs(value) < 1e15 and value == int(value): return int(value)
+    if (
+        isinstance(value, (float, int))
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) < 1e15
+        and value == int(value)
+    ):
+        return int(value)
     if hasattr(value, "isoformat"): return value.isoformat()
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
@@ -61,7 +70,8 @@ def _decimal(value:Decimal)->str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 def _id(value)->tuple[int|str|None, str|None]:
-    "An id as it is written to the file, and whether it is a number or a text (None: it is blank); a ValueError says why it is none."
+    """An id as it is written to the file, and whether it is a number or a text (None: it is blank); a ValueError says
+    why it is none."""
     if type(value) is int: return value, "number"
     if isinstance(value, (bytes, memoryview)):
         try: value = bytes(value).decode()
@@ -89,7 +99,10 @@ def _batch(rows:list, line:int, at:list[int], ids:Mapping[int, str], kinds:dict[
 
 def _fetch(result, wanted:Mapping[str, str], ids:Iterable[str], names:list[str], staged:Path, label:str, progress:bool)->tuple[dict, Faults]:
     "Write the wanted columns of a result to a file; the kinds of the ids, and the rows without one."
-    at, places = [names.index(name) for name in wanted.values()], {names.index(wanted[name]): name for name in ids if name in wanted}
+    at, places = (
+        [names.index(name) for name in wanted.values()],
+        {names.index(wanted[name]): name for name in ids if name in wanted},
+    )
     seen, faults, line = {name: set() for name in places.values()}, [], 0
     with open(staged, "w", encoding="utf-8", newline="") as out, \
          tqdm(desc=label, unit=" rows", delay=2, leave=False, disable=not progress) as bar:
@@ -110,7 +123,8 @@ def fetch_query(
     progress:bool = True,              # show a bar
 )->tuple[str, list[str], dict, dict, Faults]: # URL without its password, all columns, output column -> the answer's, id column -> kind, rows without an id
     "Write the answer of a query to a file."
-    if not query.strip(): raise IngestError('A database needs a query: pass query="select user_id, item_id, ... from ...".')
+    if not query.strip():
+        raise IngestError('A database needs a query: pass query="select user_id, item_id, ... from ...".')
     from sqlalchemy import text
     engine, parsed, shown = _database(url)
     try:

@@ -47,9 +47,11 @@ class Features:
     item_columns: dict         # popularity (number of users), first_seen, last_seen, attributes
     path: Path                 # of this artifact
     interactions: Path         # folder of the ingested interactions
-    mean_total: float|None=None # mean sum of a user in `all` before BM25, which a later event needs; None: another weighting
+    # mean sum of a user in `all` before BM25, which a later event needs; None: another weighting
+    mean_total: float|None=None
     feedback_until: str|None=None # UTC; what the feedback store received until then is in the interactions
-    cold_items: Path|None=None # file of the rows of the products file that have no row in the matrices; None: there are none
+    # file of the rows of the products file that have no row in the matrices; None: there are none
+    cold_items: Path|None=None
     cold_users: Path|None=None # likewise of the users file
     left_out: LeftOut=NO_LEFT_OUT # what users had in `all` and the minimum counts took out
     rules: dict=field(default_factory=dict) # what an interaction had to be at the ingest, as of `EventRules`
@@ -61,7 +63,8 @@ def item_attributes(
     return pd.DataFrame({"item_id": features.items.ids, **features.item_columns})
 
 # %% ../../nbs/data/snapshots.ipynb #30b93990
-SNAPSHOTS = {"train": "validation_from", "train_validation": "test_from", "all": None} # name and the moment in the split that ends it
+# name and the moment in the split that ends it
+SNAPSHOTS = {"train": "validation_from", "train_validation": "test_from", "all": None}
 
 # %% ../../nbs/data/snapshots.ipynb #21d91cb3
 def open_features(
@@ -70,7 +73,8 @@ def open_features(
     "Open a feature artifact; its matrices are memory-mapped."
     path = resolve_path(path)
     try: facts = json.loads((path/"features.json").read_text(encoding="utf-8"))
-    except FileNotFoundError: raise FeatureError(f"{path/'features.json'}: the file is missing; run 02_features first") from None
+    except FileNotFoundError:
+        raise FeatureError(f"{path/'features.json'}: the file is missing; run 02_features first") from None
     shape = (facts["users"], facts["items"])
     snapshots = {}
     for name, moment in SNAPSHOTS.items():
@@ -81,9 +85,24 @@ def open_features(
             others[value].data = np.load(path/f"{name}_{value}.npy", mmap_mode="r" if confidence.nnz else None)
         snapshots[name] = Snapshot(facts["split"].get(moment) if moment else None, confidence, **others)
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
-    return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots,
-        validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape), split=facts["split"], parameters=facts["parameters"],
-        fingerprint=facts["fingerprint"], user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
-        mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"), rules=facts.get("rules", {}),
-        **{name: file if (file := path/f"{name}.parquet").exists() else None for name in ("cold_items", "cold_users")},
-        left_out=load_left_out(path, facts["items"]))
+    return Features(
+        users=IdTable(users.pop("user_id")),
+        items=IdTable(items.pop("item_id")),
+        **snapshots,
+        validation=load_csr(path, "validation", shape),
+        test=load_csr(path, "test", shape),
+        split=facts["split"],
+        parameters=facts["parameters"],
+        fingerprint=facts["fingerprint"],
+        user_columns=users,
+        item_columns=items,
+        path=path,
+        interactions=Path(facts["interactions"]),
+        mean_total=facts.get("mean_total"),
+        feedback_until=facts.get("feedback_until"),
+        rules=facts.get("rules", {}),
+        **{
+            name: file if (file := path / f"{name}.parquet").exists() else None for name in ("cold_items", "cold_users")
+        },
+        left_out=load_left_out(path, facts["items"]),
+    )

@@ -59,14 +59,21 @@ def find_files(
     if isinstance(source, (str, Path)): source = [source]
     files = []
     for entry in source:
-        if is_database(entry): raise IngestError(f"{masked(entry)} in a list: a database stands alone, as the only source.")
+        if is_database(entry):
+            raise IngestError(f"{masked(entry)} in a list: a database stands alone, as the only source.")
         try: path = resolve_path(entry)
-        except (OSError, RuntimeError): raise IngestError(f"{entry}: cannot be read (a link that leads back to itself). Check the path.") from None
-        if path.is_dir(): raise IngestError(f"{shown_path(path)} is a folder. Name its files, for example {shown_path(path)}/*.csv")
+        except (OSError, RuntimeError):
+            raise IngestError(f"{entry}: cannot be read (a link that leads back to itself). Check the path.") from None
+        if path.is_dir():
+            raise IngestError(f"{shown_path(path)} is a folder. Name its files, for example {shown_path(path)}/*.csv")
         if path.exists() or path.is_symlink(): found = [path]
         else: found = sorted(file for name in glob.glob(str(path), recursive=True) if not (file := Path(name)).is_dir())
-        if not found and glob.has_magic(str(path)): raise IngestError(f"No file matches {shown_path(path)}. Check the pattern; it counts from {project_root()}")
-        if not found: raise IngestError(f"{shown_path(path)}: there is no such file. Check the path; it counts from {project_root()}")
+        if not found and glob.has_magic(str(path)):
+            raise IngestError(f"No file matches {shown_path(path)}. Check the pattern; it counts from {project_root()}")
+        if not found:
+            raise IngestError(
+                f"{shown_path(path)}: there is no such file. Check the path; it counts from {project_root()}"
+            )
         files += found
     if not files: raise IngestError("No source is named. Pass a path, a pattern or a database URL.")
     for file in files: file_format(file)
@@ -80,7 +87,9 @@ def near_name(
     "A column that may be meant."
     simple = {other.lower().replace("_", "").replace(" ", ""): other for other in found}
     short = name.replace("_", "")
-    close = get_close_matches(short, simple, n=1, cutoff=0.6) or get_close_matches(short.removesuffix("id"), simple, n=1, cutoff=0.6)
+    close = get_close_matches(short, simple, n=1, cutoff=0.6) or get_close_matches(
+        short.removesuffix("id"), simple, n=1, cutoff=0.6
+    )
     close = close or [other for other in simple if short.removesuffix("id") in other]
     return simple[close[0]] if close else None
 
@@ -96,13 +105,28 @@ def match_columns(
     found, required, wanted = list(found), list(required), {}
     for name in [*required, *optional]:
         theirs = columns.get(name, name)
-        if found.count(theirs) > 1: raise IngestError(f"{shown}: there are {found.count(theirs)} columns {theirs!r}. Rename all but one of them.")
+        if found.count(theirs) > 1:
+            raise IngestError(
+                f"{shown}: there are {found.count(theirs)} columns {theirs!r}. Rename all but one of them."
+            )
         if theirs in found: wanted[name] = theirs
         elif name in required or name in columns:
             guess = near_name(theirs, [other for other in found if other not in wanted.values()])
-            raise IngestError(f"{shown}: there is no column {theirs!r}. Found: {', '.join(found[:30])}. "
-                + (f"Did you mean {guess!r}? " if guess else "The first line must name the columns. " if len(found) < 2 else "")
-                + (f"Map it with columns={{{name!r}: {guess or 'the name of your column'!r}}}." if mapped else f"Rename the column of ids to {name!r}."))
+            raise IngestError(
+                f"{shown}: there is no column {theirs!r}. Found: {', '.join(found[:30])}. "
+                + (
+                    f"Did you mean {guess!r}? "
+                    if guess
+                    else "The first line must name the columns. "
+                    if len(found) < 2
+                    else ""
+                )
+                + (
+                    f"Map it with columns={{{name!r}: {guess or 'the name of your column'!r}}}."
+                    if mapped
+                    else f"Rename the column of ids to {name!r}."
+                )
+            )
     return wanted
 
 # %% ../../nbs/data/sources.ipynb #8eb63303
@@ -141,9 +165,15 @@ def number_text(
     "SQL that writes 12.0 and 12 as the same id; what is `inexact` stays what it is."
     text = f"CAST({number} AS VARCHAR)"
     if type in EXACT:
-        return f"CASE WHEN abs({number}) < {EXACT[type]} AND {number} = floor({number}) THEN CAST(CAST({number} AS BIGINT) AS VARCHAR) ELSE {text} END"
+        return (
+            f"CASE WHEN abs({number}) < {EXACT[type]} AND {number} = floor({number}) THEN CAST(CAST({number} AS "
+            f"BIGINT) AS VARCHAR) ELSE {text} END"
+        )
     if not type.startswith("DECIMAL"): return text
-    return f"CASE WHEN {number} = 0 THEN '0' WHEN contains({text}, '.') THEN rtrim(rtrim({text}, '0'), '.') ELSE {text} END"
+    return (
+        f"CASE WHEN {number} = 0 THEN '0' WHEN contains({text}, '.') THEN rtrim(rtrim({text}, '0'), '.') ELSE {text} "
+        f"END"
+    )
 
 # %% ../../nbs/data/sources.ipynb #2d23703c
 def run_query(
@@ -153,8 +183,18 @@ def run_query(
     progress:bool = True,          # show a bar when it takes long
 )->list:                           # the rows of the answer
     "Run one statement with a progress bar."
-    with ThreadPoolExecutor(1) as pool, tqdm(total=100, desc=label, unit="%", delay=2, leave=False, disable=not progress,
-                                             bar_format="{desc}: {percentage:.0f} % {bar} {elapsed}") as bar:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        tqdm(
+            total=100,
+            desc=label,
+            unit="%",
+            delay=2,
+            leave=False,
+            disable=not progress,
+            bar_format="{desc}: {percentage:.0f} % {bar} {elapsed}",
+        ) as bar,
+    ):
         job = pool.submit(lambda: con.execute(sql).fetchall())
         try:
             while not wait([job], timeout=0.25).done: bar.update(max(0.0, min(con.query_progress(), 100.0) - bar.n))
@@ -211,10 +251,19 @@ def _parquet_columns(con, path:Path)->list[tuple[str, str, str]]:
 def _id_value(name:str, type:str, shown:str)->tuple[str, str, str, str]:
     "SQL of an id column as text, its kind, where it holds no id, and why."
     family = type_family(type)
-    if type == "BLOB": return f"TRY(decode({named(name)}))", "text", f"{named(name)} IS NOT NULL AND TRY(decode({named(name)})) IS NULL", NO_ID
+    if type == "BLOB":
+        return (
+            f"TRY(decode({named(name)}))",
+            "text",
+            f"{named(name)} IS NOT NULL AND TRY(decode({named(name)})) IS NULL",
+            NO_ID,
+        )
     if family == "text": return f"CAST({named(name)} AS VARCHAR)", "text", "false", ""
-    if family in ("integer", "decimal", "float"): return number_text(named(name), type), "number", inexact(named(name), type), INEXACT
-    raise IngestError(f"{shown}: column {name!r} holds {type[:60]}, and an id is a whole number or a text. Write it as one of these.")
+    if family in ("integer", "decimal", "float"):
+        return number_text(named(name), type), "number", inexact(named(name), type), INEXACT
+    raise IngestError(
+        f"{shown}: column {name!r} holds {type[:60]}, and an id is a whole number or a text. Write it as one of these."
+    )
 
 # %% ../../nbs/data/sources.ipynb #1226e540
 MOST_FAULTS = 1_000_000 # of ids of one column; they are held in memory
@@ -229,10 +278,15 @@ def read_parquet_file(
 )->FileRead:
     "Load a Parquet file."
     shown = shown_path(path)
-    with database_errors(IngestError, shown, "this is not a readable Parquet file. Copy or export it again.", None): found = _parquet_columns(con, path)
+    with database_errors(IngestError, shown, "this is not a readable Parquet file. Copy or export it again.", None):
+        found = _parquet_columns(con, path)
     names = [name for name, *_ in found]
     numbered = not any(name.lower() == "file_row_number" for _, name, _ in found) # DuckDB's own name for it
-    line, file = ("file_row_number + 1", parquet(path, ", file_row_number=true")) if numbered else ("row_number() OVER ()", parquet(path))
+    line, file = (
+        ("file_row_number + 1", parquet(path, ", file_row_number=true"))
+        if numbered
+        else ("row_number() OVER ()", parquet(path))
+    )
     read, chosen, bad = FileRead(shown, 0, names, match(names), {}, typed=True), [f"{line} AS line"], []
     for out, theirs in read.wanted.items():
         name, type = next(column[1:] for column in found if column[0] == theirs)
@@ -241,9 +295,12 @@ def read_parquet_file(
             value, read.kinds[out], wrong, reason = _id_value(name, type, shown)
             if wrong != "false": bad.append((out, name, type, wrong, reason))
         chosen.append(f"{value} AS {named(out)}")
-    with database_errors(IngestError, shown, "this Parquet file cannot be read to its end. Copy or export it again.", None):
+    with database_errors(
+        IngestError, shown, "this Parquet file cannot be read to its end. Copy or export it again.", None
+    ):
         where = "WHERE" if numbered else "QUALIFY" # the rows are numbered before any is left out
-        for column in bad: read.faults += _no_ids(con, shown, line, file, where, [fault[0] for fault in read.faults], *column)
+        for column in bad:
+            read.faults += _no_ids(con, shown, line, file, where, [fault[0] for fault in read.faults], *column)
         good = " AND ".join(f"NOT coalesce({wrong}, false)" for *_, wrong, _ in bad) or "true"
         read.rows = load(f"SELECT {', '.join(chosen)} FROM {file}" + (f" {where} {good}" if bad else ""))
     return read
@@ -251,7 +308,9 @@ def read_parquet_file(
 def _no_ids(con, shown:str, line:str, file:str, where:str, known:list[int], out:str, name:str, type:str, wrong:str, reason:str)->list[tuple]:
     "The rows of a Parquet file whose id is none, but for those that are `known` already."
     value = f"left(CAST({named(name)} AS VARCHAR), 200)"
-    found = con.execute(f"SELECT {line}, {quoted(out)}, {value}, {quoted(reason)} FROM {file} {where} {wrong} LIMIT {MOST_FAULTS + 1}").fetchall()
+    found = con.execute(
+        f"SELECT {line}, {quoted(out)}, {value}, {quoted(reason)} FROM {file} {where} {wrong} LIMIT {MOST_FAULTS + 1}"
+    ).fetchall()
     known = set(known)
     if len(found) <= MOST_FAULTS: return [fault for fault in found if fault[0] not in known]
     raise IngestError(f"{shown}: in column {name!r} ({type}) more than {MOST_FAULTS:,} values are no ids: {reason}. "
@@ -261,10 +320,14 @@ def _no_ids(con, shown:str, line:str, file:str, where:str, known:list[int], out:
 def _json_lines(con, path:Path, shown:str, folder:Path, encoding:str)->list:
     "Fill the table `json_lines` (line, raw); return the faults."
     recoded = known_encoding(encoding) not in ("utf-8", "utf-8-sig", "ascii")
-    if recoded: raise IngestError(f"{shown}: JSON lines are UTF-8 by definition; encoding={encoding!r} is for CSV. Convert the file.")
+    if recoded:
+        raise IngestError(
+            f"{shown}: JSON lines are UTF-8 by definition; encoding={encoding!r} is for CSV. Convert the file."
+        )
     with file_errors(shown): first = next((text for _, text, _ in read_lines(path) if text.strip()), "")
     if not first: raise IngestError(f"{shown}: the file is empty.")
-    if first.lstrip().startswith("["): raise IngestError(f"{shown} is one JSON list. Write one object a line (JSON lines), such as jq -c '.[]' does.")
+    if first.lstrip().startswith("["):
+        raise IngestError(f"{shown} is one JSON list. Write one object a line (JSON lines), such as jq -c '.[]' does.")
     staged, faults = folder/"json.csv", []
     with file_errors(shown), open(staged, "w", encoding="utf-8", newline="") as out:
         out = csv.writer(out)
@@ -273,7 +336,9 @@ def _json_lines(con, path:Path, shown:str, folder:Path, encoding:str)->list:
             elif text.strip(): out.writerow([number, text])
     con.execute(f"CREATE OR REPLACE TEMP TABLE json_lines AS {staged_query(staged, ['raw'])}")
     broken = "NOT json_valid(raw) OR json_type(raw) <> 'OBJECT'"
-    faults += con.execute(f"SELECT line, '', left(raw, 200), 'not a JSON object' FROM json_lines WHERE {broken}").fetchall()
+    faults += con.execute(
+        f"SELECT line, '', left(raw, 200), 'not a JSON object' FROM json_lines WHERE {broken}"
+    ).fetchall()
     con.execute(f"DELETE FROM json_lines WHERE {broken}")
     return faults
 
@@ -282,12 +347,21 @@ NUMBERS = "('BIGINT', 'UBIGINT', 'HUGEINT', 'UHUGEINT', 'DOUBLE')"
 
 def _json_ids(con, out:str, kind:str, value:str, faults:list)->tuple[str, str]:
     "The kind of the ids of a column, and their SQL; rows of `json_lines` without an id become faults."
-    whole = f"regexp_full_match({value}, '-?[0-9]+')" # more digits than 64 bits hold are a DOUBLE to DuckDB, which still has them all
+    # more digits than 64 bits hold are a DOUBLE to DuckDB, which still has them all
+    whole = f"regexp_full_match({value}, '-?[0-9]+')"
     double = f"TRY_CAST({value} AS DOUBLE)"
-    for bad, reason in ((f"{kind} IN ('OBJECT', 'ARRAY', 'BOOLEAN')", NO_ID), (f"{kind} = 'DOUBLE' AND NOT {whole} AND {inexact(double, 'DOUBLE')}", INEXACT)):
-        faults += con.execute(f"SELECT line, {quoted(out)}, left({value}, 200), {quoted(reason)} FROM json_lines WHERE {bad}").fetchall()
+    for bad, reason in (
+        (f"{kind} IN ('OBJECT', 'ARRAY', 'BOOLEAN')", NO_ID),
+        (f"{kind} = 'DOUBLE' AND NOT {whole} AND {inexact(double, 'DOUBLE')}", INEXACT),
+    ):
+        faults += con.execute(
+            f"SELECT line, {quoted(out)}, left({value}, 200), {quoted(reason)} FROM json_lines WHERE {bad}"
+        ).fetchall()
         con.execute(f"DELETE FROM json_lines WHERE {bad}")
-    number, text = con.execute(f"SELECT count(*) FILTER ({kind} IN {NUMBERS}), count(*) FILTER ({kind} = 'VARCHAR' AND NOT {is_blank(value)}) FROM json_lines").fetchone()
+    number, text = con.execute(
+        f"SELECT count(*) FILTER ({kind} IN {NUMBERS}), count(*) FILTER ({kind} = 'VARCHAR' AND NOT {is_blank(value)}) "
+        f"FROM json_lines"
+    ).fetchone()
     text_of = f"CASE WHEN {kind} = 'DOUBLE' AND NOT {whole} THEN {number_text(double, 'DOUBLE')} ELSE {value} END"
     return "mixed" if number and text else "text" if text else "number", text_of
 
@@ -304,9 +378,20 @@ def read_json_file(
     "Load a file of JSON lines."
     shown = shown_path(path)
     faults = _json_lines(con, path, shown, folder, encoding)
-    found = [name for name, in con.execute("SELECT key FROM (SELECT unnest(json_keys(raw)) AS key, line FROM json_lines) GROUP BY key ORDER BY min(line), key").fetchall()]
-    if not found: raise IngestError(f"{shown}: no line holds a JSON object. First fault: line {faults[0][0]}, {faults[0][3]}: {faults[0][2][:80]!r}" if faults
-                                    else f"{shown}: the objects have no keys.")
+    found = [
+        name
+        for (name,) in con.execute(
+            "SELECT key FROM (SELECT unnest(json_keys(raw)) AS key, line FROM json_lines) GROUP BY key ORDER BY "
+            "min(line), key"
+        ).fetchall()
+    ]
+    if not found:
+        raise IngestError(
+            f"{shown}: no line holds a JSON object. First fault: line {faults[0][0]}, {faults[0][3]}: "
+            f"{faults[0][2][:80]!r}"
+            if faults
+            else f"{shown}: the objects have no keys."
+        )
     wanted, chosen, kinds = match(found), ["line"], {}
     for out, name in wanted.items():
         pointer = quoted("/" + name.replace("~", "~0").replace("/", "~1"))
@@ -333,18 +418,25 @@ def read_source(
     source, query = resolve(source), resolve(query, url=False)
     if is_database(source):
         staged = folder/"query.csv"
-        shown, names, wanted, kinds, faults = fetch_query(source, query, lambda names: match(names, "the query"), ids, staged, progress)
+        shown, names, wanted, kinds, faults = fetch_query(
+            source, query, lambda names: match(names, "the query"), ids, staged, progress
+        )
         read = FileRead(shown, load(0, staged_query(staged, wanted)), names, wanted, kinds, faults)
         each(read)
         return [read]
-    if query: raise IngestError(f"query= is for a database URL such as sqlite:///shop.db; the source is {masked(str(source))}.")
+    if query:
+        raise IngestError(
+            f"query= is for a database URL such as sqlite:///shop.db; the source is {masked(str(source))}."
+        )
     reads = []
     for number, path in enumerate(find_files(source)):
         shown = shown_path(path)
         with file_errors(shown), open(path, "rb"): before = path.stat()
         here, columns = partial(load, number), lambda names, shown=shown: match(names, shown)
         form = file_format(path)
-        with database_errors(IngestError, shown, "its rows cannot be read. Export the file again, or in another format.", None):
+        with database_errors(
+            IngestError, shown, "its rows cannot be read. Export the file again, or in another format.", None
+        ):
             if form == "parquet": read = read_parquet_file(path, here, columns, ids, con, keep_types)
             elif form == "json": read = read_json_file(path, here, columns, ids, con, folder, encoding)
             else: read = read_csv_file(path, here, columns, guarded, folder, delimiter, encoding, progress)

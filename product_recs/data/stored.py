@@ -29,13 +29,22 @@ def feedback_url(
     "The URL that the parameter `feedback` stands for."
     if feedback == "settings":
         if url := Settings().database_url: return url
-        raise IngestError('feedback="settings": the setting PRODUCT_RECS_DATABASE_URL is empty, so the service keeps no feedback.')
+        raise IngestError(
+            'feedback="settings": the setting PRODUCT_RECS_DATABASE_URL is empty, so the service keeps no feedback.'
+        )
     url = resolve(feedback)
-    if "://" not in url: raise IngestError('feedback= must be a database URL such as sqlite:///data/feedback.db, env:NAME or file:PATH with one, "settings", or "" for none.')
+    if "://" not in url:
+        raise IngestError(
+            'feedback= must be a database URL such as sqlite:///data/feedback.db, env:NAME or file:PATH with one, '
+            '"settings", or "" for none.'
+        )
     parse_url(url)
     try: where = store_url(url)
     except StoreError as error: raise IngestError(f"feedback=: {error}") from None
-    if where.get_backend_name() == "sqlite" and not Path(where.database).exists(): raise IngestError(f"{where.database}: there is no such feedback store. Check the path; it counts from {project_root()}")
+    if where.get_backend_name() == "sqlite" and not Path(where.database).exists():
+        raise IngestError(
+            f"{where.database}: there is no such feedback store. Check the path; it counts from {project_root()}"
+        )
     return url
 
 # %% ../../nbs/data/stored.ipynb #01cce18a
@@ -60,7 +69,9 @@ def stage_feedback(
             until, out = store.cut(), csv.writer(file)
             forgotten = store.forgotten()
             for event in store.read_events(until):
-                out.writerow([event.seq, event.user_id, event.item_id, event.event, event.quantity, event.timestamp.isoformat()])
+                out.writerow(
+                    [event.seq, event.user_id, event.item_id, event.event, event.quantity, event.timestamp.isoformat()]
+                )
                 for name, found in kinds.items():
                     found.add("text" if isinstance(number_or_text(getattr(event, name)), str) else "number")
                 rows += 1
@@ -93,6 +104,8 @@ def drop_forgotten_people(
     dropped, = con.execute(f"SELECT count(*) FROM {table} WHERE {gone}").fetchone()
     if dropped:
         kept = users.with_suffix(".kept")
-        con.execute(f"""COPY (SELECT * FROM {table} WHERE NOT ({gone}) ORDER BY user_id) TO '{str(kept).replace("'", "''")}' (FORMAT parquet)""")
+        con.execute(
+            f"""COPY (SELECT * FROM {table} WHERE NOT ({gone}) ORDER BY user_id) TO '{str(kept).replace("'", "''")}' (FORMAT parquet)"""
+        )
         kept.replace(users)
     return dropped

@@ -16,7 +16,8 @@ from .snapshots import Features, Snapshot
 
 # %% ../../nbs/data/tasks.ipynb #df24d282
 TASKS = {"discovery": True, "next_purchase": False}  # name -> is what the user had left out?
-PERIODS = {"test": "train_validation", "validation": "train"} # what is judged by -> the snapshot that ends where it begins
+# what is judged by -> the snapshot that ends where it begins
+PERIODS = {"test": "train_validation", "validation": "train"}
 
 def past_and_future(
     features:Features,
@@ -25,8 +26,11 @@ def past_and_future(
     "The snapshot to learn from and the interactions to judge by."
     if period not in PERIODS: raise EvaluateError(f"period must be one of {', '.join(PERIODS)}, not {period!r}")
     if not features.split:
-        raise EvaluateError("These interactions cannot be split by time: they have no timestamps, or all lie within one day. "
-                            "Name the column of the time for 01_ingest. A random split is not offered: it lets a model learn from the future.")
+        raise EvaluateError(
+            "These interactions cannot be split by time: they have no timestamps, or all lie within one day. "
+            "Name the column of the time for 01_ingest. A random split is not offered: it lets a model learn from the "
+            "future."
+        )
     return getattr(features, PERIODS[period]), getattr(features, period), features.split[f"{period}_from"]
 
 # %% ../../nbs/data/tasks.ipynb #79c1f9fe
@@ -56,8 +60,14 @@ def make_task(
     targets.eliminate_zeros()
     here, known, judged = (np.diff(m.indptr) > 0 for m in (future, seen, targets))
     rows = np.flatnonzero(known & judged)
-    left_out = {"without a past": int((here & ~known).sum()), "without a relevant item": int((here & known & ~judged).sum())}
-    if not len(rows): raise NothingToJudge(f"{name}: no user has both a past and a relevant item after the split; choose another split date")
+    left_out = {
+        "without a past": int((here & ~known).sum()),
+        "without a relevant item": int((here & known & ~judged).sum()),
+    }
+    if not len(rows):
+        raise NothingToJudge(
+            f"{name}: no user has both a past and a relevant item after the split; choose another split date"
+        )
     if 0 < max_users < len(rows): rows = np.sort(np.random.default_rng(seed).choice(rows, max_users, replace=False))
     return Task(name, rows, targets[rows], TASKS[name], left_out)
 

@@ -20,15 +20,25 @@ from .sources import is_blank
 def parse_time(
     column:str # SQL, VARCHAR
 )->str:        # SQL, TIMESTAMP
-    "SQL: a text as a TIMESTAMP in UTC, NULL where it is none. A cast to TIMESTAMP would drop the offset without a word."
+    """SQL: a text as a TIMESTAMP in UTC, NULL where it is none. A cast to TIMESTAMP would drop the offset without a
+    word."""
     number = f"TRY_CAST({column} AS DOUBLE)"
     digits = f"regexp_full_match({column}, '-?[0-9]+([.][0-9]*)?([eE][+]?[0-9]+)?')"
     date = f"(length({column}) = 8 AND TRY_CAST(left({column}, 4) AS INT) BETWEEN 1990 AND 2100)"
-    micro = " ".join(f"WHEN abs({number}) < 1e{power} THEN {number} * {factor}" for power, factor in ((11, 1e6), (14, 1e3), (17, 1))) + f" ELSE {number} / 1e3"
-    return (f"coalesce(TRY_CAST({column} AS TIMESTAMPTZ) AT TIME ZONE 'UTC', "
-            f"CASE WHEN NOT {digits} THEN TRY_CAST(regexp_replace({column}, ' ([+-][0-9:]+)$', '\\1') AS TIMESTAMPTZ) AT TIME ZONE 'UTC' "
-            f"WHEN {date} THEN try_strptime({column}, '%Y%m%d') "
-            f"ELSE make_timestamp(TRY_CAST(CASE {micro} END AS BIGINT)) END)")
+    micro = (
+        " ".join(
+            f"WHEN abs({number}) < 1e{power} THEN {number} * {factor}"
+            for power, factor in ((11, 1e6), (14, 1e3), (17, 1))
+        )
+        + f" ELSE {number} / 1e3"
+    )
+    return (
+        f"coalesce(TRY_CAST({column} AS TIMESTAMPTZ) AT TIME ZONE 'UTC', "
+        f"CASE WHEN NOT {digits} THEN TRY_CAST(regexp_replace({column}, ' ([+-][0-9:]+)$', '\\1') AS TIMESTAMPTZ) AT "
+        f"TIME ZONE 'UTC' "
+        f"WHEN {date} THEN try_strptime({column}, '%Y%m%d') "
+        f"ELSE make_timestamp(TRY_CAST(CASE {micro} END AS BIGINT)) END)"
+    )
 
 # %% ../../nbs/data/validate.ipynb #696af00c
 def id_rules(
@@ -36,9 +46,15 @@ def id_rules(
     value:str,  # SQL, the cleaned id, VARCHAR
 )->list[tuple[str, str, str]]: # column, reason, SQL condition
     "What an id must not be."
-    return [(column, "blank id", is_blank(value)),
-            (column, f"id longer than {LONGEST_ID} characters", f"length({value}) > {LONGEST_ID}"),
-            (column, "quote or control character in the id", f"contains({value}, '\"') OR regexp_matches({value}, '[\\x00-\\x1f]')")]
+    return [
+        (column, "blank id", is_blank(value)),
+        (column, f"id longer than {LONGEST_ID} characters", f"length({value}) > {LONGEST_ID}"),
+        (
+            column,
+            "quote or control character in the id",
+            f"contains({value}, '\"') OR regexp_matches({value}, '[\\x00-\\x1f]')",
+        ),
+    ]
 
 def interaction_rules(
     rules:EventRules,
@@ -53,16 +69,24 @@ def first_fault(
     rules:list[tuple[str, str, str]] # column, reason, SQL condition
 )->str:                              # SQL, INTEGER
     "SQL: the number of the first rule that a row breaks, from 1; NULL for a good row."
-    return "CASE " + " ".join(f"WHEN {condition} THEN {number}" for number, (_, _, condition) in enumerate(rules, 1)) + " END"
+    return (
+        "CASE "
+        + " ".join(f"WHEN {condition} THEN {number}" for number, (_, _, condition) in enumerate(rules, 1))
+        + " END"
+    )
 
 # %% ../../nbs/data/validate.ipynb #0b253474
-SPACES = "' \t\r\n' || chr(160) || chr(65279)" # what may surround a value: also the no-break space and the byte order mark
+# what may surround a value: also the no-break space and the byte order mark
+SPACES = "' \t\r\n' || chr(160) || chr(65279)"
 
 def trimmed(
     column:str # SQL, VARCHAR
 )->str:        # SQL, VARCHAR
-    "SQL: a text without what surrounds it; a plain text is seen at a glance, which is four times quicker than trimming it."
-    return f"CASE WHEN regexp_full_match({column}, '[!-~]([ -~]*[!-~])?') THEN {column} ELSE trim({column}, {SPACES}) END"
+    """SQL: a text without what surrounds it; a plain text is seen at a glance, which is four times quicker than
+    trimming it."""
+    return (
+        f"CASE WHEN regexp_full_match({column}, '[!-~]([ -~]*[!-~])?') THEN {column} ELSE trim({column}, {SPACES}) END"
+    )
 
 def check_query(
     sql:str,                           # SELECT line, then columns as VARCHAR
@@ -73,18 +97,25 @@ def check_query(
     "SQL that loads one file into `checked`."
     def value(name, default): return trimmed(name) if name in wanted else default
     event = f"lower({value('event', quoted('purchase'))})"
-    cleaned = (f"SELECT line, {value('user_id', 'NULL')} AS user_id, {value('item_id', 'NULL')} AS item_id, {event} AS event, "
-               f"{value('quantity', 'NULL')} AS quantity, {value('timestamp', 'NULL::VARCHAR')} AS timestamp FROM ({sql})")
+    cleaned = (
+        f"SELECT line, {value('user_id', 'NULL')} AS user_id, {value('item_id', 'NULL')} AS item_id, {event} AS event, "
+        f"{value('quantity', 'NULL')} AS quantity, {value('timestamp', 'NULL::VARCHAR')} AS timestamp FROM ({sql})"
+    )
     keys = ", ".join(f"{key_sql(name)} AS {name}" for name in Columns.Required)
-    typed = (f"SELECT * REPLACE ({keys}), CASE WHEN coalesce(quantity, '') = '' THEN 1.0 WHEN NOT contains(quantity, '_') THEN TRY_CAST(quantity AS DOUBLE) END AS q, "
-             f"{parse_time('timestamp')} AS t FROM ({cleaned})")
+    typed = (
+        f"SELECT * REPLACE ({keys}), CASE WHEN coalesce(quantity, '') = '' THEN 1.0 WHEN NOT contains(quantity, '_') "
+        f"THEN TRY_CAST(quantity AS DOUBLE) END AS q, "
+        f"{parse_time('timestamp')} AS t FROM ({cleaned})"
+    )
     raw = "CASE fault " + " ".join(f"WHEN {at} THEN {name}" for at, (name, _, _) in enumerate(rules, 1)) + " END"
     return (f"INSERT INTO checked SELECT {number}, line, user_id, item_id, event, q, t, fault, left({raw}, 200) "
             f"FROM (SELECT *, {first_fault(rules)}::UTINYINT AS fault FROM ({typed}))")
 
 # %% ../../nbs/data/validate.ipynb #0c415aa2
-TABLES = """CREATE TABLE plain (file INTEGER, line BIGINT, user_id BIGINT, item_id BIGINT, event UTINYINT, quantity DOUBLE, timestamp TIMESTAMP, odd BOOLEAN);
-CREATE TABLE checked (file INTEGER, line BIGINT, user_id VARCHAR, item_id VARCHAR, event VARCHAR, quantity DOUBLE, timestamp TIMESTAMP, fault UTINYINT, value VARCHAR);
+TABLES = """CREATE TABLE plain (file INTEGER, line BIGINT, user_id BIGINT, item_id BIGINT, event UTINYINT, quantity
+        DOUBLE, timestamp TIMESTAMP, odd BOOLEAN);
+CREATE TABLE checked (file INTEGER, line BIGINT, user_id VARCHAR, item_id VARCHAR, event VARCHAR, quantity DOUBLE,
+    timestamp TIMESTAMP, fault UTINYINT, value VARCHAR);
 CREATE TABLE rejects (file VARCHAR, line BIGINT, "column" VARCHAR, value VARCHAR, reason VARCHAR)"""
 
 # %% ../../nbs/data/validate.ipynb #da9acf7d
@@ -100,25 +131,47 @@ def _plain_text(column:str)->str:
     "SQL: whether a text is an id without a doubt."
     blank = ", ".join(quoted(word) for word in BLANK_IDS)
     longest = max(len(word) for word in BLANK_IDS)
-    return (f"(regexp_full_match({column}, '[!#-~]([ !#-~]*[!#-~])?') AND strlen({column}) <= {LONGEST_ID} AND NOT suffix({column}, '.0') "
-            f"AND CASE WHEN strlen({column}) > {longest} THEN true ELSE lower({column}) NOT IN ({blank}) END)")
+    return (
+        f"(regexp_full_match({column}, '[!#-~]([ !#-~]*[!#-~])?') AND strlen({column}) <= {LONGEST_ID} AND NOT "
+        f"suffix({column}, '.0') "
+        f"AND CASE WHEN strlen({column}) > {longest} THEN true ELSE lower({column}) NOT IN ({blank}) END)"
+    )
 
 def _plain_time(column:str)->str:
     "SQL: a text as a TIMESTAMP in UTC; the usual form has no room for an offset, so a plain cast loses none."
-    return f"CASE WHEN {column} LIKE '____-__-_____:__:__' THEN TRY_CAST({column} AS TIMESTAMP) WHEN {column} >= '0' AND {column} < ':' THEN {parse_time(column)} END"
+    return (
+        f"CASE WHEN {column} LIKE '____-__-_____:__:__' THEN TRY_CAST({column} AS TIMESTAMP) WHEN {column} >= '0' AND "
+        f"{column} < ':' THEN {parse_time(column)} END"
+    )
 
 # %% ../../nbs/data/validate.ipynb #74dd31ac
 def _judged(sql:str, wanted:Iterable[str], rules:EventRules, latest:datetime, numbers:bool)->tuple[str, str]:
     "SQL: the rows with their values as types, and whether one of them is not plain."
     def empty(name): return f"coalesce({name}, '') = ''" if name in wanted else "true"
-    quantity, time = "quantity" if "quantity" in wanted else "NULL::VARCHAR", "timestamp" if "timestamp" in wanted else "NULL::VARCHAR"
+    quantity, time = (
+        "quantity" if "quantity" in wanted else "NULL::VARCHAR",
+        "timestamp" if "timestamp" in wanted else "NULL::VARCHAR",
+    )
     spelled = "event" if "event" in wanted else quoted("purchase")
     places = " ".join(f"WHEN {quoted(event)} THEN {place}" for place, event in enumerate(rules.events))
-    typed = (f"SELECT line, user_id, item_id, {'TRY_CAST(user_id AS BIGINT) AS u, TRY_CAST(item_id AS BIGINT) AS i, ' if numbers else ''}{spelled} AS event, "
-             f"(CASE {spelled} {places} END)::UTINYINT AS e, {quantity} AS quantity, TRY_CAST({quantity} AS DOUBLE) AS q, {time} AS timestamp, {_plain_time(time)} AS t FROM ({sql})")
-    ids = "u::VARCHAR = user_id AND i::VARCHAR = item_id" if numbers else f"{_plain_text('user_id')} AND {_plain_text('item_id')}"
-    good = (f"{ids} AND e IS NOT NULL AND (q > 0 AND q <= '{float(rules.max_quantity)}'::DOUBLE AND NOT contains(quantity, '_') OR {empty('quantity')}) "
-            f"AND (t BETWEEN TIMESTAMP '{EARLIEST:%Y-%m-%d}' AND TIMESTAMP '{latest:%Y-%m-%d %H:%M:%S}' OR {empty('timestamp')})")
+    typed = (
+        f"SELECT line, user_id, item_id, "
+        f"{'TRY_CAST(user_id AS BIGINT) AS u, TRY_CAST(item_id AS BIGINT) AS i, ' if numbers else ''}{spelled} AS "
+        f"event, "
+        f"(CASE {spelled} {places} END)::UTINYINT AS e, {quantity} AS quantity, TRY_CAST({quantity} AS DOUBLE) AS q, "
+        f"{time} AS timestamp, {_plain_time(time)} AS t FROM ({sql})"
+    )
+    ids = (
+        "u::VARCHAR = user_id AND i::VARCHAR = item_id"
+        if numbers
+        else f"{_plain_text('user_id')} AND {_plain_text('item_id')}"
+    )
+    good = (
+        f"{ids} AND e IS NOT NULL AND (q > 0 AND q <= '{float(rules.max_quantity)}'::DOUBLE AND NOT contains(quantity, "
+        f"'_') OR {empty('quantity')}) "
+        f"AND (t BETWEEN TIMESTAMP '{EARLIEST:%Y-%m-%d}' AND TIMESTAMP '{latest:%Y-%m-%d %H:%M:%S}' OR "
+        f"{empty('timestamp')})"
+    )
     return typed, f"NOT coalesce({good}, false)"
 
 def plain_query(
@@ -132,7 +185,10 @@ def plain_query(
     "SQL that loads one file and marks the rows that are not plain."
     typed, odd = _judged(sql, wanted, rules, latest, numbers)
     mark = odd if numbers else f"CASE WHEN {odd} THEN {ODD} END, NULL"
-    return f"INSERT INTO {'plain' if numbers else 'checked'} SELECT {number}, line, {'u, i, e' if numbers else 'user_id, item_id, event'}, coalesce(q, 1), t, {mark} FROM ({typed})"
+    return (
+        f"INSERT INTO {'plain' if numbers else 'checked'} SELECT {number}, line, "
+        f"{'u, i, e' if numbers else 'user_id, item_id, event'}, coalesce(q, 1), t, {mark} FROM ({typed})"
+    )
 
 def odd_query(
     sql:str,              # the same as for `plain_query`

@@ -40,13 +40,16 @@ def _list_figures(items:np.ndarray, k:Sequence[int], model:Model, categories:np.
     "Novelty and diversity per user: (metric, k) -> array."
     seen = model.snapshot.counts
     active = int((np.diff(seen.indptr) > 0).sum())
-    in_parts = lambda figure, items, *given: np.concatenate([figure(items[part], *given) for part in _parts(len(items))])
+    in_parts = lambda figure, items, *given: np.concatenate(
+        [figure(items[part], *given) for part in _parts(len(items))]
+    )
     columns = {("novelty", cut): in_parts(novelty, items, cut, model.popularity, active) for cut in k}
     some = items
     if categories is None and len(items) > 2000:
         some = items[np.random.default_rng(seed).choice(len(items), 2000, replace=False)]
     for cut in (c for c in k if c > 1):
-        if categories is not None: columns["diversity (category)", cut] = in_parts(category_diversity, some, cut, categories)
+        if categories is not None:
+            columns["diversity (category)", cut] = in_parts(category_diversity, some, cut, categories)
         else: columns["diversity (cosine)", cut] = cosine_diversity(some, cut, seen)
     return columns
 
@@ -55,16 +58,22 @@ def _figures(hits:Hits, lists:dict, shown:dict, candidates:np.ndarray, resamples
     "Rows of the table for one model and task."
     cuts = list(shown)
     columns = {(name, cut): hits.metric(name, cut) for name in METRICS for cut in cuts} | lists
-    columns = {key: values[~np.isnan(values)] for key, values in columns.items()} # NaN: the list is too short to have the figure
+    # NaN: the list is too short to have the figure
+    columns = {key: values[~np.isnan(values)] for key, values in columns.items()}
     rows = []
-    for size in sorted({len(values) for values in columns.values()} - {0}, reverse=True): # one bootstrap for all of the same users
+    # one bootstrap for all of the same users
+    for size in sorted({len(values) for values in columns.values()} - {0}, reverse=True):
         alike = {key: values for key, values in columns.items() if len(values) == size}
         spread = interval(bootstrap_means(np.column_stack(list(alike.values())), resamples, seed))
         rows += [dict(metric=name, k=cut, value=values.mean(), low=low, high=high, users=size)
                  for ((name, cut), values), low, high in zip(alike.items(), *spread)]
     for name, figure in (("coverage", coverage), ("gini", gini)):
-        rows += [dict(metric=name, k=cut, value=figure(shown[cut], candidates), low=np.nan, high=np.nan, users=len(hits.rows))
-                 for cut in cuts]
+        rows += [
+            dict(
+                metric=name, k=cut, value=figure(shown[cut], candidates), low=np.nan, high=np.nan, users=len(hits.rows)
+            )
+            for cut in cuts
+        ]
     return rows
 
 # %% ../../nbs/evaluation/judge.ipynb #3a75c5b2
@@ -91,7 +100,11 @@ class Evaluation:
         without:str|Sequence[str]="", # a model that is not asked for, or several
     )->str:
         "Name of the best model; the first of equals."
-        models = [model for (of, model) in self.hits if of == task and model not in ([without] if isinstance(without, str) else without)]
+        models = [
+            model
+            for (of, model) in self.hits
+            if of == task and model not in ([without] if isinstance(without, str) else without)
+        ]
         return max(models, key=lambda model: self.value(task, model, metric, k))
 
     def compare(self,
@@ -133,8 +146,14 @@ def evaluate(
     with tqdm(total=lists, unit=" lists", disable=not progress, delay=2, mininterval=2, file=sys.stdout) as bar:
         for model in models:
             bar.set_description(model.name, refresh=False)
-            seconds.append(_one_model(model, past, work, k, categories, block, bootstrap, seed, bar.update, rows, hits, found, shown))
-    table = pd.DataFrame(rows)[["task", "model", "metric", "k", "value", "low", "high", "users"]].assign(seed=seed, split=split)
+            seconds.append(
+                _one_model(
+                    model, past, work, k, categories, block, bootstrap, seed, bar.update, rows, hits, found, shown
+                )
+            )
+    table = pd.DataFrame(rows)[["task", "model", "metric", "k", "value", "low", "high", "users"]].assign(
+        seed=seed, split=split
+    )
     facts = {"seed": seed, "split": split, "period": period, "bootstrap": bootstrap,
              "catalogue": future.shape[1], "candidates": int(models[0].candidates.sum()), **cold_shares(past, future),
              "users": {name: len(task.rows) for name, task in work.items()},
@@ -153,7 +172,8 @@ def _tasks_of(model, work)->dict:
     return {name: task for name, task in work.items() if model.tasks is None or name in model.tasks}
 
 def _one_model(model, past, work, k, categories, block, bootstrap, seed, advance, rows, hits, found_items, shown)->dict:
-    "Fit one model, rank for each of its tasks, and add to `rows`, `hits`, `found_items` and `shown`; gives back the seconds."
+    """Fit one model, rank for each of its tasks, and add to `rows`, `hits`, `found_items` and `shown`; gives back the
+    seconds."""
     start = perf_counter()
     model.fit(past)
     spent = {"model": model.name, "fit": perf_counter() - start}
@@ -165,7 +185,9 @@ def _one_model(model, past, work, k, categories, block, bootstrap, seed, advance
         found_items[name, model.name] = items[found.hits]
         counts = {cut: exposure(items, cut, len(model.candidates)) for cut in k}
         shown.update({(name, model.name, cut): times for cut, times in counts.items()})
-        for row in _figures(found, _list_figures(items, k, model, categories, seed), counts, model.candidates, bootstrap, seed):
+        for row in _figures(
+            found, _list_figures(items, k, model, categories, seed), counts, model.candidates, bootstrap, seed
+        ):
             rows.append({"task": name, "model": model.name, **row})
     return spent
 
@@ -188,9 +210,13 @@ def verdict(
     result = evaluation.compare(task, model, rival, metric, k, resamples)
     name = f"{METRIC_NAMES[metric]}@{k}"
     likely = f"{result.probability:.1%}"
-    if result.probability in (0, 1): likely = f"more than {1 - 1/resamples:.1%}" if result.probability else f"less than {1/resamples:.1%}"
-    proof = (f"95 % interval of the difference {result.low:+.4f} to {result.high:+.4f}, probability that {model} is better {likely}, "
-             f"{result.users:,} users")
+    if result.probability in (0, 1):
+        likely = f"more than {1 - 1/resamples:.1%}" if result.probability else f"less than {1/resamples:.1%}"
+    proof = (
+        f"95 % interval of the difference {result.low:+.4f} to {result.high:+.4f}, probability that {model} is better "
+        f"{likely}, "
+        f"{result.users:,} users"
+    )
     if result.low > 0: says = f"{model} beats {rival}, {rivals}, by {result.difference:.4f} {name}"
     elif result.high < 0: says = f"{rival} beats {model} by {-result.difference:.4f} {name}"
     else: says = f"no clear winner between {model} and {rival}, {rivals}: {result.difference:+.4f} {name}"

@@ -39,7 +39,8 @@ def equal_groups(
 def _by_value(values:np.ndarray, most:int=12)->tuple[list[str], np.ndarray]:
     "Groups by the values of a column."
     unknown = np.asarray(pd.isna(values))
-    numbers = values.dtype.kind in "iuf" or all(type(value) is int for value in values[~unknown]) # objects: there is a gap
+    # objects: there is a gap
+    numbers = values.dtype.kind in "iuf" or all(type(value) is int for value in values[~unknown])
     if numbers and len(np.unique(values[~unknown])) > most: return equal_groups(values)
     if values.dtype.kind == "f": values = np.array([f"{v:g}" for v in values], object)
     text = np.where(unknown, "unknown", values.astype(object)).astype(str)
@@ -47,7 +48,9 @@ def _by_value(values:np.ndarray, most:int=12)->tuple[list[str], np.ndarray]:
     if len(names) > most:
         text = np.where(np.isin(text, names[np.argsort(-counts, kind="stable")[:most - 1]]), text, "other")
         names = np.unique(text)
-    names = [name for name in names if name not in ("other", "unknown")] + [name for name in ("other", "unknown") if name in names]
+    names = [name for name in names if name not in ("other", "unknown")] + [
+        name for name in ("other", "unknown") if name in names
+    ]
     return names, np.array([names.index(value) for value in text])
 
 def user_segments(
@@ -58,12 +61,17 @@ def user_segments(
 )->dict[str, tuple[list[str], np.ndarray]]: # segment -> names of its groups; (n,) number of the group, -1 unknown
     "Group users by what was known of them at the split."
     past, _, split = past_and_future(features, period)
-    days = (np.datetime64(split) - features.user_columns["first_seen"][rows].astype("datetime64[s]"))/np.timedelta64(1, "D")
+    days = (np.datetime64(split) - features.user_columns["first_seen"][rows].astype("datetime64[s]")) / np.timedelta64(
+        1, "D"
+    )
     found = {"activity": equal_groups(np.diff(past.counts.indptr)[rows]), "tenure": equal_groups(np.floor(days))}
     if segment_by:
         known = [name for name in features.user_columns if name not in Columns.Counted]
         if segment_by not in known:
-            raise EvaluateError(f"segment_by={segment_by!r}: the users have no such column; " + (f"there are {', '.join(known)}" if known else "give 01_ingest a file of users"))
+            raise EvaluateError(
+                f"segment_by={segment_by!r}: the users have no such column; "
+                + (f"there are {', '.join(known)}" if known else "give 01_ingest a file of users")
+            )
         found[segment_by] = _by_value(np.asarray(features.user_columns[segment_by])[rows])
     return found
 
@@ -118,10 +126,31 @@ def by_segment(
             for metric in metrics:
                 values = evaluation.hits[task, model].metric(metric, k)
                 for segment, (groups, codes) in segments.items():
-                    rows += [dict(segment=segment, group=group, task=task, model=model, metric=metric, k=k, **_row(values[codes == number], bootstrap, seed))
-                             for number, group in enumerate(groups)]
-            rows += [dict(segment="item popularity", group=group, task=task, model=model, metric="recall", k=k, **_row(values, bootstrap, seed))
-                     for group, values in zip(names, _band_recall(evaluation, task, model, bands, k)) if len(values)]
+                    rows += [
+                        dict(
+                            segment=segment,
+                            group=group,
+                            task=task,
+                            model=model,
+                            metric=metric,
+                            k=k,
+                            **_row(values[codes == number], bootstrap, seed),
+                        )
+                        for number, group in enumerate(groups)
+                    ]
+            rows += [
+                dict(
+                    segment="item popularity",
+                    group=group,
+                    task=task,
+                    model=model,
+                    metric="recall",
+                    k=k,
+                    **_row(values, bootstrap, seed),
+                )
+                for group, values in zip(names, _band_recall(evaluation, task, model, bands, k))
+                if len(values)
+            ]
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluation/segments.ipynb #f2b4c2dc
@@ -137,7 +166,8 @@ def over_seeds(
 )->pd.DataFrame: # task, model, metric, k, seeds, mean, sd, lowest, highest
     "The figures of the models with something random in them, over several seeds."
     rows = []
-    if isinstance(seeds, str) or not isinstance(seeds, Sequence): raise EvaluateError(f"seeds must be a list of whole numbers, such as [0, 1, 2], not {seeds!r}")
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
+        raise EvaluateError(f"seeds must be a list of whole numbers, such as [0, 1, 2], not {seeds!r}")
     seeds = [number("seeds", seed, 0, 2**32 - 1, whole=True, error=EvaluateError) for seed in seeds]
     for seed in seeds:
         made = [again for model in models if (again := model.reseeded(int(seed))) is not None]
@@ -146,4 +176,9 @@ def over_seeds(
         rows.append(table[table.metric.isin(list(metrics))])
     columns = ["task", "model", "metric", "k"]
     if not rows: return pd.DataFrame(columns=[*columns, "seeds", "mean", "sd", "lowest", "highest"])
-    return pd.concat(rows).groupby(columns, sort=False)["value"].agg(seeds="count", mean="mean", sd="std", lowest="min", highest="max").reset_index()
+    return (
+        pd.concat(rows)
+        .groupby(columns, sort=False)["value"]
+        .agg(seeds="count", mean="mean", sd="std", lowest="min", highest="max")
+        .reset_index()
+    )

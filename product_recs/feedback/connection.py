@@ -35,7 +35,11 @@ def store_url(
     except CredentialError as error: raise StoreError(str(error)) from None
     backend = parsed.drivername.split("+")[0]
     if backend == "sqlite":
-        if parsed.database in (None, "", ":memory:"): raise StoreError("a feedback store in memory would be lost, and each worker would have its own; name a file, such as sqlite:///data/feedback.db")
+        if parsed.database in (None, "", ":memory:"):
+            raise StoreError(
+                "a feedback store in memory would be lost, and each worker would have its own; name a file, such as "
+                "sqlite:///data/feedback.db"
+            )
         return parsed.set(drivername="sqlite+pysqlite", database=str(resolve_path(parsed.database)))
     if backend in ("postgresql", "postgres"): return parsed.set(drivername="postgresql+psycopg")
     raise StoreError(f"{backend}: a feedback store is a SQLite file or a PostgreSQL database")
@@ -54,7 +58,12 @@ def _engine(url:URL)->Engine:
         statements = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
     else:
         limits = {"connect_timeout": 3, "keepalives_idle": 10, "tcp_user_timeout": 5000, "client_encoding": "utf8"}
-        engine = create_engine(url, pool_pre_ping=True, pool_timeout=3, connect_args={name: value for name, value in limits.items() if name not in url.query})
+        engine = create_engine(
+            url,
+            pool_pre_ping=True,
+            pool_timeout=3,
+            connect_args={name: value for name, value in limits.items() if name not in url.query},
+        )
         statements = ("SET lock_timeout = 5000", "SET idle_in_transaction_session_timeout = 60000")
     @event.listens_for(engine, "connect", insert=True) # before SQLAlchemy asks anything itself
     def prepare(connection, record):
@@ -66,7 +75,10 @@ def _engine(url:URL)->Engine:
         if url.get_backend_name() != "sqlite": connection.commit()
     if url.get_backend_name() == "sqlite":
         @event.listens_for(engine, "begin")
-        def begin(connection): connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
+        def begin(connection):
+            connection.exec_driver_sql(
+                "BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN"
+            )
     return engine
 
 @contextmanager
@@ -89,13 +101,19 @@ def migrate(
     from alembic.runtime.migration import MigrationContext
     from alembic.script import ScriptDirectory
     config = Config()
-    config.set_main_option("script_location", str(scripts or files("product_recs")/"feedback"/"migrations").replace("%", "%%"))
+    config.set_main_option(
+        "script_location", str(scripts or files("product_recs") / "feedback" / "migrations").replace("%", "%%")
+    )
     known = ScriptDirectory.from_config(config)
     with _ALEMBIC_LOCK, _transaction(engine, write=True) as connection:
-        if engine.dialect.name == "postgresql": connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_KEY})"))
+        if engine.dialect.name == "postgresql":
+            connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_KEY})"))
         found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
         if found and found not in {script.revision for script in known.walk_revisions()}:
-            raise StoreError(f"the feedback store has version {found} of its tables, this version of product-recs knows {known.get_current_head()}; update product-recs")
+            raise StoreError(
+                f"the feedback store has version {found} of its tables, this version of product-recs knows "
+                f"{known.get_current_head()}; update product-recs"
+            )
         config.attributes.update(connection=connection, version_table=VERSION_TABLE)
         if found != known.get_current_head(): command.upgrade(config, "head")
         return known.get_current_head()
@@ -107,7 +125,10 @@ class Counter:
         path:Path, # the file, made where it is missing
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self._lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), threading.Lock()
+        self._file, self._lock = (
+            os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600),
+            threading.Lock(),
+        )
         with self._alone():
             if os.fstat(self._file).st_size < 8: os.ftruncate(self._file, 8)
         self._number = memoryview(mmap.mmap(self._file, 8)).cast("Q")

@@ -47,7 +47,8 @@ class NewEvent:
         if self.timestamp is not None: object.__setattr__(self, "timestamp", _in_utc(self.timestamp))
         if wrong := refusal(_ANY_RUN, self): raise FeedbackError(wrong)
         if self.key is None: object.__setattr__(self, "key", uuid.uuid4().hex)
-        elif not isinstance(self.key, str) or not re.fullmatch("[!-~]{1,200}", self.key): raise FeedbackError("key: must be 1 to 200 printable ASCII characters without a space")
+        elif not isinstance(self.key, str) or not re.fullmatch("[!-~]{1,200}", self.key):
+            raise FeedbackError("key: must be 1 to 200 printable ASCII characters without a space")
 
 def _is_name(event:object)->bool:
     return isinstance(event, str) and len(event) <= 100 and event.isprintable() and event == event.strip().lower()
@@ -86,18 +87,56 @@ class Impression:
 # %% ../../nbs/feedback/records.ipynb #fbb6e444
 METADATA = MetaData()
 _NUMBER = BigInteger().with_variant(Integer, "sqlite") # SQLite numbers rows by INTEGER only
-CLOCK = Table("clock", METADATA, Column("id", Integer, primary_key=True, autoincrement=False), Column("seq", BigInteger, nullable=False), Column("at", BigInteger, nullable=False))
-EVENTS = Table("events", METADATA, Column("seq", _NUMBER, primary_key=True, autoincrement=False), Column("key", Text, nullable=False, unique=True),
-    Column("user_id", Text, nullable=False), Column("item_id", Text, nullable=False), Column("event", Text, nullable=False), Column("quantity", Double, nullable=False),
-    Column("at", BigInteger, nullable=False), Column("received_at", BigInteger, nullable=False),
-    Index("events_of_user", "user_id", "seq"), Index("events_received", "received_at"))
+CLOCK = Table(
+    "clock",
+    METADATA,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("at", BigInteger, nullable=False),
+)
+EVENTS = Table(
+    "events",
+    METADATA,
+    Column("seq", _NUMBER, primary_key=True, autoincrement=False),
+    Column("key", Text, nullable=False, unique=True),
+    Column("user_id", Text, nullable=False),
+    Column("item_id", Text, nullable=False),
+    Column("event", Text, nullable=False),
+    Column("quantity", Double, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("received_at", BigInteger, nullable=False),
+    Index("events_of_user", "user_id", "seq"),
+    Index("events_received", "received_at"),
+)
 DENIED = Table("denied", METADATA, Column("user_id", Text, primary_key=True), Column("item_id", Text, primary_key=True))
-FORGOTTEN = Table("forgotten", METADATA, Column("user_id", Text, primary_key=True), Column("at", BigInteger, nullable=False), Column("seq", BigInteger, nullable=False))
-AVAILABILITY = Table("availability", METADATA, Column("item_id", Text, primary_key=True), Column("available", Boolean, nullable=False),
-    Column("at", BigInteger, nullable=False), Column("seq", BigInteger, nullable=False))
-IMPRESSIONS = Table("impressions", METADATA, Column("id", _NUMBER, primary_key=True), Column("at", BigInteger, nullable=False), Column("request_id", Text, nullable=False),
-    Column("user_id", Text), Column("model_version", Text, nullable=False), Column("source", Text, nullable=False), Column("items", JSON, nullable=False),
-    Index("impressions_of_user", "user_id", "id"), Index("impressions_at", "at"))
+FORGOTTEN = Table(
+    "forgotten",
+    METADATA,
+    Column("user_id", Text, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+)
+AVAILABILITY = Table(
+    "availability",
+    METADATA,
+    Column("item_id", Text, primary_key=True),
+    Column("available", Boolean, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+)
+IMPRESSIONS = Table(
+    "impressions",
+    METADATA,
+    Column("id", _NUMBER, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("user_id", Text),
+    Column("model_version", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    Column("items", JSON, nullable=False),
+    Index("impressions_of_user", "user_id", "id"),
+    Index("impressions_at", "at"),
+)
 
 # %% ../../nbs/feedback/records.ipynb #8378c8b9
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)

@@ -20,10 +20,13 @@ from .records import (AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, IMPRESSION
                                            NewEvent, StoredEvent, from_micros, stored_key, to_micros)
 
 # %% ../../nbs/feedback/store.ipynb #2d82e4b2
-_all_ = ["FeedbackError", "StoreError", "NewEvent", "StoredEvent", "Impression"] # so that who uses the store needs one import
+# so that who uses the store needs one import
+_all_ = ["FeedbackError", "StoreError", "NewEvent", "StoredEvent", "Impression"]
 
 def _row(row)->StoredEvent:
-    return StoredEvent(row.seq, row.user_id, row.item_id, row.event, row.quantity, from_micros(row.at), from_micros(row.received_at))
+    return StoredEvent(
+        row.seq, row.user_id, row.item_id, row.event, row.quantity, from_micros(row.at), from_micros(row.received_at)
+    )
 
 def _set_denied(connection:Connection, user:str, item:str, denied:bool)->None:
     connection.execute(delete(DENIED).where(DENIED.c.user_id == user, DENIED.c.item_id == item))
@@ -39,17 +42,35 @@ class _Feedback(StoreConnection):
         statuses, rows = [], []
         with self.transaction("add_events", write=True) as connection:
             seq, now = tick(connection, len(events))
-            known = {key for start in range(0, len(events), 10_000)
-                     for key in connection.scalars(select(EVENTS.c.key).where(EVENTS.c.key.in_([event.key for event in events[start:start + 10_000]])))}
+            known = {
+                key
+                for start in range(0, len(events), 10_000)
+                for key in connection.scalars(
+                    select(EVENTS.c.key).where(
+                        EVENTS.c.key.in_([event.key for event in events[start : start + 10_000]])
+                    )
+                )
+            }
             for number, new in enumerate(events, seq):
                 statuses.append("duplicate" if new.key in known else "accepted")
                 if new.key in known: continue
                 known.add(new.key)
-                rows.append(dict(seq=number, key=new.key, user_id=new.user_id, item_id=new.item_id, event=new.event, quantity=float(new.quantity),
-                                 at=to_micros(new.timestamp) if new.timestamp else now + number - seq, received_at=now))
+                rows.append(
+                    dict(
+                        seq=number,
+                        key=new.key,
+                        user_id=new.user_id,
+                        item_id=new.item_id,
+                        event=new.event,
+                        quantity=float(new.quantity),
+                        at=to_micros(new.timestamp) if new.timestamp else now + number - seq,
+                        received_at=now,
+                    )
+                )
             if rows: connection.execute(insert(EVENTS), rows)
             for row in rows:
-                if row["event"] in INSTRUCTIONS: _set_denied(connection, row["user_id"], row["item_id"], row["event"] == "deny")
+                if row["event"] in INSTRUCTIONS:
+                    _set_denied(connection, row["user_id"], row["item_id"], row["event"] == "deny")
         if rows: self.counter.bump()
         return statuses
 
@@ -58,7 +79,12 @@ class _Feedback(StoreConnection):
         limit:int=50,       # at most so many
     )->list[StoredEvent]:   # the newest first
         "What the store has of a user, instructions included."
-        query = select(EVENTS).where(EVENTS.c.user_id == stored_key(user, "user_id")).order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
+        query = (
+            select(EVENTS)
+            .where(EVENTS.c.user_id == stored_key(user, "user_id"))
+            .order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc())
+            .limit(limit)
+        )
         with self.transaction("history") as connection: return [_row(row) for row in connection.execute(query)]
 
     def forget(self,
@@ -69,7 +95,8 @@ class _Feedback(StoreConnection):
         with self.transaction("forget", write=True) as connection:
             seq, now = tick(connection, 1)
             deleted = connection.execute(delete(EVENTS).where(EVENTS.c.user_id == id)).rowcount
-            for table in (DENIED, IMPRESSIONS, FORGOTTEN): connection.execute(delete(table).where(table.c.user_id == id))
+            for table in (DENIED, IMPRESSIONS, FORGOTTEN):
+                connection.execute(delete(table).where(table.c.user_id == id))
             connection.execute(insert(FORGOTTEN), [dict(user_id=id, at=now, seq=seq)])
         self.counter.bump()
         return deleted
@@ -79,13 +106,15 @@ class _Training(_Feedback):
     "What training asks for."
     def forgotten(self)->dict[str, datetime]: # key of a user -> moment, UTC
         "Users that want to be forgotten, and since when."
-        with self.transaction("forgotten") as connection: return {row.user_id: from_micros(row.at) for row in connection.execute(select(FORGOTTEN))}
+        with self.transaction("forgotten") as connection:
+            return {row.user_id: from_micros(row.at) for row in connection.execute(select(FORGOTTEN))}
 
     def cut(self,
         seconds:float=2.0, # before now
     )->datetime:           # UTC
         "A moment up to which the store is complete: no event will be accepted with an earlier `received_at`."
-        with self.transaction("cut", write=True) as connection: return from_micros(tick(connection)[1] - round(seconds * 1e6))
+        with self.transaction("cut", write=True) as connection:
+            return from_micros(tick(connection)[1] - round(seconds * 1e6))
 
     def read_events(self,
         until:datetime|None=None, # of `cut`; None: everything
@@ -94,7 +123,12 @@ class _Training(_Feedback):
         "The interactions received up to a moment, for training; instructions are none."
         seq, last = 0, 2**62 if until is None else to_micros(until)
         while True:
-            query = select(EVENTS).where(EVENTS.c.seq > seq, EVENTS.c.received_at <= last, EVENTS.c.event.not_in(INSTRUCTIONS)).order_by(EVENTS.c.seq).limit(page)
+            query = (
+                select(EVENTS)
+                .where(EVENTS.c.seq > seq, EVENTS.c.received_at <= last, EVENTS.c.event.not_in(INSTRUCTIONS))
+                .order_by(EVENTS.c.seq)
+                .limit(page)
+            )
             with self.transaction("read_events") as connection: rows = connection.execute(query).all()
             yield from map(_row, rows)
             if len(rows) < page: return
@@ -111,23 +145,40 @@ class Store(_Training):
         with self.transaction("set_availability", write=True) as connection:
             seq, now = tick(connection, len(items))
             known = dict(connection.execute(select(AVAILABILITY.c.item_id, AVAILABILITY.c.available)).all())
-            changed = [dict(item_id=item, available=available, at=now, seq=number) for number, (item, available) in enumerate(items.items(), seq) if known.get(item) is not available]
+            changed = [
+                dict(item_id=item, available=available, at=now, seq=number)
+                for number, (item, available) in enumerate(items.items(), seq)
+                if known.get(item) is not available
+            ]
             if changed:
-                connection.execute(delete(AVAILABILITY).where(AVAILABILITY.c.item_id == bindparam("item")), [{"item": row["item_id"]} for row in changed])
+                connection.execute(
+                    delete(AVAILABILITY).where(AVAILABILITY.c.item_id == bindparam("item")),
+                    [{"item": row["item_id"]} for row in changed],
+                )
                 connection.execute(insert(AVAILABILITY), changed)
         if changed: self.counter.bump()
         return len(changed)
 
     def availability(self)->dict[str, bool]: # key of an item -> can it be had
         "What was said about items with `set_availability`."
-        with self.transaction("availability") as connection: return {row.item_id: row.available for row in connection.execute(select(AVAILABILITY))}
+        with self.transaction("availability") as connection:
+            return {row.item_id: row.available for row in connection.execute(select(AVAILABILITY))}
 
     def add_impressions(self,
         impressions:Sequence[Impression],
     )->int: # how many were kept
         "Keep answers, but for those from before a user was forgotten."
-        rows = [dict(at=to_micros(one.at), request_id=one.request_id, user_id=one.user_id, model_version=one.model_version, source=one.source,
-                     items=list(one.items)) for one in impressions]
+        rows = [
+            dict(
+                at=to_micros(one.at),
+                request_id=one.request_id,
+                user_id=one.user_id,
+                model_version=one.model_version,
+                source=one.source,
+                items=list(one.items),
+            )
+            for one in impressions
+        ]
         if not rows: return 0
         with self.transaction("add_impressions", write=True) as connection:
             tick(connection)
@@ -141,8 +192,12 @@ class Store(_Training):
     )->list[Impression]:    # the newest first
         "Answers that were shown."
         with self.transaction("impressions") as connection:
-            return [Impression(row.request_id, row.user_id, row.model_version, row.source, tuple(row.items), from_micros(row.at))
-                    for row in connection.execute(select(IMPRESSIONS).order_by(IMPRESSIONS.c.id.desc()).limit(limit))]
+            return [
+                Impression(
+                    row.request_id, row.user_id, row.model_version, row.source, tuple(row.items), from_micros(row.at)
+                )
+                for row in connection.execute(select(IMPRESSIONS).order_by(IMPRESSIONS.c.id.desc()).limit(limit))
+            ]
 
 # %% ../../nbs/feedback/store.ipynb #6951eaa2
 def tick(
@@ -152,5 +207,7 @@ def tick(
     "Take the lock of writers, numbers for this transaction's changes, and its moment."
     if connection.dialect.name == "sqlite": latest, now = func.max, time.time_ns() // 1000
     else: latest, now = func.greatest, literal_column("CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)")
-    seq, at = connection.execute(update(CLOCK).values(seq=CLOCK.c.seq + changes, at=latest(CLOCK.c.at, now)).returning(CLOCK.c.seq, CLOCK.c.at)).one()
+    seq, at = connection.execute(
+        update(CLOCK).values(seq=CLOCK.c.seq + changes, at=latest(CLOCK.c.at, now)).returning(CLOCK.c.seq, CLOCK.c.at)
+    ).one()
     return seq - changes + 1, at

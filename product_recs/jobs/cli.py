@@ -25,8 +25,10 @@ def _yaml(text:str, where:str):
     "YAML of which dates stay text; an error names `where`."
     import yaml
     class Loader(yaml.SafeLoader): pass
-    Loader.yaml_implicit_resolvers = {first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-                                      for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
     try: return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         # its own text quotes the line, and the line may hold a password
@@ -43,28 +45,51 @@ def read_parameters(
     for file in [files] if isinstance(files, str) else files:
         path = resolve_path(file)
         try: loaded = _yaml(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error: raise ProductRecsError(f"{path}: cannot be read ({error})") from None
-        if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded): raise ProductRecsError(f"{path}: expected lines of `name: value`")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProductRecsError(f"{path}: cannot be read ({error})") from None
+        if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+            raise ProductRecsError(f"{path}: expected lines of `name: value`")
         parameters |= loaded
     return parameters | {name: "" if value == "" else _yaml(value, f"-p {name}") for name, value in pairs}
 
 # %% ../../nbs/jobs/cli.ipynb #0c33414d
 def _named(bundle, rows:Sequence[int], **numbers:Sequence)->str:
     "Items as a table of text: place, id, title, category and the given numbers."
-    columns = {"": [f"{place}." for place in range(1, len(rows) + 1)], "item": [visible(str(bundle.items[row])) for row in rows]}
+    columns = {
+        "": [f"{place}." for place in range(1, len(rows) + 1)],
+        "item": [visible(str(bundle.items[row])) for row in rows],
+    }
     for name in ("title", "category"):
-        if name in bundle.item_columns: columns[name] = ["" if (value := bundle.item_columns[name][row]) is None else " ".join(visible(str(value)).split())[:48] for row in rows]
+        if name in bundle.item_columns:
+            columns[name] = [
+                "" if (value := bundle.item_columns[name][row]) is None else " ".join(visible(str(value)).split())[:48]
+                for row in rows
+            ]
     columns |= {name: [f"{value:.4g}" for value in values] for name, values in numbers.items()}
     lines = list(zip(*([name, *values] for name, values in columns.items())))
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
-    return "\n".join("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines)
+    return "\n".join(
+        "  " + "  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip() for line in lines
+    )
 
 def _answer(bundle, answer, as_json:bool, head:str, **facts)->str:
     "Recommendations or similar items as text or JSON."
-    if as_json: return json.dumps({**facts, "recommendations": answer.items, "scores": answer.scores, "source": answer.source, "shortfall": answer.shortfall, "model": bundle.version})
+    if as_json:
+        return json.dumps(
+            {
+                **facts,
+                "recommendations": answer.items,
+                "scores": answer.scores,
+                "source": answer.source,
+                "shortfall": answer.shortfall,
+                "model": bundle.version,
+            }
+        )
     rows = [bundle.items.row(item) for item in answer.items]
     note = f"\n  {answer.shortfall}" if answer.shortfall else ""
-    return f"{visible(head)} ({answer.source}, model {bundle.version})\n{_named(bundle, rows, score=answer.scores)}{note}"
+    return (
+        f"{visible(head)} ({answer.source}, model {bundle.version})\n{_named(bundle, rows, score=answer.scores)}{note}"
+    )
 
 # %% ../../nbs/jobs/cli.ipynb #64b46bd0
 def _recommend(options)->str:
@@ -76,12 +101,21 @@ def _recommend(options)->str:
     user = bundle.users.shown(options.user)
     if options.task == "next_purchase": answer = next_purchase(ReadyModel(bundle), user, options.n)
     else: answer = recommend(ReadyModel(bundle), user, options.n, exclude_seen=not options.include_seen)
-    text = _answer(bundle, answer, options.json, f"{'Next purchases of' if options.task == 'next_purchase' else 'Recommended for'} {user}", user_id=user)
+    text = _answer(
+        bundle,
+        answer,
+        options.json,
+        f"{'Next purchases of' if options.task == 'next_purchase' else 'Recommended for'} {user}",
+        user_id=user,
+    )
     row = bundle.users.row(user)
     if options.json or row is None: return text
     history = bundle.seen[row]
     most = history.indices[(-history.data).argsort(kind="stable")[:5]]
-    return f"{user} has had {history.nnz:,} items; strongest\n{_named(bundle, most, confidence=sorted(history.data, reverse=True)[:5])}\n\n{text}"
+    return (
+        f"{user} has had {history.nnz:,} items; "
+        f"strongest\n{_named(bundle, most, confidence=sorted(history.data, reverse=True)[:5])}\n\n{text}"
+    )
 
 def _similar(options)->str:
     "`product-recs similar ITEM`"
@@ -105,13 +139,23 @@ def _run(options)->str:
     from product_recs.core.paths import project_root
     if options.list_parameters:
         declared = declared_parameters(project_root()/"nbs")
-        return "\n".join(f"{step}\n" + "\n".join(f"  {name:<18} {text}" for name, text in declared[step].items()) for step in STEPS)
-    result = run(read_parameters(options.file, options.parameter), options.name, options.models_dir, progress=not options.quiet)
+        return "\n".join(
+            f"{step}\n" + "\n".join(f"  {name:<18} {text}" for name, text in declared[step].items()) for step in STEPS
+        )
+    result = run(
+        read_parameters(options.file, options.parameter), options.name, options.models_dir, progress=not options.quiet
+    )
     _tell(result.notes)
     where = f"Reports: {result.reports/'index.html'}"
     if result.failed:
-        raise JobError(f"{result.failed.name} failed: {result.failed.error}\nNo model was published. {where.replace('index', result.failed.name) if result.failed.html else where}")
-    return f"Model {result.version} is live in {resolve_path(options.models_dir)}; services that watch this folder take it up within a second\n{where}"
+        raise JobError(
+            f"{result.failed.name} failed: {result.failed.error}\nNo model was published. "
+            f"{where.replace('index', result.failed.name) if result.failed.html else where}"
+        )
+    return (
+        f"Model {result.version} is live in {resolve_path(options.models_dir)}; services that watch this folder take "
+        f"it up within a second\n{where}"
+    )
 
 def _tune(options)->str:
     "`product-recs tune`"
@@ -121,7 +165,11 @@ def _tune(options)->str:
     pairs = [*options.parameter, *([("budget_minutes", options.minutes)] if options.minutes else [])]
     result = tune(read_parameters(options.file, pairs), name, progress=not options.quiet)
     _tell(result.notes)
-    if result.failed: raise JobError(f"{result.failed.name} failed: {result.failed.error}\nReports: {result.reports/(result.failed.html or '')}")
+    if result.failed:
+        raise JobError(
+            f"{result.failed.name} failed: {result.failed.error}\nReports: "
+            f"{result.reports / (result.failed.html or '')}"
+        )
     found = result.metrics["jobs/tune"]["tasks"]
     files = "".join(f"\nParameters: {resolve_path('data/processed')/name/f'best_{task}.yaml'}" for task in found)
     return "\n".join(task["sentence"] for task in found.values()) + files + f"\nReports: {result.reports/'index.html'}"
@@ -131,15 +179,29 @@ def _evaluate(options)->str:
     from product_recs.jobs.compare import compare_bundles, comparison_text
     result = compare_bundles(*options.compare, options.name, options.models_dir, options.k, progress=not options.quiet)
     if not options.json: return comparison_text(result)
-    return json.dumps({"a": result.versions[0], "b": result.versions[1], "run": result.run, "differ": result.differ, "split": result.evaluation.facts["split"],
-                       "comparisons": json.loads(result.table.to_json(orient="records"))})
+    return json.dumps(
+        {
+            "a": result.versions[0],
+            "b": result.versions[1],
+            "run": result.run,
+            "differ": result.differ,
+            "split": result.evaluation.facts["split"],
+            "comparisons": json.loads(result.table.to_json(orient="records")),
+        }
+    )
 
 def _serve(options)->str:
     "`product-recs serve`"
     from product_recs.web.server import serve
-    given = {name: getattr(options, name) for name in ("host", "port", "models_dir") if getattr(options, name) is not None}
+    given = {
+        name: getattr(options, name) for name in ("host", "port", "models_dir") if getattr(options, name) is not None
+    }
     settings = Settings(**given)
-    if sys.stderr.isatty() and settings.port: print(f"The page: http://{settings.host}:{settings.port}/   the documentation: /docs   the end: Ctrl-C", file=sys.stderr)
+    if sys.stderr.isatty() and settings.port:
+        print(
+            f"The page: http://{settings.host}:{settings.port}/   the documentation: /docs   the end: Ctrl-C",
+            file=sys.stderr,
+        )
     serve(settings)
     return ""
 
@@ -160,7 +222,10 @@ def _rollback(options)->str:
     from product_recs.bundle.files import current_version
     from product_recs.bundle.live import rollback
     before = current_version(resolve_path(options.models_dir))
-    return f"Model {rollback(options.models_dir, options.version)} is live again, {before} is not; services that watch this folder take it up within a second"
+    return (
+        f"Model {rollback(options.models_dir, options.version)} is live again, {before} is not; services that watch "
+        f"this folder take it up within a second"
+    )
 
 def _keys(options)->str:
     "`product-recs keys`"
@@ -168,30 +233,63 @@ def _keys(options)->str:
     file = options.file or Settings().api_keys_file
     if options.action == "add":
         key = add_key(file, options.name, options.scope)
-        print(f"Key {options.name} with scope {options.scope} is added to {resolve_path(file)}. It is shown this once:", file=sys.stderr)
+        print(
+            f"Key {options.name} with scope {options.scope} is added to {resolve_path(file)}. It is shown this once:",
+            file=sys.stderr,
+        )
         return key
     if options.action == "remove":
         remove_key(file, options.name)
         return f"Key {options.name} is removed; services refuse it within a second"
     keys = list_keys(file)
     width = max((len(key.name) for key in keys), default=0)
-    return "\n".join(f"{key.name:<{width}}  {key.scope:<5}  added {key.created_at}" for key in keys) or f"No key in {resolve_path(file)}"
+    return (
+        "\n".join(f"{key.name:<{width}}  {key.scope:<5}  added {key.created_at}" for key in keys)
+        or f"No key in {resolve_path(file)}"
+    )
 
 # %% ../../nbs/jobs/cli.ipynb #d5930b47
 def _add_operation_verbs(verb, models:dict)->None:
     "`models`, `rollback` and `keys`."
-    there = verb("models", _models, "list the models: which is live, which were before, the newest first", "models --models-dir models")
-    back = verb("rollback", _rollback, "make the model that was live before the live one again", "rollback, or: product-recs rollback 20260101T120000-0a1b2c3d")
-    back.add_argument("version", nargs="?", help="the version to go to (default: the one that was live before; a second call goes one further back)")
+    there = verb(
+        "models",
+        _models,
+        "list the models: which is live, which were before, the newest first",
+        "models --models-dir models",
+    )
+    back = verb(
+        "rollback",
+        _rollback,
+        "make the model that was live before the live one again",
+        "rollback, or: product-recs rollback 20260101T120000-0a1b2c3d",
+    )
+    back.add_argument(
+        "version",
+        nargs="?",
+        help="the version to go to (default: the one that was live before; a second call goes one further back)",
+    )
     for what in (there, back): what.add_argument("--models-dir", default=None, **models)
     keys = verb("keys", _keys, "add, list and remove API keys of the service", "keys add shop --scope read")
     actions = keys.add_subparsers(title="actions", required=True, dest="action", metavar="ACTION")
-    for name, text, example in (("add", "make a key, print it once and keep its hash", "keys add shop --scope write"), ("list", "list the keys: name, scope and when they were added", "keys list"),
-                                ("remove", "remove a key; services refuse it within a second", "keys remove shop")):
-        action = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: product-recs {example}")
+    for name, text, example in (
+        ("add", "make a key, print it once and keep its hash", "keys add shop --scope write"),
+        ("list", "list the keys: name, scope and when they were added", "keys list"),
+        ("remove", "remove a key; services refuse it within a second", "keys remove shop"),
+    ):
+        action = actions.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: product-recs {example}"
+        )
         if name != "list": action.add_argument("name", help="whose key it is, such as the program that sends it")
-        if name == "add": action.add_argument("--scope", choices=("read", "write", "admin"), default="read", help="read: ask; write: also send events and delete users; admin: also reload the model (default: read)")
-        action.add_argument("--file", metavar="FILE", help="file of the keys (default: api_keys.json, or PRODUCT_RECS_API_KEYS_FILE)")
+        if name == "add":
+            action.add_argument(
+                "--scope",
+                choices=("read", "write", "admin"),
+                default="read",
+                help="read: ask; write: also send events and delete users; admin: also reload the model (default: read)",
+            )
+        action.add_argument(
+            "--file", metavar="FILE", help="file of the keys (default: api_keys.json, or PRODUCT_RECS_API_KEYS_FILE)"
+        )
 
 # %% ../../nbs/jobs/cli.ipynb #5a7411ce
 _EXAMPLES = """examples:
@@ -215,27 +313,71 @@ _EXAMPLES = """examples:
 def _parser()->argparse.ArgumentParser:
     "The command's options."
     from product_recs import __version__
-    parser = argparse.ArgumentParser(prog="product-recs", description="An end-to-end product recommender: interaction log in, served recommendations out.",
-                                     epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="product-recs",
+        description="An end-to-end product recommender: interaction log in, served recommendations out.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"product-recs {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     def verb(name, function, text, example):
-        made = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: product-recs {example}")
+        made = verbs.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", epilog=f"example: product-recs {example}"
+        )
         made.set_defaults(function=function)
         return made
     models = dict(metavar="FOLDER", help="folder of the models (default: models, or PRODUCT_RECS_MODELS_DIR)")
-    run = verb("run", _run, "run notebooks 01 to 05 and publish the model", "run -f examples/complete_journey.yaml -p factors 64")
-    tune = verb("tune", _tune, "search the best parameters for your data; a second call goes on", "tune -f examples/complete_journey.yaml --minutes 8")
+    run = verb(
+        "run",
+        _run,
+        "run notebooks 01 to 05 and publish the model",
+        "run -f examples/complete_journey.yaml -p factors 64",
+    )
+    tune = verb(
+        "tune",
+        _tune,
+        "search the best parameters for your data; a second call goes on",
+        "tune -f examples/complete_journey.yaml --minutes 8",
+    )
     for job in (run, tune):
-        job.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a notebook parameter; the value is read as YAML; may be repeated")
-        job.add_argument("-f", "--file", action="append", default=[], metavar="YAML", help="file of parameters, one `name: value` a line; may be repeated, a later file overrides")
+        job.add_argument(
+            "-p",
+            "--parameter",
+            nargs=2,
+            action="append",
+            default=[],
+            metavar=("NAME", "VALUE"),
+            help="set a notebook parameter; the value is read as YAML; may be repeated",
+        )
+        job.add_argument(
+            "-f",
+            "--file",
+            action="append",
+            default=[],
+            metavar="YAML",
+            help="file of parameters, one `name: value` a line; may be repeated, a later file overrides",
+        )
         job.add_argument("--quiet", action="store_true", help="no progress bars")
-    tune.add_argument("--name", default="", help="name of the run whose data/processed/NAME is tuned (default: name of the first file, or sample)")
-    tune.add_argument("--minutes", metavar="N", help="how long to search (default: the notebook's 10); the weights lab and the final comparison come on top")
-    run.add_argument("--name", default="", help="name of the run: reports/NAME and data/processed/NAME (default: date and time)")
+    tune.add_argument(
+        "--name",
+        default="",
+        help="name of the run whose data/processed/NAME is tuned (default: name of the first file, or sample)",
+    )
+    tune.add_argument(
+        "--minutes",
+        metavar="N",
+        help="how long to search (default: the notebook's 10); the weights lab and the final comparison come on top",
+    )
+    run.add_argument(
+        "--name", default="", help="name of the run: reports/NAME and data/processed/NAME (default: date and time)"
+    )
     run.add_argument("--models-dir", default=None, **models)
     run.add_argument("--list-parameters", action="store_true", help="print every parameter with its default, and stop")
-    for name, function, text, what in (("recommend", _recommend, "print the recommendations for a user", "user"), ("similar", _similar, "print the items most like an item", "item")):
+    for name, function, text, what in (
+        ("recommend", _recommend, "print the recommendations for a user", "user"),
+        ("similar", _similar, "print the items most like an item", "item"),
+    ):
         ask = verb(name, function, text, f"{name} {'1' if what == 'user' else '101'} -n 5")
         ask.add_argument(what, help=f"id of the {what}, as in your data")
         ask.add_argument("-n", type=int, default=10, help="how many items (default: 10)")
@@ -243,10 +385,30 @@ def _parser()->argparse.ArgumentParser:
         ask.add_argument("--models-dir", default=None, **models)
         if what == "user":
             ask.add_argument("--include-seen", action="store_true", help="also items that the user has had")
-            ask.add_argument("--task", choices=("discovery", "next_purchase"), default="discovery", help="new items, or what the user most likely takes next (default: discovery)")
-    judge = verb("evaluate", _evaluate, "compare how two bundles were made, fitted again without the test period", "evaluate --compare current 20260101T120000-0a1b2c3d")
-    judge.add_argument("--compare", nargs=2, required=True, metavar=("BUNDLE_A", "BUNDLE_B"), help="two versions in the folder of the models; `current` is the live one")
-    judge.add_argument("--name", default="", help="name of the run to judge by (default: the latest with the interactions of the bundles)")
+            ask.add_argument(
+                "--task",
+                choices=("discovery", "next_purchase"),
+                default="discovery",
+                help="new items, or what the user most likely takes next (default: discovery)",
+            )
+    judge = verb(
+        "evaluate",
+        _evaluate,
+        "compare how two bundles were made, fitted again without the test period",
+        "evaluate --compare current 20260101T120000-0a1b2c3d",
+    )
+    judge.add_argument(
+        "--compare",
+        nargs=2,
+        required=True,
+        metavar=("BUNDLE_A", "BUNDLE_B"),
+        help="two versions in the folder of the models; `current` is the live one",
+    )
+    judge.add_argument(
+        "--name",
+        default="",
+        help="name of the run to judge by (default: the latest with the interactions of the bundles)",
+    )
     judge.add_argument("--k", type=int, default=10, help="length of the lists (default: 10)")
     judge.add_argument("--json", action="store_true", help="print JSON")
     judge.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -255,10 +417,22 @@ def _parser()->argparse.ArgumentParser:
     serve = verb("serve", _serve, "serve recommendations over HTTP", "serve --host 0.0.0.0 --workers 2")
     serve.add_argument("--host", help="address to bind (default: 127.0.0.1, or PRODUCT_RECS_HOST)")
     serve.add_argument("--port", type=int, help="port to bind (default: 8000, or PRODUCT_RECS_PORT)")
-    serve.add_argument("--workers", type=int, choices=range(1, 65), default=None, metavar="N", help="processes, 1 to 64 (default: 1, or PRODUCT_RECS_WORKERS)")
+    serve.add_argument(
+        "--workers",
+        type=int,
+        choices=range(1, 65),
+        default=None,
+        metavar="N",
+        help="processes, 1 to 64 (default: 1, or PRODUCT_RECS_WORKERS)",
+    )
     serve.add_argument("--models-dir", default=None, **models)
     data = verb("data", _data, "write the Complete Journey sample as CSV", "data --out data/complete_journey")
-    data.add_argument("--out", default="data/complete_journey", metavar="FOLDER", help="where to write (default: data/complete_journey)")
+    data.add_argument(
+        "--out",
+        default="data/complete_journey",
+        metavar="FOLDER",
+        help="where to write (default: data/complete_journey)",
+    )
     return parser
 
 # %% ../../nbs/jobs/cli.ipynb #e126d173
@@ -269,22 +443,29 @@ def main(
     for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
-    # a container or a job runner ends a process with SIGTERM; it deserves the same clean-up as Ctrl-C (a server has its own way to stop)
-    if options.function is not _serve and threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # a container or a job runner ends a process with SIGTERM; it deserves the same clean-up as Ctrl-C (a server has its
+    # own way to stop)
+    if options.function is not _serve and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if hasattr(options, "models_dir") and options.models_dir is None: options.models_dir = Settings().models_dir
         text = options.function(options)
         if text: print(text, flush=True)
         return 0
     except ProductRecsError as error: print(f"product-recs: {masked(str(error))}", file=sys.stderr)
-    except ImportError as error: print(f"product-recs: {error}; this verb needs an extra: pip install 'product-recs[jobs]'", file=sys.stderr)
+    except ImportError as error:
+        print(f"product-recs: {error}; this verb needs an extra: pip install 'product-recs[jobs]'", file=sys.stderr)
     except BrokenPipeError: # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error: print(f"product-recs: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
     except ValueError as error:
         if type(error).__name__ != "ValidationError": raise
-        for wrong in error.errors(): print(f"product-recs: setting {'.'.join(map(str, wrong['loc']))}={wrong['input']!r}: {wrong['msg']}", file=sys.stderr)
+        for wrong in error.errors():
+            print(
+                f"product-recs: setting {'.'.join(map(str, wrong['loc']))}={wrong['input']!r}: {wrong['msg']}",
+                file=sys.stderr,
+            )
     except KeyboardInterrupt:
         print("product-recs: interrupted", file=sys.stderr)
         return 130

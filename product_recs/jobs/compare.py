@@ -34,12 +34,18 @@ def run_of(
     if name:
         features = open_features(root/name/"features")
         if features.fingerprint != fingerprint:
-            raise EvaluateError(f"run {name!r} has other interactions (fingerprint {features.fingerprint[:12]}) than the bundles were trained on ({fingerprint[:12]}); name another run or train them again on this one")
+            raise EvaluateError(
+                f"run {name!r} has other interactions (fingerprint {features.fingerprint[:12]}) than the bundles were "
+                f"trained on ({fingerprint[:12]}); name another run or train them again on this one"
+            )
         return features
     files = sorted(root.glob("*/features/features.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in files:
         if json.loads(file.read_text(encoding="utf-8"))["fingerprint"] == fingerprint: return open_features(file.parent)
-    raise EvaluateError(f"no run in {root} has the interactions that the bundles were trained on (fingerprint {fingerprint[:12]}); run 02_features on them, or train the bundles again")
+    raise EvaluateError(
+        f"no run in {root} has the interactions that the bundles were trained on (fingerprint {fingerprint[:12]}); run "
+        f"02_features on them, or train the bundles again"
+    )
 
 # %% ../../nbs/jobs/compare.ipynb #099cbcd9
 def bundle_features(
@@ -48,7 +54,11 @@ def bundle_features(
     folder:Path,       # for features that have to be made
 )->Features:
     "Features as the bundle had them, with the split of the run."
-    wanted = {name: value for name, value in (manifest["parameters"].get("features") or {}).items() if name not in ("validation_from", "test_from")}
+    wanted = {
+        name: value
+        for name, value in (manifest["parameters"].get("features") or {}).items()
+        if name not in ("validation_from", "test_from")
+    }
     if all(features.parameters.get(name) == value for name, value in wanted.items()): return features
     dates = {name: features.split[name] for name in ("validation_from", "test_from")}
     return build_features(features.interactions, folder, **wanted, **dates)
@@ -89,23 +99,41 @@ class BundleComparison:
     "Two bundles, judged alike."
     versions: tuple[str, str]
     run: str              # name of the run
-    table: pd.DataFrame   # task, metric, k, a, b, difference, low, high, probability (that a is better), users, model_a, model_b
+    # task, metric, k, a, b, difference, low, high, probability (that a is better), users, model_a, model_b
+    table: pd.DataFrame
     differ: dict          # parameter -> (value of a, value of b), where they differ
     evaluation: Evaluation
 
 def _makers(version:str, label:str, manifest:dict, features:Features, folder:Path)->list[Refitted]:
     "What answers the two tasks for one bundle."
-    if manifest["algorithm"] != "als": raise EvaluateError(f"bundle {version} was made by {manifest['algorithm']!r}; only bundles of 'als' can be fitted again; train it anew")
+    if manifest["algorithm"] != "als":
+        raise EvaluateError(
+            f"bundle {version} was made by {manifest['algorithm']!r}; only bundles of 'als' can be fitted again; train "
+            f"it anew"
+        )
     own = bundle_features(manifest, features, folder)
-    als = ALS(**{name: manifest["parameters"][name] for name in ("factors", "regularization", "alpha", "iterations", "seed", "solver")})
-    if "weights" not in (manifest.get("blend") or {}): return [Refitted(f"{label} (ALS)", als, own, features, ("discovery", "next_purchase"))]
-    return [Refitted(f"{label} (ALS)", als, own, features, ("discovery",)), Refitted(f"{label} (blend)", Blend(own, als=als), own, features, ("next_purchase",))]
+    als = ALS(
+        **{
+            name: manifest["parameters"][name]
+            for name in ("factors", "regularization", "alpha", "iterations", "seed", "solver")
+        }
+    )
+    if "weights" not in (manifest.get("blend") or {}):
+        return [Refitted(f"{label} (ALS)", als, own, features, ("discovery", "next_purchase"))]
+    return [
+        Refitted(f"{label} (ALS)", als, own, features, ("discovery",)),
+        Refitted(f"{label} (blend)", Blend(own, als=als), own, features, ("next_purchase",)),
+    ]
 
 def _differences(a:dict, b:dict)->dict:
     "Parameters in which two manifests differ."
     def flat(manifest): # dates aside: the run has its own
-        made = {name: value for name, value in manifest["parameters"].items() if name != "features"} | (manifest["parameters"].get("features") or {})
-        return {name: value for name, value in made.items() if name not in ("validation_from", "test_from")} | {"blend": "weights" in (manifest.get("blend") or {})}
+        made = {name: value for name, value in manifest["parameters"].items() if name != "features"} | (
+            manifest["parameters"].get("features") or {}
+        )
+        return {name: value for name, value in made.items() if name not in ("validation_from", "test_from")} | {
+            "blend": "weights" in (manifest.get("blend") or {})
+        }
     first, second = flat(a), flat(b)
     return {name: (first.get(name), second.get(name)) for name in first | second if first.get(name) != second.get(name)}
 
@@ -125,16 +153,36 @@ def compare_bundles(
     first, second = (read_manifest(folder/version) for version in (a, b))
     prints = [manifest["data"].get("fingerprint", "") for manifest in (first, second)]
     if prints[0] != prints[1]:
-        raise EvaluateError(f"{a} and {b} were trained on different interactions (fingerprints {prints[0][:12]} and {prints[1][:12]}); train both on the same")
+        raise EvaluateError(
+            f"{a} and {b} were trained on different interactions (fingerprints {prints[0][:12]} and {prints[1][:12]}); "
+            f"train both on the same"
+        )
     features = run_of(prints[0], name)
     with tempfile.TemporaryDirectory() as made:
-        models = [model for version, label, manifest in ((a, "A", first), (b, "B", second)) for model in _makers(version, label, manifest, features, Path(made)/label)]
+        models = [
+            model
+            for version, label, manifest in ((a, "A", first), (b, "B", second))
+            for model in _makers(version, label, manifest, features, Path(made) / label)
+        ]
         found = evaluate(features, models, [k], bootstrap=bootstrap, seed=seed, progress=progress)
     rows = []
     for task in found.tasks:
-        one, two = (next(model.name for model in models if model.name[0] == label and task in model.tasks) for label in "AB")
-        rows += [dict(task=task, metric=metric, k=k, a=found.value(task, one, metric, k), b=found.value(task, two, metric, k),
-                      **found.compare(task, one, two, metric, k, bootstrap)._asdict(), model_a=one[3:-1], model_b=two[3:-1]) for metric in metrics]
+        one, two = (
+            next(model.name for model in models if model.name[0] == label and task in model.tasks) for label in "AB"
+        )
+        rows += [
+            dict(
+                task=task,
+                metric=metric,
+                k=k,
+                a=found.value(task, one, metric, k),
+                b=found.value(task, two, metric, k),
+                **found.compare(task, one, two, metric, k, bootstrap)._asdict(),
+                model_a=one[3:-1],
+                model_b=two[3:-1],
+            )
+            for metric in metrics
+        ]
     return BundleComparison((a, b), features.path.parent.name, pd.DataFrame(rows), _differences(first, second), found)
 
 # %% ../../nbs/jobs/compare.ipynb #6c2e60db
@@ -144,13 +192,25 @@ def comparison_text(
     "A comparison for a person to read."
     (a, b), facts = result.versions, result.evaluation.facts
     differ = "; ".join(f"{name} {one} / {two}" for name, (one, two) in result.differ.items()) or "nothing"
-    lines = [f"A  {a}", f"B  {b}", f"They differ in (A / B): {differ}", "",
-             f"Both were fitted again with these parameters on what run {result.run} knew before {facts['split'][:10]}, and judged by what followed.",
-             "The factors in the bundles know the test period, so they cannot be judged by it."]
+    lines = [
+        f"A  {a}",
+        f"B  {b}",
+        f"They differ in (A / B): {differ}",
+        "",
+        f"Both were fitted again with these parameters on what run {result.run} knew before {facts['split'][:10]}, "
+        f"and judged by what followed.",
+        "The factors in the bundles know the test period, so they cannot be judged by it.",
+    ]
     for task, part in result.table.groupby("task", sort=False):
-        title = f"{task.replace('_', ' ').capitalize()}, {part.users.iloc[0]:,} users (A by {part.model_a.iloc[0]}, B by {part.model_b.iloc[0]})"
+        title = (
+            f"{task.replace('_', ' ').capitalize()}, {part.users.iloc[0]:,} users (A by {part.model_a.iloc[0]}, B by "
+            f"{part.model_b.iloc[0]})"
+        )
         lines += ["", title, f"  {'':<12} {'A':>7} {'B':>7}   {'A − B':>7}  95 % interval         A is better"]
         for row in part.itertuples():
             winner = "A" if row.low > 0 else "B" if row.high < 0 else "no clear winner"
-            lines.append(f"  {METRIC_NAMES[row.metric] + f'@{row.k}':<12} {row.a:7.4f} {row.b:7.4f}   {row.difference:+7.4f}  {row.low:+.4f} to {row.high:+.4f}    {row.probability:6.1%}  {winner}")
+            lines.append(
+                f"  {METRIC_NAMES[row.metric] + f'@{row.k}':<12} {row.a:7.4f} {row.b:7.4f}   {row.difference:+7.4f}  "
+                f"{row.low:+.4f} to {row.high:+.4f}    {row.probability:6.1%}  {winner}"
+            )
     return "\n".join(lines)

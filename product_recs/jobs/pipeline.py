@@ -28,7 +28,14 @@ from .reports import to_html, write_index
 # %% ../../nbs/jobs/pipeline.ipynb #89e9ba21
 STEPS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference")
 TUNE_STEPS = ("01_ingest", "02_features", "jobs/weights", "jobs/tune")
-_SET_BY_RUN = {"run": "--name", "report_dir": "--name", "models_dir": "--models-dir", "publish_bundle": "nothing", "version": "nothing"} # and the option to use instead
+# and the option to use instead
+_SET_BY_RUN = {
+    "run": "--name",
+    "report_dir": "--name",
+    "models_dir": "--models-dir",
+    "publish_bundle": "nothing",
+    "version": "nothing",
+}
 
 class JobError(ProductRecsError):
     "A run could not start, or one of its steps failed."
@@ -40,8 +47,18 @@ def declared_parameters(
     "The parameters that each step declares."
     import papermill
     missing = [step for step in steps if not (nbs/f"{step}.ipynb").exists()]
-    if missing: raise JobError(f"{nbs}: {missing[0]}.ipynb is not there; run this in a clone of the project, or set PRODUCT_RECS_ROOT to one")
-    return {step: {name: f"{facts['default']}  {facts['help']}".strip() for name, facts in papermill.inspect_notebook(str(nbs/f"{step}.ipynb")).items()} for step in steps}
+    if missing:
+        raise JobError(
+            f"{nbs}: {missing[0]}.ipynb is not there; run this in a clone of the project, or set PRODUCT_RECS_ROOT to "
+            f"one"
+        )
+    return {
+        step: {
+            name: f"{facts['default']}  {facts['help']}".strip()
+            for name, facts in papermill.inspect_notebook(str(nbs / f"{step}.ipynb")).items()
+        }
+        for step in steps
+    }
 
 def assign(
     parameters:dict,                     # name -> value, as given
@@ -53,8 +70,15 @@ def assign(
         if name in _SET_BY_RUN: raise JobError(f"{name!r} is set by the run itself; use {_SET_BY_RUN[name]} instead")
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise JobError(f"no notebook has a parameter {name!r}" + (f"; did you mean {near[0]!r}?" if near else "") + f"\nKnown: {', '.join(sorted(known))}")
-    return {step: {name: _as_declared(name, value, names[name]) for name, value in parameters.items() if name in names} for step, names in declared.items()}
+            raise JobError(
+                f"no notebook has a parameter {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + f"\nKnown: {', '.join(sorted(known))}"
+            )
+    return {
+        step: {name: _as_declared(name, value, names[name]) for name, value in parameters.items() if name in names}
+        for step, names in declared.items()
+    }
 
 def _as_declared(name:str, value, declared:str):
     "A value as the notebook means it, by the default in its declaration."
@@ -76,7 +100,8 @@ class _Bars:
     def __init__(self, terminal): self.terminal = terminal
     def write(self, text:str):
         bar = text.rsplit("\r", 1)[-1].strip() if "\r" in text else ""
-        if bar: self.terminal.write(f"\r\033[K{bar[:shutil.get_terminal_size().columns - 1]}") # the line is cleared first: another bar stands there
+        # the line is cleared first: another bar stands there
+        if bar: self.terminal.write(f"\r\033[K{bar[:shutil.get_terminal_size().columns - 1]}")
     def flush(self): self.terminal.flush()
 
 def run_step(
@@ -90,18 +115,34 @@ def run_step(
     import papermill
     step, started = Step(name, "done"), time.perf_counter()
     executed = reports/f"{name}.ipynb"
-    bar = {"desc": f"{name:<13}", "bar_format": "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} cells [{elapsed}]"} if progress else False
+    bar = (
+        {
+            "desc": f"{name:<13}",
+            "bar_format": "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} cells [{elapsed}]",
+        }
+        if progress
+        else False
+    )
     try:
-        papermill.execute_notebook(str(root/"nbs"/f"{name}.ipynb"), str(executed), parameters=parameters, kernel_name="python3", cwd=str(root), progress_bar=bar,
-                                   stdout_file=_Bars(sys.stderr) if progress and sys.stderr.isatty() else None,
-                                   extra_arguments=["--IPKernelApp.log_level=50"]) # the kernel's own log would write over the progress bar
+        papermill.execute_notebook(
+            str(root / "nbs" / f"{name}.ipynb"),
+            str(executed),
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=str(root),
+            progress_bar=bar,
+            stdout_file=_Bars(sys.stderr) if progress and sys.stderr.isatty() else None,
+            extra_arguments=["--IPKernelApp.log_level=50"],
+        )  # the kernel's own log would write over the progress bar
     except papermill.PapermillExecutionError as error:
         step.status, step.error = "failed", masked(f"{error.ename}: {error.evalue}")
     except Exception as error: # a kernel that died or did not start
         step.status, step.error = "failed", masked(f"{type(error).__name__}: {error}")
     step.seconds = time.perf_counter() - started
     if executed.exists():
-        step.html = to_html(executed, reports/f"{name}.html", name, navigation='<a href="index.html">← all reports of this run</a>').name
+        step.html = to_html(
+            executed, reports / f"{name}.html", name, navigation='<a href="index.html">← all reports of this run</a>'
+        ).name
     return step
 
 # %% ../../nbs/jobs/pipeline.ipynb #2745950c
@@ -122,12 +163,17 @@ class RunResult:
 
 def _notes(parameters:dict)->list[str]:
     "A note for each parameter that was given with a password."
-    return [password_note(name) for name, value in parameters.items() if not is_reference(value) and masked_parameters(value) != value]
+    return [
+        password_note(name)
+        for name, value in parameters.items()
+        if not is_reference(value) and masked_parameters(value) != value
+    ]
 
 def _no_use(step:str, reports:Path)->str|None:
     "Why a step has nothing to do; None where it has."
     features = _metrics(reports).get("02_features", {})
-    if step == "04_evaluate" and features.get("split") == {}: return "nothing to judge by: without timestamps, or in a log of a day, there is no later period to test on"
+    if step == "04_evaluate" and features.get("split") == {}:
+        return "nothing to judge by: without timestamps, or in a log of a day, there is no later period to test on"
 
 def _claim(reports:Path):
     "The open lock file of a run; held until it is closed, refused where another run holds it."
@@ -147,15 +193,18 @@ def _from_root(path:Path)->str:
     return str(path.relative_to(project_root())) if path.is_relative_to(project_root()) else str(path)
 
 def _clear(reports:Path, steps:Sequence[str]):
-    "Remove what an earlier run of these steps left; what tuning found stays when the pipeline runs, and the other way round."
+    """Remove what an earlier run of these steps left; what tuning found stays when the pipeline runs, and the other way
+    round."""
     for step in (*steps, "index"):
         for kind in ("html", "ipynb"): (reports/f"{step}.{kind}").unlink(missing_ok=True)
     kept = {name: section for name, section in _metrics(reports).items() if name not in (*steps, "run")}
-    if (reports/"metrics.json").exists(): atomic_write(reports/"metrics.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    if (reports/"metrics.json").exists():
+        atomic_write(reports/"metrics.json", json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 def _check_name(name:str):
     "Refuse the name of a run that is a path."
-    if Path(name).name != name or name.startswith("."): raise JobError(f"--name {name!r}: letters, digits, '-' and '_', no folders")
+    if Path(name).name != name or name.startswith("."):
+        raise JobError(f"--name {name!r}: letters, digits, '-' and '_', no folders")
 
 def _metrics(reports:Path)->dict:
     path = reports/"metrics.json"
@@ -185,11 +234,24 @@ def run(
                 if why := _no_use(step, reports):
                     steps[number] = Step(step, "skipped", error=why)
                     continue
-                own = {"run": name, "report_dir": _from_root(reports), "models_dir": _from_root(models), "publish_bundle": False, "version": version or ""}
+                own = {
+                    "run": name,
+                    "report_dir": _from_root(reports),
+                    "models_dir": _from_root(models),
+                    "publish_bundle": False,
+                    "version": version or "",
+                }
                 declared = everything[step]
-                steps[number] = run_step(step, per_step[step] | {key: value for key, value in own.items() if key in declared}, reports, root, progress)
+                steps[number] = run_step(
+                    step,
+                    per_step[step] | {key: value for key, value in own.items() if key in declared},
+                    reports,
+                    root,
+                    progress,
+                )
                 version = version or _metrics(reports).get("03_train", {}).get("version")
-                if step == "04_evaluate" and (steps[number].error or "").startswith("NothingToJudge"): steps[number].status = "skipped"
+                if step == "04_evaluate" and (steps[number].error or "").startswith("NothingToJudge"):
+                    steps[number].status = "skipped"
                 if steps[number].status == "failed": break
             else: publish(models, version)
         finally:
@@ -218,7 +280,11 @@ def tune(
         result = RunResult(name, reports, [Step(step) for step in TUNE_STEPS], None, {}, _notes(parameters))
         try:
             for number, step in enumerate(TUNE_STEPS):
-                own = {key: value for key, value in {"run": name, "report_dir": _from_root(reports)}.items() if key in declared[step]}
+                own = {
+                    key: value
+                    for key, value in {"run": name, "report_dir": _from_root(reports)}.items()
+                    if key in declared[step]
+                }
                 result.steps[number] = run_step(step, per_step[step] | own, reports, root, progress)
                 if result.failed: break
         finally:
@@ -231,20 +297,59 @@ def _summarise(result:RunResult, parameters:dict, started:datetime, section:str=
     "Write a section of metrics.json, and the index; the parameters are masked."
     seconds, failed = (datetime.now() - started).total_seconds(), result.failed
     status = "succeeded" if all(step.status in ("done", "skipped") for step in result.steps) else "failed"
-    write_metrics(result.reports, section, {"name": result.name, "parameters": parameters, "seconds": round(seconds, 1), "version": result.version, "status": status, "notes": result.notes,
-        "steps": {step.name: {"status": step.status, "seconds": round(step.seconds, 1), "error": step.error} for step in result.steps}})
+    write_metrics(
+        result.reports,
+        section,
+        {
+            "name": result.name,
+            "parameters": parameters,
+            "seconds": round(seconds, 1),
+            "version": result.version,
+            "status": status,
+            "notes": result.notes,
+            "steps": {
+                step.name: {"status": step.status, "seconds": round(step.seconds, 1), "error": step.error}
+                for step in result.steps
+            },
+        },
+    )
     result.metrics = metrics = _metrics(result.reports)
     ledger, features = metrics.get("01_ingest", {}), metrics.get("02_features", {})
-    facts = [("rows read", ledger.get("rows_read")), ("rows rejected", ledger.get("rows_rejected")), ("users", features.get("users")), ("items", features.get("items"))]
+    facts = [
+        ("rows read", ledger.get("rows_read")),
+        ("rows rejected", ledger.get("rows_rejected")),
+        ("users", features.get("users")),
+        ("items", features.get("items")),
+    ]
     tasks, columns = _tables(metrics.get("04_evaluate", {}).get("table", []))
-    write_index(result.reports, dict(run=result.name, started=f"{started:%Y-%m-%d %H:%M}", seconds=seconds, steps=[*result.steps, *_other_steps(result)], failed=failed.name if failed else None,
-        error=failed.error if failed else None, version=result.version, facts=[(key, f"{value:,}") for key, value in facts if value is not None], tasks=tasks, columns=columns, parameters=parameters, notes=result.notes))
+    write_index(
+        result.reports,
+        dict(
+            run=result.name,
+            started=f"{started:%Y-%m-%d %H:%M}",
+            seconds=seconds,
+            steps=[*result.steps, *_other_steps(result)],
+            failed=failed.name if failed else None,
+            error=failed.error if failed else None,
+            version=result.version,
+            facts=[(key, f"{value:,}") for key, value in facts if value is not None],
+            tasks=tasks,
+            columns=columns,
+            parameters=parameters,
+            notes=result.notes,
+        ),
+    )
 
 def _other_steps(result:RunResult)->list[Step]:
     "Reports of other jobs of this run that belong to the same data."
     own, data = {step.name for step in result.steps}, result.metrics.get("02_features", {}).get("fingerprint")
-    same = lambda name: name in STEPS or result.metrics.get(name, {}).get("fingerprint") == data # the pipeline's own steps are cleared together
-    return [Step(name, "done", html=f"{name}.html") for name in dict.fromkeys((*STEPS, *TUNE_STEPS)) if name not in own and (result.reports/f"{name}.html").exists() and same(name)]
+    # the pipeline's own steps are cleared together
+    same = lambda name: name in STEPS or result.metrics.get(name, {}).get("fingerprint") == data
+    return [
+        Step(name, "done", html=f"{name}.html")
+        for name in dict.fromkeys((*STEPS, *TUNE_STEPS))
+        if name not in own and (result.reports / f"{name}.html").exists() and same(name)
+    ]
 
 def _tables(records:list[dict])->tuple[dict[str, list[dict]], list[str]]:
     "The evaluation's records (task, model, metric, k, value, low, high, users) as one table a task."
@@ -254,7 +359,9 @@ def _tables(records:list[dict])->tuple[dict[str, list[dict]], list[str]]:
         column = f"{record['metric']}@{record['k']}"
         if column not in columns: columns.append(column)
         rows = tasks.setdefault(record["task"], {})
-        rows.setdefault(record["model"], {"model": record["model"]})[column] = {key: record[key] for key in ("value", "low", "high", "users") if record.get(key) is not None}
+        rows.setdefault(record["model"], {"model": record["model"]})[column] = {
+            key: record[key] for key in ("value", "low", "high", "users") if record.get(key) is not None
+        }
     for rows in tasks.values():
         for column in columns:
             cells = [row[column] for row in rows.values() if column in row]

@@ -26,7 +26,13 @@ def joined_streams(
     "Outputs with neighbouring pieces of one stream joined, each as a terminal would show it in the end."
     merged = []
     for output in outputs:
-        if output.output_type == "stream" and merged and merged[-1].output_type == "stream" and merged[-1].name == output.name: merged[-1].text += output.text
+        if (
+            output.output_type == "stream"
+            and merged
+            and merged[-1].output_type == "stream"
+            and merged[-1].name == output.name
+        ):
+            merged[-1].text += output.text
         else: merged.append(output)
     for output in merged:
         if output.output_type == "stream": output.text = _last_state(output.text)
@@ -34,14 +40,36 @@ def joined_streams(
 
 def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
     "Merge streams, keep the last state of progress bars, mark the cells that open and close the fold."
-    cells = notebook.cells = [cell for cell in notebook.cells if cell.source.strip() and "#| hide" not in cell.source and "#| default_exp" not in cell.source]
+    cells = notebook.cells = [
+        cell
+        for cell in notebook.cells
+        if cell.source.strip() and "#| hide" not in cell.source and "#| default_exp" not in cell.source
+    ]
     for cell in cells:
         if cell.cell_type == "code": cell.outputs = joined_streams(cell.outputs)
         # papermill's own note on a failure repeats what the failing cell says
         if "papermill-error-cell-tag" in cell.metadata.get("tags", []): cell.metadata["skip"] = True
-    headings = [number for number, cell in enumerate(cells) if cell.cell_type == "markdown" and re.match(r"#+ Run\b", cell.source)]
-    first = next((number for number, cell in enumerate(cells) if cell.cell_type == "markdown" and cell.source.startswith("# ")), 0) + 1
-    failed_early = any(output.output_type == "error" for cell in cells[:headings[0] if headings else 0] for output in cell.get("outputs", []))
+    headings = [
+        number
+        for number, cell in enumerate(cells)
+        if cell.cell_type == "markdown" and re.match(r"#+ Run\b", cell.source)
+    ]
+    first = (
+        next(
+            (
+                number
+                for number, cell in enumerate(cells)
+                if cell.cell_type == "markdown" and cell.source.startswith("# ")
+            ),
+            0,
+        )
+        + 1
+    )
+    failed_early = any(
+        output.output_type == "error"
+        for cell in cells[: headings[0] if headings else 0]
+        for output in cell.get("outputs", [])
+    )
     if headings and first < headings[0] and not failed_early:
         cells[first].metadata["opens"] = headings[0] - first
         cells[headings[0] - 1].metadata["closes"] = True
@@ -106,9 +134,16 @@ def to_html(
     navigation:str="",       # HTML at the top of the page, such as a link back
 )->Path:                     # `html`
     "Render a notebook as one page that needs no network and runs no script."
-    exporter = HTMLExporter(template_file="report.html.j2", extra_loaders=[DictLoader({"report.html.j2": _TEMPLATE})], embed_images=True)
+    exporter = HTMLExporter(
+        template_file="report.html.j2", extra_loaders=[DictLoader({"report.html.j2": _TEMPLATE})], embed_images=True
+    )
     cleaned = _clean(nbformat.read(notebook, as_version=4))
-    resources = {"metadata": {"name": title}, "page_style": STYLE + _NOTEBOOK_STYLE, "navigation": navigation, "content_policy": CONTENT_POLICY}
+    resources = {
+        "metadata": {"name": title},
+        "page_style": STYLE + _NOTEBOOK_STYLE,
+        "navigation": navigation,
+        "content_policy": CONTENT_POLICY,
+    }
     body, _ = exporter.from_notebook_node(cleaned, resources=resources)
     return atomic_write(html, body)
 
@@ -135,12 +170,19 @@ _INDEX = """<!DOCTYPE html>
 <p><a href="metrics.json">metrics.json</a> has every figure.</p></main></body></html>
 """
 
-_HEADINGS = {"discovery": "Discovery: items that are new to the user", "next_purchase": "Next purchase: any item, repeat buying counts"}
+_HEADINGS = {
+    "discovery": "Discovery: items that are new to the user",
+    "next_purchase": "Next purchase: any item, repeat buying counts",
+}
 
 def write_index(
     folder:Path, # of the run's reports
     facts:dict,  # run, started, seconds, steps, failed, error, version, facts, tasks, columns, parameters
 )->Path:         # the index.html
     "Write the page that summarises a run."
-    page = Environment(autoescape=True).from_string(_INDEX).render(style=STYLE, policy=CONTENT_POLICY, headings=_HEADINGS, **facts)
+    page = (
+        Environment(autoescape=True)
+        .from_string(_INDEX)
+        .render(style=STYLE, policy=CONTENT_POLICY, headings=_HEADINGS, **facts)
+    )
     return atomic_write(folder/"index.html", page)

@@ -63,15 +63,21 @@ def continued_fit(
     if chosen_solver(solver) == "rotated":
         yield from _continued_rotated(RotatedALS(confidence, factors, regularization, alpha, seed), looks)
         return
-    AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares # before BLAS is held: it loads a BLAS of its own
-    with one_blas_thread(): model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, random_state=seed)
+    # before BLAS is held: it loads a BLAS of its own
+    AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares
+    with one_blas_thread():
+        model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, random_state=seed)
     matrix, done = int32_matrix(confidence), 0
     for look in looks:
         model.iterations, done = look - done, look
         with one_blas_thread():
             try: model.fit(matrix, show_progress=False)
             except implicit_module("recommender_base").ModelFitError: return # there is nothing to look at
-            users = fold_in(model.item_factors, matrix, regularization, alpha, num_threads=0) if np.isfinite(model.item_factors).all() else model.user_factors
+            users = (
+                fold_in(model.item_factors, matrix, regularization, alpha, num_threads=0)
+                if np.isfinite(model.item_factors).all()
+                else model.user_factors
+            )
         yield done, users, model.item_factors
 
 def _continued_rotated(model:RotatedALS, looks:Sequence[int])->Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -136,15 +142,41 @@ def pose(
     every:int=5,                   # iterations between two looks
 )->Problem:
     "Set up a search on the validation period."
-    for name, value, least in (("cut_off", cut_off, 1), ("max_factors", max_factors, 16), ("every", every, 1), ("max_iterations", max_iterations, every)):
+    for name, value, least in (
+        ("cut_off", cut_off, 1),
+        ("max_factors", max_factors, 16),
+        ("every", every, 1),
+        ("max_iterations", max_iterations, every),
+    ):
         number(name, value, least, 4096 if name == "max_factors" else 10_000, whole=True)
-    max_users, seed = number("max_users", max_users, 0, 2**31 - 1, whole=True), number("seed", seed, 0, 2**32 - 1, whole=True)
+    max_users, seed = (
+        number("max_users", max_users, 0, 2**31 - 1, whole=True),
+        number("seed", seed, 0, 2**32 - 1, whole=True),
+    )
     past, future, _ = past_and_future(features, "validation")
-    about = {"split": features.split, **{name: features.parameters[name] for name in ("min_user_items", "min_item_users")}, "candidates": dict(candidates), "cut_off": cut_off,
-             "max_users": max_users, "seed": seed, "max_factors": max_factors, "max_iterations": max_iterations, "every": every, "space": SPACE}
+    about = {
+        "split": features.split,
+        **{name: features.parameters[name] for name in ("min_user_items", "min_item_users")},
+        "candidates": dict(candidates),
+        "cut_off": cut_off,
+        "max_users": max_users,
+        "seed": seed,
+        "max_factors": max_factors,
+        "max_iterations": max_iterations,
+        "every": every,
+        "space": SPACE,
+    }
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    return Problem(make_task(past, future, task, max_users, seed), weigh(features, candidates, "train"), dict(candidates),
-                   f"{task} {features.fingerprint[:12]} {digest[:8]}", cut_off, seed, max_factors, [*range(every, max_iterations + 1, every)])
+    return Problem(
+        make_task(past, future, task, max_users, seed),
+        weigh(features, candidates, "train"),
+        dict(candidates),
+        f"{task} {features.fingerprint[:12]} {digest[:8]}",
+        cut_off,
+        seed,
+        max_factors,
+        [*range(every, max_iterations + 1, every)],
+    )
 
 # %% ../../nbs/jobs/tune.ipynb #e3df95e5
 def starting_points(
@@ -157,8 +189,15 @@ def starting_points(
     default = weightings()["event weights"]
     points = {"implicit's defaults": default | IMPLICIT_DEFAULTS, "the project's defaults": default | PROJECT_DEFAULTS}
     if yours: points["yours"] = own_weighting(features) | {name: yours[name] for name in ALS_NAMES}
-    if lab and task in lab.rows: points["the lab's winner"] = lab.candidates[lab.best(task)["name"]] | PROJECT_DEFAULTS | {"alpha": lab.best(task)["alpha"]}
-    return {name: point for number, (name, point) in enumerate(points.items()) if point not in list(points.values())[:number]}
+    if lab and task in lab.rows:
+        points["the lab's winner"] = (
+            lab.candidates[lab.best(task)["name"]] | PROJECT_DEFAULTS | {"alpha": lab.best(task)["alpha"]}
+        )
+    return {
+        name: point
+        for number, (name, point) in enumerate(points.items())
+        if point not in list(points.values())[:number]
+    }
 
 def as_trial(
     features:Features,
@@ -171,7 +210,12 @@ def as_trial(
     name = distinct({**problem.snapshots, "own": snapshot}, problem.candidates | {"own": own})["own"]
     if name == "own": raise ProductRecsError(f"{own} is none of the candidates {list(problem.candidates)}")
     strength = float(point["alpha"]*snapshot.confidence.data.mean(dtype=np.float64))
-    return {"factors": point["factors"], "strength": strength, "lambda": point["regularization"]/strength, "weighting": name}
+    return {
+        "factors": point["factors"],
+        "strength": strength,
+        "lambda": point["regularization"] / strength,
+        "weighting": name,
+    }
 
 def guesses(
     problem:Problem,
@@ -179,7 +223,9 @@ def guesses(
 )->list[dict]:                # parameters of trials
     "Trials to make before any is drawn: the last starting point with more factors, and with a smaller lambda."
     last = list(first.values())[-1]
-    return [last | {"factors": number} for number in (128, 256) if last["factors"] < number <= problem.max_factors] + [last | {"lambda": last["lambda"]/5}]
+    return [last | {"factors": number} for number in (128, 256) if last["factors"] < number <= problem.max_factors] + [
+        last | {"lambda": last["lambda"] / 5}
+    ]
 
 # %% ../../nbs/jobs/tune.ipynb #5dea01dc
 def _draw(trial:Trial, problem:Problem)->dict:
@@ -189,8 +235,12 @@ def _draw(trial:Trial, problem:Problem)->dict:
         number = trial.suggest_int("factors", SPACE["factors"][0], problem.max_factors, log=True)
         strength, relative = (trial.suggest_float(name, *SPACE[name], log=True) for name in ("strength", "lambda"))
         weighting = trial.suggest_categorical("weighting", list(problem.candidates))
-    return {"weighting": weighting, "factors": number if "origin" in trial.user_attrs else min(power_of_two(number), problem.max_factors),
-            "regularization": float(f"{relative*strength:.4g}"), "alpha": alpha_for(problem.snapshots[weighting].confidence, strength)}
+    return {
+        "weighting": weighting,
+        "factors": number if "origin" in trial.user_attrs else min(power_of_two(number), problem.max_factors),
+        "regularization": float(f"{relative * strength:.4g}"),
+        "alpha": alpha_for(problem.snapshots[weighting].confidence, strength),
+    }
 
 def _attempt(study:optuna.Study, problem:Problem, deadline:float)->FrozenTrial:
     "Ask for a trial, make it, tell what it was worth."
@@ -198,12 +248,15 @@ def _attempt(study:optuna.Study, problem:Problem, deadline:float)->FrozenTrial:
     drawn, fixed, own = _draw(trial, problem), "origin" in trial.user_attrs, trial.user_attrs.get("iterations", 0)
     snapshot, started, seen = problem.snapshots[drawn["weighting"]], time.monotonic(), {}
     als = {name: drawn[name] for name in ("factors", "regularization", "alpha")}
-    for done, users, items in continued_fit(snapshot.confidence, **als, looks=sorted({*problem.looks, own} - {0}), seed=problem.seed):
+    for done, users, items in continued_fit(
+        snapshot.confidence, **als, looks=sorted({*problem.looks, own} - {0}), seed=problem.seed
+    ):
         if not (np.isfinite(users).all() and np.isfinite(items).all()): break
         seen[done] = float(user_ndcg(snapshot, users, items, problem.task, problem.cut_off).mean())
         trial.report(seen[done], done)
         if done >= own and on_plateau(list(seen.values())): break
-        if not fixed and time.monotonic() > deadline: return study.tell(trial, state=TrialState.FAIL) # it is made again next time
+        # it is made again next time
+        if not fixed and time.monotonic() > deadline: return study.tell(trial, state=TrialState.FAIL)
         if not fixed and trial.should_prune(): break
     best = max(seen, key=seen.get, default=0)
     trial.set_user_attr("als", als | {"iterations": best})
@@ -219,8 +272,13 @@ def open_study(
     "The study of a problem, with what earlier searches left in it."
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(storage=f"sqlite:///{Path(file).absolute()}", study_name=problem.study_name, direction="maximize", load_if_exists=True,
-                               pruner=optuna.pruners.PercentilePruner(_KEPT_PERCENT, n_startup_trials=5))
+    return optuna.create_study(
+        storage=f"sqlite:///{Path(file).absolute()}",
+        study_name=problem.study_name,
+        direction="maximize",
+        load_if_exists=True,
+        pruner=optuna.pruners.PercentilePruner(_KEPT_PERCENT, n_startup_trials=5),
+    )
 
 _DRAWN_AT_RANDOM = 10 # the starting points and guesses count
 _KEPT_PERCENT = 66.0  # of the complete trials are above the line below which a trial is cut short
@@ -231,7 +289,8 @@ def _alone(file:Path)->Iterator[None]:
     import fcntl
     with open(file.with_name(f".{file.name}.lock"), "w", encoding="utf-8") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ProductRecsError(f"{file}: another search is going on in this file; wait for it") from None
+        except BlockingIOError:
+            raise ProductRecsError(f"{file}: another search is going on in this file; wait for it") from None
         yield
 
 def finished(
@@ -252,24 +311,52 @@ def search(
     progress:bool=True,
 )->tuple[optuna.Study, int]:     # the study, and how many trials were there before
     "Go on with a study until the time or the number of trials is used up."
-    budget_minutes, max_trials = number("budget_minutes", budget_minutes, 1e-6, 1e6), number("max_trials", max_trials, 1, 10**6, whole=True)
+    budget_minutes, max_trials = (
+        number("budget_minutes", budget_minutes, 1e-6, 1e6),
+        number("max_trials", max_trials, 1, 10**6, whole=True),
+    )
     study, file = open_study(file, problem), Path(file)
-    with _alone(file), tqdm(total=max_trials, desc=problem.task.name, bar_format="{desc} {n_fmt}/{total_fmt} trials |{bar:12}| [{elapsed}{postfix}]",
-                           disable=not progress, mininterval=0, file=sys.stdout) as bar:
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)): study.tell(trial.number, state=TrialState.FAIL) # of a process that was killed
-        there = [(trial.user_attrs.get("origin"), trial.params or trial.system_attrs.get("fixed_params")) for trial in study.get_trials(
-            deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING))]
+    with (
+        _alone(file),
+        tqdm(
+            total=max_trials,
+            desc=problem.task.name,
+            bar_format="{desc} {n_fmt}/{total_fmt} trials |{bar:12}| [{elapsed}{postfix}]",
+            disable=not progress,
+            mininterval=0,
+            file=sys.stdout,
+        ) as bar,
+    ):
+        # of a process that was killed
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)
+        there = [
+            (trial.user_attrs.get("origin"), trial.params or trial.system_attrs.get("fixed_params"))
+            for trial in study.get_trials(
+                deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
+            )
+        ]
         for name, parameters in [*first.items(), *((None, guess) for guess in guesses(problem, first))]:
             attributes = {"origin": name, "iterations": iterations[name]} if name else {}
             if (name, parameters) not in there: study.enqueue_trial(parameters, user_attrs=attributes)
         before, end = len(finished(study)), time.monotonic() + 60*budget_minutes
         while (made := len(finished(study)) - before) < max_trials:
-            must = any("origin" in trial.user_attrs for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+            must = any(
+                "origin" in trial.user_attrs for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            )
             if not must and made and time.monotonic() > end: break
-            study.sampler = optuna.samplers.TPESampler(seed=(problem.seed*1_000_003 + before + made) % 2**32, multivariate=True, n_startup_trials=_DRAWN_AT_RANDOM)
+            study.sampler = optuna.samplers.TPESampler(
+                seed=(problem.seed * 1_000_003 + before + made) % 2**32,
+                multivariate=True,
+                n_startup_trials=_DRAWN_AT_RANDOM,
+            )
             trial = _attempt(study, problem, end if made else math.inf)
             if trial.state == TrialState.FAIL: break
-            bar.set_postfix_str(f"best NDCG@{problem.cut_off} {study.best_value:.4f}, {max(0, end - time.monotonic())/60:.1f} min left", refresh=False)
+            bar.set_postfix_str(
+                f"best NDCG@{problem.cut_off} {study.best_value:.4f}, {max(0, end - time.monotonic()) / 60:.1f} min "
+                f"left",
+                refresh=False,
+            )
             bar.update()
     return study, before
 
@@ -294,24 +381,49 @@ def on_test(
     "Judge parameters by the test period."
     seeds = [number("test_seeds", one, 0, 2**32 - 1, whole=True) for one in seeds]
     if not seeds: raise ProductRecsError("test_seeds=[]: must name at least one")
-    cut_off, bootstrap = (number(name, value, 1, 2**31 - 1, whole=True) for name, value in (("cut_off", cut_off), ("bootstrap", bootstrap)))
+    cut_off, bootstrap = (
+        number(name, value, 1, 2**31 - 1, whole=True)
+        for name, value in (("cut_off", cut_off), ("bootstrap", bootstrap))
+    )
     past, future, _ = past_and_future(features, "test")
     work = make_task(past, future, task, max_users, seeds[0])
-    snapshots = weigh(features, {name: {n: point[n] for n in FEATURE_NAMES} for name, point in points.items()}, "train_validation")
+    snapshots = weigh(
+        features, {name: {n: point[n] for n in FEATURE_NAMES} for name, point in points.items()}, "train_validation"
+    )
     rows, lead = [], None
-    with tqdm(total=len(points)*len(seeds), unit=" fits", desc="test period", disable=not progress, file=sys.stdout) as bar:
+    with tqdm(
+        total=len(points) * len(seeds), unit=" fits", desc="test period", disable=not progress, file=sys.stdout
+    ) as bar:
         for name, point in points.items():
             values = []
             for seed in seeds:
-                model = fit_als(snapshots[name].confidence, **{n: point[n] for n in ALS_NAMES}, seed=seed, loss_every=0, progress=False)
+                model = fit_als(
+                    snapshots[name].confidence,
+                    **{n: point[n] for n in ALS_NAMES},
+                    seed=seed,
+                    loss_every=0,
+                    progress=False,
+                )
                 values.append(user_ndcg(past, model.user_factors, model.item_factors, work, cut_off))
                 bar.update()
             mean = np.mean(values, axis=0)
             lead = mean if lead is None else lead
             low, high = interval(bootstrap_means(mean, bootstrap, seeds[0]))
             against = paired_bootstrap(lead, mean, bootstrap, seeds[0])
-            rows.append({"name": name, "ndcg": float(mean.mean()), "low": float(low), "high": float(high), "by_seed": [float(v.mean()) for v in values],
-                         "lead": against.difference, "lead_low": against.low, "lead_high": against.high, "probability": against.probability, "users": against.users})
+            rows.append(
+                {
+                    "name": name,
+                    "ndcg": float(mean.mean()),
+                    "low": float(low),
+                    "high": float(high),
+                    "by_seed": [float(v.mean()) for v in values],
+                    "lead": against.difference,
+                    "lead_low": against.low,
+                    "lead_high": against.high,
+                    "probability": against.probability,
+                    "users": against.users,
+                }
+            )
     return rows
 
 def tuned_sentence(
@@ -321,10 +433,26 @@ def tuned_sentence(
 )->str:
     "What tuning bought."
     tuned, others = rows[0], rows[1:]
-    head = f"{task.replace('_', ' ').capitalize()}: tuned ALS reaches NDCG@{cut_off} {tuned['ndcg']:.4f} ({tuned['low']:.4f} to {tuned['high']:.4f}) on the test period, {tuned['users']:,} users, {len(tuned['by_seed'])} seed{'s'*(len(tuned['by_seed']) > 1)}. "
-    likely = lambda p: f"more than {1 - 1/resamples:.1%}" if p == 1 else f"less than {1/resamples:.1%}" if p == 0 else f"{p:.1%}"
-    word = lambda row: "better than" if row["lead_low"] > 0 else "worse than" if row["lead_high"] < 0 else "not clearly different from"
+    head = (
+        f"{task.replace('_', ' ').capitalize()}: tuned ALS reaches NDCG@{cut_off} {tuned['ndcg']:.4f} "
+        f"({tuned['low']:.4f} to {tuned['high']:.4f}) on the test period, {tuned['users']:,} users, "
+        f"{len(tuned['by_seed'])} seed{'s' * (len(tuned['by_seed']) > 1)}. "
+    )
+    likely = lambda p: (
+        f"more than {1 - 1 / resamples:.1%}" if p == 1 else f"less than {1 / resamples:.1%}" if p == 0 else f"{p:.1%}"
+    )
+    word = lambda row: (
+        "better than" if row["lead_low"] > 0 else "worse than" if row["lead_high"] < 0 else "not clearly different from"
+    )
     same = [row["name"] for row in others if row["lead"] == row["lead_low"] == row["lead_high"] == 0]
     if same: head += f"The search found nothing better than {same[0]}. "
-    return head + "; ".join(f"{word(row)} {row['name']} ({row['ndcg']:.4f}): {row['lead']:+.4f}, 95 % interval {row['lead_low']:+.4f} to {row['lead_high']:+.4f}, probability of being better {likely(row['probability'])}"
-                            for row in others if row["name"] not in same).capitalize() + "."
+    return (
+        head
+        + "; ".join(
+            f"{word(row)} {row['name']} ({row['ndcg']:.4f}): {row['lead']:+.4f}, 95 % interval {row['lead_low']:+.4f} "
+            f"to {row['lead_high']:+.4f}, probability of being better {likely(row['probability'])}"
+            for row in others
+            if row["name"] not in same
+        ).capitalize()
+        + "."
+    )

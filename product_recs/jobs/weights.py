@@ -31,7 +31,8 @@ from ..models.weighting import EVENT_WEIGHTS, LEAST, checked_event_weights, weig
 
 # %% ../../nbs/jobs/weights.ipynb #441f2a1a
 PLAIN = "counts" # what all others are compared with
-FEATURE_NAMES = ("event_weights", "quantity", "half_life_days", "weighting") # the parameters of 02_features that make a weighting
+# the parameters of 02_features that make a weighting
+FEATURE_NAMES = ("event_weights", "quantity", "half_life_days", "weighting")
 
 def weightings(
     event_weights:dict|None=None,             # weight of each event; None: EVENT_WEIGHTS
@@ -39,11 +40,24 @@ def weightings(
 )->dict[str, dict]:                           # name -> parameters of 02_features
     "The weightings that the lab compares."
     events = dict(EVENT_WEIGHTS if event_weights is None else event_weights)
-    events, half_lives = checked_event_weights(events), [number("half_lives", days, 1e-4, 1e6, error=ProductRecsError) for days in half_lives]
-    make = lambda weights, quantity="ignore", days=0, last="none": dict(event_weights=weights, quantity=quantity, half_life_days=days, weighting=last)
-    found = {PLAIN: make({}), "binary": make({}, last="binary"), "log of counts": make({}, last="log1p"), "BM25 of counts": make({}, last="bm25"),
-             "event weights": make(events), "log of event weights": make(events, last="log1p"), "BM25 of event weights": make(events, last="bm25"),
-             "quantity": make(events, "none"), "log of quantity": make(events, "log1p")}
+    events, half_lives = (
+        checked_event_weights(events),
+        [number("half_lives", days, 1e-4, 1e6, error=ProductRecsError) for days in half_lives],
+    )
+    make = lambda weights, quantity="ignore", days=0, last="none": dict(
+        event_weights=weights, quantity=quantity, half_life_days=days, weighting=last
+    )
+    found = {
+        PLAIN: make({}),
+        "binary": make({}, last="binary"),
+        "log of counts": make({}, last="log1p"),
+        "BM25 of counts": make({}, last="bm25"),
+        "event weights": make(events),
+        "log of event weights": make(events, last="log1p"),
+        "BM25 of event weights": make(events, last="bm25"),
+        "quantity": make(events, "none"),
+        "log of quantity": make(events, "log1p"),
+    }
     for days in half_lives:
         found[f"half-life {days:g} d"] = make(events, days=days)
     return found
@@ -53,7 +67,9 @@ def _sum_sql(parameters:dict, until:str|None)->str:
     "SQL of the decayed, weighted sum of a pair."
     worth = worth_sql(parameters["event_weights"], parameters["quantity"])
     age = f"coalesce(epoch(TIMESTAMP '{until}' - timestamp) / 86400, 0)"
-    decay = f"pow(0.5, {age} / {float(parameters['half_life_days'])})" if parameters["half_life_days"] and until else "1"
+    decay = (
+        f"pow(0.5, {age} / {float(parameters['half_life_days'])})" if parameters["half_life_days"] and until else "1"
+    )
     return f"greatest(sum({worth} * {decay}), {LEAST})::FLOAT"
 
 def _row_table(ids)->dict:
@@ -77,11 +93,19 @@ def weigh(
         found = database.execute(f"""SELECT u.row AS user_row, i.row AS item_row, {', '.join(f'{sql} AS {name}' for sql, name in columns.items())}
             FROM {parquet(features.interactions/'interactions.parquet')} log JOIN users u ON log.user_id = u.id JOIN items i ON log.item_id = i.id
             WHERE {f"timestamp IS NULL OR timestamp < '{past.until}'" if past.until else 'true'} GROUP BY ALL ORDER BY ALL""").fetchnumpy()
-    shape, rows = past.counts.shape, np.repeat(np.arange(past.counts.shape[0], dtype=np.int64), np.diff(past.counts.indptr))
+    shape, rows = (
+        past.counts.shape,
+        np.repeat(np.arange(past.counts.shape[0], dtype=np.int64), np.diff(past.counts.indptr)),
+    )
     keys = found["user_row"].astype(np.int64)*shape[1] + found["item_row"]
     kept = np.searchsorted(keys, rows*shape[1] + past.counts.indices) # the artifact's own pairs
-    matrix = lambda name: csr_matrix((found[columns[sums[name]]][kept], past.counts.indices, past.counts.indptr), shape=shape)
-    return {name: replace(past, confidence=weighted(matrix(name), parameters["weighting"])) for name, parameters in candidates.items()}
+    matrix = lambda name: csr_matrix(
+        (found[columns[sums[name]]][kept], past.counts.indices, past.counts.indptr), shape=shape
+    )
+    return {
+        name: replace(past, confidence=weighted(matrix(name), parameters["weighting"]))
+        for name, parameters in candidates.items()
+    }
 
 # %% ../../nbs/jobs/weights.ipynb #8a988a02
 def alpha_for(
@@ -133,7 +157,8 @@ def user_ndcg(
 @dataclass(frozen=True)
 class Lab:
     "What the comparison found; everything in it fits into JSON."
-    rows: dict[str, list[dict]]   # task -> name, strength, alpha, ndcg, low, high, difference from plain counts and its interval ...; best first
+    # task -> name, strength, alpha, ndcg, low, high, difference from plain counts and its interval ...; best first
+    rows: dict[str, list[dict]]
     screen: list[dict]            # task, name, strength, ndcg of every fit with the first seed
     candidates: dict[str, dict]   # name -> parameters of 02_features
     same: dict[str, str]          # names that say the same as another -> that one
@@ -147,8 +172,17 @@ def _row(name:str, values:np.ndarray, plain:np.ndarray, resamples:int, seed:int)
     "Figures of one weighting; `values` and `plain` are (seeds, users)."
     low, high = interval(bootstrap_means(values.mean(0), resamples, seed))
     against = paired_bootstrap(values.mean(0), plain.mean(0), resamples, seed)
-    return {"name": name, "ndcg": float(values.mean()), "low": float(low), "high": float(high), "by_seed": values.mean(1).tolist(),
-            "difference": against.difference, "difference_low": against.low, "difference_high": against.high, "probability": against.probability}
+    return {
+        "name": name,
+        "ndcg": float(values.mean()),
+        "low": float(low),
+        "high": float(high),
+        "by_seed": values.mean(1).tolist(),
+        "difference": against.difference,
+        "difference_low": against.low,
+        "difference_high": against.high,
+        "probability": against.probability,
+    }
 
 
 def _climb(places:int, judge:Callable, value:Callable, tasks:Sequence[str])->set[int]:
@@ -177,12 +211,20 @@ def compare_weightings(
 )->Lab:
     "Fit ALS to each weighting on the training period, judge it by the validation period."
     candidates = dict(weightings() if candidates is None else candidates)
-    if PLAIN not in candidates: raise ProductRecsError(f"the weightings need one that is named {PLAIN!r}: all others are compared with it")
+    if PLAIN not in candidates:
+        raise ProductRecsError(f"the weightings need one that is named {PLAIN!r}: all others are compared with it")
     for name, given in (("tasks", tasks), ("strengths", strengths), ("seeds", seeds)):
-        if isinstance(given, str) or not len(given): raise ProductRecsError(f"{name}={given!r}: must name at least one, in a list")
-    strengths, seeds = [number("strengths", one, 1e-9, 1e9) for one in strengths], [number("seeds", one, 0, 2**32 - 1, whole=True) for one in seeds]
+        if isinstance(given, str) or not len(given):
+            raise ProductRecsError(f"{name}={given!r}: must name at least one, in a list")
+    strengths, seeds = (
+        [number("strengths", one, 1e-9, 1e9) for one in strengths],
+        [number("seeds", one, 0, 2**32 - 1, whole=True) for one in seeds],
+    )
     if sorted(set(strengths)) != strengths: raise ProductRecsError(f"strengths={strengths!r}: must ascend")
-    max_users, cut_off, bootstrap = (number(name, value, least, 2**31 - 1, whole=True) for name, value, least in (("max_users", max_users, 0), ("cut_off", cut_off, 1), ("bootstrap", bootstrap, 1)))
+    max_users, cut_off, bootstrap = (
+        number(name, value, least, 2**31 - 1, whole=True)
+        for name, value, least in (("max_users", max_users, 0), ("cut_off", cut_off, 1), ("bootstrap", bootstrap, 1))
+    )
     past, future, _ = past_and_future(features, "validation")
     work = {name: make_task(past, future, name, max_users, seeds[0]) for name in tasks}
     snapshots = weigh(features, candidates, PERIODS["validation"])
@@ -191,35 +233,91 @@ def compare_weightings(
 
     def judge(name, strength, seed):
         "Fill `values` for one fit and all tasks."
-        model = fit_als(snapshots[name].confidence, alpha=alpha_for(snapshots[name].confidence, strength), factors=factors, regularization=regularization,
-                        iterations=iterations, seed=seed, loss_every=0, progress=False)
-        for task in work: values[task, name, strength, seed] = user_ndcg(past, model.user_factors, model.item_factors, work[task], cut_off)
+        model = fit_als(
+            snapshots[name].confidence,
+            alpha=alpha_for(snapshots[name].confidence, strength),
+            factors=factors,
+            regularization=regularization,
+            iterations=iterations,
+            seed=seed,
+            loss_every=0,
+            progress=False,
+        )
+        for task in work:
+            values[task, name, strength, seed] = user_ndcg(
+                past, model.user_factors, model.item_factors, work[task], cut_off
+            )
 
-    with tqdm(total=len(names)*len(strengths), unit=" fits", desc="weightings", disable=not progress, mininterval=1, file=sys.stdout) as bar:
+    with tqdm(
+        total=len(names) * len(strengths),
+        unit=" fits",
+        desc="weightings",
+        disable=not progress,
+        mininterval=1,
+        file=sys.stdout,
+    ) as bar:
         tried = {}
         for name in names:
             judge_place = lambda place, name=name: judge(name, strengths[place], seeds[0])
-            tried[name] = _climb(len(strengths), judge_place, lambda task, place, name=name: values[task, name, strengths[place], seeds[0]].mean(), work)
+            tried[name] = _climb(
+                len(strengths),
+                judge_place,
+                lambda task, place, name=name: values[task, name, strengths[place], seeds[0]].mean(),
+                work,
+            )
             bar.total -= len(strengths) - len(tried[name])
             bar.update(len(tried[name]))
-        best = {(task, name): max((strengths[place] for place in tried[name]), key=lambda s: values[task, name, s, seeds[0]].mean()) for task in work for name in names}
-        further = [(name, strength, seed) for name, strength in sorted({(name, strength) for (_, name), strength in best.items()}) for seed in seeds[1:]]
+        best = {
+            (task, name): max(
+                (strengths[place] for place in tried[name]), key=lambda s: values[task, name, s, seeds[0]].mean()
+            )
+            for task in work
+            for name in names
+        }
+        further = [
+            (name, strength, seed)
+            for name, strength in sorted({(name, strength) for (_, name), strength in best.items()})
+            for seed in seeds[1:]
+        ]
         bar.total += len(further)
         for fit in further:
             judge(*fit)
             bar.update()
     rows = {task: _rows(task, names, best, values, seeds, snapshots, bootstrap) for task in work}
-    screen = [{"task": task, "name": name, "strength": strength, "ndcg": float(values[task, name, strength, seeds[0]].mean())} for task in work for name in names for strength in (strengths[place] for place in sorted(tried[name]))]
-    facts = {"settings": lab_settings(features, candidates, tasks=tasks, strengths=strengths, seeds=seeds, factors=factors, regularization=regularization, iterations=iterations,
-                                      max_users=max_users, cut_off=cut_off, bootstrap=bootstrap),
-             "users": {name: len(task.rows) for name, task in work.items()}, "fits": sum(map(len, tried.values())) + len(further)}
+    screen = [
+        {"task": task, "name": name, "strength": strength, "ndcg": float(values[task, name, strength, seeds[0]].mean())}
+        for task in work
+        for name in names
+        for strength in (strengths[place] for place in sorted(tried[name]))
+    ]
+    facts = {
+        "settings": lab_settings(
+            features,
+            candidates,
+            tasks=tasks,
+            strengths=strengths,
+            seeds=seeds,
+            factors=factors,
+            regularization=regularization,
+            iterations=iterations,
+            max_users=max_users,
+            cut_off=cut_off,
+            bootstrap=bootstrap,
+        ),
+        "users": {name: len(task.rows) for name, task in work.items()},
+        "fits": sum(map(len, tried.values())) + len(further),
+    }
     return Lab(rows, screen, candidates, {name: other for name, other in same.items() if name != other}, facts)
 
 # %% ../../nbs/jobs/weights.ipynb #1ce8aeb9
 def _rows(task, names, best, values, seeds, snapshots, bootstrap)->list[dict]:
     "The table of one task, best first."
     by_user = {name: np.stack([values[task, name, best[task, name], seed] for seed in seeds]) for name in names}
-    rows = [_row(name, by_user[name], by_user[PLAIN], bootstrap, seeds[0]) | {"strength": best[task, name], "alpha": alpha_for(snapshots[name].confidence, best[task, name])} for name in names]
+    rows = [
+        _row(name, by_user[name], by_user[PLAIN], bootstrap, seeds[0])
+        | {"strength": best[task, name], "alpha": alpha_for(snapshots[name].confidence, best[task, name])}
+        for name in names
+    ]
     rows.sort(key=lambda row: -row["ndcg"])
     winner = by_user[rows[0]["name"]].mean(0)
     for row in rows: # is the winner better than this one?
@@ -233,7 +331,18 @@ def lab_settings(
 )->dict:                           # as JSON gives it back
     "All that a comparison depends on: where it is the same, so is the result."
     about = {name: features.parameters[name] for name in ("min_user_items", "min_item_users")}
-    return json.loads(json.dumps({"fingerprint": features.fingerprint, "split": features.split, **about, "candidates": dict(candidates), **settings}, default=list))
+    return json.loads(
+        json.dumps(
+            {
+                "fingerprint": features.fingerprint,
+                "split": features.split,
+                **about,
+                "candidates": dict(candidates),
+                **settings,
+            },
+            default=list,
+        )
+    )
 
 # %% ../../nbs/jobs/weights.ipynb #9bd0785e
 def lab_sentence(
@@ -243,8 +352,14 @@ def lab_sentence(
     "What the lab found for a task."
     best, cut = lab.best(task), lab.facts["settings"]["cut_off"]
     ties = [row["name"] for row in lab.rows[task][1:] if not row["beaten"]]
-    head = f"{task.replace('_', ' ').capitalize()}: {best['name']} is the best weighting on the validation period, NDCG@{cut} {best['ndcg']:.4f}"
-    proof = f"{best['difference']:+.4f}, 95 % interval {best['difference_low']:+.4f} to {best['difference_high']:+.4f}, {lab.facts['users'][task]:,} users, {len(best['by_seed'])} seeds"
+    head = (
+        f"{task.replace('_', ' ').capitalize()}: {best['name']} is the best weighting on the validation period, "
+        f"NDCG@{cut} {best['ndcg']:.4f}"
+    )
+    proof = (
+        f"{best['difference']:+.4f}, 95 % interval {best['difference_low']:+.4f} to {best['difference_high']:+.4f}, "
+        f"{lab.facts['users'][task]:,} users, {len(best['by_seed'])} seeds"
+    )
     if best["name"] == PLAIN: says = "; no transform does better than counting"
     elif best["difference_low"] > 0: says = f", clearly better than plain counts ({proof})"
     else: says = f", but not clearly better than plain counts ({proof})"
@@ -257,7 +372,10 @@ def yaml_lines(
 )->str:
     "A papermill parameter file, one `name: value` a line."
     import yaml
-    body = "".join(f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix('...' + chr(10))}" for name, value in parameters.items())
+    body = "".join(
+        f"{name}: {yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix('...' + chr(10))}"
+        for name, value in parameters.items()
+    )
     return "".join(f"# {line}\n" for line in comments) + body
 
 def write_lab(
@@ -268,7 +386,10 @@ def write_lab(
     written = []
     for task in lab.rows:
         best = lab.best(task)
-        text = yaml_lines({**lab.candidates[best["name"]], "alpha": best["alpha"]}, [lab_sentence(lab, task), "product-recs run --file YOURS.yaml --file THIS.yaml"])
+        text = yaml_lines(
+            {**lab.candidates[best["name"]], "alpha": best["alpha"]},
+            [lab_sentence(lab, task), "product-recs run --file YOURS.yaml --file THIS.yaml"],
+        )
         written += [atomic_write(Path(folder)/f"weights_{task}.yaml", text) for folder in folders]
     facts = {"rows": lab.rows, "screen": lab.screen, "candidates": lab.candidates, "same": lab.same, "facts": lab.facts}
     atomic_write(Path(folders[0])/"weights.json", json.dumps(facts, indent=1) + "\n")

@@ -24,7 +24,16 @@ def recommenders(
     seed:int=0,              # of low-pass and BPR
 )->list[Model]:        # not fitted yet
     "The baselines, the models of this notebook, and ALS last."
-    return [*baselines(half_life_days), ItemBM25(), ItemGraph(), LowPass(seed=seed), EASE(), BPR(seed=seed), WeightedALS(**(als or {})), ALS(**(als or {}))]
+    return [
+        *baselines(half_life_days),
+        ItemBM25(),
+        ItemGraph(),
+        LowPass(seed=seed),
+        EASE(),
+        BPR(seed=seed),
+        WeightedALS(**(als or {})),
+        ALS(**(als or {})),
+    ]
 
 def choose(
     names:str|Sequence[str], # "all", or names: a list, or one text with commas
@@ -37,6 +46,9 @@ def choose(
     for name in asked:
         if not isinstance(name, str) or name.lower() not in by_small:
             near = difflib.get_close_matches(str(name).lower(), by_small, 1)
-            raise ProductRecsError(f"models: there is no model {name!r}{f'; did you mean {by_small[near[0]]!r}?' if near else ''} There are: all, {', '.join(known)}")
+            raise ProductRecsError(
+                f"models: there is no model {name!r}{f'; did you mean {by_small[near[0]]!r}?' if near else ''} There "
+                f"are: all, {', '.join(known)}"
+            )
     if not asked: raise ProductRecsError(f"models: no model is named. There are: all, {', '.join(known)}")
     return [name for name in known if name.lower() in {one.lower() for one in asked}]

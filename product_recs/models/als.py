@@ -40,7 +40,8 @@ class FactorModel(Model):
 
     def best(self, rows:np.ndarray, k:int, exclude:csr_matrix|None)->tuple[np.ndarray, np.ndarray]:
         "By the search, with all cores."
-        if getattr(self, "_searched", None) is not self.item_factors: self._searched, self._searcher = self.item_factors, Searcher(self.item_factors, self.candidates)
+        if getattr(self, "_searched", None) is not self.item_factors:
+            self._searched, self._searcher = self.item_factors, Searcher(self.item_factors, self.candidates)
         return self._searcher.top(self.vectors(rows), k, exclude, threads=0)
 
 class ALS(FactorModel):
@@ -69,22 +70,40 @@ class AlsModel:
     seconds: float                  # of the fit
     parameters: dict
 
-_WHOLE = {"factors": (1, 4096), "iterations": (1, 10_000), "seed": (0, 2**32 - 1), "num_threads": (0, 4096), "loss_every": (0, 2**31 - 1), "cg_steps": (1, 10_000)}
+_WHOLE = {
+    "factors": (1, 4096),
+    "iterations": (1, 10_000),
+    "seed": (0, 2**32 - 1),
+    "num_threads": (0, 4096),
+    "loss_every": (0, 2**31 - 1),
+    "cg_steps": (1, 10_000),
+}
 _SMOOTH = {"regularization": (0, 1e12), "alpha": (1e-15, 1e15), "unobserved_weight": (1e-12, 1e12), "nu": (0, 1)}
 
 def _check(confidence:csr_matrix, parameters:dict)->dict:
     "The parameters with Python's own numbers; refuses what would fail later or fit nonsense."
     for rules, whole in ((_WHOLE, True), (_SMOOTH, False)):
-        parameters = parameters | {name: number(name, parameters[name], *ends, whole=whole, error=TrainError) for name, ends in rules.items()}
-    if parameters["solver"] not in ("implicit", "rotated"): raise TrainError(f"solver={parameters['solver']!r}: must be 'implicit', 'rotated' or 'auto'")
+        parameters = parameters | {
+            name: number(name, parameters[name], *ends, whole=whole, error=TrainError) for name, ends in rules.items()
+        }
+    if parameters["solver"] not in ("implicit", "rotated"):
+        raise TrainError(f"solver={parameters['solver']!r}: must be 'implicit', 'rotated' or 'auto'")
     changed = [name for name, usual in PLAIN_OBJECTIVE.items() if parameters[name] != usual]
-    if changed and parameters["solver"] == "implicit": raise TrainError(f"{changed[0]}={parameters[changed[0]]!r}: solver='implicit' cannot do that; take solver='rotated'")
+    if changed and parameters["solver"] == "implicit":
+        raise TrainError(
+            f"{changed[0]}={parameters[changed[0]]!r}: solver='implicit' cannot do that; take solver='rotated'"
+        )
     if not confidence.nnz: raise TrainError("the matrix is empty: no interaction is left to train on")
     if not np.isfinite(confidence.data).all() or (confidence.data <= 0).any():
-        raise TrainError("every confidence must be a positive, finite number; look at event_weights and weighting in 02_features")
+        raise TrainError(
+            "every confidence must be a positive, finite number; look at event_weights and weighting in 02_features"
+        )
     least, most = parameters["alpha"]*float(confidence.data.min()), parameters["alpha"]*float(confidence.data.max())
     if not (least >= 1e-30 and most <= 1e15):
-        raise TrainError(f"alpha={parameters['alpha']!r}: makes confidences from {least:.3g} to {most:.3g}, and they must lie from 1e-30 to 1e+15")
+        raise TrainError(
+            f"alpha={parameters['alpha']!r}: makes confidences from {least:.3g} to {most:.3g}, and they must lie from "
+            f"1e-30 to 1e+15"
+        )
     return parameters
 
 # %% ../../nbs/models/als.ipynb #68b70b85
@@ -105,7 +124,14 @@ def fit_als(
     progress:bool=True,         # show a progress bar
 )->AlsModel:
     "Fit implicit-feedback ALS (Hu, Koren and Volinsky 2008)."
-    parameters = dict(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, seed=seed, solver=chosen_solver(solver))
+    parameters = dict(
+        factors=factors,
+        regularization=regularization,
+        alpha=alpha,
+        iterations=iterations,
+        seed=seed,
+        solver=chosen_solver(solver),
+    )
     own = dict(unobserved_weight=unobserved_weight, nu=nu, cg_steps=cg_steps)
     checked = _check(confidence, {**parameters, **own, "num_threads": num_threads, "loss_every": loss_every})
     parameters, own = ({name: checked[name] for name in names} for names in (parameters, own))
@@ -119,11 +145,29 @@ def fit_als(
             bar.update()
         takes_loss = lambda iteration: loss_every > 0 and iteration % loss_every == 0 and iteration < iterations
         fit, extra = (_fit_implicit, {}) if parameters["solver"] == "implicit" else (_fit_rotated, own)
-        user_factors, item_factors, loss = fit(confidence, takes_loss, after, num_threads=num_threads, last_loss=loss_every > 0, **{n: v for n, v in parameters.items() if n != "solver"}, **extra)
+        user_factors, item_factors, loss = fit(
+            confidence,
+            takes_loss,
+            after,
+            num_threads=num_threads,
+            last_loss=loss_every > 0,
+            **{n: v for n, v in parameters.items() if n != "solver"},
+            **extra,
+        )
     if loss is not None: losses.append((iterations, loss))
     for side, found in (("items'", item_factors), ("users'", user_factors)):
-        if not np.isfinite(found).all(): raise TrainError(f"the {side} factors became infinite with regularization={regularization}; raise it, or lower alpha={alpha}")
-    return AlsModel(user_factors, item_factors, losses, time.perf_counter() - started, parameters | ({name: own[name] for name, usual in PLAIN_OBJECTIVE.items() if own[name] != usual}))
+        if not np.isfinite(found).all():
+            raise TrainError(
+                f"the {side} factors became infinite with regularization={regularization}; raise it, or lower "
+                f"alpha={alpha}"
+            )
+    return AlsModel(
+        user_factors,
+        item_factors,
+        losses,
+        time.perf_counter() - started,
+        parameters | ({name: own[name] for name, usual in PLAIN_OBJECTIVE.items() if own[name] != usual}),
+    )
 
 def chosen_solver(
     solver:str, # implicit | rotated | auto
@@ -145,29 +189,64 @@ def _fit_implicit(confidence:csr_matrix, takes_loss, after, *, factors:int, regu
                   last_loss:bool)->tuple[np.ndarray, np.ndarray, float|None]:
     "User factors, item factors and loss by `implicit`."
     confidence = int32_matrix(confidence)
-    AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares # before BLAS is held: it loads a BLAS of its own
+    # before BLAS is held: it loads a BLAS of its own
+    AlternatingLeastSquares = implicit_module("cpu.als").AlternatingLeastSquares
     with one_blas_thread():
-        model = AlternatingLeastSquares(factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, random_state=seed,
-                                        num_threads=num_threads, calculate_training_loss=takes_loss(1))
+        model = AlternatingLeastSquares(
+            factors=factors,
+            regularization=regularization,
+            alpha=alpha,
+            iterations=iterations,
+            random_state=seed,
+            num_threads=num_threads,
+            calculate_training_loss=takes_loss(1),
+        )
         def each(iteration, seconds, loss): # iteration counts from 0
             after(iteration + 1, loss if model.calculate_training_loss else None)
             model.calculate_training_loss = takes_loss(iteration + 2)
         try: model.fit(confidence, show_progress=False, callback=each)
         except implicit_module("recommender_base").ModelFitError as error:
-            raise TrainError(f"implicit gave up ({error}) with regularization={regularization} and alpha={alpha}; raise the one or lower the other, or take solver='rotated'") from None
+            raise TrainError(
+                f"implicit gave up ({error}) with regularization={regularization} and alpha={alpha}; raise the one or "
+                f"lower the other, or take solver='rotated'"
+            ) from None
         finite = np.isfinite(model.item_factors).all()
-        user_factors = fold_in(model.item_factors, confidence, regularization, alpha, num_threads=num_threads) if finite else model.user_factors
-        return user_factors, model.item_factors, _loss(confidence, user_factors, model.item_factors, regularization, alpha, num_threads) if last_loss else None
+        user_factors = (
+            fold_in(model.item_factors, confidence, regularization, alpha, num_threads=num_threads)
+            if finite
+            else model.user_factors
+        )
+        return (
+            user_factors,
+            model.item_factors,
+            _loss(confidence, user_factors, model.item_factors, regularization, alpha, num_threads)
+            if last_loss
+            else None,
+        )
 
 def _loss(confidence:csr_matrix, user_factors:np.ndarray, item_factors:np.ndarray, regularization:float, alpha:float, num_threads:int)->float:
     "Mean loss of a user-item cell."
-    weighted = csr_matrix((confidence.data*np.float32(alpha), confidence.indices, confidence.indptr), shape=confidence.shape)
-    return float(implicit_module("cpu.als").calculate_loss(weighted, user_factors, item_factors, regularization, num_threads=num_threads))
+    weighted = csr_matrix(
+        (confidence.data * np.float32(alpha), confidence.indices, confidence.indptr), shape=confidence.shape
+    )
+    return float(
+        implicit_module("cpu.als").calculate_loss(
+            weighted, user_factors, item_factors, regularization, num_threads=num_threads
+        )
+    )
 
 def int32_matrix(matrix:csr_matrix)->csr_matrix:
-    "The matrix with writable float32 values and int32 indices, as implicit's kernels take it; a memory-mapped one is copied."
-    if matrix.nnz >= 2**31: raise TrainError(f"{matrix.nnz:,} pairs: implicit counts them in 32 bits; raise min_user_items or min_item_users in 02_features")
-    data, indices, indptr = (np.require(array, dtype, "W") for array, dtype in ((matrix.data, np.float32), (matrix.indices, np.int32), (matrix.indptr, np.int32)))
+    """The matrix with writable float32 values and int32 indices, as implicit's kernels take it; a memory-mapped one is
+    copied."""
+    if matrix.nnz >= 2**31:
+        raise TrainError(
+            f"{matrix.nnz:,} pairs: implicit counts them in 32 bits; raise min_user_items or min_item_users in "
+            f"02_features"
+        )
+    data, indices, indptr = (
+        np.require(array, dtype, "W")
+        for array, dtype in ((matrix.data, np.float32), (matrix.indices, np.int32), (matrix.indptr, np.int32))
+    )
     return csr_matrix((data, indices, indptr), shape=matrix.shape)
 
 # %% ../../nbs/models/als.ipynb #a091ccc4
@@ -184,7 +263,9 @@ class WeightedALS(ALS):
         self.user_power, self.item_power = user_power, item_power
 
     def _fit(self, snapshot):
-        self.model = fit_als(activity_weighted(snapshot.confidence, self.user_power, self.item_power), **self.parameters)
+        self.model = fit_als(
+            activity_weighted(snapshot.confidence, self.user_power, self.item_power), **self.parameters
+        )
         self.user_factors, self.item_factors = self.model.user_factors, self.model.item_factors
 
 def activity_weighted(

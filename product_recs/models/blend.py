@@ -78,22 +78,41 @@ def learn_weights(
     **parameters,                           # of `fit_als`
 )->BlendWeights:
     "Fit the parts before the validation period, and the weights on it."
-    if not features.split: raise BlendError("the weights are learned on a validation period, and these interactions have no time split (no timestamps, or one day only)")
+    if not features.split:
+        raise BlendError(
+            "the weights are learned on a validation period, and these interactions have no time split (no timestamps, "
+            "or one day only)"
+        )
     task = make_task(features.train, features.validation, "next_purchase", max_users, seed)
     als = ALS(seed=seed, **parameters).fit(features.train)
     place, items = candidate_pairs(als, task.rows, candidates)
     taken = np.asarray(task.targets[place, items]).ravel() > 0
-    if not taken.any() or taken.all(): raise BlendError("the weights need both items that were taken and items that were not in the validation period; choose another split date")
+    if not taken.any() or taken.all():
+        raise BlendError(
+            "the weights need both items that were taken and items that were not in the validation period; choose "
+            "another split date"
+        )
     tried = []
     for half_life in half_lives:
         unit = BlendWeights(dict.fromkeys(SIGNALS, 0.0), 0.0, float(half_life), float(popularity_half_life_days), {})
-        signals = Signals(als.model.user_factors, als.model.item_factors, features.train.counts, features.train.age_days, unit)
+        signals = Signals(
+            als.model.user_factors, als.model.item_factors, features.train.counts, features.train.age_days, unit
+        )
         tried.append((fit_logistic(signal_table(signals, task.rows[place], items), taken), unit))
     (weights, intercept, loss), unit = min(tried, key=lambda one: one[0][2])
-    facts = {"users": len(task.rows), "pairs": len(items), "taken": int(taken.sum()), "loss": round(loss, 6), "seed": seed,
-             "from": features.split["validation_from"], "until": features.split["test_from"],
-             "losses": {f"{other.half_life_days:g} days": round(fitted[2], 6) for fitted, other in tried}}
-    return BlendWeights(dict(zip(SIGNALS, map(float, weights))), intercept, unit.half_life_days, unit.popularity_half_life_days, facts)
+    facts = {
+        "users": len(task.rows),
+        "pairs": len(items),
+        "taken": int(taken.sum()),
+        "loss": round(loss, 6),
+        "seed": seed,
+        "from": features.split["validation_from"],
+        "until": features.split["test_from"],
+        "losses": {f"{other.half_life_days:g} days": round(fitted[2], 6) for fitted, other in tried},
+    }
+    return BlendWeights(
+        dict(zip(SIGNALS, map(float, weights))), intercept, unit.half_life_days, unit.popularity_half_life_days, facts
+    )
 
 # %% ../../nbs/models/blend.ipynb #c561f4b2
 class Blend(Model):
@@ -113,14 +132,21 @@ class Blend(Model):
         self.weights = self._given or self._learned(snapshot)
         if getattr(self.als, "snapshot", None) is not snapshot: self.als.fit(snapshot)
         model = self.als.model
-        self.signals = Signals(model.user_factors, model.item_factors, snapshot.counts, snapshot.age_days, self.weights).prepare()
+        self.signals = Signals(
+            model.user_factors, model.item_factors, snapshot.counts, snapshot.age_days, self.weights
+        ).prepare()
 
     def _learned(self, snapshot)->BlendWeights:
         split = self.features.split
         if split and snapshot.until is not None and snapshot.until < split["test_from"]:
-            raise BlendError(f"the blend learns its weights from {split['validation_from'][:10]} to {split['test_from'][:10]}, so it cannot be judged by that period; "
-                             "evaluate it on the test period, or give it weights from elsewhere")
-        return learn_weights(self.features, **{name: value for name, value in self.als.parameters.items() if name != "progress"})
+            raise BlendError(
+                f"the blend learns its weights from {split['validation_from'][:10]} to {split['test_from'][:10]}, so "
+                f"it cannot be judged by that period; "
+                "evaluate it on the test period, or give it weights from elsewhere"
+            )
+        return learn_weights(
+            self.features, **{name: value for name, value in self.als.parameters.items() if name != "progress"}
+        )
 
     def score(self, rows:np.ndarray)->np.ndarray:
         "Log odds that the user takes the item next."
@@ -154,7 +180,9 @@ class ScoreBlend(Model):
         self.models = list(models)
         self.weights = [1/len(self.models)]*len(self.models) if weights is None else list(weights)
         if not self.models or len(self.models) != len(self.weights):
-            raise ValueError(f"a blend needs one weight a model: {len(self.models)} models, {len(self.weights)} weights")
+            raise ValueError(
+                f"a blend needs one weight a model: {len(self.models)} models, {len(self.weights)} weights"
+            )
         self.name = name or "blend of " + " + ".join(model.name for model in self.models)
 
     def _fit(self, snapshot):

@@ -22,8 +22,14 @@ class Solver:
         alpha:float,             # of training: multiplies all confidences
         gram:np.ndarray|None=None, # (f, f) float64, the product of the transposed factors with themselves; None: made here
     ):
-        self.item_factors, self.regularization, self.alpha = np.asarray(item_factors), float(regularization), float(alpha)
-        self.base = (gram_of(self.item_factors, exact=True) if gram is None else np.asarray(gram, np.float64)) + self.regularization*np.eye(self.item_factors.shape[1])
+        self.item_factors, self.regularization, self.alpha = (
+            np.asarray(item_factors),
+            float(regularization),
+            float(alpha),
+        )
+        self.base = (
+            gram_of(self.item_factors, exact=True) if gram is None else np.asarray(gram, np.float64)
+        ) + self.regularization * np.eye(self.item_factors.shape[1])
 
     @cached_property
     def inverse(self)->np.ndarray|None: # (f, f); None where there is none
@@ -43,7 +49,8 @@ class Solver:
     )->np.ndarray:             # (f,) float32; zeros where there are no items
         "Factors of one user."
         weight, factors = self.alpha*np.asarray(confidence, np.float64), self.item_factors[items].astype(np.float64)
-        if weight.max(initial=0) > self.heaviest: return solve_triangle_of(*stable_triangle(self.base, factors, weight)).astype(np.float32)
+        if weight.max(initial=0) > self.heaviest:
+            return solve_triangle_of(*stable_triangle(self.base, factors, weight)).astype(np.float32)
         return self.apply(items, confidence, weight @ factors, weight).astype(np.float32)
 
     def apply(self,
@@ -79,5 +86,6 @@ def fold_in(
     "Solve each user's factors against fixed `item_factors` (Hu, Koren and Volinsky 2008, eq. 4)."
     if gram is None: gram = gram_of(np.asarray(item_factors), exact=True)
     solver = Solver(item_factors, regularization, alpha, gram)
-    if np.linalg.cond(solver.base) < 1e6: return solve_rows(solver.item_factors, confidence, regularization, alpha, gram, num_threads)
+    if np.linalg.cond(solver.base) < 1e6:
+        return solve_rows(solver.item_factors, confidence, regularization, alpha, gram, num_threads)
     return np.array([solver.solve(row.indices, row.data) for row in confidence], np.float32).reshape(-1, len(gram))

@@ -25,7 +25,8 @@ class ItemBM25(Model):
         b:float=0.75,       # 0 ignores how popular an item is, 1 divides by it
         num_threads:int=0,  # 0: all cores
     ):
-        if neighbours < 2: raise ValueError(f"neighbours must be 2 or more (an item is its own nearest), not {neighbours}")
+        if neighbours < 2:
+            raise ValueError(f"neighbours must be 2 or more (an item is its own nearest), not {neighbours}")
         if k1 < 0 or not 0 <= b <= 1: raise ValueError(f"k1 must be 0 or more and b from 0 to 1, not k1={k1}, b={b}")
         self.neighbours, self.k1, self.b, self.num_threads = neighbours, k1, b, num_threads
 
@@ -50,16 +51,27 @@ class ItemGraph(Model):
         to_power:float=0.2,     # holds back popular items at the end: 0 favours them, 1 the rare ones
         num_threads:int=0,      # 0: all cores
     ):
-        if neighbours < 2: raise ValueError(f"neighbours must be 2 or more (an item is its own nearest), not {neighbours}")
+        if neighbours < 2:
+            raise ValueError(f"neighbours must be 2 or more (an item is its own nearest), not {neighbours}")
         self.neighbours, self.num_threads = neighbours, num_threads
         self.from_power, self.user_power, self.to_power = from_power, user_power, to_power
 
     def _fit(self, snapshot):
         seen = csr_matrix(snapshot.counts > 0, dtype=np.float64)
-        users, items = (np.maximum(np.bincount(index, minlength=size), 1.0) for index, size in
-                        ((np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.shape[0]), (seen.indices, seen.shape[1])))
-        # both ends weigh alike while the nearest are chosen: the last item's power is the same for all that compete for it
-        walks = nearest_items(diags(users**(-self.user_power/2)) @ seen @ diags(items**-self.from_power), self.neighbours, self.num_threads)
+        users, items = (
+            np.maximum(np.bincount(index, minlength=size), 1.0)
+            for index, size in (
+                (np.repeat(np.arange(seen.shape[0]), np.diff(seen.indptr)), seen.shape[0]),
+                (seen.indices, seen.shape[1]),
+            )
+        )
+        # both ends weigh alike while the nearest are chosen: the last item's power is the same for all that compete for
+        # it
+        walks = nearest_items(
+            diags(users ** (-self.user_power / 2)) @ seen @ diags(items**-self.from_power),
+            self.neighbours,
+            self.num_threads,
+        )
         self.similarity = csr_matrix(walks @ diags(items**(self.from_power - self.to_power)), dtype=np.float32)
         self._seen = csr_matrix(seen, dtype=np.float32)
 
@@ -85,16 +97,24 @@ class EASE(Model):
         "Too many users and too many items for a dense matrix."
         users, items = (len(np.unique(part)) for part in snapshot.counts.nonzero())
         if min(users, items) <= self.max_size: return ""
-        return (f"EASE: {users:,} users and {items:,} items have a past, and the limit max_size is {self.max_size:,} for the fewer of the two. The dense matrix would take {4*min(users, items)**2/1e9:.1f} GB. "
-                "Raise min_item_users in 02_features to leave out rare items, or raise max_size where there are memory and time.")
+        return (
+            f"EASE: {users:,} users and {items:,} items have a past, and the limit max_size is {self.max_size:,} for "
+            f"the fewer of the two. The dense matrix would take {4 * min(users, items) ** 2 / 1e9:.1f} GB. "
+            "Raise min_item_users in 02_features to leave out rare items, or raise max_size where there are memory and "
+            "time."
+        )
 
     def _fit(self, snapshot):
         if why := self.refusal(snapshot): raise TrainError(why)
         self._columns, self._people = np.flatnonzero(self.candidates), np.flatnonzero(np.diff(snapshot.counts.indptr))
         self._seen = csr_matrix(snapshot.counts > 0, dtype=np.float32)[:, self._columns]
         self.weights = self._people_inverse = None
-        if len(self._columns) <= len(self._people): self.weights = _regress_all(self._seen, self.regularization, self.progress)
-        else: self._people_inverse, self._gain = _regress_by_users(self._seen[self._people], self.regularization, self.progress)
+        if len(self._columns) <= len(self._people):
+            self.weights = _regress_all(self._seen, self.regularization, self.progress)
+        else:
+            self._people_inverse, self._gain = _regress_by_users(
+                self._seen[self._people], self.regularization, self.progress
+            )
 
     def score(self, rows:np.ndarray)->np.ndarray:
         "Predictions of the regressions; an item without a past has none."
@@ -103,7 +123,9 @@ class EASE(Model):
         else:
             known = np.isin(rows, self._people)
             place = np.searchsorted(self._people, rows[known])
-            scores[np.ix_(known, self._columns)] = self._seen[rows[known]].toarray() + self._gain*(self._people_inverse[place] @ self._seen[self._people])
+            scores[np.ix_(known, self._columns)] = self._seen[rows[known]].toarray() + self._gain * (
+                self._people_inverse[place] @ self._seen[self._people]
+            )
         return scores
 
 # %% ../../nbs/models/item_item.ipynb #dd95f144
@@ -115,14 +137,21 @@ def _negative_inverse(matrix:np.ndarray, progress:bool=False, size:int=1024)->np
         corner = np.tril(matrix[block, block])
         matrix[block, block] = corner + np.tril(corner, -1).T
         matrix[block, block.stop:] = matrix[block.stop:, block].T
-    if not np.isfinite(matrix).all() or (np.diag(matrix) >= 0).any(): raise TrainError("EASE: the matrix cannot be inverted in float32; raise the regularization")
+    if not np.isfinite(matrix).all() or (np.diag(matrix) >= 0).any():
+        raise TrainError("EASE: the matrix cannot be inverted in float32; raise the regularization")
     return matrix
 
 def _sweep(matrix:np.ndarray, block:slice, blocks:list[slice])->None:
     "Sweep one block of a symmetric matrix, lower half, in place."
     corner = matrix[block, block].astype(np.float64)
     inverse = np.linalg.inv(np.tril(corner) + np.tril(corner, -1).T)
-    column = np.concatenate([matrix[block, :block.start].T, np.zeros((block.stop - block.start,)*2, np.float32), matrix[block.stop:, block]])
+    column = np.concatenate(
+        [
+            matrix[block, : block.start].T,
+            np.zeros((block.stop - block.start,) * 2, np.float32),
+            matrix[block.stop :, block],
+        ]
+    )
     swept = column @ inverse.astype(np.float32)
     for rows in blocks: matrix[rows, :rows.stop] -= swept[rows] @ column[:rows.stop].T
     matrix[block, :block.start], matrix[block.stop:, block] = swept[:block.start].T, swept[block.stop:]
@@ -170,7 +199,8 @@ class ItemCosine(Model):
         neighbours:int=100, # nearest items kept per item, itself included
         num_threads:int=0,  # 0: all cores
     ):
-        if neighbours < 2: raise ValueError(f"neighbours must be 2 or more (an item is its own nearest), not {neighbours}")
+        if neighbours < 2:
+            raise ValueError(f"neighbours must be 2 or more (an item is its own nearest), not {neighbours}")
         self.neighbours, self.num_threads = neighbours, num_threads
 
     def _fit(self, snapshot):

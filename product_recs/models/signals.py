@@ -51,9 +51,17 @@ def read_weights(
     if "missing" in found: raise BlendError(f"this model has no blend: {found['missing']}")
     try:
         made = BlendWeights(**found)
-        fine = set(made.weights) == set(SIGNALS) and np.isfinite([*made.vector(), made.intercept]).all() and min(made.half_life_days, made.popularity_half_life_days) > 0
+        fine = (
+            set(made.weights) == set(SIGNALS)
+            and np.isfinite([*made.vector(), made.intercept]).all()
+            and min(made.half_life_days, made.popularity_half_life_days) > 0
+        )
     except (TypeError, ValueError, AttributeError, KeyError): fine = False
-    if not fine: raise BlendError(f"the blend of this model needs a finite weight for each of {', '.join(SIGNALS)}, and half-lives above 0; train again")
+    if not fine:
+        raise BlendError(
+            f"the blend of this model needs a finite weight for each of {', '.join(SIGNALS)}, and half-lives above 0; "
+            f"train again"
+        )
     return made
 
 # %% ../../nbs/models/signals.ipynb #0784b38b
@@ -79,8 +87,17 @@ class Signals:
         blend:BlendWeights,
     ):
         if counts.shape != (len(user_factors), len(item_factors)) or counts.nnz != age_days.nnz:
-            raise BlendError(f"{len(user_factors)} users and {len(item_factors)} items, but counts of shape {counts.shape} and {age_days.nnz} ages for {counts.nnz} pairs")
-        self.user_factors, self.item_factors, self.counts, self.age_days, self.blend = user_factors, item_factors, counts, age_days, blend
+            raise BlendError(
+                f"{len(user_factors)} users and {len(item_factors)} items, but counts of shape {counts.shape} and "
+                f"{age_days.nnz} ages for {counts.nnz} pairs"
+            )
+        self.user_factors, self.item_factors, self.counts, self.age_days, self.blend = (
+            user_factors,
+            item_factors,
+            counts,
+            age_days,
+            blend,
+        )
 
     @cached_property
     def items(self)->dict[str, np.ndarray]: # (n_items,) each
@@ -91,7 +108,11 @@ class Signals:
 
     @cached_property
     def _mean_item(self)->np.ndarray: # (f,)
-        return self.item_factors[self.items["candidates"]].mean(axis=0, dtype=np.float64) if self.items["candidates"].any() else np.zeros(self.item_factors.shape[1])
+        return (
+            self.item_factors[self.items["candidates"]].mean(axis=0, dtype=np.float64)
+            if self.items["candidates"].any()
+            else np.zeros(self.item_factors.shape[1])
+        )
 
     @cached_property
     def _covariance(self)->np.ndarray: # (f, f)
@@ -164,8 +185,12 @@ def pair_signals(
 )->np.ndarray:          # (p, 8) in the order of `SIGNALS`
     "All signals of some pairs of users, given by their factors and histories, and items."
     mean, spread = signals.taste(factors)
-    score = np.concatenate([np.einsum("pf,pf->p", factors[at[part]], signals.item_factors[items[part]], dtype=np.float64)
-                            for part in np.array_split(np.arange(len(at)), len(at)//50_000 + 1)])
+    score = np.concatenate(
+        [
+            np.einsum("pf,pf->p", factors[at[part]], signals.item_factors[items[part]], dtype=np.float64)
+            for part in np.array_split(np.arange(len(at)), len(at) // 50_000 + 1)
+        ]
+    )
     found = np.zeros((len(at), len(OWN)))
     place, had, counts, age_days = history
     keys, wanted = place*len(signals.item_factors) + had, at*len(signals.item_factors) + items
@@ -173,7 +198,9 @@ def pair_signals(
         spot = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         there = keys[spot] == wanted
         found[there] = signals.own(had, counts, age_days)[spot[there]]
-    return np.column_stack([(score - mean[at])/spread[at], *(signals.items[name][items] for name in EVERYBODY[1:]), found])
+    return np.column_stack(
+        [(score - mean[at]) / spread[at], *(signals.items[name][items] for name in EVERYBODY[1:]), found]
+    )
 
 def signal_table(
     signals:Signals,

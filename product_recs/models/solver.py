@@ -37,7 +37,8 @@ def eigenbasis(
     gram:np.ndarray, # (f, f) symmetric, positive semidefinite
 )->tuple[np.ndarray, np.ndarray]: # (f,) eigenvalues above 0, ascending, and (f, f), one eigenvector a column
     "The basis in which a Gram matrix is a diagonal."
-    if not np.isfinite(gram).all(): raise TrainError("the factors became infinite; raise the regularization, or lower alpha")
+    if not np.isfinite(gram).all():
+        raise TrainError("the factors became infinite; raise the regularization, or lower alpha")
     values, vectors = np.linalg.eigh(gram)
     return np.maximum(values, max(1e-7*values[-1], 1e-30)), vectors
 
@@ -64,7 +65,8 @@ def _rotate(factors:np.ndarray, basis:np.ndarray, pool:ThreadPoolExecutor, rows:
     for _ in pool.map(turn, range(0, len(factors) if rows is None else len(rows), _BLOCK)): pass
 
 # %% ../../nbs/models/solver.ipynb #ac4a4c8f
-SHORTEST, LONG = 32, 2048 # longest row that the kernels solve exactly; from this length on rows are dealt out one by one
+# longest row that the kernels solve exactly; from this length on rows are dealt out one by one
+SHORTEST, LONG = 32, 2048
 
 class Side:
     "The rows of a confidence matrix, as the kernels read them."
@@ -72,11 +74,15 @@ class Side:
         matrix:csr_matrix, # (n, other) positive
     ):
         self.shape = matrix.shape
-        self.indptr, self.indices, self.data = (np.ascontiguousarray(part, dtype) for part, dtype in
-                                                ((matrix.indptr, np.int64), (matrix.indices, np.int32), (matrix.data, np.float32)))
+        self.indptr, self.indices, self.data = (
+            np.ascontiguousarray(part, dtype)
+            for part, dtype in ((matrix.indptr, np.int64), (matrix.indices, np.int32), (matrix.data, np.float32))
+        )
         self.counts = np.diff(self.indptr)
         long = np.flatnonzero(self.counts > LONG)
-        self.order = np.concatenate([long[np.argsort(-self.counts[long], kind="stable")], np.flatnonzero(self.counts <= LONG)]).astype(np.int32)
+        self.order = np.concatenate(
+            [long[np.argsort(-self.counts[long], kind="stable")], np.flatnonzero(self.counts <= LONG)]
+        ).astype(np.int32)
         self.single = len(long)
 
 def exact_up_to(
@@ -112,7 +118,9 @@ def solve_triangle_of(
 )->np.ndarray:              # (f,)
     "The solution of a triangular system; what hardly any equation speaks of stays small."
     diagonal = np.abs(np.diagonal(triangle))
-    safe = triangle + np.diag(np.where(diagonal > 1e-15*diagonal.max(initial=1e-30), 0, np.maximum(diagonal.max(initial=0), 1)))
+    safe = triangle + np.diag(
+        np.where(diagonal > 1e-15 * diagonal.max(initial=1e-30), 0, np.maximum(diagonal.max(initial=0), 1))
+    )
     return solve_triangular(safe, wanted, trans=int(transposed))
 
 def _hard_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray, base:np.ndarray, reg:np.ndarray, alpha:float, unobserved:float)->None:
@@ -120,7 +128,11 @@ def _hard_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray, 
     for row in rows:
         part = slice(*side.indptr[row:row + 2])
         shared = np.diag(base.astype(np.float64) + reg[row])
-        found = solve_triangle_of(*stable_triangle(shared, fixed[side.indices[part]], float(alpha)*side.data[part].astype(np.float64), unobserved, 1e-7))
+        found = solve_triangle_of(
+            *stable_triangle(
+                shared, fixed[side.indices[part]], float(alpha) * side.data[part].astype(np.float64), unobserved, 1e-7
+            )
+        )
         solved[row] = np.clip(found, -1e18, 1e18)
 
 # %% ../../nbs/models/solver.ipynb #c4205d04
@@ -155,11 +167,20 @@ def _conjugate_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndar
     dot = lambda a, b: np.einsum("ij,ij->i", a, b)[:, None]
     most = np.maximum.reduceat(c, ends - counts)
     scale = np.where(most > _LARGE, np.exp2(-np.floor(np.log2(np.maximum(most, 1)))), 1).astype(np.float32)[:, None]
-    x, diagonal, extra = solved[rows], np.maximum(scale*(base + reg[rows][:, None]), np.float32(1e-35)), (c - np.float32(unobserved))*scale[row, 0]
+    x, diagonal, extra = (
+        solved[rows],
+        np.maximum(scale * (base + reg[rows][:, None]), np.float32(1e-35)),
+        (c - np.float32(unobserved)) * scale[row, 0],
+    )
     r = own(x, c*scale[row, 0], -extra) - diagonal*x
     p = r/diagonal
     rz = dot(r, p)
-    least, hard, longest, shortest = np.maximum(1e-14*rz, 1e-30), ~np.isfinite(rz), np.zeros_like(rz), np.full_like(rz, np.inf)
+    least, hard, longest, shortest = (
+        np.maximum(1e-14 * rz, 1e-30),
+        ~np.isfinite(rz),
+        np.zeros_like(rz),
+        np.full_like(rz, np.inf),
+    )
     for _ in range(steps):
         going = (rz > least) & ~hard
         if not going.any(): break
@@ -173,9 +194,14 @@ def _conjugate_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndar
         x, r = x + a*p, r - a*ap
         z = r/diagonal
         following = dot(r, z)
-        p, rz = z + np.where(going, following/np.maximum(rz, 1e-35), 0).astype(np.float32)*p, np.where(going, following, 0)
+        p, rz = (
+            z + np.where(going, following / np.maximum(rz, 1e-35), 0).astype(np.float32) * p,
+            np.where(going, following, 0),
+        )
     solved[rows] = x
-    return rows[(hard | ~np.isfinite(rz) | (shortest < _LOST*longest))[:, 0] | (to_the_end & (most > _HEAVY*unobserved))]
+    return rows[
+        (hard | ~np.isfinite(rz) | (shortest < _LOST * longest))[:, 0] | (to_the_end & (most > _HEAVY * unobserved))
+    ]
 
 # %% ../../nbs/models/solver.ipynb #52900fd9
 def solve_in_numpy(
@@ -194,7 +220,8 @@ def solve_in_numpy(
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"): # what overflows is solved again
         for count in range(1, shortest + 1):
             rows = np.flatnonzero(side.counts == count)
-            for start in range(0, len(rows), 1024): hard.append(_exact_rows(side, fixed, solved, rows[start:start + 1024], *given))
+            for start in range(0, len(rows), 1024):
+                hard.append(_exact_rows(side, fixed, solved, rows[start:start + 1024], *given))
         rows = np.flatnonzero(side.counts > shortest)
         for part in np.split(rows, np.flatnonzero(np.diff(np.cumsum(side.counts[rows]) // 100_000)) + 1):
             if len(part): hard.append(_conjugate_rows(side, fixed, solved, part, *given, steps, shortest == SHORTEST))
@@ -203,9 +230,20 @@ def solve_in_numpy(
 # %% ../../nbs/models/solver.ipynb #03ea8896
 class _Half(ctypes.Structure):
     "`struct half` of _als.c."
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("indptr", "indices", "confidence", "order")), ("rows", ctypes.c_int64), ("single", ctypes.c_int64), ("f", ctypes.c_int64),
-                *((name, ctypes.c_void_p) for name in ("fixed", "solved", "gram", "regularization")), ("alpha", ctypes.c_float), ("unobserved", ctypes.c_float),
-                ("steps", ctypes.c_int32), ("shortest", ctypes.c_int32), ("loss", ctypes.c_void_p), ("next", ctypes.c_void_p), ("hard", ctypes.c_void_p)]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("indptr", "indices", "confidence", "order")),
+        ("rows", ctypes.c_int64),
+        ("single", ctypes.c_int64),
+        ("f", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("fixed", "solved", "gram", "regularization")),
+        ("alpha", ctypes.c_float),
+        ("unobserved", ctypes.c_float),
+        ("steps", ctypes.c_int32),
+        ("shortest", ctypes.c_int32),
+        ("loss", ctypes.c_void_p),
+        ("next", ctypes.c_void_p),
+        ("hard", ctypes.c_void_p),
+    ]
 
 def native_kernels()->ctypes.CDLL|None:
     "The compiled kernels; None where they were not built."
@@ -216,8 +254,19 @@ _STOP = 1 << 50
 def _run(name:str, threads:int, variant:int, side:Side, **fields)->None:
     "Call a kernel from some threads until no row is left; an interrupt stops them after the row in hand."
     counter = np.zeros(1, np.int64)
-    arrays = {"indptr": side.indptr, "indices": side.indices, "confidence": side.data, "order": side.order, "next": counter} | {n: v for n, v in fields.items() if isinstance(v, np.ndarray)}
-    half = _Half(rows=len(side.order), single=side.single, **{n: v.ctypes.data for n, v in arrays.items()}, **{n: v for n, v in fields.items() if n not in arrays})
+    arrays = {
+        "indptr": side.indptr,
+        "indices": side.indices,
+        "confidence": side.data,
+        "order": side.order,
+        "next": counter,
+    } | {n: v for n, v in fields.items() if isinstance(v, np.ndarray)}
+    half = _Half(
+        rows=len(side.order),
+        single=side.single,
+        **{n: v.ctypes.data for n, v in arrays.items()},
+        **{n: v for n, v in fields.items() if n not in arrays},
+    )
     half.kept = arrays # as long as a thread may read them: an interrupt can lose sight of one that is just starting
     kernel = getattr(native_kernels(), name)
     with ThreadPoolExecutor(threads) as pool:
@@ -232,12 +281,27 @@ def solve_native(
     threads:int=1,
     variant:int=2, # best instruction set allowed: 0 plain, 1 AVX2, 2 AVX-512
 )->None:
-    "Solve all rows of a side with the compiled kernels; the factors have a multiple of 16 columns, from `aligned_zeros`."
+    """Solve all rows of a side with the compiled kernels; the factors have a multiple of 16 columns, from
+    `aligned_zeros`."""
     base, copy = aligned_zeros(1, len(base))[0], base
     base[:] = copy
     hard = np.zeros(len(solved), np.uint8)
-    _run("als_half", threads, variant, side, f=fixed.shape[1], fixed=fixed, solved=solved, gram=base, regularization=reg, alpha=alpha,
-         unobserved=unobserved, steps=steps, shortest=shortest, hard=hard)
+    _run(
+        "als_half",
+        threads,
+        variant,
+        side,
+        f=fixed.shape[1],
+        fixed=fixed,
+        solved=solved,
+        gram=base,
+        regularization=reg,
+        alpha=alpha,
+        unobserved=unobserved,
+        steps=steps,
+        shortest=shortest,
+        hard=hard,
+    )
     _hard_rows(side, fixed, solved, np.flatnonzero(hard), base, reg, alpha, unobserved)
 
 # %% ../../nbs/models/solver.ipynb #fba6810f
@@ -249,7 +313,11 @@ def row_regularization(
     nu:float=0.0,      # how much it grows with the row
 )->np.ndarray:         # (n,) float32
     "Frequency-scaled regularization."
-    return np.float32(regularization*(counts + unobserved*others)**float(nu)) if nu else np.full(len(counts), regularization, np.float32)
+    return (
+        np.float32(regularization * (counts + unobserved * others) ** float(nu))
+        if nu
+        else np.full(len(counts), regularization, np.float32)
+    )
 
 # %% ../../nbs/models/solver.ipynb #2093a204
 def solve_rows(
@@ -269,13 +337,19 @@ def solve_rows(
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         base[:f], basis = eigenbasis(gram_of(fixed, pool) if gram is None else gram)
         _rotate(turned[:, :f], basis, pool)
-        _solver(native, threads)(side, turned, solved, base, row_regularization(regularization, side.counts, 0), alpha, 1.0, 10*f, SHORTEST)
+        _solver(native, threads)(
+            side, turned, solved, base, row_regularization(regularization, side.counts, 0), alpha, 1.0, 10 * f, SHORTEST
+        )
         _rotate(solved[:, :f], np.ascontiguousarray(basis.T, np.float32), pool)
     return np.ascontiguousarray(solved[:, :f])
 
 def _solver(native:bool|None, threads:int)->Callable:
     "`solve_native` on some threads, or `solve_in_numpy`."
-    return partial(solve_native, threads=threads) if (native_kernels() is not None if native is None else native) else solve_in_numpy
+    return (
+        partial(solve_native, threads=threads)
+        if (native_kernels() is not None if native is None else native)
+        else solve_in_numpy
+    )
 
 # %% ../../nbs/models/solver.ipynb #9ca1e704
 def _walk(model)->None: # a `RotatedALS` with random item vectors
@@ -285,7 +359,9 @@ def _walk(model)->None: # a `RotatedALS` with random item vectors
     for side, fixed, solved in ((model.users, model.y, model.x), (model.items, model.x, model.y)):
         solved[:] = 0
         pull = np.float32(1e6*np.sqrt(np.maximum(side.counts, 1)))
-        _solver(model.native, model.threads)(side, fixed, solved, np.zeros(fixed.shape[1], np.float32), pull, alpha, model.unobserved, 1, 0)
+        _solver(model.native, model.threads)(
+            side, fixed, solved, np.zeros(fixed.shape[1], np.float32), pull, alpha, model.unobserved, 1, 0
+        )
     model.y /= max(np.sqrt(np.einsum("ij,ij->i", model.y, model.y).mean(dtype=float)), 1e-30)
     model.x[:] = 0
 
@@ -303,7 +379,18 @@ def _taken_loss(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, uno
 def _taken_loss_native(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, unobserved:float, threads:int)->np.ndarray:
     "The same in C."
     taken = np.zeros(len(solved))
-    _run("als_loss", threads, 2, side, f=solved.shape[1], fixed=fixed, solved=solved, alpha=alpha, unobserved=unobserved, loss=taken)
+    _run(
+        "als_loss",
+        threads,
+        2,
+        side,
+        f=solved.shape[1],
+        fixed=fixed,
+        solved=solved,
+        alpha=alpha,
+        unobserved=unobserved,
+        loss=taken,
+    )
     return taken
 
 # %% ../../nbs/models/solver.ipynb #fca6b9bd
@@ -321,10 +408,21 @@ class RotatedALS:
         cg_steps:int=2,           # of conjugate gradients for a long row
         native:bool|None=None,    # the compiled kernels; None: where they were built
     ):
-        self.factors, self.alpha, self.unobserved, self.cg_steps = factors, float(alpha), float(unobserved_weight), int(cg_steps)
-        self.threads, self.native = num_threads or os.cpu_count() or 1, native_kernels() is not None if native is None else native
+        self.factors, self.alpha, self.unobserved, self.cg_steps = (
+            factors,
+            float(alpha),
+            float(unobserved_weight),
+            int(cg_steps),
+        )
+        self.threads, self.native = (
+            num_threads or os.cpu_count() or 1,
+            native_kernels() is not None if native is None else native,
+        )
         self.users, self.items = Side(confidence), Side(confidence.T.tocsr())
-        self.reg = {side: row_regularization(regularization, side.counts, side.shape[1], self.unobserved, nu) for side in (self.users, self.items)}
+        self.reg = {
+            side: row_regularization(regularization, side.counts, side.shape[1], self.unobserved, nu)
+            for side in (self.users, self.items)
+        }
         self.x, self.y = (aligned_zeros(side.shape[0], -(-factors//16)*16) for side in (self.users, self.items))
         self.y[:, :factors] = np.random.default_rng(seed).standard_normal((len(self.y), factors), dtype=np.float32)
         _walk(self)
@@ -334,11 +432,14 @@ class RotatedALS:
         f = self.factors
         with one_blas_thread(), ThreadPoolExecutor(self.threads) as pool:
             values, vectors = eigenbasis(gram_of(fixed, pool)[:f, :f])
-            basis, base = np.eye(fixed.shape[1], dtype=np.float32), np.ones(fixed.shape[1], np.float32) # columns beyond f stay 0
+            # columns beyond f stay 0
+            basis, base = np.eye(fixed.shape[1], dtype=np.float32), np.ones(fixed.shape[1], np.float32)
             basis[:f, :f], base[:f] = vectors, self.unobserved*values
             _rotate(fixed, basis, pool)
             _rotate(solved, basis, pool, np.flatnonzero(side.counts > shortest))
-        _solver(self.native, self.threads)(side, fixed, solved, base, self.reg[side], self.alpha, self.unobserved, steps, shortest)
+        _solver(self.native, self.threads)(
+            side, fixed, solved, base, self.reg[side], self.alpha, self.unobserved, steps, shortest
+        )
 
     def step(self)->None:
         "One iteration: the users against the items, then the items against the users."
@@ -361,8 +462,16 @@ class RotatedALS:
 
     def loss(self)->float: # mean over the cells, a taken one counted by its confidence, as `implicit` does
         "The objective at the factors as they are."
-        with one_blas_thread(), ThreadPoolExecutor(self.threads) as pool: shared = float((gram_of(self.x, pool)*gram_of(self.y, pool)).sum())*self.unobserved
-        norms = sum(float(self.reg[side] @ np.einsum("ij,ij->i", factor, factor)) for side, factor in ((self.users, self.x), (self.items, self.y)))
+        with one_blas_thread(), ThreadPoolExecutor(self.threads) as pool:
+            shared = float((gram_of(self.x, pool)*gram_of(self.y, pool)).sum())*self.unobserved
+        norms = sum(
+            float(self.reg[side] @ np.einsum("ij,ij->i", factor, factor))
+            for side, factor in ((self.users, self.x), (self.items, self.y))
+        )
         side = self.users
-        taken = (_taken_loss_native if self.native else _taken_loss)(side, self.y, self.x, self.alpha, self.unobserved, self.threads)
-        return (taken.sum() + shared + norms)/(self.alpha*side.data.sum(dtype=float) + self.unobserved*(side.shape[0]*side.shape[1] - len(side.data)))
+        taken = (_taken_loss_native if self.native else _taken_loss)(
+            side, self.y, self.x, self.alpha, self.unobserved, self.threads
+        )
+        return (taken.sum() + shared + norms) / (
+            self.alpha * side.data.sum(dtype=float) + self.unobserved * (side.shape[0] * side.shape[1] - len(side.data))
+        )

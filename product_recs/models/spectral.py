@@ -21,13 +21,18 @@ class LowPass(FactorModel):
         passes:int=5,    # of the subspace iteration
         seed:int=0,      # of its start
     ):
-        if factors < 1 or passes < 1: raise ValueError(f"factors and passes must be 1 or more, not {factors} and {passes}")
+        if factors < 1 or passes < 1:
+            raise ValueError(f"factors and passes must be 1 or more, not {factors} and {passes}")
         self.factors, self.passes, self.seed = factors, passes, seed
 
     def _fit(self, snapshot):
         self._seen = csr_matrix(snapshot.counts > 0, dtype=np.float32)
-        active, popular = (np.sqrt(np.maximum(np.asarray(self._seen.sum(axis), np.float32).ravel(), 1)) for axis in (1, 0))
-        patterns = _right_singular(csr_matrix(diags(1/active) @ self._seen @ diags(1/popular)), self.factors, self.passes, self.seed)
+        active, popular = (
+            np.sqrt(np.maximum(np.asarray(self._seen.sum(axis), np.float32).ravel(), 1)) for axis in (1, 0)
+        )
+        patterns = _right_singular(
+            csr_matrix(diags(1 / active) @ self._seen @ diags(1 / popular)), self.factors, self.passes, self.seed
+        )
         self._into, self.item_factors = patterns/popular[:, None], patterns*popular[:, None]
 
     def vectors(self, rows:np.ndarray)->np.ndarray:

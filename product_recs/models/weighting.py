@@ -58,10 +58,15 @@ def checked_event_weights(
     weights:dict, # event -> weight
 )->dict:          # the same with Python's own numbers
     "Weights of events, from a millionth to a million; a `FeatureError` names the wrong one."
-    if not isinstance(weights, Mapping): raise FeatureError(f"event_weights={weights!r}: must be event names with positive numbers")
+    if not isinstance(weights, Mapping):
+        raise FeatureError(f"event_weights={weights!r}: must be event names with positive numbers")
     for event in weights:
-        if not isinstance(event, str) or "'" in event: raise FeatureError(f"event_weights={weights!r}: {event!r} is no name of an event")
-    return {event: number(f"event_weights[{event!r}]", weight, 1e-6, 1e6, error=FeatureError) for event, weight in weights.items()}
+        if not isinstance(event, str) or "'" in event:
+            raise FeatureError(f"event_weights={weights!r}: {event!r} is no name of an event")
+    return {
+        event: number(f"event_weights[{event!r}]", weight, 1e-6, 1e6, error=FeatureError)
+        for event, weight in weights.items()
+    }
 
 # %% ../../nbs/models/weighting.ipynb #aa410894
 K1, B = 100.0, 0.8 # of BM25: a larger K1 saturates later; B = 0 ignores how busy a user is, 1 divides by it
@@ -116,7 +121,9 @@ def weigh_user(
     mean_total:float|None=None,  # of all users; BM25 only; None: not known
 )->np.ndarray:                   # (k,) float32, at least `LEAST`
     "One user's confidences, as `weighted` has them in the matrix."
-    return np.maximum(weigh_sums(sums, weighting, rarity, user_length(sums.sum(), mean_total)), LEAST).astype(np.float32)
+    return np.maximum(weigh_sums(sums, weighting, rarity, user_length(sums.sum(), mean_total)), LEAST).astype(
+        np.float32
+    )
 
 # %% ../../nbs/models/weighting.ipynb #6c4d7711
 def mean_user_total(
@@ -149,4 +156,6 @@ def weighted(
                            f"and {MOST:g} is the most; lower the weights, or take quantity='log1p'")
     if weighting == "bm25": matrix = bm25(matrix)
     data = matrix.data if weighting == "bm25" else weigh_sums(matrix.data, weighting)
-    return csr_matrix((np.maximum(data, np.float32(LEAST), out=data), matrix.indices, matrix.indptr), shape=matrix.shape)
+    return csr_matrix(
+        (np.maximum(data, np.float32(LEAST), out=data), matrix.indices, matrix.indptr), shape=matrix.shape
+    )

@@ -56,16 +56,36 @@ def encode(
         step = np.maximum(np.abs(y).max(axis=(1, 2)), 1e-30)/127
         code = np.rint(y/step[:, None, None])
         said = code*step[:, None, None]
-        error[part], norm[part] = (np.sqrt(np.einsum("pif,pif->pi", part, part)).max(axis=1)*1.0001 for part in (y - said, said))
-        inverse[part], codes[part] = 1/step, (code + 128).astype(np.uint8).reshape(-1, LANES, quads, 4).transpose(0, 2, 1, 3)
+        error[part], norm[part] = (
+            np.sqrt(np.einsum("pif,pif->pi", part, part)).max(axis=1) * 1.0001 for part in (y - said, said)
+        )
+        inverse[part], codes[part] = (
+            1 / step,
+            (code + 128).astype(np.uint8).reshape(-1, LANES, quads, 4).transpose(0, 2, 1, 3),
+        )
     return codes, inverse, error + np.float32(_ROUNDING*(f + 8))*(norm + error), norm
 
 # %% ../../nbs/search/exact.ipynb #e7d14dca
 class _Search(ctypes.Structure):
     "`struct search` of _search.c."
-    _fields_ = [("items", ctypes.c_void_p), ("f", ctypes.c_int64), ("order", ctypes.c_void_p), ("panels", ctypes.c_int64), ("place", ctypes.c_void_p), ("n_items", ctypes.c_int64),
-                *((name, ctypes.c_void_p) for name in ("codes", "reach", "inverse", "error", "norm", "users")), ("m", ctypes.c_int64), ("indptr", ctypes.c_void_p), ("excluded", ctypes.c_void_p),
-                ("closed", ctypes.c_void_p), ("n", ctypes.c_int64), ("found", ctypes.c_void_p), ("scores", ctypes.c_void_p), ("block", ctypes.c_int64), ("next", ctypes.c_void_p)]
+    _fields_ = [
+        ("items", ctypes.c_void_p),
+        ("f", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
+        ("panels", ctypes.c_int64),
+        ("place", ctypes.c_void_p),
+        ("n_items", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("codes", "reach", "inverse", "error", "norm", "users")),
+        ("m", ctypes.c_int64),
+        ("indptr", ctypes.c_void_p),
+        ("excluded", ctypes.c_void_p),
+        ("closed", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("found", ctypes.c_void_p),
+        ("scores", ctypes.c_void_p),
+        ("block", ctypes.c_int64),
+        ("next", ctypes.c_void_p),
+    ]
 
 VNNI = 3 # best instruction set of the kernels; 2: AVX-512, 1: AVX2, 0: none
 _BYTES = 1 << 25 # that a thread may use for the users of its block
@@ -90,16 +110,29 @@ def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.nda
     m, f = users.shape
     if not m: return _in_numpy(searcher, users, n, exclude, closed)
     found, scores, following = np.empty((m, n), np.int32), np.empty((m, n), np.float32), np.zeros(1, np.int64)
-    indptr, excluded = (None, None) if exclude is None else (np.ascontiguousarray(exclude[0], np.int64), np.ascontiguousarray(exclude[1], np.int32))
+    indptr, excluded = (
+        (None, None)
+        if exclude is None
+        else (np.ascontiguousarray(exclude[0], np.int64), np.ascontiguousarray(exclude[1], np.int32))
+    )
     if excluded is not None and not len(excluded): excluded = np.zeros(1, np.int32) # a pointer that is not null
     if closed is not None: closed = _bits(searcher, closed)
     threads = min(threads or os.cpu_count() or 1, -(-m//8))
     block = max(8, min(512, _BYTES//(2*len(searcher.reach) + 8*n + 8*f), -(-m//threads)))
     search = _Search.from_buffer_copy(searcher.packed)
-    for name, array in (("users", users), ("indptr", indptr), ("excluded", excluded), ("closed", closed), ("found", found), ("scores", scores), ("next", following)):
+    for name, array in (
+        ("users", users),
+        ("indptr", indptr),
+        ("excluded", excluded),
+        ("closed", closed),
+        ("found", found),
+        ("scores", scores),
+        ("next", following),
+    ):
         if array is not None: setattr(search, name, array.ctypes.data)
     search.m, search.n, search.block = m, n, -(-block//8)*8
-    search.kept = searcher, users, indptr, excluded, closed, found, scores, following # as long as a thread may use them, also one that an interrupt lost sight of
+    # as long as a thread may use them, also one that an interrupt lost sight of
+    search.kept = searcher, users, indptr, excluded, closed, found, scores, following
     run = lambda _=None: searcher.kernels.search_top(ctypes.byref(search), searcher.variant)
     if threads <= 1: failed = run()
     else:
@@ -125,7 +158,10 @@ def _in_numpy(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.n
         if exclude is not None:
             indptr = np.asarray(exclude[0])[part.start:part.stop + 1]
             indices = np.asarray(exclude[1])[indptr[0]:indptr[-1]]
-            rows = csr_matrix((np.ones(len(indices), bool), indices, indptr - indptr[0]), shape=(len(indptr) - 1, len(searcher.item_factors)))
+            rows = csr_matrix(
+                (np.ones(len(indices), bool), indices, indptr - indptr[0]),
+                shape=(len(indptr) - 1, len(searcher.item_factors)),
+            )
         found[part], scores[part] = top_n(users[part] @ searcher.item_factors.T, n, exclude=rows, candidates=candidates)
     found[~usable], scores[~usable] = -1, -np.inf
     return found, scores
@@ -148,8 +184,14 @@ class Searcher:
         self.place = np.full(len(self.item_factors), -1, np.int32)
         self.place[self.order[self.order >= 0]] = np.flatnonzero(self.order >= 0)
         arrays = {"items": self.item_factors, "order": self.order, "place": self.place, "reach": self.reach}
-        if self.variant == VNNI: arrays |= zip(("codes", "inverse", "error", "norm"), encode(self.item_factors, self.order))
-        self.packed = _Search(**{name: array.ctypes.data for name, array in arrays.items()}, f=self.item_factors.shape[1], n_items=len(self.item_factors), panels=len(self.reach))
+        if self.variant == VNNI:
+            arrays |= zip(("codes", "inverse", "error", "norm"), encode(self.item_factors, self.order))
+        self.packed = _Search(
+            **{name: array.ctypes.data for name, array in arrays.items()},
+            f=self.item_factors.shape[1],
+            n_items=len(self.item_factors),
+            panels=len(self.reach),
+        )
         self._kept = arrays # what the addresses point to
 
     def top(self,
@@ -162,8 +204,10 @@ class Searcher:
         "The best `n` items of each user, best first; of equal scores the lower row number."
         users = np.ascontiguousarray(user_factors, np.float32)
         if exclude is not None and not isinstance(exclude, tuple): exclude = exclude.indptr, exclude.indices
-        if users.ndim != 2 or users.shape[1] != self.item_factors.shape[1]: raise ValueError(f"users of shape {users.shape} for items of shape {self.item_factors.shape}")
-        if exclude is not None and len(exclude[0]) != len(users) + 1: raise ValueError(f"exclude has {len(exclude[0]) - 1} rows for {len(users)} users")
+        if users.ndim != 2 or users.shape[1] != self.item_factors.shape[1]:
+            raise ValueError(f"users of shape {users.shape} for items of shape {self.item_factors.shape}")
+        if exclude is not None and len(exclude[0]) != len(users) + 1:
+            raise ValueError(f"exclude has {len(exclude[0]) - 1} rows for {len(users)} users")
         most = np.abs(users).max(axis=1, initial=0)
         if self.kernels is not None and _tame(most).all(): return _native(self, users, n, exclude, closed, threads)
         return _in_numpy(self, users, n, exclude, closed)

@@ -22,7 +22,8 @@ from ..core.errors import BundleError, TrainError
 from .exact import LANES, Searcher
 
 # %% ../../nbs/search/index.ipynb #f049d90c
-EXACT_NUMBERS = 25_600_000 # a walk over so many numbers, 400,000 items of 64 factors, takes one to two milliseconds (benchmarks/results/index.md)
+# a walk over so many numbers, 400,000 items of 64 factors, takes one to two milliseconds (benchmarks/results/index.md)
+EXACT_NUMBERS = 25_600_000
 
 def looked_at(
     exact:Searcher,
@@ -31,7 +32,8 @@ def looked_at(
 )->np.ndarray:         # (m,) items that the walk meets before it stops
     "How far exact search walks for each user."
     lengths = np.sqrt(np.einsum("uf,uf->u", users, users))
-    needed = np.divide(least, lengths, out=np.zeros(len(users), np.float32), where=lengths > 0) # an item must be so long
+    # an item must be so long
+    needed = np.divide(least, lengths, out=np.zeros(len(users), np.float32), where=lengths > 0)
     return np.minimum(np.searchsorted(-exact.reach, -needed, side="right")*LANES, int(exact.candidates.sum()))
 
 # %% ../../nbs/search/index.ipynb #de5eb4d7
@@ -64,17 +66,23 @@ def fill_cells(
     faiss, f = faiss_module(), item_factors.shape[1]
     cells = 1 << max(0, int(np.log2(max(1, len(rows)))/2))
     with _threads(faiss, num_threads):
-        index = faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(f), f, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT, False)
+        index = faiss.IndexIVFScalarQuantizer(
+            faiss.IndexFlatIP(f), f, cells, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT, False
+        )
         index.cp.seed, index.cp.min_points_per_centroid = seed, 1
         sample = np.sort(np.random.default_rng(seed).permutation(rows)[:100*cells])
         index.train(item_factors[sample])
-        for start in tqdm(range(0, len(rows), 1 << 16), desc="index", unit="block", disable=not progress, file=sys.stdout):
+        for start in tqdm(
+            range(0, len(rows), 1 << 16), desc="index", unit="block", disable=not progress, file=sys.stdout
+        ):
             part = rows[start:start + (1 << 16)]
             index.add_with_ids(item_factors[part], part.astype(np.int64))
     return index
 
 # %% ../../nbs/search/index.ipynb #bf4ce112
-OVERSAMPLE, MOST_EXCLUDED, MOST_CLOSED = 5, 300, 0.25 # candidates for each place of the list; items ruled out for a user, and share of items closed to all, beyond which exact search answers
+# candidates for each place of the list; items ruled out for a user, and share of items closed to all, beyond which
+# exact search answers
+OVERSAMPLE, MOST_EXCLUDED, MOST_CLOSED = 5, 300, 0.25
 
 class NearestItems:
     "Approximate search, asked like a `Searcher`; safe to share between threads."
@@ -101,7 +109,12 @@ class NearestItems:
         for at, x in enumerate(users):
             rows = None if exclude is None else np.asarray(exclude[1][exclude[0][at]:exclude[0][at + 1]])
             if (mine := self._top(x, n, rows, closed)) is None:
-                mine = (row[0] for row in self.exact.top(x[None], n, None if rows is None else (np.array([0, len(rows)]), rows), closed, threads))
+                mine = (
+                    row[0]
+                    for row in self.exact.top(
+                        x[None], n, None if rows is None else (np.array([0, len(rows)]), rows), closed, threads
+                    )
+                )
             found[at], scores[at] = mine
         return found, scores
 
@@ -114,14 +127,17 @@ class NearestItems:
     def _top(self, x:np.ndarray, n:int, rows:np.ndarray|None, closed:np.ndarray|None)->tuple[np.ndarray, np.ndarray]|None:
         "One list; None where exact search must answer."
         if not np.isfinite(x).all() or not x.any(): return None
-        if (known := self._open)[0] is not closed: self._open = known = closed, *self._bits(closed) # usually the same array as the last time
+        # usually the same array as the last time
+        if (known := self._open)[0] is not closed: self._open = known = closed, *self._bits(closed)
         _, bits, left = known
         rows = np.empty(0, int) if rows is None else rows[self.exact.candidates[rows]]
         if len(rows) > MOST_EXCLUDED or left < (1 - MOST_CLOSED)*self.items or left - len(rows) < n: return None
         allowed = bits.copy()
         np.bitwise_and.at(allowed, rows >> 3, ~(np.uint8(1) << (rows & 7).astype(np.uint8)))
         only = self.faiss.IDSelectorBitmap(allowed)
-        ids = self.index.search(x[None], OVERSAMPLE*n, params=self.faiss.SearchParametersIVF(sel=only, nprobe=self.probes))[1][0]
+        ids = self.index.search(
+            x[None], OVERSAMPLE * n, params=self.faiss.SearchParametersIVF(sel=only, nprobe=self.probes)
+        )[1][0]
         ids = ids[(ids >= 0) & (ids < len(self.exact.candidates))] # a damaged file may name anything
         ids = ids[allowed[ids >> 3] >> (ids & 7) & 1 > 0]
         if len(ids) < n: return None
@@ -156,8 +172,10 @@ def check_index(
     index:str, # auto | exact | approximate
 )->None:
     "Refuse before a fit what would fail after it."
-    if index not in ("auto", "exact", "approximate"): raise TrainError(f"index={index!r}: must be 'auto', 'exact' or 'approximate'")
-    if index == "approximate" and faiss_module() is None: raise TrainError(f"index='approximate' needs faiss: {_REMEDY}")
+    if index not in ("auto", "exact", "approximate"):
+        raise TrainError(f"index={index!r}: must be 'auto', 'exact' or 'approximate'")
+    if index == "approximate" and faiss_module() is None:
+        raise TrainError(f"index='approximate' needs faiss: {_REMEDY}")
 
 def build_index(
     item_factors:np.ndarray, # (n_items, f) float32
@@ -176,13 +194,19 @@ def build_index(
     check_index(index)
     forced, f, none = index == "approximate", item_factors.shape[1], lambda why: (None, {"missing": why})
     if index == "exact": return none("it was trained with index='exact'")
-    if not forced and candidates.sum()*f <= enough: return none(f"{candidates.sum():,} items are searched exactly in no time")
+    if not forced and candidates.sum()*f <= enough:
+        return none(f"{candidates.sum():,} items are searched exactly in no time")
     exact, (users, had) = Searcher(item_factors, candidates), _asked(user_factors, seen, seed)
     right, scores = exact.top(users, 10, had, threads=num_threads)
     if not len(users) or not exact.candidates.any(): return none("no user or no item has factors")
     looks = int(looked_at(exact, users, scores[:, -1]).mean())
-    if not forced and looks*f <= enough: return none(f"exact search looks at only {looks:,} of {candidates.sum():,} items for a user")
-    if (faiss := faiss_module()) is None: return none(f"faiss is not installed; exact search looks at {looks:,} items for a user, so it may be worth it: {_REMEDY}")
+    if not forced and looks*f <= enough:
+        return none(f"exact search looks at only {looks:,} of {candidates.sum():,} items for a user")
+    if (faiss := faiss_module()) is None:
+        return none(
+            f"faiss is not installed; exact search looks at {looks:,} items for a user, so it may be worth it: "
+            f"{_REMEDY}"
+        )
     return _measured(exact, users, had, right, looks, forced, wanted, seed, num_threads, progress, faiss, none)
 
 def _measured(exact:Searcher, users:np.ndarray, had:csr_matrix, right:np.ndarray, looks:int, forced:bool, wanted:float, seed:int, num_threads:int, progress:bool, faiss:ModuleType, none)->tuple:
@@ -191,10 +215,28 @@ def _measured(exact:Searcher, users:np.ndarray, had:csr_matrix, right:np.ndarray
     cells = fill_cells(exact.item_factors, np.flatnonzero(exact.candidates), seed, num_threads, progress)
     seconds, search = time.perf_counter() - started, NearestItems(exact, cells, 1)
     recall, mine = _tune(search, users, had, right, wanted, cells.nlist if forced else max(1, cells.nlist//FEWER))
-    why = f"recall@10 is {recall:.3f}, wanted were {wanted}" if recall < wanted else f"it looks at {mine:,} items for a user, exact search at {looks:,}" if FEWER*mine > looks else None
-    if why and not forced: return none(f"an index was built and dropped: with {search.probes} of {cells.nlist} cells {why}")
-    facts = {"library": "faiss", "version": faiss.__version__, "parameters": {"cells": cells.nlist, "probes": search.probes, "seed": seed}, "items": cells.ntotal, "recall_at_10": round(recall, 4),
-             "wanted": wanted, "built_seconds": round(seconds, 2), "looks_at": mine, "exact_looks_at": looks, "auto": why is None, **({"why_not": why} if why else {})}
+    why = (
+        f"recall@10 is {recall:.3f}, wanted were {wanted}"
+        if recall < wanted
+        else f"it looks at {mine:,} items for a user, exact search at {looks:,}"
+        if FEWER * mine > looks
+        else None
+    )
+    if why and not forced:
+        return none(f"an index was built and dropped: with {search.probes} of {cells.nlist} cells {why}")
+    facts = {
+        "library": "faiss",
+        "version": faiss.__version__,
+        "parameters": {"cells": cells.nlist, "probes": search.probes, "seed": seed},
+        "items": cells.ntotal,
+        "recall_at_10": round(recall, 4),
+        "wanted": wanted,
+        "built_seconds": round(seconds, 2),
+        "looks_at": mine,
+        "exact_looks_at": looks,
+        "auto": why is None,
+        **({"why_not": why} if why else {}),
+    }
     return faiss.serialize_index(cells), facts
 
 # %% ../../nbs/search/index.ipynb #f5763c03
@@ -207,18 +249,39 @@ def open_index(
     index:str="auto", # auto: where the manifest says that it is worth it; exact; approximate: an error where that cannot be
 )->NearestItems|None: # None: search exactly
     "The index of a bundle, if it is to be used."
-    if index not in ("auto", "exact", "approximate"): raise BundleError(f"index={index!r}: must be 'auto', 'exact' or 'approximate'")
+    if index not in ("auto", "exact", "approximate"):
+        raise BundleError(f"index={index!r}: must be 'auto', 'exact' or 'approximate'")
     facts, there = manifest.get("index") or {}, INDEX_FILE in manifest.get("files", {})
     if index == "exact" or (index == "auto" and not (there and facts.get("auto"))): return None
-    if not there: raise BundleError(f"{folder}: index='approximate', but this model has none ({facts.get('missing', 'it was trained before there were any')}); train with index=approximate, or set PRODUCT_RECS_INDEX=auto")
+    if not there:
+        raise BundleError(
+            f"{folder}: index='approximate', but this model has none "
+            f"({facts.get('missing', 'it was trained before there were any')}); train with index=approximate, or set "
+            f"PRODUCT_RECS_INDEX=auto"
+        )
     if (faiss := faiss_module()) is None:
-        if index == "approximate": raise BundleError(f"{folder}: index='approximate' needs faiss: {_REMEDY}, or set PRODUCT_RECS_INDEX=auto")
-        _log.warning("the model has an index that is worth it, but faiss is not installed; searching exactly. %s", _REMEDY)
+        if index == "approximate":
+            raise BundleError(f"{folder}: index='approximate' needs faiss: {_REMEDY}, or set PRODUCT_RECS_INDEX=auto")
+        _log.warning(
+            "the model has an index that is worth it, but faiss is not installed; searching exactly. %s", _REMEDY
+        )
         return None
     try: found = faiss.read_index(str(folder/INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error: raise BundleError(f"{folder/INDEX_FILE}: not a readable index ({str(error).splitlines()[0][-200:]}); train again or restore it from a copy") from None
-    if not isinstance(found, faiss.IndexIVFScalarQuantizer) or found.d != exact.item_factors.shape[1] or found.ntotal != facts.get("items") or found.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise BundleError(f"{folder/INDEX_FILE}: {type(found).__name__} of {found.ntotal:,} vectors of {found.d} numbers, which is not what the manifest says; train again or restore it from a copy")
+    except RuntimeError as error:
+        raise BundleError(
+            f"{folder / INDEX_FILE}: not a readable index ({str(error).splitlines()[0][-200:]}); train again or "
+            f"restore it from a copy"
+        ) from None
+    if (
+        not isinstance(found, faiss.IndexIVFScalarQuantizer)
+        or found.d != exact.item_factors.shape[1]
+        or found.ntotal != facts.get("items")
+        or found.metric_type != faiss.METRIC_INNER_PRODUCT
+    ):
+        raise BundleError(
+            f"{folder / INDEX_FILE}: {type(found).__name__} of {found.ntotal:,} vectors of {found.d} numbers, which is "
+            f"not what the manifest says; train again or restore it from a copy"
+        )
     return NearestItems(exact, found, int(facts["parameters"]["probes"]))
 
 # %% ../../nbs/search/index.ipynb #7aab6ad9

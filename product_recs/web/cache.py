@@ -42,7 +42,8 @@ class KeptAnswers:
         "Keep an answer."
         if not self.size or len(kept.body) > self.most_bytes: return
         self._drop(question) # the newest stands last
-        while len(self._kept) >= self.size or self.bytes + len(kept.body) > self.most_bytes: self._drop(next(iter(self._kept)))
+        while len(self._kept) >= self.size or self.bytes + len(kept.body) > self.most_bytes:
+            self._drop(next(iter(self._kept)))
         self._kept[question] = kept
         self.bytes += len(kept.body)
 

@@ -61,12 +61,16 @@ def read_events(
     if not isinstance(body, dict) or (many and (set(body) != {"events"} or not isinstance(body["events"], list))):
         raise ProductRecsError('the body is one event, or {"events": [...]} and nothing else')
     given = body["events"] if many else [body]
-    if not 1 <= len(given) <= most: raise ProductRecsError(f"events: from 1 to {most:,} in one request, not {len(given):,}")
+    if not 1 <= len(given) <= most:
+        raise ProductRecsError(f"events: from 1 to {most:,} in one request, not {len(given):,}")
     events, errors = [], []
     for one in given:
         event, error = None, None
         try: event = FeedbackEvent.model_validate(one).to_event(rules)
-        except ValidationError as wrong: error = "; ".join(dict.fromkeys(f"{e['loc'][0] if e['loc'] else 'event'}: {e['msg']}" for e in wrong.errors()))[:500]
+        except ValidationError as wrong:
+            error = "; ".join(
+                dict.fromkeys(f"{e['loc'][0] if e['loc'] else 'event'}: {e['msg']}" for e in wrong.errors())
+            )[:500]
         except FeedbackError as wrong: error = str(wrong)
         events.append(event); errors.append(error)
     return events, errors
@@ -87,10 +91,47 @@ def rules_now(
     try: return service.live.get().bundle.rules
     except BundleError: return DEFAULT_RULES
 
-_EVENTS_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": [
-    FeedbackEvent.model_json_schema(), {"type": "object", "required": ["events"], "additionalProperties": False, "properties": {"events": {"type": "array", "minItems": 1, "items": FeedbackEvent.model_json_schema()}}}]},
-    "examples": {"one": {"value": {"user_id": 1, "item_id": 101, "event": "purchase", "quantity": 2, "key": "order-1-line-1"}},
-                 "many": {"value": {"events": [{"user_id": 1, "item_id": 101, "event": "view"}, {"user_id": 2, "item_id": 102, "event": "cart"}]}}}}}}}
+_EVENTS_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "anyOf": [
+                        FeedbackEvent.model_json_schema(),
+                        {
+                            "type": "object",
+                            "required": ["events"],
+                            "additionalProperties": False,
+                            "properties": {
+                                "events": {"type": "array", "minItems": 1, "items": FeedbackEvent.model_json_schema()}
+                            },
+                        },
+                    ]
+                },
+                "examples": {
+                    "one": {
+                        "value": {
+                            "user_id": 1,
+                            "item_id": 101,
+                            "event": "purchase",
+                            "quantity": 2,
+                            "key": "order-1-line-1",
+                        }
+                    },
+                    "many": {
+                        "value": {
+                            "events": [
+                                {"user_id": 1, "item_id": 101, "event": "view"},
+                                {"user_id": 2, "item_id": 102, "event": "cart"},
+                            ]
+                        }
+                    },
+                },
+            }
+        },
+    }
+}
 
 def add_feedback(
     app:FastAPI,
@@ -111,11 +152,18 @@ def add_feedback(
                 results.append({"index": index, "status": status, "key": event.key})
         count = lambda status: sum(one["status"] == status for one in results)
         for status in ("accepted", "duplicate", "rejected"): service.metrics.events(status, count(status))
-        return {"accepted": count("accepted"), "duplicates": count("duplicate"), "rejected": count("rejected"), "results": results}
+        return {
+            "accepted": count("accepted"),
+            "duplicates": count("duplicate"),
+            "rejected": count("rejected"),
+            "results": results,
+        }
 
     class AvailabilityRequest(BaseModel):
         "Which items can be bought now, and which cannot."
-        model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"items": [{"item_id": 101, "available": False}]}]})
+        model_config = ConfigDict(
+            extra="forbid", json_schema_extra={"examples": [{"items": [{"item_id": 101, "available": False}]}]}
+        )
         items: list[AvailabilityItem] = Field(min_length=1, max_length=service.settings.max_batch)
 
     @app.post("/availability", tags=["feedback"], summary="Tell which items can be bought", responses=documented("Done; it counts at the next request.", 400, 413, 415, 422, 503, model=False))
@@ -137,17 +185,34 @@ def history(
     learned = _learned(model, row, left_out) if known else lambda event: False
     recent = [event for event in recent if not learned(event)]
     shown = lambda item: as_id(model and model.bundle.items, item)
-    lines = [{"item_id": shown(e.item_id), **_named(model, e.item_id), "event": e.event, "interactions": e.quantity, "last": plain(e.timestamp), "origin": "feedback"} for e in recent[:limit]]
+    lines = [
+        {
+            "item_id": shown(e.item_id),
+            **_named(model, e.item_id),
+            "event": e.event,
+            "interactions": e.quantity,
+            "last": plain(e.timestamp),
+            "origin": "feedback",
+        }
+        for e in recent[:limit]
+    ]
     if known and len(lines) < limit: lines += _trained(model, row, left_out, limit - len(lines))
     return {"user_id": user, "known": known, "forgotten": state.forgotten, "history": lines}
 
 def _learned(model:ReadyModel, row:int|None, left_out:Had):
     "A test for the events that are part of what the bundle has of a user, which is told from there."
-    until, others = learned_micros(model.bundle.manifest["data"].get("feedback_until")), {str(item) for item in left_out.others}
+    until, others = (
+        learned_micros(model.bundle.manifest["data"].get("feedback_until")),
+        {str(item) for item in left_out.others},
+    )
     rows = {*(left_out.items if row is None else model.seen_by(row)).tolist()}
     known = lambda item: model.bundle.items.row(item) in rows or id_key(item) in others
-    return lambda event: (event.event not in INSTRUCTIONS and known(event.item_id) and to_micros(event.received_at) <= until
-                          and model.bundle.rules.counts(event))
+    return lambda event: (
+        event.event not in INSTRUCTIONS
+        and known(event.item_id)
+        and to_micros(event.received_at) <= until
+        and model.bundle.rules.counts(event)
+    )
 
 def _named(model:ReadyModel|None, item:int|str)->dict:
     "Title and category of an item, where they are known."
@@ -163,11 +228,29 @@ def _trained(model:ReadyModel, row:int|None, left_out:Had, limit:int)->list[dict
     part = slice(0, 0) if row is None else slice(*bundle.seen.indptr[row:row + 2])
     counts = bundle.seen if bundle.counts is None else bundle.counts
     ages = np.zeros(part.stop - part.start) if bundle.age_days is None else bundle.age_days.data[part]
-    own = (bundle.seen.indices[part], counts.data[part], ages) if row is not None else (left_out.items, left_out.counts, left_out.age_days)
+    own = (
+        (bundle.seen.indices[part], counts.data[part], ages)
+        if row is not None
+        else (left_out.items, left_out.counts, left_out.age_days)
+    )
     ids, often, age = bundle.items.take(own[0]) + ids, np.append(own[1], often), np.append(own[2], age)
     ends = bundle.manifest["data"].get("ends")
-    last = lambda days: str(np.datetime64(ends, "s") - np.timedelta64(round(float(days)*86400), "s")) if ends and bundle.age_days is not None else None
-    return [{"item_id": ids[at], **_named(model, ids[at]), "event": None, "interactions": float(often[at]), "last": last(age[at]), "origin": "model"} for at in np.lexsort((-often, age))[:limit]]
+    last = lambda days: (
+        str(np.datetime64(ends, "s") - np.timedelta64(round(float(days) * 86400), "s"))
+        if ends and bundle.age_days is not None
+        else None
+    )
+    return [
+        {
+            "item_id": ids[at],
+            **_named(model, ids[at]),
+            "event": None,
+            "interactions": float(often[at]),
+            "last": last(age[at]),
+            "origin": "model",
+        }
+        for at in np.lexsort((-often, age))[:limit]
+    ]
 
 # %% ../../nbs/web/people.ipynb #c5d9f7e3
 def add_people(
@@ -207,11 +290,24 @@ def item_facts(
     row = model.bundle.items.row(item)
     cold = model.bundle.cold_items.get(item) if row is None else None
     if row is None and cold is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
-    columns = {name: plain(value) for name, value in cold.items()} if row is None else {name: plain(values[row]) for name, values in model.bundle.item_columns.items()}
-    for_sale = bool(model.candidates[row]) if row is not None else bool(is_available(np.array([columns.get("available")], object))[0])
+    columns = (
+        {name: plain(value) for name, value in cold.items()}
+        if row is None
+        else {name: plain(values[row]) for name, values in model.bundle.item_columns.items()}
+    )
+    for_sale = (
+        bool(model.candidates[row])
+        if row is not None
+        else bool(is_available(np.array([columns.get("available")], object))[0])
+    )
     title, shelf, key = columns.pop("title", None), service.shelf(), id_key(item)
     available = key in shelf.available or (for_sale and key not in shelf.unavailable)
-    return {"item_id": item, "title": None if title is None else str(title), "attributes": columns, "available": available}
+    return {
+        "item_id": item,
+        "title": None if title is None else str(title),
+        "attributes": columns,
+        "available": available,
+    }
 
 def _told_of(model:ReadyModel, found:Recommendations)->list[dict]:
     "Each cold item of an answer, as `RankedItem`."
@@ -219,7 +315,16 @@ def _told_of(model:ReadyModel, found:Recommendations)->list[dict]:
     for rank, (item, score) in enumerate(zip(found.items, found.scores), 1):
         columns = {name: plain(value) for name, value in (model.bundle.cold_items.get(item) or {}).items()}
         title = columns.pop("title", None)
-        lines.append({"rank": rank, "item_id": item, "score": score, "title": None if title is None else str(title), "attributes": columns, "reasons": []})
+        lines.append(
+            {
+                "rank": rank,
+                "item_id": item,
+                "score": score,
+                "title": None if title is None else str(title),
+                "attributes": columns,
+                "reasons": [],
+            }
+        )
     return lines
 
 def find_items(
@@ -231,8 +336,14 @@ def find_items(
     bundle, words = model.bundle, query.lower().split()
     if "_titles" not in vars(model): # once a model: the titles in lower case, each word after a space
         titles = bundle.item_columns.get("title", np.full(len(bundle.items), None, object))
-        model._titles = np.array([f" {'' if title is None else str(title).lower()}" for title in map(plain, titles)], object)
-    rows = [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)] if words else []
+        model._titles = np.array(
+            [f" {'' if title is None else str(title).lower()}" for title in map(plain, titles)], object
+        )
+    rows = (
+        [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)]
+        if words
+        else []
+    )
     wanted = as_id(bundle.items, query.strip())
     exact = bundle.items.row(wanted)
     rows = ([exact] if exact is not None else []) + [row for row in rows if row != exact]
@@ -240,7 +351,8 @@ def find_items(
     rows.sort(key=lambda row: (row != exact, -popular[row], row))
     found, cold = bundle.items.take(rows[:limit]), bundle.cold_items
     if len(found) < limit: found += cold.find(words, limit - len(found))
-    if exact is None and cold.get(wanted) is not None: found = [wanted, *(item for item in found if item != wanted)][:limit]
+    if exact is None and cold.get(wanted) is not None:
+        found = [wanted, *(item for item in found if item != wanted)][:limit]
     return [{"item_id": item, **_named(model, item)} for item in found]
 
 # %% ../../nbs/web/people.ipynb #e9d38480
@@ -257,9 +369,19 @@ def add_new(
         model = service.live.get()
         asked = await service.question(None if user_id is None else as_id(model.bundle.users, user_id), n)
         found = await run_in_threadpool(new_for, model, asked, category)
-        facts = {"user_id": asked.user, "recommendations": found.items, "source": found.source, "model_version": model.bundle.version, "shortfall": found.shortfall}
+        facts = {
+            "user_id": asked.user,
+            "recommendations": found.items,
+            "source": found.source,
+            "model_version": model.bundle.version,
+            "shortfall": found.shortfall,
+        }
         if detail: facts["items"] = await run_in_threadpool(_told_of, model, found)
-        return JSONResponse(facts, headers={"X-Model-Version": model.bundle.version, "X-Recommendation-Source": found.source} | ({"X-Recommendation-Shortfall": found.shortfall} if found.shortfall else {}))
+        return JSONResponse(
+            facts,
+            headers={"X-Model-Version": model.bundle.version, "X-Recommendation-Source": found.source}
+            | ({"X-Recommendation-Shortfall": found.shortfall} if found.shortfall else {}),
+        )
 
 # %% ../../nbs/web/people.ipynb #07d558c3
 def add_items(
@@ -271,7 +393,12 @@ def add_items(
     async def one_item(request:Request, item_id:id_in_path("101", "an item of the model")):
         model = service.live.get()
         item = as_id(model.bundle.items, path_id(request.scope, -1))
-        return item_facts(service, model, item) if model.bundle.items.row(item) is not None else await run_in_threadpool(item_facts, service, model, item) # reads a file
+        # reads a file
+        return (
+            item_facts(service, model, item)
+            if model.bundle.items.row(item) is not None
+            else await run_in_threadpool(item_facts, service, model, item)
+        )
 
     @app.get("/items", response_model=FoundItems, tags=["items"], summary="Find items by words of their title", responses=documented("The most popular first, then those that nobody has bought yet.", 422, 503, model=False))
     async def search_items(query:Annotated[str, Query(min_length=1, max_length=200, description="words of the title, or an id", openapi_examples={"sample": {"value": "milk"}})], limit:Annotated[int, Query(ge=1, le=100)]=20):

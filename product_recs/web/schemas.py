@@ -44,24 +44,28 @@ def _id(value:Any)->str:
     except IdError as error: raise PydanticCustomError("id", "{reason}", {"reason": str(error)}) from None
 
 _TEXT_ID = {"type": "string", "minLength": 1, "maxLength": LONGEST_ID, "pattern": '^[^\\u0000-\\u001f"]+$'}
-Id = Annotated[str, PlainValidator(_id), WithJsonSchema({"anyOf": [{"type": "integer"}, _TEXT_ID]})] # comes in as the key
+# comes in as the key
+Id = Annotated[str, PlainValidator(_id), WithJsonSchema({"anyOf": [{"type": "integer"}, _TEXT_ID]})]
 
 def as_id(
     table:IdTable|None, # of the model; None: there is no model yet
     value:int|str,      # key, or an id as somebody wrote it
 )->int|str:
-    "An id as answers show it: as the model's data has it, else a whole number as a number; what is no id stays as it is."
+    """An id as answers show it: as the model's data has it, else a whole number as a number; what is no id stays as it
+    is."""
     key = key_or_none(value)
     if key is None: return value
     return number_or_text(key) if table is None else table.shown(key)
 
 # %% ../../nbs/web/schemas.ipynb #2ba777fb
-EventName = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=100)] # the rules of the live model say which
+# the rules of the live model say which
+EventName = Annotated[str, Strict(), StringConstraints(min_length=1, max_length=100)]
 _Number = Annotated[float, Strict()] # a whole number fits too
 _Whole = Annotated[StrictInt, Field(ge=-10**300, le=10**300)] # that a float can stand beside
 
 def _iso(value:Any)->Any:
-    if value is None or isinstance(value, datetime) or (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value)): return value
+    if value is None or isinstance(value, datetime) or (isinstance(value, str) and re.match(r"\d{4}-\d\d-\d\d", value)):
+        return value
     raise PydanticCustomError("iso", "a time is ISO 8601, such as 2026-01-31T12:00:00Z")
 
 class _Strict(BaseModel):
@@ -82,16 +86,31 @@ class NumberRange(_Strict):
 
 class FilterRules(_Strict):
     "What may come back; all rules hold together."
-    exclude_seen: StrictBool | None = Field(None, description="leave out what the user has had; default: for discovery yes, for next_purchase no")
+    exclude_seen: StrictBool | None = Field(
+        None, description="leave out what the user has had; default: for discovery yes, for next_purchase no"
+    )
     deny: list[Id] = Field([], max_length=10_000, description="items that must not come")
     allow: list[Id] | None = Field(None, max_length=10_000, description="the only items that may come")
-    where: dict[str, list[StrictBool | StrictInt | float | str] | NumberRange] = Field({}, description="attribute -> its allowed values, or a range of numbers", max_length=20)
-    max_per: dict[str, Annotated[StrictInt, Field(ge=1)]] = Field({}, description="attribute -> most items that share one value of it", max_length=5)
+    where: dict[str, list[StrictBool | StrictInt | float | str] | NumberRange] = Field(
+        {}, description="attribute -> its allowed values, or a range of numbers", max_length=20
+    )
+    max_per: dict[str, Annotated[StrictInt, Field(ge=1)]] = Field(
+        {}, description="attribute -> most items that share one value of it", max_length=5
+    )
 
     def to_filters(self)->Filters:
         "As the ranking takes them."
-        where = {name: rule.model_dump(exclude_none=True) if isinstance(rule, NumberRange) else rule for name, rule in self.where.items()}
-        return Filters(self.exclude_seen, tuple(self.deny), None if self.allow is None else tuple(self.allow), where, dict(self.max_per))
+        where = {
+            name: rule.model_dump(exclude_none=True) if isinstance(rule, NumberRange) else rule
+            for name, rule in self.where.items()
+        }
+        return Filters(
+            self.exclude_seen,
+            tuple(self.deny),
+            None if self.allow is None else tuple(self.allow),
+            where,
+            dict(self.max_per),
+        )
 
 # %% ../../nbs/web/schemas.ipynb #27b4c49d
 Task = Literal["discovery", "next_purchase"]
@@ -105,15 +124,36 @@ def recommend_body(
     "The body of `POST /recommend`, with the limits of this service."
     class RecommendRequest(_Strict):
         "For whom, what they did in this session, and what may come back."
-        model_config = ConfigDict(json_schema_extra={"examples": [
-            {"users": [1], "n": 5, "filters": {"max_per": {"category": 2}}}, {"events": [{"item_id": 101, "event": "cart"}], "n": 5, "detail": True},
-            {"events": [{"item_id": 900001, "event": "view"}], "items": {"900001": {"category": "coffee"}}, "n": 5}]})
-        users: list[Id] | None = Field(None, min_length=1, max_length=max_batch, description="absent: one guest, known by `events` only")
+        model_config = ConfigDict(
+            json_schema_extra={
+                "examples": [
+                    {"users": [1], "n": 5, "filters": {"max_per": {"category": 2}}},
+                    {"events": [{"item_id": 101, "event": "cart"}], "n": 5, "detail": True},
+                    {
+                        "events": [{"item_id": 900001, "event": "view"}],
+                        "items": {"900001": {"category": "coffee"}},
+                        "n": 5,
+                    },
+                ]
+            }
+        )
+        users: list[Id] | None = Field(
+            None, min_length=1, max_length=max_batch, description="absent: one guest, known by `events` only"
+        )
         n: StrictInt = Field(default_n, ge=1, le=max_n)
         task: Task = "discovery"
-        events: list[SessionEvent] = Field([], max_length=min(max_batch, 200), description="of this session; with `users`, they count for each of them")
-        attributes: _Words = Field({}, description="what is known of the guest, column of the users file -> value, such as {\"age\": \"35-44\"}; with `users`, of each whom the model does not know")
-        items: dict[Id, _Words] = Field({}, max_length=200, description="what is known of new items in `events`, item id -> column of the products file -> value; nothing is stored")
+        events: list[SessionEvent] = Field(
+            [], max_length=min(max_batch, 200), description="of this session; with `users`, they count for each of them"
+        )
+        attributes: _Words = Field(
+            {},
+            description="what is known of the guest, column of the users file -> value, such as {\"age\": \"35-44\"}; with `users`, of each whom the model does not know",
+        )
+        items: dict[Id, _Words] = Field(
+            {},
+            max_length=200,
+            description="what is known of new items in `events`, item id -> column of the products file -> value; nothing is stored",
+        )
         filters: FilterRules = Field(default_factory=FilterRules)
         detail: StrictBool = False
 
@@ -132,19 +172,32 @@ def recommend_body(
 # %% ../../nbs/web/schemas.ipynb #59627ada
 class FeedbackEvent(_Strict):
     "Something that a user did."
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, json_schema_extra={"examples": [{"user_id": 1, "item_id": 101, "event": "purchase", "quantity": 2, "key": "order-1-line-1"}]})
+    model_config = ConfigDict(
+        extra="forbid",
+        allow_inf_nan=False,
+        json_schema_extra={
+            "examples": [{"user_id": 1, "item_id": 101, "event": "purchase", "quantity": 2, "key": "order-1-line-1"}]
+        },
+    )
     user_id: Id
     item_id: Id
-    event: EventName = Field("purchase", description="view, cart, purchase, ...: one that the model's training knew; `deny`: never show it to this user, `undeny`: do again")
+    event: EventName = Field(
+        "purchase",
+        description="view, cart, purchase, ...: one that the model's training knew; `deny`: never show it to this user, `undeny`: do again",
+    )
     quantity: _Number = Field(1.0, description="above 0, and not above what the model's training took, usually 1000")
-    timestamp: Annotated[datetime | None, BeforeValidator(_iso)] = Field(None, description="ISO 8601, without a zone it is UTC, not before 1970 and not in the future; absent: now")
+    timestamp: Annotated[datetime | None, BeforeValidator(_iso)] = Field(
+        None, description="ISO 8601, without a zone it is UTC, not before 1970 and not in the future; absent: now"
+    )
 
     def to_event(self, rules:EventRules)->NewEvent:
         "As the store takes it; a `FeedbackError` names the field that it, or a training by the rules, does not take."
         event = NewEvent(self.user_id, self.item_id, self.event, self.quantity, self.timestamp, self.key)
         if event.event not in INSTRUCTIONS and (wrong := refusal(rules, event)): raise FeedbackError(wrong)
         return event
-    key: Annotated[str, StringConstraints(pattern="^[!-~]{1,200}$")] | None = Field(None, description="makes a repeated request harmless; absent: made here")
+    key: Annotated[str, StringConstraints(pattern="^[!-~]{1,200}$")] | None = Field(
+        None, description="makes a repeated request harmless; absent: made here"
+    )
 
 class EventStatus(BaseModel):
     "What became of one event."
@@ -177,9 +230,13 @@ class RankedItem(BaseModel):
     "One item of a detailed answer."
     rank: int = Field(description="1 is the best")
     item_id: int | str
-    score: float = Field(description="comparable inside one answer only; for source `popular` the number of users, for `similar` the cosine, for `next_purchase` log odds")
+    score: float = Field(
+        description="comparable inside one answer only; for source `popular` the number of users, for `similar` the cosine, for `next_purchase` log odds"
+    )
     title: str | None = Field(description="null where the products file has none")
-    attributes: dict[str, Any] = Field(description="popularity, first and last seen, and every other column of the products file")
+    attributes: dict[str, Any] = Field(
+        description="popularity, first and last seen, and every other column of the products file"
+    )
     reasons: list[Reason] = Field([], description="the past items that speak most for it")
 
 class _Detail(BaseModel):
@@ -225,7 +282,9 @@ class NewList(BaseModel):
     "Items that nobody has bought yet."
     user_id: int | str | None
     recommendations: list[int | str]
-    source: str = Field(description="`content`: by what they have in common with the user's items; `new`: the newest, or by title")
+    source: str = Field(
+        description="`content`: by what they have in common with the user's items; `new`: the newest, or by title"
+    )
     model_version: str
     shortfall: str | None
     items: list[RankedItem] | None = Field(None, description="with detail only")

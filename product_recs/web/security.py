@@ -57,10 +57,12 @@ def list_keys(
     path = resolve_path(path)
     try: keys = [Key(**key) for key in json.loads(path.read_text(encoding="utf-8"))["keys"]]
     except FileNotFoundError: return []
-    except (ValueError, TypeError, KeyError) as error: raise KeyFileError(f"{path}: not a file of API keys ({type(error).__name__}: {error})") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise KeyFileError(f"{path}: not a file of API keys ({type(error).__name__}: {error})") from None
     except OSError as error: raise KeyFileError(f"{path}: cannot be read ({error.strerror})") from None
     for key in keys:
-        if key.scope not in SCOPES or not (isinstance(key.sha256, str) and re.fullmatch("[0-9a-f]{64}", key.sha256)): raise KeyFileError(f"{path}: key {key.name!r} has no valid scope or hash")
+        if key.scope not in SCOPES or not (isinstance(key.sha256, str) and re.fullmatch("[0-9a-f]{64}", key.sha256)):
+            raise KeyFileError(f"{path}: key {key.name!r} has no valid scope or hash")
     return keys
 
 # %% ../../nbs/web/security.ipynb #0153645b
@@ -83,13 +85,26 @@ def add_key(
 )->str:                                    # the key itself, which is kept nowhere
     "Make an API key."
     path = resolve_path(path)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name): raise KeyFileError(f"{name!r} is no name of a key: up to 64 letters, digits, '.', '_' and '-'")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise KeyFileError(f"{name!r} is no name of a key: up to 64 letters, digits, '.', '_' and '-'")
     if scope not in SCOPES: raise KeyFileError(f"{scope!r} is no scope; there are {', '.join(SCOPES)}")
     with locked(path.with_name(f".{path.name}.lock")):
         keys = list_keys(path)
-        if any(key.name == name for key in keys): raise KeyFileError(f"there is a key {name!r} already; remove it first, or choose another name")
+        if any(key.name == name for key in keys):
+            raise KeyFileError(f"there is a key {name!r} already; remove it first, or choose another name")
         key = "pr_" + secrets.token_urlsafe(32)
-        _write(path, [*keys, Key(name, scope, hashlib.sha256(key.encode()).hexdigest(), datetime.now(timezone.utc).isoformat(timespec="seconds"))])
+        _write(
+            path,
+            [
+                *keys,
+                Key(
+                    name,
+                    scope,
+                    hashlib.sha256(key.encode()).hexdigest(),
+                    datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                ),
+            ],
+        )
     return key
 
 def remove_key(
@@ -100,7 +115,10 @@ def remove_key(
     path = resolve_path(path)
     with locked(path.with_name(f".{path.name}.lock")):
         keys = list_keys(path)
-        if not any(key.name == name for key in keys): raise KeyFileError(f"{path}: there is no key {name!r}, only {', '.join(key.name for key in keys) or 'an empty file'}")
+        if not any(key.name == name for key in keys):
+            raise KeyFileError(
+                f"{path}: there is no key {name!r}, only {', '.join(key.name for key in keys) or 'an empty file'}"
+            )
         _write(path, [key for key in keys if key.name != name])
 
 # %% ../../nbs/web/security.ipynb #bad6c81e
@@ -146,7 +164,9 @@ class Keys:
         return found
 
 # %% ../../nbs/web/security.ipynb #bbc17499
-_OPEN = frozenset({"/", "/health/live", "/health/ready", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/favicon.ico"})
+_OPEN = frozenset(
+    {"/", "/health/live", "/health/ready", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/favicon.ico"}
+)
 
 def required_scope(
     method:str,
@@ -203,7 +223,8 @@ class RateLimit:
 # %% ../../nbs/web/security.ipynb #ee8be4dc
 def _too_long(headers:dict[bytes, bytes], most:int)->tuple|None:
     "The refusal of a body that announces more than `most` bytes, or that is packed and might be any length."
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity": return 415, "the body must come as it is, without Content-Encoding", {}
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        return 415, "the body must come as it is, without Content-Encoding", {}
     length = headers.get(b"content-length")
     if length is None or int(length) <= most: return None
     return 413, f"the body has {int(length):,} bytes, more than the {most:,} that are allowed; send it in parts", {}
@@ -223,11 +244,18 @@ async def _whole_body(receive, most:int):
     return replay
 
 # %% ../../nbs/web/security.ipynb #470bd2b1
-_SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"), (b"referrer-policy", b"no-referrer"), (b"cross-origin-opener-policy", b"same-origin")]
+_SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]
 _POLICY = "default-src 'self'{}; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-_LOOSE = "; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'" # the page of Swagger UI starts itself with a script inside it
+# the page of Swagger UI starts itself with a script inside it
+_LOOSE = "; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'"
 _OWN_HEADERS = [*_SECURITY_HEADERS, (b"content-security-policy", _POLICY.format("").encode())]
-_PAGE_HEADERS = [*_OWN_HEADERS, (b"cache-control", b"no-cache")] # asked again each time, and mostly answered 304: an old script never meets a new page
+# asked again each time, and mostly answered 304: an old script never meets a new page
+_PAGE_HEADERS = [*_OWN_HEADERS, (b"cache-control", b"no-cache")]
 _DOCS_HEADERS = [*_SECURITY_HEADERS, (b"content-security-policy", _POLICY.format(_LOOSE).encode())]
 _DATA_HEADERS = [*_OWN_HEADERS, (b"cache-control", b"no-store")] # answers about people; no proxy keeps them
 
@@ -257,7 +285,12 @@ def _from_elsewhere(needed:str, headers:dict[bytes, bytes], origins:set[bytes], 
     if needed == "read" or site == b"same-origin" or {origin, b"*"} & origins: return None
     # a program, or a browser of before 2023
     if site in (None, b"none") and (origin is None or origin.partition(b"://")[2] == host): return None
-    return 403, "a page of another site may not change anything here; list its origin in PRODUCT_RECS_CORS_ORIGINS, or ask for API keys", {}
+    return (
+        403,
+        "a page of another site may not change anything here; list its origin in PRODUCT_RECS_CORS_ORIGINS, or ask "
+        "for API keys",
+        {},
+    )
 
 def _client(scope:dict)->str:
     "The address that sent a request; of an IPv6 one the network, since each client has a whole one."
@@ -276,12 +309,32 @@ class Guard:
     ):
         self.app, self.settings = app, settings
         self.keys = Keys(settings.api_keys_file) if auth_required(settings) else None
-        self.limit = RateLimit(settings.rate_limit, shared_folder and Path(shared_folder)/"rate_limit") if settings.rate_limit else None
+        self.limit = (
+            RateLimit(settings.rate_limit, shared_folder and Path(shared_folder) / "rate_limit")
+            if settings.rate_limit
+            else None
+        )
         self.origins = {origin.encode() for origin in settings.cors_origins}
         self.hosts = frozenset(name.lower() for name in settings.allowed_hosts)
-        self._entry = self._check if not self.origins else CORSMiddleware(
-            self._check, allow_origins=settings.cors_origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID"],
-            expose_headers=["X-Model-Version", "X-Recommendation-Source", "X-Recommendation-Shortfall", "X-Feedback-Stale", "X-Request-ID", "Retry-After"], max_age=600)
+        self._entry = (
+            self._check
+            if not self.origins
+            else CORSMiddleware(
+                self._check,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID"],
+                expose_headers=[
+                    "X-Model-Version",
+                    "X-Recommendation-Source",
+                    "X-Recommendation-Shortfall",
+                    "X-Feedback-Stale",
+                    "X-Request-ID",
+                    "Retry-After",
+                ],
+                max_age=600,
+            )
+        )
 
     async def __call__(self, scope, receive, send):
         await (self._entry if scope["type"] == "http" else self.app)(scope, receive, send)
@@ -300,7 +353,8 @@ class Guard:
         refusal = (needed and self._refusal(scope, needed, headers)) or _too_long(headers, self.settings.max_body_bytes)
         if refusal is None and b"transfer-encoding" in headers:
             receive = await _whole_body(receive, self.settings.max_body_bytes)
-            if receive is None: refusal = 413, f"the body is longer than {self.settings.max_body_bytes:,} bytes; send it in parts", {}
+            if receive is None:
+                refusal = 413, f"the body is longer than {self.settings.max_body_bytes:,} bytes; send it in parts", {}
         if refusal is None: return await self.app(scope, receive, send_on)
         await problem(scope.get("raw_path") or path, *refusal)(scope, receive, send_on)
 
@@ -309,14 +363,33 @@ class Guard:
         sent = _sent_key(headers) if self.keys else None
         key = self.keys.find(sent) if sent else None
         if self.limit and (wait := self.limit.wait(f"key {key.name}" if key else f"address {_client(scope)}")):
-            return 429, f"more than {self.settings.rate_limit:g} requests a second; try again in {wait:.2g} s", {"Retry-After": str(math.ceil(wait))}
+            return (
+                429,
+                f"more than {self.settings.rate_limit:g} requests a second; try again in {wait:.2g} s",
+                {"Retry-After": str(math.ceil(wait))},
+            )
         if self.keys is None: return _from_elsewhere(needed, headers, self.origins, self.hosts)
         if key is None:
-            return (401, "this needs an API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`", {"WWW-Authenticate": _NAME}) if sent is None else (
-                401, "there is no such API key; it was mistyped or has been removed", {"WWW-Authenticate": f'{_NAME}, error="invalid_token"'})
+            return (
+                (
+                    401,
+                    "this needs an API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`",
+                    {"WWW-Authenticate": _NAME},
+                )
+                if sent is None
+                else (
+                    401,
+                    "there is no such API key; it was mistyped or has been removed",
+                    {"WWW-Authenticate": f'{_NAME}, error="invalid_token"'},
+                )
+            )
         scope["api_key_name"] = key.name # for whoever logs
         if SCOPES.index(key.scope) >= SCOPES.index(needed): return None
-        return 403, f"this needs an API key of scope {needed}; {key.name} has {key.scope}", {"WWW-Authenticate": f'{_NAME}, error="insufficient_scope", scope="{needed}"'}
+        return (
+            403,
+            f"this needs an API key of scope {needed}; {key.name} has {key.scope}",
+            {"WWW-Authenticate": f'{_NAME}, error="insufficient_scope", scope="{needed}"'},
+        )
 
 # %% ../../nbs/web/security.ipynb #90d26183
 def describe_keys(
@@ -328,8 +401,13 @@ def describe_keys(
     def openapi()->dict:
         schema = made()
         schema.setdefault("components", {})["securitySchemes"] = {
-            "bearer": {"type": "http", "scheme": "bearer", "description": "an API key, made with `product-recs keys add NAME --scope read`"},
-            "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"}}
+            "bearer": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "an API key, made with `product-recs keys add NAME --scope read`",
+            },
+            "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+        }
         schema["security"] = [{"bearer": []}, {"header": []}]
         for path in schema["paths"].keys() & _OPEN: schema["paths"][path]["get"]["security"] = []
         return schema

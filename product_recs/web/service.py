@@ -40,13 +40,16 @@ class _Worker:
         self.settings, self.metrics = settings, Metrics()
         self.store = Store(settings.database_url) if settings.database_url else None
         self.changes = Changes(self.store, most=settings.events_in_memory) if self.store else None
-        self.impressions = ImpressionLog(self.store, settings.impressions) if self.store and settings.impressions else None
+        self.impressions = (
+            ImpressionLog(self.store, settings.impressions) if self.store and settings.impressions else None
+        )
         self.kept, self._dropped = KeptAnswers(settings.cache_size), 0
         self.live, self._learned = LiveModel(settings.models_dir, self._ready, settings.watch_seconds), -1
         self.live.listen(self._swapped)
 
     def _ready(self, bundle:Bundle)->ReadyModel:
-        "A model ready to answer; one that knows less of the stored events than the one before, only after they have been read again."
+        """A model ready to answer; one that knows less of the stored events than the one before, only after they have
+        been read again."""
         model, until = prepared(bundle, self.settings.index), bundle.manifest["data"].get("feedback_until")
         if self.changes and learned_micros(until) < self._learned: self.changes.use(until)
         return model
@@ -67,7 +70,8 @@ class _Worker:
         "Open the store and the model; what is not there yet is tried again later."
         if self.store:
             try: self.store.open()
-            except StoreError as error: _log.warning("No feedback store, recommending from the model alone until there is one: %s", error)
+            except StoreError as error:
+                _log.warning("No feedback store, recommending from the model alone until there is one: %s", error)
             self.changes.start()
             if self.impressions: self.impressions.start()
         self.live.start()
@@ -114,7 +118,8 @@ class _Answers(_Current):
         shelf:Availability|None=None, # None: as it is now
         **told, # attributes and new_items, as of `Request`
     )->list[Request]:
-        "All that the request and the store know; `described` adds what the files of the model tell of ids that are new to it."
+        """All that the request and the store know; `described` adds what the files of the model tell of ids that are
+        new to it."""
         states, shelf = await self.states(users), self.shelf() if shelf is None else shelf
         facts = {"available": shelf.available, "unavailable": shelf.unavailable, **told}
         return [Request(user, n, task, tuple(session), filters, state, **facts) for user, state in zip(users, states)]
@@ -135,13 +140,18 @@ class _Answers(_Current):
     def similar(self, model:ReadyModel, item:int|str, n:int)->Recommendations:
         "Items like an item that can be bought now."
         shelf = self.shelf()
-        if model.bundle.items.row(item) is None and (new := model.bundle.cold_items.get(item)): return similar_by_content(model, new, n, unavailable=shelf.unavailable, available=shelf.available)
+        if model.bundle.items.row(item) is None and (new := model.bundle.cold_items.get(item)):
+            return similar_by_content(model, new, n, unavailable=shelf.unavailable, available=shelf.available)
         return similar_items(model, item, n, unavailable=shelf.unavailable, available=shelf.available)
 
     def popular(self, model:ReadyModel, n:int, category:str|None=None)->Recommendations:
         "What most users have and can be bought now."
         shelf = self.shelf()
-        wanted = Filters(where={"category": [read_value(model.catalogue.attributes, "category", category)]}) if category else NO_FILTERS
+        wanted = (
+            Filters(where={"category": [read_value(model.catalogue.attributes, "category", category)]})
+            if category
+            else NO_FILTERS
+        )
         return popular_items(model, n, filters=wanted, unavailable=shelf.unavailable, available=shelf.available)
 
 # %% ../../nbs/web/service.ipynb #845bf259
@@ -151,7 +161,21 @@ class _KeptAnswers(_Answers):
         "Keep an answer of `GET /recommend` as it goes out, and note that it was shown."
         self.shown(scope, model, asked.user, found.source, found.items, found.shortfall is not None)
         self.metrics.cache(False)
-        if len(scope["raw_path"]) + len(scope["query_string"]) <= 400: self.kept.put(_question_of(scope), Kept(model, asked.user, asked.state, shelf, response.raw_headers, response.body, found.source, found.items, found.shortfall is not None))
+        if len(scope["raw_path"]) + len(scope["query_string"]) <= 400:
+            self.kept.put(
+                _question_of(scope),
+                Kept(
+                    model,
+                    asked.user,
+                    asked.state,
+                    shelf,
+                    response.raw_headers,
+                    response.body,
+                    found.source,
+                    found.items,
+                    found.shortfall is not None,
+                ),
+            )
 
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
@@ -195,26 +219,61 @@ class Service(_KeptAnswers):
         for rank, (row, score) in enumerate(zip(found.rows, found.scores), 1):
             columns = {name: plain(values[row]) for name, values in model.bundle.item_columns.items()}
             title = columns.pop("title", None)
-            reasons = _reasons(model, who, row) if who is not None and who.vector is not None and len(found) <= REASONED else []
-            items.append({"rank": rank, "item_id": model.bundle.items[row], "score": float(score), "title": None if title is None else str(title), "attributes": columns, "reasons": reasons})
+            reasons = (
+                _reasons(model, who, row)
+                if who is not None and who.vector is not None and len(found) <= REASONED
+                else []
+            )
+            items.append(
+                {
+                    "rank": rank,
+                    "item_id": model.bundle.items[row],
+                    "score": float(score),
+                    "title": None if title is None else str(title),
+                    "attributes": columns,
+                    "reasons": reasons,
+                }
+            )
         return items
 
     def explain(self, model:ReadyModel, asked:Request, item:int|str, most:int=10)->dict:
         "Why an item has its place in a user's list, as `ExplainAnswer`."
         row, scored = model.bundle.items.row(item), score_request(model, described(model, asked))
         place = why_not(model, scored.person, row, scored.ruled_out, scored.scores)
-        facts = {"user_id": asked.user, "item_id": item, "title": title_of(model, row), "source": scored.source, "model_version": model.bundle.version, "rule": place.rule,
-                 "recommended": place.rule is None and place.rank is not None and place.rank <= asked.n, "rank": place.rank if place.rule is None else None, "candidates": place.candidates, "score": plain(place.score)}
+        facts = {
+            "user_id": asked.user,
+            "item_id": item,
+            "title": title_of(model, row),
+            "source": scored.source,
+            "model_version": model.bundle.version,
+            "rule": place.rule,
+            "recommended": place.rule is None and place.rank is not None and place.rank <= asked.n,
+            "rank": place.rank if place.rule is None else None,
+            "candidates": place.candidates,
+            "score": plain(place.score),
+        }
         if scored.person.vector is None: return facts | {"why": [], "other": 0.0, "signals": {}}
         told = why(model, scored.person, row, asked.task)
-        listed = [{"item_id": model.bundle.items[past], "title": title_of(model, past), "contribution": float(part), "share": float(share)}
-                  for past, part, share in zip(told.items[:most], told.contributions, told.share())]
-        return facts | {"why": listed, "other": float(told.affinity - told.contributions[:most].sum()), "signals": told.signals or {}}
+        listed = [
+            {
+                "item_id": model.bundle.items[past],
+                "title": title_of(model, past),
+                "contribution": float(part),
+                "share": float(share),
+            }
+            for past, part, share in zip(told.items[:most], told.contributions, told.share())
+        ]
+        return facts | {
+            "why": listed,
+            "other": float(told.affinity - told.contributions[:most].sum()),
+            "signals": told.signals or {},
+        }
 
     async def stored(self, operation:str, *given):
         "An operation of the store in a thread of its own; a failure is counted."
         if self.store is None: raise NoStoreError("there is none, PRODUCT_RECS_DATABASE_URL is empty")
-        try: return await run_in_threadpool(getattr(self.store, operation), *given) # which opens it, where that is still to be done
+        # which opens it, where that is still to be done
+        try: return await run_in_threadpool(getattr(self.store, operation), *given)
         except StoreError:
             self.metrics.store_error(operation)
             raise
@@ -255,7 +314,8 @@ class FastPath:
         kept = service.again(scope) if scope["method"] == "GET" else None
 
         async def send_on(message):
-            if message["type"] == "http.response.start" and service.stale: message["headers"] = [*message["headers"], (b"x-feedback-stale", b"true")]
+            if message["type"] == "http.response.start" and service.stale:
+                message["headers"] = [*message["headers"], (b"x-feedback-stale", b"true")]
             await send(message)
 
         if kept is None: return await self.app(scope, receive, send_on)

@@ -1,4 +1,5 @@
-"""The first version: events, denials, forgotten users, availability, impressions, and the clock that numbers the changes."""
+"""The first version: events, denials, forgotten users, availability, impressions, and the clock that numbers the
+changes."""
 import sqlalchemy as sa
 from alembic import op
 
