@@ -179,12 +179,30 @@ def serving(result):
 
 
 MEANING = {
-    "training": "Seconds; above 1, ours is quicker. The same objective, data and parameters; the clock stops at the first iteration that has 99 % of the NDCG@10 that every arm has at its end, and judging is outside of it. Nothing was tuned for a size: the shops with 128 and 256 factors learn noise after some iterations, and there the best iteration of `implicit`, which goes more slowly, is above ours (the curves show it). Spark is timed only.",
-    "ranking": "Seconds; below 1, quicker than the floor of everybody who scores the whole catalogue, a product that ranks and filters nothing. The lists are exact, the ten best without what the user has seen, and compared with those of `implicit`. "
-    "`shop`: factors of an ALS fit, which is what a search meets in practice; `gaussian`: random numbers, the hardest "
-    "case.",
-    "ingest": "1 would be as quick as SQL that reads the file with known types and groups it. Ours also checks each value, names each reject, merges repeated deliveries, fingerprints, and writes three snapshots and two targets.",
-    "serving": "1 would be a web framework that answers nothing. Ours writes the request log, the figures and every impression; `cache_size 0` ranks each list anew. Memory below the number of workers: the model is shared.",
+    "training": (
+        "Seconds; above 1, ours is quicker. The same objective, data and parameters; the clock stops at the "
+        "first iteration that has 99 % of the NDCG@10 that every arm has at its end, and judging is outside of "
+        "it. Nothing was tuned for a size: the shops with 128 and 256 factors learn noise after some "
+        "iterations, and there the best iteration of `implicit`, which goes more slowly, is above ours (the "
+        "curves show it). Spark is timed only."
+    ),
+    "ranking": (
+        "Seconds; below 1, quicker than the floor of everybody who scores the whole catalogue, a product that "
+        "ranks and filters nothing. The lists are exact, the ten best without what the user has seen, and "
+        "compared with those of `implicit`. "
+        "`shop`: factors of an ALS fit, which is what a search meets in practice; `gaussian`: random numbers, the hardest "
+        "case."
+    ),
+    "ingest": (
+        "1 would be as quick as SQL that reads the file with known types and groups it. Ours also checks each "
+        "value, names each reject, merges repeated deliveries, fingerprints, and writes three snapshots and two "
+        "targets."
+    ),
+    "serving": (
+        "1 would be a web framework that answers nothing. Ours writes the request log, the figures and every "
+        "impression; `cache_size 0` ranks each list anew. Memory below the number of workers: the model is "
+        "shared."
+    ),
 }
 MORE = {
     "training-scale": "seconds and memory of training by size, to 50 million pairs",

@@ -44,10 +44,10 @@ from scipy.sparse import csr_matrix
 from sqlalchemy import create_engine, text
 
 from product_recs.bundle.files import list_versions, publish, remove_bundle, write_bundle
-from product_recs.core.ids import IdTable
 from product_recs.bundle.live import rollback
-from product_recs.feedback.store import Store
 from product_recs.core.errors import StoreError
+from product_recs.core.ids import IdTable
+from product_recs.feedback.store import Store
 
 USERS, ITEMS = 400, 2000
 
@@ -82,7 +82,8 @@ def make_model(folder: Path, number: int, store: Store) -> str:
     path = write_bundle(
         folder, user_factors=vectors, item_factors=factors, seen=seen, users=IdTable(users), items=IdTable(items),
         user_columns={}, item_columns={"popularity": np.ones(ITEMS, np.int32)}, algorithm="known answers",
-        parameters={"factors": 3, "regularization": 1.0, "alpha": 1.0}, data={"feedback_until": until.isoformat()}, metrics={}, version=f"model-{number:06d}",
+        parameters={"factors": 3, "regularization": 1.0, "alpha": 1.0}, metrics={},
+        data={"feedback_until": until.isoformat()}, version=f"model-{number:06d}",
     )  # fmt: skip
     return path.name
 

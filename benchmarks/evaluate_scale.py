@@ -20,11 +20,11 @@ from time import perf_counter
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from product_recs.models.als import FactorModel
-from product_recs.core.kernels import one_blas_thread
 from product_recs.core.ids import IdTable
-from product_recs.evaluation.judge import evaluate
+from product_recs.core.kernels import one_blas_thread
 from product_recs.data.snapshots import Features, Snapshot
+from product_recs.evaluation.judge import evaluate
+from product_recs.models.als import FactorModel
 
 K = 50
 

@@ -189,8 +189,8 @@ def ours(y, x, file):
     "Exact search, and the index that the project builds, whether it is worth it or not."
     from scipy.sparse import csr_matrix
 
-    from product_recs.search.index import build_index, fill_cells, looked_at
     from product_recs.search.exact import Searcher
+    from product_recs.search.index import build_index, fill_cells, looked_at
 
     exact = Searcher(y)
     walked = looked_at(exact, x[:500], exact.top(x[:500], 10)[1][:, -1]).mean()
@@ -320,8 +320,15 @@ def main(options):
         rank = {name: at for at, name in enumerate(("shop", "directions", "noise", *ARMS))}
         results = sorted(mine.values(), key=lambda result: (result["items"], rank[result["data"]], rank[result["arm"]]))
         (out / "index.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    def choice(auto):
+        if auto.get("missing"):
+            return auto["missing"]
+        return f"an index that looks at {auto['looks_at']:,}, recall@10 {auto['recall_at_10']:.3f}"
+
     said = [
-        f"- {result['items']:,} items, {result['data']}: exact search looks at {result['walk']:,.0f}; `auto`: {result['auto'].get('missing') or 'an index that looks at {:,}, recall@10 {:.3f}'.format(result['auto']['looks_at'], result['auto']['recall_at_10'])}"
+        f"- {result['items']:,} items, {result['data']}: exact search looks at {result['walk']:,.0f}; "
+        f"`auto`: {choice(result['auto'])}"
         for result in results
         if "walk" in result
     ]

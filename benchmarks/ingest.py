@@ -44,8 +44,10 @@ def make_log(path, rows, ids, bad):
         con.execute(f"""COPY (SELECT
             {name.format("user-", f"(1 + floor({max(rows // 50, 10)}*pow(random(), 1.5)))::INT")} AS user_id,
             {name.format("item-", f"(1001 + floor({max(rows // 200, 10)}*pow(random(), 3)))::INT")} AS item_id,
-            CASE WHEN random() < 0.7 THEN 'view' WHEN random() < 0.6 THEN 'cart' ELSE 'purchase' END AS event, {quantity} AS quantity,
-            strftime(TIMESTAMP '2025-01-01' + to_seconds((random()*31536000)::INT), '%Y-%m-%dT%H:%M:%S') AS timestamp FROM range({rows}) t(n)) TO '{path}' (HEADER)""")
+            CASE WHEN random() < 0.7 THEN 'view' WHEN random() < 0.6 THEN 'cart' ELSE 'purchase' END AS event,
+            {quantity} AS quantity,
+            strftime(TIMESTAMP '2025-01-01' + to_seconds((random()*31536000)::INT), '%Y-%m-%dT%H:%M:%S') AS timestamp
+            FROM range({rows}) t(n)) TO '{path}' (HEADER)""")
 
 
 def bare(path, folder, ids, limit):

@@ -29,18 +29,16 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from product_recs.models.als import ALS
-from product_recs.models.item_item import ItemCosine
-from product_recs.models.baselines import Popularity
-from product_recs.models.interface import Model, top_lists
 from product_recs.core.errors import ProductRecsError
 from product_recs.data.snapshots import Snapshot
 from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval
-from product_recs.models.bpr import BPR
-from product_recs.models.item_item import EASE, ItemBM25, ItemGraph
-from product_recs.models.spectral import LowPass
+from product_recs.models.als import ALS, WeightedALS
+from product_recs.models.baselines import Popularity
 from product_recs.models.blend import ScoreBlend
-from product_recs.models.als import WeightedALS
+from product_recs.models.bpr import BPR
+from product_recs.models.interface import Model, top_lists
+from product_recs.models.item_item import EASE, ItemBM25, ItemCosine, ItemGraph
+from product_recs.models.spectral import LowPass
 
 K = 20
 # Recall@20, NDCG@20 as published for the split of the LightGCN paper of Gowalla (29,858 users, 40,981 items, 1,027,370
@@ -208,8 +206,8 @@ def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: 
     ]
     half = max((high - low) / 2 for r in results for low, high in zip(r["low"], r["high"]))
     return (
-        "\n".join(lines)
-        + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less. Training seconds are of one run and hold for the machine and its load.\n"
+        "\n".join(lines) + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less. "
+        "Training seconds are of one run and hold for the machine and its load.\n"
     )
 
 

@@ -32,9 +32,9 @@ import numpy as np
 import psutil
 from scipy.sparse import csr_matrix
 
-from product_recs.web.server import bindable
 from product_recs.bundle.files import publish, write_bundle
 from product_recs.core.ids import IdTable
+from product_recs.web.server import bindable
 
 EMPTY = """
 from fastapi import FastAPI
@@ -59,8 +59,9 @@ def make_model(folder: Path) -> None:
     matrix.sum_duplicates()
     popularity = np.bincount(matrix.indices, minlength=items)
     path = write_bundle(
-        folder, user_factors=rng.normal(size=(users, factors)), item_factors=rng.normal(size=(items, factors)), seen=matrix, users=IdTable(np.arange(1, users + 1)),
-        items=IdTable(np.arange(101, 101 + items)), user_columns={}, item_columns={"popularity": popularity}, algorithm="random", parameters={}, data={}, metrics={},
+        folder, user_factors=rng.normal(size=(users, factors)), item_factors=rng.normal(size=(items, factors)),
+        seen=matrix, users=IdTable(np.arange(1, users + 1)), items=IdTable(np.arange(101, 101 + items)),
+        user_columns={}, item_columns={"popularity": popularity}, algorithm="random", parameters={}, data={}, metrics={},
     )  # fmt: skip
     publish(folder, path.name)
 

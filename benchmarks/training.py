@@ -212,9 +212,9 @@ def table(results):
                 spread(ours, rounds, name) if arm != "rotated" else "1"
                 for name in ("wall", "cpu", "wall to NDCG", "cpu to NDCG")
             ]
-            lines.append(
-                f"| {' | '.join([result['data'], str(result['factors']), arm, str(len(rounds)), *figures, *ratios, middle(rounds, 'megabytes', '.0f')])} |"
-            )
+            megabytes = middle(rounds, "megabytes", ".0f")
+            cells = [result["data"], str(result["factors"]), arm, str(len(rounds)), *figures, *ratios, megabytes]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

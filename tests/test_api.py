@@ -1,9 +1,7 @@
-"""The service as a client meets it: a real uvicorn in a process of its own, real sockets, right answers that are known."""
+"""The service as a client meets it: a real uvicorn in a process of its own, real sockets, known right answers."""
 
-import http.client
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -13,152 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
-import numpy as np
 import psutil
 import pytest
-from scipy.sparse import csr_matrix
+from support import N, Server, cause_of, problem, publish_board
 
+from product_recs.bundle.files import current_version
 from product_recs.web.schemas import DetailedRecommendationList, DetailedSimilarList
-from product_recs.bundle.files import current_version, publish, write_bundle
-from product_recs.core.ids import IdTable
-from product_recs.web.problems import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
-N = 24  # users and items of the checkerboard
 LOG_KEYS = {"time", "request_id", "method", "route", "status", "ms", "model_version", "source"}
-
-
-def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N), **more):
-    """A checkerboard: the k-th user has seen every item of their own taste but the k-th, which is the one right answer."""
-    users, items = IdTable(users), IdTable(items)
-    taste = np.arange(len(users)) % 2
-    factors = np.eye(2, dtype=np.float32)[taste]
-    seen = ((taste[:, None] == taste) & ~np.eye(len(users), dtype=bool)).astype(np.float32)
-    columns = {
-        "popularity": seen.sum(axis=0).astype(np.int32),
-        "title": np.array([f"Thing {k}" for k in range(len(items))], object),
-        "category": np.array(["even", "odd"], object)[taste],
-        "price": np.where(taste, 2.5, np.nan),
-        "first_seen": np.full(len(items), np.datetime64("2026-01-02T03:04:05")),
-    }
-    path = write_bundle(
-        models_dir,
-        user_factors=factors,
-        item_factors=factors,
-        seen=csr_matrix(seen),
-        users=users,
-        items=items,
-        user_columns={"popularity": seen.sum(axis=1).astype(np.int32)},
-        item_columns=columns,
-        algorithm="by hand",
-        parameters={"factors": 2},
-        data={"fingerprint": "none"},
-        metrics={"loss": float("nan")},
-        **more,
-    )
-    publish(models_dir, path.name)
-    return path
-
-
-class Server:
-    """`serve` in a process of its own, on a free port, with its standard output in a file."""
-
-    def __init__(self, folder, models_dir, workers=1, command=None, **settings):
-        self.stdout, self.stderr = folder / "stdout.log", folder / "stderr.log"
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
-        settings = {
-            "models_dir": models_dir,
-            "port": self.port,
-            "workers": workers,
-            "database_url": f"sqlite:///{folder}/feedback.db",
-            **settings,
-        }
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
-        environment |= {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in settings.items()}
-        if (
-            command is None and "PRODUCT_RECS_SERVE" in os.environ
-        ):  # the service of an image, say: the same tests, another command
-            command = shlex.split(os.environ["PRODUCT_RECS_SERVE"])
-            for path in (folder, *folder.parents[:2]):
-                path.chmod(0o755)
-            subprocess.run(["chmod", "-R", "a+rwX", folder], check=True)  # it may run as another user
-        elif command is None:
-            command, environment["PYTHONPATH"] = (
-                [sys.executable, "-c", "from product_recs.web.server import serve; serve()"],
-                str(ROOT),
-            )
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=self.stdout.open("w"),
-            stderr=self.stderr.open("w"),
-        )
-
-    def __enter__(self):
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                if self.get("/health/live")[0] == 200:
-                    return self
-            except OSError:
-                pass
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.process.kill()
-                raise AssertionError("the service did not start:\n" + self.stderr.read_text())
-            time.sleep(0.05)
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                raise
-
-    def get(self, path, method="GET", headers=None):
-        """Status, headers (lower case) and body; JSON comes parsed."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            connection.request(method, path, headers=headers or {})
-            answer = connection.getresponse()
-            body = answer.read()
-            found = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, found, json.loads(body) if body and "json" in found.get("content-type", "") else body
-        finally:
-            connection.close()
-
-    def ask(self, method, path, body=None, headers=None):
-        """Like `get`, with a body that is sent as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        try:
-            payload = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
-            connection.request(
-                method,
-                path,
-                payload,
-                ({} if payload is None else {"Content-Type": "application/json"}) | (headers or {}),
-            )
-            answer = connection.getresponse()
-            content = answer.read()
-            found = {name.lower(): value for name, value in answer.getheaders()}
-            return (
-                answer.status,
-                found,
-                json.loads(content) if content and "json" in found.get("content-type", "") else content,
-            )
-        finally:
-            connection.close()
-
-    def lines(self, atleast=0):
-        """The log; a client may have its answer a moment before the line is written."""
-        deadline = time.monotonic() + 5
-        while len(lines := self.stdout.read_text().splitlines()) < atleast and time.monotonic() < deadline:
-            time.sleep(0.02)
-        return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -169,26 +30,7 @@ def server(tmp_path_factory):
         yield running
 
 
-def problem(answer, status):
-    """The problem document of an answer, after checking its form."""
-    found, headers, body = answer
-    assert found == status and headers["content-type"] == "application/problem+json", answer
-    assert set(body) - {"errors"} == {"type", "title", "status", "detail", "instance"} and body["status"] == status
-    assert headers["x-request-id"] and body["detail"]
-    return Problem(**body)
-
-
-def cause_of(server, answer):
-    """What the log has under the request id of an answer, which the document names."""
-    id = answer[1]["x-request-id"]
-    assert f"request id {id}" in answer[2]["detail"]
-    lines = server.lines()
-    while id not in {line["request_id"] for line in lines}:
-        lines = server.lines(len(lines) + 1)
-    return next(line["error"] for line in lines if line["request_id"] == id)
-
-
-# --- answers -----------------------------------------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def test_each_user_gets_the_one_right_item(server):
@@ -323,7 +165,7 @@ def run_examples(server):
     assert ran == 21
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", ["0", "-1", "abc", "51", "NaN", "1.5", "1e3", "", "9" * 5000, "%00", "true", "Infinity"])
@@ -404,7 +246,7 @@ def test_it_still_answers_after_garbage(server):
     assert server.get("/recommend/1?n=1")[2]["recommendations"] == [101]
 
 
-# --- the log -----------------------------------------------------------------------------------------------------------
+# --- the log ---------------------------------------------------------------------------------------------------------
 
 
 def test_each_request_is_one_line(server):
@@ -442,7 +284,7 @@ def test_a_sane_request_id_is_taken_over(server):
         assert len(server.get("/health/live", headers={"X-Request-ID": bad})[1]["x-request-id"]) == 32
 
 
-# --- ids, models, processes ---------------------------------------------------------------------------------------------
+# --- ids, models, processes ------------------------------------------------------------------------------------------
 
 
 def test_text_ids_stay_text(tmp_path):

@@ -6,21 +6,19 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from test_api import Server, problem
-from test_evaluate import features_of
+from support import Server, features_of_log, problem
 
+from product_recs.bundle.files import open_bundle, publish
+from product_recs.bundle.ready import ReadyModel
+from product_recs.core.errors import BundleError, EvaluateError
+from product_recs.core.paths import project_root
+from product_recs.evaluation.judge import evaluate
+from product_recs.evaluation.segments import by_segment
+from product_recs.inference import next_purchase
+from product_recs.jobs.compare import compare_bundles
 from product_recs.models.als import ALS
 from product_recs.models.baselines import BuyAgain, Popularity
 from product_recs.models.blend import Blend, learn_weights
-from product_recs.bundle.files import open_bundle, publish
-from product_recs.jobs.compare import compare_bundles
-from product_recs.core.errors import BundleError
-from product_recs.core.paths import project_root
-from product_recs.core.errors import EvaluateError
-from product_recs.evaluation.judge import evaluate
-from product_recs.bundle.ready import ReadyModel
-from product_recs.inference import next_purchase
-from product_recs.evaluation.segments import by_segment
 from product_recs.models.signals import BlendError
 from product_recs.train import train_bundle
 
@@ -35,7 +33,7 @@ def log():
 
 @pytest.fixture(scope="module")
 def features(log, tmp_path_factory):
-    return features_of(log, tmp_path_factory.mktemp("blend"), **SPLIT)
+    return features_of_log(log, tmp_path_factory.mktemp("blend"), **SPLIT)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +70,7 @@ def test_what_follows_the_split_changes_neither_weights_nor_scores(log, features
     poison = log[after].copy()
     for column in ("user_id", "item_id"):
         poison[column] = rng.permutation(rng.choice(log.loc[~after, column].unique(), len(poison)))
-    poisoned = features_of(pd.concat([log, poison, poison.assign(quantity=7)]), tmp_path, **SPLIT)
+    poisoned = features_of_log(pd.concat([log, poison, poison.assign(quantity=7)]), tmp_path, **SPLIT)
     assert poisoned.fingerprint != features.fingerprint and poisoned.test.sum() > features.test.sum()
     ours, theirs = (Blend(f, **QUICK).fit(f.train_validation) for f in (features, poisoned))
     assert ours.weights == theirs.weights
@@ -98,7 +96,7 @@ def test_the_weights_know_the_validation_period_only(features):
 
 
 def test_it_beats_its_parts_where_habits_change(tmp_path):
-    features = features_of(habits(), tmp_path, validation_from="2026-08-01", test_from="2026-09-05")
+    features = features_of_log(habits(), tmp_path, validation_from="2026-08-01", test_from="2026-09-05")
     als = ALS(**QUICK, regularization=1.0)
     found = evaluate(
         features, [Popularity(), BuyAgain(), als, Blend(features, als=als)], [5, 10], progress=False, bootstrap=300
@@ -163,7 +161,7 @@ def test_a_bundle_without_a_blend_is_as_good_as_before(features, tmp_path):
 
 
 def test_without_timestamps_training_says_why_there_is_no_blend(log, tmp_path):
-    features = features_of(log.drop(columns="timestamp"), tmp_path)
+    features = features_of_log(log.drop(columns="timestamp"), tmp_path)
     train_bundle(features, tmp_path / "models", progress=False, **QUICK)
     with pytest.raises(BlendError, match="no time split"):
         next_purchase(ReadyModel(open_bundle(tmp_path / "models")), 1)
@@ -181,7 +179,7 @@ def test_damage_is_named(bundle, tmp_path):
 
 
 def test_bundles_of_other_interactions_are_not_compared(log, features, bundle, tmp_path):
-    other = features_of(log[log.index % 2 == 0], tmp_path, **SPLIT)
+    other = features_of_log(log[log.index % 2 == 0], tmp_path, **SPLIT)
     second, _ = train_bundle(other, bundle.path.parent, publish_it=False, blend=False, progress=False, **QUICK)
     with pytest.raises(EvaluateError, match="different interactions"):
         compare_bundles("current", second, models_dir=bundle.path.parent, progress=False)

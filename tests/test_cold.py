@@ -6,7 +6,7 @@ import random
 import shutil
 
 import pytest
-from test_api import Server, problem
+from support import Server, problem
 
 from product_recs.bundle.files import open_bundle, verify_files
 from product_recs.core.errors import BundleError

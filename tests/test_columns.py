@@ -16,7 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from test_api import Server, problem
+from support import Server, problem
 
 from product_recs.api import create_app
 from product_recs.core.columns import Columns
@@ -63,8 +63,7 @@ def facts(get, item):
     return json.dumps([title, attributes], sort_keys=True)
 
 
-# --- every type of a database
-# ---------------------------------------------------------------------------------------------
+# --- every type of a database ----------------------------------------------------------------------------------------
 
 TYPES = {
     "TINYINT": "7",
@@ -221,8 +220,7 @@ def test_a_shop_may_number_its_categories(categories, wanted, other, tmp_path):
         )
 
 
-# --- any header, any values, any format
-# -----------------------------------------------------------------------------------
+# --- any header, any values, any format ------------------------------------------------------------------------------
 
 RESERVED = {"item_id", *Columns.Counted, "title", ""}
 AWKWARD = [
@@ -386,8 +384,7 @@ def test_any_table_says_the_same_of_a_sold_and_an_unsold_twin(tmp_path_factory, 
             assert answer.status_code == 200 and SOLD in answer.json()["results"][0]["recommendations"], answer.json()
 
 
-# --- names that cannot be
-# ------------------------------------------------------------------------------------------------
+# --- names that cannot be --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -488,8 +485,7 @@ def test_ids_under_another_name_beside_a_column_id(tmp_path):
     }
 
 
-# --- what is said
-# ---------------------------------------------------------------------------------------------------------
+# --- what is said ----------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_is_refused_by_the_name_of_its_column(tmp_path):

@@ -13,12 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.engine import URL
-from test_api import Server
-from test_pipeline import call, fresh_project
-from test_tune import QUICK, only_the_jobs
+from support import QUICK, Server, call, fresh_project, only_the_jobs
 
-from product_recs.core.errors import ProductRecsError
 from product_recs.core.credentials import MADE, STARS, masked, parse_url, shown_url, without_secrets
+from product_recs.core.errors import ProductRecsError
 from product_recs.ingest import ensure_ingested, open_ledger
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR

@@ -7,17 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.sparse import random as random_sparse
+from support import features_of_log, plain_metrics
 
+from product_recs.core.errors import EvaluateError
+from product_recs.core.paths import project_root
+from product_recs.data.snapshots import Snapshot
+from product_recs.evaluation.judge import evaluate
 from product_recs.models.als import ALS
 from product_recs.models.baselines import Popularity, baselines
 from product_recs.models.interface import top_lists
-from product_recs.core.paths import project_root
-from product_recs.core.errors import EvaluateError
-from product_recs.evaluation.judge import evaluate
-from product_recs.data.snapshots import Snapshot
-from product_recs.features import build_features
-from product_recs.ingest import ingest
-from test_metrics import plain
 
 SPLIT = {"validation_from": "2026-05-25", "test_from": "2026-06-10"}
 
@@ -27,15 +25,9 @@ def log():
     return pd.read_csv(project_root() / "data/interactions.csv")
 
 
-def features_of(log, folder, **parameters):
-    log.to_csv(folder / "log.csv", index=False)
-    ingest(folder / "log.csv", folder / "run", progress=False)
-    return build_features(folder / "run", folder / "run" / "features", **parameters)
-
-
 @pytest.fixture(scope="module")
 def features(log, tmp_path_factory):
-    return features_of(log, tmp_path_factory.mktemp("clean"), **SPLIT)
+    return features_of_log(log, tmp_path_factory.mktemp("clean"), **SPLIT)
 
 
 def models():
@@ -61,7 +53,7 @@ def test_what_follows_the_split_changes_no_score(log, features, tmp_path, new_id
         poison[column] = rng.choice([*known, *(known.max() + np.arange(1, 40))] if new_ids else known, len(poison))
     poison["event"] = "purchase"
     poison = pd.concat([log[~after], log[after] if not new_ids else None, poison, poison.assign(quantity=7)])
-    poisoned = features_of(poison, tmp_path, **SPLIT)
+    poisoned = features_of_log(poison, tmp_path, **SPLIT)
     assert poisoned.fingerprint != features.fingerprint and poisoned.test.sum() > features.test.sum()
     for ours, theirs in zip(models(), models()):
         if new_ids and ours.name == "ALS":
@@ -88,7 +80,7 @@ def test_the_table_against_a_loop_over_the_log(log, features):
             each = []
             for user in sorted(set(had) & set(then)):
                 relevant = {item for item in then[user] if item in buyers and not (new_only and item in had[user])}
-                figures = plain([item for item in ranked if not (new_only and item in had[user])], relevant, k)
+                figures = plain_metrics([item for item in ranked if not (new_only and item in had[user])], relevant, k)
                 if figures:
                     each.append(figures)
             assert found.facts["users"][task] == len(each)
@@ -112,7 +104,7 @@ def test_the_size_of_the_blocks_changes_nothing(features):
 
 
 def test_without_timestamps_it_says_what_to_do(log, tmp_path):
-    features = features_of(log.drop(columns="timestamp"), tmp_path)
+    features = features_of_log(log.drop(columns="timestamp"), tmp_path)
     with pytest.raises(EvaluateError, match="no timestamps"):
         evaluate(features, [Popularity()], progress=False)
 

@@ -7,21 +7,21 @@ from datetime import timedelta, timezone
 import numpy as np
 import pandas as pd
 import pytest
-from test_evaluate import features_of
+from support import features_of_log
 
-from product_recs.bundle.files import open_bundle, publish
-from product_recs.core.paths import project_root
-from product_recs.core.events import Event, UserState
 from product_recs.answer.explain import why, why_not
-from product_recs.models.weighting import bm25
-from product_recs.models.foldin import Solver, fold_in
+from product_recs.answer.lists import similar_items
 from product_recs.answer.person import confidence_with, person, prepare_people, score_person
 from product_recs.bundle.catalogue import SEEN
+from product_recs.bundle.files import open_bundle, publish
 from product_recs.bundle.ready import ReadyModel
+from product_recs.core.events import Event, UserState
+from product_recs.core.paths import project_root
 from product_recs.inference import recommend
-from product_recs.answer.lists import similar_items
-from product_recs.models.signals import BlendError, score_users
 from product_recs.models.als import fit_als
+from product_recs.models.foldin import Solver, fold_in
+from product_recs.models.signals import BlendError, score_users
+from product_recs.models.weighting import bm25
 from product_recs.train import train_bundle
 
 QUICK = {"factors": 16, "iterations": 5, "num_threads": 1, "progress": False}
@@ -36,7 +36,7 @@ def log():
 
 
 def model_of(log, folder, blend=False, **parameters):
-    features = features_of(log, folder, **parameters)
+    features = features_of_log(log, folder, **parameters)
     version, _ = train_bundle(features, folder / "models", publish_it=True, blend=blend, **QUICK)
     return features, ReadyModel(open_bundle(folder / "models", version, verify=True))
 
@@ -97,11 +97,11 @@ def test_new_events_weigh_what_they_would_have_weighed_in_training(log, tmp_path
     news = news_for(log, users)
     features, model = model_of(log, tmp_path / "before", **parameters)
     sums = parameters | {"weighting": "none"} if parameters.get("weighting") == "bm25" else parameters
-    later = features_of(pd.concat([log, news]), tmp_path / "after", **sums)
+    later = features_of_log(pd.concat([log, news]), tmp_path / "after", **sums)
     assert later.items.ids.tolist() == features.items.ids.tolist()
     expected = later.all.confidence
     if sums is not parameters:  # the rarity of the items and the mean stay the model's own
-        expected = bm25_with(expected, features_of(log, tmp_path / "before", **sums).all.confidence)
+        expected = bm25_with(expected, features_of_log(log, tmp_path / "before", **sums).all.confidence)
     for user in users:
         row, events = features.users.row(int(user)), as_events(news[news.user_id == user])
         items, confidence = confidence_with(model.bundle, row, events)

@@ -1,3 +1,5 @@
+from support import Server, publish_board
+
 """Requests that no friendly client sends: each has one right answer, and after all of them the service still answers,
 in the same memory.
 
@@ -7,7 +9,6 @@ import gzip
 import http.client
 import json
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,9 +16,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_api import Server, publish_board
 
 EVENT = {"user_id": 1, "item_id": 101, "event": "view", "quantity": 1}
 HUGE = 10_000_000
@@ -85,8 +83,7 @@ def short(text):
     return text if len(text) <= 60 else f"{text[:20]}... ({len(text):,} characters)"
 
 
-# --- numbers, JSON and bodies
-# ------------------------------------------------------------------------------------------
+# --- numbers, JSON and bodies ----------------------------------------------------------------------------------------
 
 
 def of_numbers():
@@ -331,8 +328,7 @@ def of_types():
                 )
 
 
-# --- paths, methods and headers
-# ----------------------------------------------------------------------------------------
+# --- paths, methods and headers --------------------------------------------------------------------------------------
 
 
 def of_paths():
@@ -601,8 +597,7 @@ GROUPS = {
 CASES = [replace(case, group=name) for name, group in GROUPS.items() for case in group()]
 
 
-# --- the tests
-# ---------------------------------------------------------------------------------------------------------
+# --- the tests -------------------------------------------------------------------------------------------------------
 
 NO_HTTP = b"Invalid HTTP request received."  # what uvicorn says itself
 

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, text as sql
-from test_store import new_database, postgres  # noqa: F401, a fixture
+from sqlalchemy import create_engine
+from sqlalchemy import text as sql
+from support import new_database
 
 from product_recs.core.errors import IngestError
 from product_recs.core.ids import IdError, id_key
@@ -48,8 +49,7 @@ def spelled(id, draw):
     return f"{id}.0" if isinstance(id, int) and draw(st.booleans()) else str(id)
 
 
-# --- the writers: rows of (user, item)
-# ------------------------------------------------------------------------------------
+# --- the writers: rows of (user, item) -------------------------------------------------------------------------------
 
 
 def to_csv(path, rows, header, draw):

@@ -13,19 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from product_recs.search.index import INDEX_FILE
-from product_recs.bundle.files import list_versions, open_bundle, publish, write_bundle
-from product_recs.core.errors import BundleError
-from product_recs.core.settings import Settings
-from product_recs.core.ids import IdTable
-from product_recs.core.events import UserState
-from product_recs.answer.rules import Filters
-from product_recs.bundle.ready import ReadyModel
-from product_recs.inference import recommend, recommend_many
 from product_recs.answer.ladder import Request, answer, prepared
+from product_recs.answer.rules import Filters
+from product_recs.bundle.files import list_versions, open_bundle, publish, write_bundle
 from product_recs.bundle.live import LiveModel
-from product_recs.search.index import NearestItems, build_index
+from product_recs.bundle.ready import ReadyModel
+from product_recs.core.errors import BundleError
+from product_recs.core.events import UserState
+from product_recs.core.ids import IdTable
+from product_recs.core.settings import Settings
+from product_recs.inference import recommend, recommend_many
 from product_recs.search.exact import Searcher
+from product_recs.search.index import INDEX_FILE, NearestItems, build_index
 
 ROOT = Path(__file__).resolve().parents[1]
 USERS, ITEMS, FACTORS = 800, 20_000, 32
@@ -234,15 +233,18 @@ sys.modules["faiss"] = None  # an import of it fails, as where it is not install
 logging.basicConfig()
 from product_recs.bundle.files import open_bundle
 from product_recs.core.errors import BundleError, TrainError
-from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
+from product_recs.bundle.ready import ReadyModel
+from product_recs.inference import recommend
 from product_recs.search.index import build_index, check_index
 from product_recs.search.exact import Searcher
 bundle = open_bundle({str(models)!r}, "indexed", verify=True)
-model = Recommender(bundle).prepare()
+model = ReadyModel(bundle).prepare()
 assert isinstance(model.nearest, Searcher) and len(recommend(model, 3, 10)) == 10
-found, facts = build_index(bundle.item_factors, bundle.item_factors.any(axis=1), bundle.user_factors, bundle.seen, enough=100_000)
+possible = bundle.item_factors.any(axis=1)
+found, facts = build_index(bundle.item_factors, possible, bundle.user_factors, bundle.seen, enough=100_000)
 assert found is None and "pip install 'product-recs[index]'" in facts["missing"], facts
-for call, error in ((lambda: Recommender(bundle, "approximate").prepare(), BundleError), (lambda: check_index("approximate"), TrainError)):
+prepare = lambda: ReadyModel(bundle, "approximate").prepare()
+for call, error in ((prepare, BundleError), (lambda: check_index("approximate"), TrainError)):
     try: call()
     except error as told: assert "pip install 'product-recs[index]'" in str(told)
     else: raise AssertionError
@@ -257,8 +259,9 @@ def test_processes_share_one_mapped_index(models):
     program = f"""
 import sys
 from product_recs.bundle.files import open_bundle
-from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
-model = Recommender(open_bundle({str(models)!r})).prepare()
+from product_recs.bundle.ready import ReadyModel
+from product_recs.inference import recommend
+model = ReadyModel(open_bundle({str(models)!r})).prepare()
 print([recommend(model, user, 10).items for user in range(20)], flush=True)
 sys.stdin.readline()
 print(*(line for line in open("/proc/self/maps") if "{INDEX_FILE}" in line), flush=True)
@@ -287,8 +290,9 @@ from product_recs.search.index import build_index
 x, y, seen = data(300, 300_000)
 print("building", flush=True)
 found, facts = build_index(y, y.any(axis=1), x, seen, index="approximate")
-write_bundle(Path({str(tmp_path)!r}), user_factors=x, item_factors=y, seen=seen, users=IdTable(range(300)), items=IdTable(range(300_000)), user_columns={{}}, item_columns={{}},
-             algorithm="by hand", parameters={{}}, data={{}}, metrics={{}}, index=facts, index_data=found)
+write_bundle(Path({str(tmp_path)!r}), user_factors=x, item_factors=y, seen=seen, users=IdTable(range(300)),
+             items=IdTable(range(300_000)), user_columns={{}}, item_columns={{}}, algorithm="by hand",
+             parameters={{}}, data={{}}, metrics={{}}, index=facts, index_data=found)
 print("written")
 """
     )

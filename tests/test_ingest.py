@@ -170,7 +170,8 @@ def test_ragged_and_blank_lines(write, take):
 def test_stray_quote_does_not_swallow_the_next_lines(write, take):
     text = (
         HEADER
-        + '1,"101,view,1,2026-01-01\n2,102,view,1,2026-01-02\n3,103,view,1,2026-01-03\n4,104",view,1,2026-01-04\n5,105,view,1,2026-01-05\n'
+        + '1,"101,view,1,2026-01-01\n2,102,view,1,2026-01-02\n3,103,view,1,2026-01-03\n'
+        + '4,104",view,1,2026-01-04\n5,105,view,1,2026-01-05\n'
     )
     kept, bad, _ = take(write(text))
     assert users(kept) == [2, 3, 5]
@@ -437,7 +438,8 @@ def test_parquet_keeps_types(take, tmp_path):
 def test_repeated_deliveries_are_merged(write, take):
     text = (
         HEADER
-        + "1,101,view,1,2026-01-01T10:00:00Z\n1,101,View,1.0,2026-01-01T11:00:00+01:00\n1,101,view,2,2026-01-01T10:00:00Z\n5,105,view,1,\n5,105,view,1,\n"
+        + "1,101,view,1,2026-01-01T10:00:00Z\n1,101,View,1.0,2026-01-01T11:00:00+01:00\n"
+        + "1,101,view,2,2026-01-01T10:00:00Z\n5,105,view,1,\n5,105,view,1,\n"
     )
     kept, _, ledger = take(write(text))
     assert len(kept) == 4 and ledger.duplicates_merged == 1 and sum(row[0] == 5 for row in kept) == 2
@@ -537,7 +539,8 @@ def test_database(shop, take, tmp_path):
 def test_products_and_users(write, take, tmp_path):
     log = write(HEADER + GOOD)
     products = write(
-        'item_id,title,price,zip,available,line\n101,"A, b",1.50,01234,True,1\n101,New,2,01234,False,2\n999,"two\nlines",,00001,True,3\nabc,bad,1,1,True,4\n,none,1,1,True,5\n',
+        'item_id,title,price,zip,available,line\n101,"A, b",1.50,01234,True,1\n101,New,2,01234,False,2\n'
+        '999,"two\nlines",,00001,True,3\nabc,bad,1,1,True,4\n,none,1,1,True,5\n',
         "products.csv",
     )
     people = write('{"user_id": 1, "segment": "x"}\n{"user_id": "2", "segment": "y"}\n', "people.jsonl")
@@ -580,7 +583,8 @@ def test_text_ids_make_product_ids_text(write, take, tmp_path):
 def test_permutation_and_splitting_change_nothing(write, take, tmp_path):
     generator = random.Random(0)
     lines = [
-        f"{generator.randrange(50)},{generator.randrange(20)},view,{generator.randrange(1, 3)},2026-01-{generator.randrange(1, 29):02}T00:00:00\n"
+        f"{generator.randrange(50)},{generator.randrange(20)},view,{generator.randrange(1, 3)},"
+        f"2026-01-{generator.randrange(1, 29):02}T00:00:00\n"
         for _ in range(2000)
     ]
     kept, _, ledger = take(write(HEADER + "".join(lines)))

@@ -18,12 +18,12 @@ from sqlalchemy import update
 
 from product_recs.api import create_app
 from product_recs.bundle.files import publish, write_bundle
+from product_recs.core.ids import IdTable, id_key
 from product_recs.core.settings import Settings
 from product_recs.features import build_features
-from product_recs.core.ids import IdTable, id_key
-from product_recs.ingest import ingest
 from product_recs.feedback.records import EVENTS, FORGOTTEN
 from product_recs.feedback.store import Store
+from product_recs.ingest import ingest
 from product_recs.train import train_bundle
 
 PEOPLE, THINGS = [str(n) for n in range(1, 9)], [str(n) for n in range(10, 20)]

@@ -1,4 +1,4 @@
-"""Every list, for everybody and under every combination of rules, against a reference that is slow and plainly right."""
+"""Every list, for everybody and under every combination of rules, against a slow reference that is plainly right."""
 
 import math
 import re
@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from product_recs.bundle.files import Bundle
-from product_recs.core.errors import ProductRecsError
-from product_recs.core.ids import IdTable
-from product_recs.core.events import Event, UserState
-from product_recs.bundle.catalogue import Attributes, Catalogue
-from product_recs.answer.rules import Filters, best_allowed, rule_out
-from product_recs.answer.person import person, score_person
-from product_recs.core.errors import UnknownItem
-from product_recs.inference import next_purchase, recommend, recommend_many
-from product_recs.answer.lists import popular_items, similar_items
 from product_recs.answer.ladder import SEGMENT_USERS, Request, answer, content_scores, prepared, segment_scores
+from product_recs.answer.lists import popular_items, similar_items
+from product_recs.answer.person import person, score_person
+from product_recs.answer.rules import Filters, best_allowed, rule_out
+from product_recs.bundle.catalogue import Attributes, Catalogue
+from product_recs.bundle.files import Bundle
+from product_recs.core.errors import ProductRecsError, UnknownItem
+from product_recs.core.events import Event, UserState
+from product_recs.core.ids import IdTable
+from product_recs.inference import next_purchase, recommend, recommend_many
 
 WORDS = ["tea", "coffee", "mug", None]
 NUMBERS = [0.0, 1.0, 2.5, None]
@@ -46,7 +46,7 @@ CALM = settings(
 
 @st.composite
 def shops(draw):
-    "A small bundle in memory: many equal scores, unknown attributes, items without interactions, users without factors."
+    "A bundle in memory: many equal scores, unknown attributes, items without interactions, users without factors."
     n_items, n_users, texts = draw(st.integers(1, 14)), draw(st.integers(1, 6)), draw(st.booleans())
     column = lambda values: draw(st.lists(st.sampled_from(values), min_size=n_items, max_size=n_items))
     matrix = lambda rows, low: np.array(

@@ -6,19 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from product_recs.api import create_app
-from product_recs.data.arrays import load_table
 from product_recs.bundle.files import open_bundle
-from product_recs.core.settings import Settings
-from product_recs.core.errors import NothingToJudge
-from product_recs.data.tasks import make_task, past_and_future
-from product_recs.core.errors import FeatureError
-from product_recs.features import build_features
-from product_recs.ingest import ingest
 from product_recs.bundle.ready import ReadyModel
+from product_recs.core.errors import FeatureError, NothingToJudge
+from product_recs.core.settings import Settings
+from product_recs.data.arrays import load_table
+from product_recs.data.tasks import make_task, past_and_future
+from product_recs.features import build_features
 from product_recs.inference import recommend, recommend_all, recommend_many
+from product_recs.ingest import ingest
 from product_recs.train import train_bundle
 
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))

@@ -17,12 +17,12 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from product_recs.bundle.files import current_version, previous_versions, publish, write_bundle
+from product_recs.bundle.live import LiveModel, NoModel, Reload, rollback, version_lines
+from product_recs.bundle.ready import ReadyModel
 from product_recs.core.errors import BundleError
 from product_recs.core.files import atomic_write
 from product_recs.core.ids import IdTable
-from product_recs.bundle.ready import ReadyModel
 from product_recs.inference import recommend
-from product_recs.bundle.live import LiveModel, NoModel, Reload, rollback, version_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 ITEMS = 2000
@@ -307,7 +307,7 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
 from product_recs.bundle.live import LiveModel
-live = LiveModel({str(models)!r}, lambda bundle: Recommender(bundle).prepare(), 0.005)
+live = LiveModel({str(models)!r}, lambda bundle: ReadyModel(bundle).prepare(), 0.005)
 live.listen(lambda result: print(result.status, result.version, recommend(live.get(), 7, 1).items[0], flush=True))
 live.start()
 time.sleep(60)

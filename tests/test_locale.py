@@ -46,14 +46,42 @@ for name, options in kinds.items():
     if name == "feedback":
         with Store(options["feedback"]) as store:
             store.add_events([NewEvent("Łukasz", "€5"), NewEvent("山田", "茶")])
-            with store.transaction("test", write=True) as connection: connection.execute(update(EVENTS).values(received_at=EVENTS.c.received_at - 10_000_000))
-    ledger = ingest(source, out/name, progress=False, now="2026-12-01" if name != "feedback" else None, max_reject_share=1.0, **options)
-    tables = {table: {column: [str(value) for value in values] for column, values in load_table(out/name/f"{table}.parquet").items() if column != "timestamp" or name != "feedback"}
-              for table in ("interactions", "products", "users") if (out/name/f"{table}.parquet").exists()}
-    found[name] = {"rows": ledger.rows_kept, "reasons": ledger.reasons, "rejects": (out/name/"rejects.csv").read_text(encoding="utf-8").splitlines()[1:], **tables}
+            with store.transaction("test", write=True) as connection:
+                connection.execute(update(EVENTS).values(received_at=EVENTS.c.received_at - 10_000_000))
+    ledger = ingest(
+        source,
+        out / name,
+        progress=False,
+        now="2026-12-01" if name != "feedback" else None,
+        max_reject_share=1.0,
+        **options,
+    )
+    tables = {
+        table: {
+            column: [str(value) for value in values]
+            for column, values in load_table(out / name / f"{table}.parquet").items()
+            if column != "timestamp" or name != "feedback"
+        }
+        for table in ("interactions", "products", "users")
+        if (out / name / f"{table}.parquet").exists()
+    }
+    found[name] = {
+        "rows": ledger.rows_kept,
+        "reasons": ledger.reasons,
+        "rejects": (out / name / "rejects.csv").read_text(encoding="utf-8").splitlines()[1:],
+        **tables,
+    }
     assert open_ledger(out/name).rows_kept == ledger.rows_kept
 build_features(out/"log.csv", out/"features")
-train_bundle(build_features(out/"log.csv", out/"features"), out/"models", publish_it=True, factors=2, iterations=2, blend=False, progress=False)
+train_bundle(
+    build_features(out / "log.csv", out / "features"),
+    out / "models",
+    publish_it=True,
+    factors=2,
+    iterations=2,
+    blend=False,
+    progress=False,
+)
 found["titles"] = sorted(open_bundle(out/"models").item_columns["title"].tolist(), key=str)
 Path("found.json").write_text(json.dumps(found), encoding="utf-8")
 """

@@ -16,11 +16,10 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from test_pipeline import call, fresh_project
-from test_tune import QUICK, only_the_jobs
+from support import QUICK, call, fresh_project, only_the_jobs
 
-from product_recs.jobs.reports import CONTENT_POLICY, to_html
 from product_recs.core.text import read_cell
+from product_recs.jobs.reports import CONTENT_POLICY, to_html
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 HARM = "<img src=x onerror=window.harmed=1>"  # no slash, so a file and a run can be called so too

@@ -6,34 +6,11 @@ import math
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
+from support import plain_metrics
 
 from product_recs import metrics
 
 CUT_OFFS = (1, 2, 3, 5, 10)
-
-
-def plain(ranked, relevant, k):
-    "All metrics of one user by their definitions, place by place; None where the user cannot be judged."
-    if not relevant:
-        return None
-    found, precisions, gain, first = 0, 0.0, 0.0, 0.0
-    for place, item in enumerate(ranked[:k], start=1):
-        if item in relevant:
-            found += 1
-            precisions += found / place
-            gain += 1 / math.log2(place + 1)
-            if found == 1:
-                first = 1 / place
-    most = min(k, len(relevant))
-    return {
-        "recall": found / len(relevant),
-        "recall_capped": found / most,
-        "precision": found / k,
-        "hit_rate": float(found > 0),
-        "ndcg": gain / sum(1 / math.log2(place + 1) for place in range(1, most + 1)),
-        "map": precisions / most,
-        "mrr": first,
-    }
 
 
 def random_case(seed, users=60, n_items=40, length=10):
@@ -85,7 +62,7 @@ def test_parity_with_plain_python(case):
     assert hits.left_out == sum(not w for w in wanted)
     assert hits.rows.tolist() == [user for user, w in enumerate(wanted) if w]
     for k in CUT_OFFS:
-        expected = [e for ranked, w in zip(lists.tolist(), wanted) if (e := plain(ranked, w, k))]
+        expected = [e for ranked, w in zip(lists.tolist(), wanted) if (e := plain_metrics(ranked, w, k))]
         for name in metrics.METRICS:
             np.testing.assert_allclose(
                 hits.metric(name, k), [e[name] for e in expected], atol=1e-6, err_msg=f"{name}@{k}"

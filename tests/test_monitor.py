@@ -53,19 +53,36 @@ def create_app():
     def scrape(): return Response(metrics.body(), media_type=metrics.content_type)
     @app.post("/fall-behind")
     async def fall_behind():
-        metrics.store_error("add_events"), metrics.store_stale(True), metrics.impressions_dropped(), metrics.reload("refused"), metrics.recommended("popular", True)
+        (
+            metrics.store_error("add_events"),
+            metrics.store_stale(True),
+            metrics.impressions_dropped(),
+            metrics.reload("refused"),
+            metrics.recommended("popular", True),
+        )
 
     app.add_exception_handler(HTTPException, http_problem)
     app.add_exception_handler(RequestValidationError, parameter_problem)
     app.add_middleware(Guard, settings=settings, shared_folder=workers_folder())
-    app.add_middleware(RequestLog, observe=lambda line, seconds: metrics.observe(line["route"], line["method"], line["status"] or 499, seconds))
+    app.add_middleware(
+        RequestLog,
+        observe=lambda line, seconds: metrics.observe(line["route"], line["method"], line["status"] or 499, seconds),
+    )
     return app
 
 if __name__ == "__main__":
     import sys, uvicorn
     with shared_folder(int(sys.argv[2])):
-        uvicorn.run("watched:create_app", factory=True, port=int(sys.argv[1]), workers=int(sys.argv[2]), access_log=False,
-                    log_config=log_config("INFO"), timeout_graceful_shutdown=10, timeout_worker_healthcheck=30)
+        uvicorn.run(
+            "watched:create_app",
+            factory=True,
+            port=int(sys.argv[1]),
+            workers=int(sys.argv[2]),
+            access_log=False,
+            log_config=log_config("INFO"),
+            timeout_graceful_shutdown=10,
+            timeout_worker_healthcheck=30,
+        )
 """
 
 

@@ -10,20 +10,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
-from test_evaluate import features_of
-from test_pipeline import fresh_project
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support import features_of_log, fresh_project
 
-from product_recs.bundle.files import open_bundle
-from product_recs.core.events import Event
-from product_recs.core.errors import FeatureError
-from product_recs.features import build_features
 from product_recs.answer.person import confidence_with
+from product_recs.bundle.files import open_bundle
+from product_recs.core.errors import FeatureError, TrainError
+from product_recs.core.events import Event
 from product_recs.core.parameters import ParameterError, declared_defaults, typed, typed_parameters
-from product_recs.core.errors import TrainError
+from product_recs.features import build_features
+from product_recs.jobs.weights import weigh
 from product_recs.models.als import fit_als
 from product_recs.train import train_bundle
-from product_recs.jobs.weights import weigh
 
 JOBS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "10_weights", "11_tune")
 SNAPSHOTS = ("train", "train_validation", "all")
@@ -71,7 +70,7 @@ def test_every_pair_of_every_snapshot_has_a_finite_and_positive_confidence(
         min_item_users=items,
     )
     try:
-        features = features_of(log_of(seed, rows, days), folder, **parameters)
+        features = features_of_log(log_of(seed, rows, days), folder, **parameters)
     except FeatureError as error:
         assert "no pair is left with min_user_items" in str(error)
         return
@@ -98,7 +97,7 @@ def test_every_pair_of_every_snapshot_has_a_finite_and_positive_confidence(
 def test_a_decay_to_nothing_and_rows_from_after_the_snapshot_leave_positive_confidences(
     tmp_path, days, half_life, weighting
 ):
-    features = features_of(log_of(5, 200, days), tmp_path, half_life_days=half_life, weighting=weighting)
+    features = features_of_log(log_of(5, 200, days), tmp_path, half_life_days=half_life, weighting=weighting)
     assert (days < 1) == (features.split == {})
     for name in SNAPSHOTS:
         snapshot = getattr(features, name)
@@ -134,7 +133,7 @@ def test_a_decay_to_nothing_and_rows_from_after_the_snapshot_leave_positive_conf
 def test_training_at_the_ends_of_each_parameter(tmp_path, solver, parameters):
     if solver == "implicit" and {"nu", "unobserved_weight", "cg_steps"} & set(parameters):
         pytest.skip("implicit has no such parameter")
-    features = features_of(log_of(1, 400, 100, users=30, items=40), tmp_path)
+    features = features_of_log(log_of(1, 400, 100, users=30, items=40), tmp_path)
     try:
         model = fit_als(
             features.all.confidence,
@@ -158,7 +157,7 @@ WRONG = [float("nan"), float("inf"), -float("inf"), True, "many", None, -5, [1],
 
 @pytest.mark.parametrize("name", ["half_life_days", "min_user_items", "min_item_users"])
 def test_a_wrong_number_of_the_features_is_named(tmp_path, name):
-    features = features_of(log_of(1, 40, 3), tmp_path)
+    features = features_of_log(log_of(1, 40, 3), tmp_path)
     for value in [*WRONG, "3"]:
         with pytest.raises(FeatureError, match=name):
             build_features(features.interactions, tmp_path / "other", **{name: value})
@@ -187,7 +186,7 @@ def test_a_wrong_number_of_the_features_is_named(tmp_path, name):
     ],
 )
 def test_a_wrong_number_of_the_training_is_named(tmp_path, name):
-    confidence = features_of(log_of(1, 40, 3), tmp_path).all.confidence
+    confidence = features_of_log(log_of(1, 40, 3), tmp_path).all.confidence
     for value in [*WRONG, "3"]:
         with pytest.raises(TrainError, match=name):
             fit_als(confidence, **{name: value}, progress=False)
@@ -205,7 +204,7 @@ def test_a_wrong_number_of_the_training_is_named(tmp_path, name):
     ],
 )
 def test_a_moment_means_the_same_in_every_form(tmp_path, moment):
-    features = features_of(log_of(1, 300, 100), tmp_path, validation_from=moment)
+    features = features_of_log(log_of(1, 300, 100), tmp_path, validation_from=moment)
     assert features.split["validation_from"] == "2025-12-10T00:00:00"
 
 
@@ -224,7 +223,7 @@ def test_a_moment_means_the_same_in_every_form(tmp_path, moment):
 )
 def test_a_moment_that_cannot_be_is_refused_by_name(tmp_path, dates):
     with pytest.raises(FeatureError, match=next(iter(dates))):
-        features_of(log_of(1, 300, 100), tmp_path, **dates)
+        features_of_log(log_of(1, 300, 100), tmp_path, **dates)
 
 
 def forms_of(default):

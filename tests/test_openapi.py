@@ -1,21 +1,15 @@
 """The service against its own description: thousands of requests made from the OpenAPI document, good ones and bad
 ones, to real servers with trained models."""
 
-import csv
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support import Server, train
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_api import ROOT, Server
-
-from product_recs.features import build_features
-from product_recs.ingest import ingest
 from product_recs.web.security import add_key
-from product_recs.train import train_bundle
 
 SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"
 # Events are answered 200 with what became of each, also where each is bad.
@@ -26,34 +20,6 @@ include-name = "POST /events"
 [operations.checks]
 negative_data_rejection.enabled = false
 """
-
-
-def train(folder, text=False, feedback="", **parameters):
-    "A model of the sample with a blend; with `text`, its ids are texts with a slash and a space."
-    source, products = ROOT / "data/interactions.csv", ROOT / "data/products.csv"
-    if text:
-        source, products = (with_texts(path, folder / path.name) for path in (source, products))
-    ingest(source, folder / "interactions", products=products, feedback=feedback, progress=False)
-    version, _ = train_bundle(
-        build_features(folder / "interactions", folder / "features"),
-        folder / "models",
-        progress=False,
-        publish_it=True,
-        **{"factors": 8, "iterations": 4, **parameters},
-    )
-    return version
-
-
-def with_texts(path, copy):
-    with open(path, newline="") as source, open(copy, "w", newline="") as target:
-        rows, out = csv.DictReader(source), None
-        for row in rows:
-            row |= {name: before + row[name] for name, before in (("user_id", "u "), ("item_id", "i/")) if name in row}
-            if out is None:
-                out = csv.DictWriter(target, row)
-                out.writeheader()
-            out.writerow(row)
-    return copy
 
 
 def run(folder, server, examples, *options, key=None):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
-from test_api import Server
+from support import Server
 
 from product_recs.bundle.files import publish, write_bundle
 from product_recs.core.ids import IdTable
@@ -177,8 +177,7 @@ def said(page, text):
     expect(page.get_by_role("status").get_by_text(text)).to_be_visible()
 
 
-# --- what it shows
-# ------------------------------------------------------------------------------------------------------
+# --- what it shows ---------------------------------------------------------------------------------------------------
 
 
 def test_a_person_is_shown_with_names_reasons_history_and_rung(visit, service):
@@ -257,8 +256,7 @@ def test_the_live_figures_are_those_of_the_service(visit, service):
     live.get_by_role("switch", name="Live").uncheck()
 
 
-# --- what it does
-# -------------------------------------------------------------------------------------------------------
+# --- what it does ----------------------------------------------------------------------------------------------------
 
 
 def test_what_goes_into_the_basket_changes_the_list_at_once(visit, service):
@@ -390,8 +388,7 @@ def test_a_person_is_forgotten_after_a_question(visit, service):
     )
 
 
-# --- when something is amiss
-# --------------------------------------------------------------------------------------------
+# --- when something is amiss -----------------------------------------------------------------------------------------
 
 
 def test_a_service_without_a_model_says_so_and_recovers_by_itself(browser, tmp_path):
@@ -533,45 +530,58 @@ def test_behind_a_path_prefix(browser, service):
         proxy.server_close()
 
 
-# --- for everybody
-# ------------------------------------------------------------------------------------------------------
+# --- for everybody ---------------------------------------------------------------------------------------------------
 
 CHECKS = r"""() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-  const rgba = colour => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255]; };
+  const rgba = colour => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data; return [r, g, b, a / 255]; };
   const over = (top, under) => top.slice(0, 3).map((v, i) => v * top[3] + under[i] * (1 - top[3])).concat(1);
-  const light = colour => { const [r, g, b] = colour.map(v => { v /= 255; return v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; }); return .2126 * r + .7152 * g + .0722 * b; };
-  const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
-  const ground = element => { const layers = []; for (let e = element; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); layers.push(c); if (c[3] === 1) break; }
-    return layers.reverse().reduce((under, top) => over(top, under), rgba(matchMedia('(prefers-color-scheme: dark)').matches ? '#000' : '#fff')); };
-  const seen = element => { const box = element.getBoundingClientRect(); return element.checkVisibility({visibilityProperty: true}) && box.width > 1 && box.height > 1; };
+  const light = colour => { const [r, g, b] = colour.map(v => { v /= 255;
+    return v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; }); return .2126 * r + .7152 * g + .0722 * b; };
+  const contrast = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + .05) / (y + .05); };
+  const ground = element => { const layers = []; for (let e = element; e;
+    e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); layers.push(c);
+    if (c[3] === 1) break; }
+    return layers.reverse().reduce((under, top) => over(top, under),
+      rgba(matchMedia('(prefers-color-scheme: dark)').matches ? '#000' : '#fff')); };
+  const seen = element => { const box = element.getBoundingClientRect();
+    return element.checkVisibility({visibilityProperty: true}) && box.width > 1 && box.height > 1; };
   const scope = document.querySelector('dialog[open]') ?? document;
   const weak = [], tooSmall = [];
   const judge = (element, colour, background, what) => {
-    const style = getComputedStyle(element), size = parseFloat(style.fontSize), large = size >= 24 || size >= 18.66 && parseInt(style.fontWeight) >= 700;
+    const style = getComputedStyle(element), size = parseFloat(style.fontSize),
+      large = size >= 24 || size >= 18.66 && parseInt(style.fontWeight) >= 700;
     const found = contrast(over(rgba(colour), background), background);
     if (found < (large ? 3 : 4.5)) weak.push(`${found.toFixed(2)} ${what}`);
   };
   const walker = document.createTreeWalker(scope === document ? document.body : scope, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const text = walker.currentNode.data.trim(), element = walker.currentNode.parentElement;
-    if (!text || !seen(element) || element.closest('.hide, noscript, script, option') || element.matches(':disabled')) continue;
+    if (!text || !seen(element) || element.closest('.hide, noscript, script,
+      option') || element.matches(':disabled')) continue;
     judge(element, getComputedStyle(element).color, ground(element), text.slice(0, 40));
     const tile = element.closest('.tile');
-    if (tile) judge(element, getComputedStyle(element).color, rgba(getComputedStyle(tile.querySelector('svg')).fill), `tile ${tile.className} ${text}`);
+    if (tile) judge(element, getComputedStyle(element).color, rgba(getComputedStyle(tile.querySelector('svg')).fill),
+      `tile ${tile.className} ${text}`);
   }
-  for (const field of scope.querySelectorAll('input[placeholder]')) if (seen(field)) judge(field, getComputedStyle(field, '::placeholder').color, ground(field), field.placeholder);
+  for (const field of scope.querySelectorAll('input[placeholder]')) if (seen(field)) judge(field,
+    getComputedStyle(field, '::placeholder').color, ground(field), field.placeholder);
   // the edge of a field must be seen too
   for (const field of scope.querySelectorAll('input:not([type=radio], [type=checkbox])')) if (seen(field)) {
-    const found = contrast(rgba(getComputedStyle(field).borderColor), ground(field.parentElement)); if (found < 3) weak.push(`${found.toFixed(2)} edge of ${field.id}`); }
+    const found = contrast(rgba(getComputedStyle(field).borderColor), ground(field.parentElement));
+      if (found < 3) weak.push(`${found.toFixed(2)} edge of ${field.id}`); }
   for (const control of scope.querySelectorAll('button, a[href], input, summary')) {
     const box = (control.closest('label') ?? control).getBoundingClientRect();
-    if (seen(control) && !control.closest('p') && (box.width < 24 || box.height < 24)) tooSmall.push(control.outerHTML.slice(0, 80));
+    if (seen(control) && !control.closest('p') &&
+      (box.width < 24 || box.height < 24)) tooSmall.push(control.outerHTML.slice(0, 80));
   }
   const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
   const levels = [...scope.querySelectorAll('h1, h2, h3, h4')].filter(seen).map(e => Number(e.tagName[1]));
   return {weak, tooSmall, twice: ids.filter((id, at) => ids.indexOf(id) !== at), levels,
-          inline: [...document.querySelectorAll('[onclick], [onload], style, script:not([src])')].length, width: [document.documentElement.scrollWidth, innerWidth]};
+          inline: [...document.querySelectorAll('[onclick], [onload], style, script:not([src])')].length,
+            width: [document.documentElement.scrollWidth, innerWidth]};
 }"""
 CONTROLS = {
     "button",

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,34 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from support import call, fresh_project
 
 from product_recs.bundle.files import current_version, list_versions, open_bundle
 
 PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-
-
-def fresh_project(folder: Path) -> Path:
-    "What a clone holds: notebooks, settings and the committed sample; no models, reports or features."
-    for name in ("nbs", "settings.ini", "data/interactions.csv", "data/products.csv"):
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        copy = shutil.copytree if (PROJECT / name).is_dir() else shutil.copy2
-        copy(PROJECT / name, target)
-    return folder
-
-
-def call(root: Path, *command: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [str(BIN / command[0]), *command[1:]],
-        cwd=root,
-        env=os.environ | {"PRODUCT_RECS_ROOT": str(root)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        stdin=subprocess.DEVNULL,
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +155,9 @@ from product_recs.train import train_bundle
 features = ensure_features("sample")
 print("ready", flush=True)
 for seed in range(10_000):
-    version, _ = train_bundle(features, Path(sys.argv[1]), blend=False, factors=4, iterations=1, seed=seed, progress=False)
+    version, _ = train_bundle(
+        features, Path(sys.argv[1]), blend=False, factors=4, iterations=1, seed=seed, progress=False
+    )
     print(version, flush=True)
 """
 

@@ -10,16 +10,13 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_api import Server, publish_board
+from support import Server, publish_board
 
 from product_recs.web.security import add_key
 
@@ -32,7 +29,8 @@ WRAPPER = (
     ("user root;" if os.geteuid() == 0 else "")
     + """
 daemon off; pid {0}/nginx.pid; error_log {0}/error.log; worker_processes 1; events {{}}
-http {{ access_log off; client_body_temp_path {0}/a; proxy_temp_path {0}/b; fastcgi_temp_path {0}/c; uwsgi_temp_path {0}/d; scgi_temp_path {0}/e; include {0}/service.conf; }}
+http {{ access_log off; client_body_temp_path {0}/a; proxy_temp_path {0}/b;
+  fastcgi_temp_path {0}/c; uwsgi_temp_path {0}/d; scgi_temp_path {0}/e; include {0}/service.conf; }}
 """
 )
 

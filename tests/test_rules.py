@@ -1,4 +1,4 @@
-"""One set of rules: what POST /events takes is what the next training learns, row by row, and what the fold-in counts."""
+"""One set of rules: POST /events takes what the next training learns, row by row, and what the fold-in counts."""
 
 import csv
 import math
@@ -13,20 +13,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import update
 
+from product_recs.answer.ladder import prepared
+from product_recs.answer.person import person
 from product_recs.api import create_app
 from product_recs.bundle.files import open_bundle
-from product_recs.core.errors import IngestError
-from product_recs.core.settings import Settings
+from product_recs.core.errors import FeedbackError, IngestError
 from product_recs.core.events import KNOWN_EVENTS, EventRules
-from product_recs.features import build_features
-from product_recs.answer.person import person
 from product_recs.core.ids import key_or_none
-from product_recs.ingest import ingest, open_ledger
-from product_recs.answer.ladder import prepared
-from product_recs.feedback.records import EVENTS
-from product_recs.core.errors import FeedbackError
-from product_recs.feedback.records import NewEvent
+from product_recs.core.settings import Settings
+from product_recs.features import build_features
+from product_recs.feedback.records import EVENTS, NewEvent
 from product_recs.feedback.store import Store
+from product_recs.ingest import ingest, open_ledger
 from product_recs.train import train_bundle
 
 QUICK = {"factors": 4, "iterations": 2, "num_threads": 1, "blend": False, "progress": False}
@@ -160,8 +158,8 @@ def test_what_the_service_accepts_the_next_training_learns(tmp_path):
         "max_quantity": 5,
         "numbers": ["user_id", "item_id"],
     }
-    tried = [("purchase", 1, 5, None), ("wishlist", "1.0", 1, None), ("subscribe", 1, 1, "event"), ("cart", 1, 1, "event"),
-             ("purchase", 1, 6, "quantity"),
+    tried = [("purchase", 1, 5, None), ("wishlist", "1.0", 1, None), ("subscribe", 1, 1, "event"),
+             ("cart", 1, 1, "event"), ("purchase", 1, 6, "quantity"),
              ("purchase", "anna", 1, "user_id"), ("deny", "anna", 6, None), ("undeny", 1, 5000, None)]  # fmt: skip
     with TestClient(
         create_app(Settings(models_dir=tmp_path / "models", database_url=url, log_level="ERROR", auth="off")),

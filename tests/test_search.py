@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-from product_recs.search.top_n import top_n
 from product_recs.search.exact import Searcher
+from product_recs.search.top_n import top_n
 
 VARIANTS = (-1, 0, 1, 2, 3)
 
@@ -169,7 +169,10 @@ def test_an_interrupt_ends_a_long_search():
     program = """import numpy as np, sys
 from product_recs.search.exact import Searcher
 rng = np.random.default_rng(0)
-searcher, users = Searcher(rng.standard_normal((50_000, 64)).astype(np.float32)), rng.standard_normal((1_000_000, 64)).astype(np.float32)
+searcher, users = (
+    Searcher(rng.standard_normal((50_000, 64)).astype(np.float32)),
+    rng.standard_normal((1_000_000, 64)).astype(np.float32),
+)
 print("go", flush=True)
 searcher.top(users, 10, threads=2)"""
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

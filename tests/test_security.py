@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from test_api import Server, publish_board
+from support import Server, publish_board
 
 from product_recs.web.security import SCOPES, Keys, add_key, remove_key
 
@@ -124,8 +124,7 @@ def problem(answer, status):
     return answer.json()["detail"]
 
 
-# --- keys
-# --------------------------------------------------------------------------------------------------------------
+# --- keys ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -238,8 +237,7 @@ def test_keys_added_at_the_same_moment_are_all_kept(tmp_path):
     assert len({key["name"] for key in keys}) == 30 and file.stat().st_mode & 0o777 == 0o600
 
 
-# --- bodies
-# ------------------------------------------------------------------------------------------------------------
+# --- bodies ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/recommend", "/raw/events", "/events"])
@@ -290,8 +288,7 @@ def test_a_client_that_goes_away_in_the_middle_leaves_the_service_well(service):
     assert service.client.post("/events", json={"a": 1}, headers=service.sign("write")).json() == {"a": 1}
 
 
-# --- browsers
-# ----------------------------------------------------------------------------------------------------------
+# --- browsers --------------------------------------------------------------------------------------------------------
 
 
 def test_a_browser_may_call_from_the_named_origin_alone(service):
@@ -343,8 +340,7 @@ def test_without_keys_a_page_of_another_site_changes_nothing(tmp_path):
         service.close()
 
 
-# --- who can reach it
-# --------------------------------------------------------------------------------------------------
+# --- who can reach it ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
@@ -424,12 +420,11 @@ def test_a_file_of_keys_that_cannot_be_read_for_a_moment_is_read_again(tmp_path,
     assert keys.find(old.encode()) is None and keys.find(new.encode()).name == "new"
 
 
-# --- rate
-# --------------------------------------------------------------------------------------------------------------
+# --- rate ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_rate_holds_for_all_workers_together(tmp_path):
-    """Two workers, each reached over many connections: one rate for each key, and for the address of who guesses keys."""
+    "Two workers, each reached over many connections: one rate for each key, and for the address of who guesses keys."
     service = Service(tmp_path / "limited", workers=2, auth="on", rate_limit=5)
     try:
         pids, good, refused, lock = set(), 0, [], threading.Lock()

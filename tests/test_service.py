@@ -5,23 +5,17 @@ import http.client
 import json
 import shutil
 import sqlite3
-import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
+from support import Server, new_database, problem, train, until
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_api import Server, problem
-from test_openapi import train
-from test_store import new_database, postgres, until  # noqa: F401
-
-from product_recs.bundle.files import current_version, open_bundle, publish
 from product_recs.answer.ladder import Request, answer, prepared
+from product_recs.bundle.files import current_version, open_bundle, publish
 from product_recs.bundle.live import rollback
 from product_recs.web.security import add_key
 
@@ -121,8 +115,7 @@ def event(user, item, event="purchase", **more):
     return {"user_id": user, "item_id": item, "event": event, **more}
 
 
-# --- feedback
-# ----------------------------------------------------------------------------------------------------------
+# --- feedback --------------------------------------------------------------------------------------------------------
 
 
 def test_an_event_counts_at_the_next_request_in_every_worker(shop):
@@ -218,8 +211,7 @@ def test_what_is_sold_out_is_recommended_to_nobody(shop):
     assert one(shop, f"/items/{gone[0]}")["available"] and {user: lists(shop, user)[1] for user in (14, 15)} == before
 
 
-# --- answers
-# -----------------------------------------------------------------------------------------------------------
+# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_guest_is_answered_from_the_session_alone(shop):
@@ -331,8 +323,7 @@ def test_metrics_add_up_both_workers(shop):
     until(lambda: figures()[name] == after[name] + 1)
 
 
-# --- models
-# --------------------------------------------------------------------------------------------------------------
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def in_process(models_dir, version, users, n=10):
@@ -446,8 +437,7 @@ def test_what_users_did_becomes_part_of_the_next_model(kind, request, tmp_path, 
         assert after[0] not in lists(server, 7100)[1]
 
 
-# --- the store goes away
-# ------------------------------------------------------------------------------------------------
+# --- the store goes away ---------------------------------------------------------------------------------------------
 
 
 def refused_then_counted(server, stop, start):
@@ -488,8 +478,7 @@ def test_a_locked_sqlite_file_is_survived(tmp_path, trained):
         holder.close()
 
 
-# --- keys
-# ---------------------------------------------------------------------------------------------------------------
+# --- keys ------------------------------------------------------------------------------------------------------------
 
 
 def test_keys_open_what_their_scope_says_in_every_worker(tmp_path, trained):

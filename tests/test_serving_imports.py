@@ -1,3 +1,5 @@
+from support import Server, publish_board
+
 """The service needs its own few requirements and nothing else: no training, no tables, no notebooks."""
 
 import shlex
@@ -9,7 +11,6 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from test_api import Server, publish_board
 
 ROOT = Path(__file__).resolve().parents[1]
 UNWANTED = (
@@ -108,7 +109,7 @@ def test_importing_the_service_does_no_work(tmp_path):
 
 @pytest.fixture(scope="module")
 def serving_venv(tmp_path_factory):
-    """An environment with what settings.ini calls the requirements of serving, and the project itself without its own."""
+    "An environment with what settings.ini calls the requirements of serving, and the project without its own."
     folder = tmp_path_factory.mktemp("serving")
     source, home = folder / "source", folder / "venv"
     source.mkdir()
@@ -146,7 +147,11 @@ def test_the_requirements_of_serving_are_enough(serving_venv, tmp_path):
 
 
 def test_the_installed_package_brings_the_migrations(serving_venv, tmp_path):
-    program = "import sys; from product_recs.feedback.records import NewEvent; from product_recs.feedback.store import Store; store = Store(sys.argv[1]); print(store.add_events([NewEvent(1, 101)]), store.history(1)[0].item_id)"
+    program = (
+        "import sys; from product_recs.feedback.records import NewEvent; "
+        "from product_recs.feedback.store import Store; "
+        "store = Store(sys.argv[1]); print(store.add_events([NewEvent(1, 101)]), store.history(1)[0].item_id)"
+    )
     command = [serving_venv / "bin/python", "-c", program, f"sqlite:///{tmp_path}/feedback.db"]
     run = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60, env={"PATH": ""}

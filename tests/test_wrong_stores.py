@@ -5,20 +5,16 @@ import asyncio
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import httpx
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
-
-sys.path.insert(0, str(Path(__file__).parent))
-from test_api import publish_board
-from test_store import new_database, numbers, postgres  # noqa: F401
+from support import database_numbers, new_database, publish_board
 
 from product_recs.api import create_app
-from product_recs.core.settings import Settings
 from product_recs.core.errors import StoreError
+from product_recs.core.settings import Settings
 from product_recs.feedback.records import NewEvent
 from product_recs.feedback.store import Store
 
@@ -27,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdir
 
 def in_encoding(encoding):
     def make(server):
-        name = f"encoded_{next(numbers)}"
+        name = f"encoded_{next(database_numbers)}"
         server.psql(f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
         return server.get_uri(database=name)
 
@@ -36,7 +32,7 @@ def in_encoding(encoding):
 
 def without_rights(server):
     "Whoever connects may neither make tables nor see any."
-    address, role = new_database(server), f"poor_{next(numbers)}"
+    address, role = new_database(server), f"poor_{next(database_numbers)}"
     server.psql(f"CREATE ROLE {role} LOGIN")
     return address.replace("postgres:@", f"{role}:@")
 

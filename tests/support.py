@@ -1,0 +1,319 @@
+"""What several test files share: a project of its own, a model whose answers are known, the service, databases."""
+
+import csv
+import http.client
+import itertools
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from product_recs.bundle.files import publish, write_bundle
+from product_recs.core.ids import IdTable
+from product_recs.features import build_features
+from product_recs.ingest import ingest
+from product_recs.train import train_bundle
+from product_recs.web.problems import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+database_numbers = itertools.count()
+
+
+def fresh_project(folder: Path) -> Path:
+    "What a clone holds: notebooks, settings and the committed sample; no models, reports or features."
+    for name in ("nbs", "settings.ini", "data/interactions.csv", "data/products.csv"):
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, target)
+    return folder
+
+
+def call(root: Path, *command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(BIN / command[0]), *command[1:]],
+        cwd=root,
+        env=os.environ | {"PRODUCT_RECS_ROOT": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        stdin=subprocess.DEVNULL,
+        **options,
+    )
+
+
+QUICK = (
+    "max_trials: 4\nmax_factors: 16\nmax_iterations: 10\nhalf_lives: [30]\nstrengths: [1]\nseeds: [0]\nlab_factors: "
+    "8\nlab_iterations: 3\nmax_users: 100\ntest_seeds: [0]\nbootstrap: 100\n"
+)
+
+
+def only_the_jobs(notebooks):
+    """Take the examples between the definitions out of the notebooks: they are run by nbdev_test, and here they are
+    most of the time."""
+    for path in notebooks:
+        notebook = nbformat.read(path, as_version=4)
+        first = next((at for at, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])), 0)
+        exported = {
+            at
+            for at, cell in enumerate(notebook.cells)
+            if "#| export" in cell.source
+            or all(
+                line.startswith(("import ", "from ", "    ", ")", "#|")) for line in cell.source.splitlines() if line
+            )
+        }
+        notebook.cells = [
+            cell
+            for at, cell in enumerate(notebook.cells)
+            if at >= first or cell.cell_type == "markdown" or at in exported
+        ]
+        nbformat.write(notebook, path)
+
+
+def features_of_log(log, folder, **parameters):
+    log.to_csv(folder / "log.csv", index=False)
+    ingest(folder / "log.csv", folder / "run", progress=False)
+    return build_features(folder / "run", folder / "run" / "features", **parameters)
+
+
+def train(folder, text=False, feedback="", **parameters):
+    "A model of the sample with a blend; with `text`, its ids are texts with a slash and a space."
+    source, products = ROOT / "data/interactions.csv", ROOT / "data/products.csv"
+    if text:
+        source, products = (with_texts(path, folder / path.name) for path in (source, products))
+    ingest(source, folder / "interactions", products=products, feedback=feedback, progress=False)
+    version, _ = train_bundle(
+        build_features(folder / "interactions", folder / "features"),
+        folder / "models",
+        progress=False,
+        publish_it=True,
+        **{"factors": 8, "iterations": 4, **parameters},
+    )
+    return version
+
+
+def with_texts(path, copy):
+    with open(path, newline="") as source, open(copy, "w", newline="") as target:
+        rows, out = csv.DictReader(source), None
+        for row in rows:
+            row |= {name: before + row[name] for name, before in (("user_id", "u "), ("item_id", "i/")) if name in row}
+            if out is None:
+                out = csv.DictWriter(target, row)
+                out.writeheader()
+            out.writerow(row)
+    return copy
+
+
+def plain_metrics(ranked, relevant, k):
+    "All metrics of one user by their definitions, place by place; None where the user cannot be judged."
+    if not relevant:
+        return None
+    found, precisions, gain, first = 0, 0.0, 0.0, 0.0
+    for place, item in enumerate(ranked[:k], start=1):
+        if item in relevant:
+            found += 1
+            precisions += found / place
+            gain += 1 / math.log2(place + 1)
+            if found == 1:
+                first = 1 / place
+    most = min(k, len(relevant))
+    return {
+        "recall": found / len(relevant),
+        "recall_capped": found / most,
+        "precision": found / k,
+        "hit_rate": float(found > 0),
+        "ndcg": gain / sum(1 / math.log2(place + 1) for place in range(1, most + 1)),
+        "map": precisions / most,
+        "mrr": first,
+    }
+
+
+N = 24  # users and items of the checkerboard
+
+
+def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N), **more):
+    "A checkerboard: the k-th user has seen every item of their taste but the k-th, the one right answer."
+    users, items = IdTable(users), IdTable(items)
+    taste = np.arange(len(users)) % 2
+    factors = np.eye(2, dtype=np.float32)[taste]
+    seen = ((taste[:, None] == taste) & ~np.eye(len(users), dtype=bool)).astype(np.float32)
+    columns = {
+        "popularity": seen.sum(axis=0).astype(np.int32),
+        "title": np.array([f"Thing {k}" for k in range(len(items))], object),
+        "category": np.array(["even", "odd"], object)[taste],
+        "price": np.where(taste, 2.5, np.nan),
+        "first_seen": np.full(len(items), np.datetime64("2026-01-02T03:04:05")),
+    }
+    path = write_bundle(
+        models_dir,
+        user_factors=factors,
+        item_factors=factors,
+        seen=csr_matrix(seen),
+        users=users,
+        items=items,
+        user_columns={"popularity": seen.sum(axis=1).astype(np.int32)},
+        item_columns=columns,
+        algorithm="by hand",
+        parameters={"factors": 2},
+        data={"fingerprint": "none"},
+        metrics={"loss": float("nan")},
+        **more,
+    )
+    publish(models_dir, path.name)
+    return path
+
+
+class Server:
+    """`serve` in a process of its own, on a free port, with its standard output in a file."""
+
+    def __init__(self, folder, models_dir, workers=1, command=None, **settings):
+        self.stdout, self.stderr = folder / "stdout.log", folder / "stderr.log"
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        settings = {
+            "models_dir": models_dir,
+            "port": self.port,
+            "workers": workers,
+            "database_url": f"sqlite:///{folder}/feedback.db",
+            **settings,
+        }
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PRODUCT_RECS_")}
+        environment |= {f"PRODUCT_RECS_{name.upper()}": str(value) for name, value in settings.items()}
+        if (
+            command is None and "PRODUCT_RECS_SERVE" in os.environ
+        ):  # the service of an image, say: the same tests, another command
+            command = shlex.split(os.environ["PRODUCT_RECS_SERVE"])
+            for path in (folder, *folder.parents[:2]):
+                path.chmod(0o755)
+            subprocess.run(["chmod", "-R", "a+rwX", folder], check=True)  # it may run as another user
+        elif command is None:
+            command, environment["PYTHONPATH"] = (
+                [sys.executable, "-c", "from product_recs.web.server import serve; serve()"],
+                str(ROOT),
+            )
+        self.process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self.stdout.open("w"),
+            stderr=self.stderr.open("w"),
+        )
+
+    def __enter__(self):
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                if self.get("/health/live")[0] == 200:
+                    return self
+            except OSError:
+                pass
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.process.kill()
+                raise AssertionError("the service did not start:\n" + self.stderr.read_text())
+            time.sleep(0.05)
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise
+
+    def get(self, path, method="GET", headers=None):
+        """Status, headers (lower case) and body; JSON comes parsed."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request(method, path, headers=headers or {})
+            answer = connection.getresponse()
+            body = answer.read()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, found, json.loads(body) if body and "json" in found.get("content-type", "") else body
+        finally:
+            connection.close()
+
+    def ask(self, method, path, body=None, headers=None):
+        """Like `get`, with a body that is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            payload = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
+            connection.request(
+                method,
+                path,
+                payload,
+                ({} if payload is None else {"Content-Type": "application/json"}) | (headers or {}),
+            )
+            answer = connection.getresponse()
+            content = answer.read()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            return (
+                answer.status,
+                found,
+                json.loads(content) if content and "json" in found.get("content-type", "") else content,
+            )
+        finally:
+            connection.close()
+
+    def lines(self, atleast=0):
+        """The log; a client may have its answer a moment before the line is written."""
+        deadline = time.monotonic() + 5
+        while len(lines := self.stdout.read_text().splitlines()) < atleast and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return [json.loads(line) for line in lines]
+
+
+def problem(answer, status):
+    """The problem document of an answer, after checking its form."""
+    found, headers, body = answer
+    assert found == status and headers["content-type"] == "application/problem+json", answer
+    assert set(body) - {"errors"} == {"type", "title", "status", "detail", "instance"} and body["status"] == status
+    assert headers["x-request-id"] and body["detail"]
+    return Problem(**body)
+
+
+def cause_of(server, answer):
+    """What the log has under the request id of an answer, which the document names."""
+    id = answer[1]["x-request-id"]
+    assert f"request id {id}" in answer[2]["detail"]
+    lines = server.lines()
+    while id not in {line["request_id"] for line in lines}:
+        lines = server.lines(len(lines) + 1)
+    return next(line["error"] for line in lines if line["request_id"] == id)
+
+
+def new_database(server):
+    name = f"shop_{next(database_numbers)}"
+    server.psql(f"CREATE DATABASE {name}")
+    return server.get_uri(database=name)
+
+
+def until(condition, seconds=20):
+    "Wait for something that another thread or process brings about."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def start_postgres(server):
+    "Its own limit of ten seconds can be too short on a machine that has much else to do."
+    for last in (False, False, True):
+        try:
+            return server.start()
+        except subprocess.SubprocessError:
+            if last:
+                raise
