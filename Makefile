@@ -12,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export notebooks readme bench bench-page bench-ranking bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
+.PHONY: help run serve test lab data kernels export notebooks readme mutants bench bench-page bench-ranking bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -34,7 +34,7 @@ help:
 
 kernels: .venv/.kernels
 
-data/complete_journey/interactions.csv: .venv/.ready nbs/00_sample.ipynb
+data/complete_journey/interactions.csv: .venv/.ready nbs/data/sample.ipynb
 	@$(BIN)/product-recs data
 
 data: data/complete_journey/interactions.csv
@@ -74,8 +74,13 @@ test: .venv/.kernels
 	@$(BIN)/python tools/check_notebooks.py
 	@$(BIN)/python tools/make_readme.py --check
 	@$(BIN)/ruff check product_recs tools tests benchmarks setup.py
+	@$(BIN)/lint-imports --no-cache > /dev/null 2>&1 || $(BIN)/lint-imports --no-cache
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/pytest -q tests
+
+# every exported function in turn does nothing, and its notebook or a test must notice (some minutes; OPTIONS="nbs/models/als.ipynb")
+mutants: .venv/.kernels
+	@$(BIN)/python tools/mutants.py $(OPTIONS)
 
 bench-overhead: .venv/.kernels
 	@$(BIN)/python benchmarks/overhead.py

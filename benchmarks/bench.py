@@ -190,8 +190,8 @@ MEANING = {
         "Seconds; below 1, quicker than the floor of everybody who scores the whole catalogue, a product that "
         "ranks and filters nothing. The lists are exact, the ten best without what the user has seen, and "
         "compared with those of `implicit`. "
-        "`shop`: factors of an ALS fit, which is what a search meets in practice; `gaussian`: random numbers, the hardest "
-        "case."
+        "`shop`: factors of an ALS fit, which is what a search meets in practice; `gaussian`: random numbers, the "
+        "hardest case."
     ),
     "ingest": (
         "1 would be as quick as SQL that reads the file with known types and groups it. Ours also checks each "

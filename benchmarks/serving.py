@@ -61,7 +61,8 @@ def make_model(folder: Path) -> None:
     path = write_bundle(
         folder, user_factors=rng.normal(size=(users, factors)), item_factors=rng.normal(size=(items, factors)),
         seen=matrix, users=IdTable(np.arange(1, users + 1)), items=IdTable(np.arange(101, 101 + items)),
-        user_columns={}, item_columns={"popularity": popularity}, algorithm="random", parameters={}, data={}, metrics={},
+        user_columns={}, item_columns={"popularity": popularity}, algorithm="random",
+        parameters={}, data={}, metrics={},
     )  # fmt: skip
     publish(folder, path.name)
 

@@ -60,10 +60,10 @@ QUICK = (
 )
 
 
-def only_the_jobs(notebooks):
+def only_the_jobs(root):
     """Take the examples between the definitions out of the notebooks: they are run by nbdev_test, and here they are
     most of the time."""
-    for path in notebooks:
+    for path in (*root.glob("nbs/*_*.ipynb"), *root.glob("nbs/jobs/*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         first = next((at for at, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])), 0)
         exported = {

@@ -116,7 +116,7 @@ def database_url(server, password=PASSWORD, database="postgres", drive="postgres
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     root = fresh_project(tmp_path_factory.mktemp("shop"))
-    only_the_jobs((root / "nbs").glob("*_*.ipynb"))
+    only_the_jobs(root)
     return root
 
 

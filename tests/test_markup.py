@@ -140,7 +140,7 @@ def write_inputs(root):
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     root = fresh_project(tmp_path_factory.mktemp("shop"))
-    only_the_jobs((root / "nbs").glob("*_*.ipynb"))
+    only_the_jobs(root)
     write_inputs(root)
     (root / "quick.yaml").write_text(QUICK)
     spoken = []

@@ -24,7 +24,7 @@ from product_recs.jobs.tune import as_trial, choose_candidates, finished, open_s
 def tuned(tmp_path_factory):
     "A project that was tuned twice, by the command and by papermill, with what each said."
     root = fresh_project(tmp_path_factory.mktemp("tune"))
-    only_the_jobs((root / "nbs").glob("*_*.ipynb"))
+    only_the_jobs(root)
     (root / "quick.yaml").write_text(QUICK)
     said = []
     papermill = (

@@ -23,7 +23,7 @@ def tracked() -> list[str]:
     )
     if listed.returncode:
         return [
-            str(path.relative_to(root)) for folder in ("nbs", "product_recs") for path in (root / folder).glob("*.*")
+            str(path.relative_to(root)) for folder in ("nbs", "product_recs") for path in (root / folder).rglob("*.*")
         ] + ["settings.ini", "pyproject.toml"]
     return [name for name in listed.stdout.split("\0") if name and (root / name).is_file()]
 
@@ -55,8 +55,8 @@ for modules_deleted in (False, True):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, copy / name)
         if modules_deleted:
-            for module in (copy / "product_recs").glob("*.py"):
-                if module.name != "__init__.py":
+            for module in (copy / "product_recs").rglob("*.py"):
+                if module.name != "__init__.py" and "migrations" not in module.parts:
                     module.unlink()
         for command in ("nbdev_export", "nbdev_clean"):
             subprocess.run(

@@ -13,7 +13,7 @@ root = Path(__file__).resolve().parent.parent
 MAX_LINES = 60  # of a code cell: the shape of a page, not a taste; most cells have fewer than 25
 MAX_RUN = 3  # code cells in a row without prose
 KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
-JOB = re.compile(r"(0[1-5]|1[01])_(ingest|features|train|evaluate|inference|weights|tune)")
+JOBS = {"01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "jobs/weights", "jobs/tune"}
 
 
 def source(cell: dict) -> str:
@@ -62,11 +62,11 @@ def unescaped(tree: ast.Module) -> list[str]:
             and node.attr == "style"
             and not (isinstance(node.value, ast.Name) and node.value.id in ("plt", "matplotlib"))
         ):
-            found.append("`.style` shows a table without escaping it; use shown_table of 00_text")
+            found.append("`.style` shows a table without escaping it; use shown_table of core/text")
         called = node.func if isinstance(node, ast.Call) else None
         name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
         if name in ("HTML", "display_html", "SVG", "display_svg", "Javascript"):
-            found.append(f"`{name}(...)` shows markup; use shown_table of 00_text for data")
+            found.append(f"`{name}(...)` shows markup; use shown_table of core/text for data")
         if name == "to_html" and any(keyword.arg == "escape" for keyword in node.keywords):
             found.append("`to_html(escape=...)`; data stays escaped")
     return found
@@ -83,12 +83,16 @@ def public_names(tree: ast.Module) -> dict[str, ast.stmt]:
 def check(path: Path) -> list[str]:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells, found = notebook["cells"], []
+    book = path.resolve().relative_to(root / "nbs").with_suffix("").as_posix()
 
     def complain(number: int, text: str) -> None:
-        found.append(f"{path.name}, cell {number + 1}: {text}")
+        found.append(f"{book}, cell {number + 1}: {text}")
 
     if notebook["metadata"].get("kernelspec") != KERNEL:
         complain(-1, f"kernelspec must be {KERNEL}")
+    exports_to = [line[1] for cell in cells if (line := re.match(r"#\|\s*default_exp\s+(\S+)", source(cell)))]
+    if book != "index" and exports_to != [module := re.sub(r"^\d\d_", "", book).replace("/", ".")]:
+        complain(-1, f"a notebook has the name of its module: `#| default_exp {module}`, not {exports_to}")
     first = source(cells[0])
     if cells[0]["cell_type"] != "markdown" or not first.startswith("# ") or "\n> " not in first:
         complain(0, "the first cell must be a title and a one-line `>` promise")
@@ -176,7 +180,7 @@ def check(path: Path) -> list[str]:
         if name not in checked:
             complain(number, f"{name} is exported, and no evaluated cell with an assertion uses it")
 
-    if JOB.fullmatch(path.stem):
+    if book in JOBS:
         if len(tagged) != 1:
             complain(-1, f"{len(tagged)} cells tagged `parameters`; papermill needs exactly one")
         elif run_at is None or tagged[0] < run_at:
@@ -196,7 +200,7 @@ def check(path: Path) -> list[str]:
     return found
 
 
-paths = [Path(name) for name in sys.argv[1:]] or sorted((root / "nbs").glob("*.ipynb"))
+paths = [Path(name) for name in sys.argv[1:]] or sorted((root / "nbs").rglob("*.ipynb"))
 problems = [problem for path in paths for problem in check(path)]
 print(*problems, sep="\n")
 if problems:

@@ -37,7 +37,7 @@ def without_paths(text: str) -> str:
     return text.replace(f"{root}/", "").replace(str(root), ".").replace(str(Path.home()), "~")
 
 
-paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted((root / "nbs").glob("*.ipynb"))
+paths = [Path(name).resolve() for name in sys.argv[1:]] or sorted((root / "nbs").rglob("*.ipynb"))
 temporary = tempfile.TemporaryDirectory()
 copy = fresh_copy(Path(temporary.name).resolve())
 for path in (bar := tqdm(paths)):
@@ -46,7 +46,7 @@ for path in (bar := tqdm(paths)):
     NotebookClient(
         notebook,
         kernel_name="python3",
-        resources={"metadata": {"path": str(copy / "nbs")}},
+        resources={"metadata": {"path": str((copy / path.relative_to(root)).parent)}},
         extra_arguments=["--IPKernelApp.log_level=50"],
     ).execute()
     for cell in notebook.cells:
