@@ -134,4 +134,5 @@ bench-quality: .venv/.kernels
 	@$(BIN)/python benchmarks/quality.py "$(DATA)" $(OPTIONS)
 
 clean:
-	rm -rf .venv .venv-bench build dist *.egg-info reports models data/processed data/complete_journey
+	rm -rf .venv .venv-bench build dist *.egg-info models data/processed data/complete_journey
+	@find reports -mindepth 1 ! -name README.md -delete
