@@ -8,7 +8,7 @@ import pytest
 from scipy.sparse import csr_matrix
 from support import plain_metrics
 
-from product_recs import metrics
+from product_recs.evaluation import metrics
 
 CUT_OFFS = (1, 2, 3, 5, 10)
 

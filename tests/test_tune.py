@@ -124,7 +124,7 @@ def test_kill_9_leaves_a_study_that_goes_on(tmp_path, problem_of):
     script = """
 import sys
 from product_recs.data.snapshots import open_features
-from product_recs.tune import *
+from product_recs.jobs.tune import *
 features = open_features(sys.argv[1])
 problem = pose(
     features,

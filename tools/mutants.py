@@ -95,7 +95,7 @@ def run_notebook(path: Path) -> None:
     "In a process of its own group: run a notebook as nbdev_test does; the exit code says whether it passed."
     os.setsid()
     signal.alarm(NOTEBOOK_SECONDS)
-    with open(os.devnull, "w") as nothing:
+    with open(os.devnull, "wb") as nothing:
         os.dup2(nothing.fileno(), 1)
         os.dup2(nothing.fileno(), 2)
     from nbdev.test import test_nb
@@ -135,7 +135,11 @@ def noticed_by_notebook(mutant: Mutant | str) -> bool:
 def noticed_by_tests(mutant: Mutant) -> str | None:
     "The first test file that names the function and fails with the mutant."
     name = mutant.name.split(".")[-1]
-    named = [path for path in sorted((root / "tests").glob("test_*.py")) if re.search(rf"\b{name}\b", path.read_text())]
+    named = [
+        path
+        for path in sorted((root / "tests").glob("test_*.py"))
+        if re.search(rf"\b{name}\b", path.read_text(encoding="utf-8"))
+    ]
     if not named:
         return None
     with tempfile.TemporaryDirectory() as temporary:
