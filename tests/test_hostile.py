@@ -1,5 +1,3 @@
-from support import Server, publish_board
-
 """Requests that no friendly client sends: each has one right answer, and after all of them the service still answers,
 in the same memory.
 
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support import Server, publish_board
 
 EVENT = {"user_id": 1, "item_id": 101, "event": "view", "quantity": 1}
 HUGE = 10_000_000

@@ -1,0 +1,54 @@
+"""The shape of the house beyond what .importlinter says: how high it is, and that nobody reaches into a room's cupboards."""
+
+import ast
+from functools import cache
+
+import grimp
+import pytest
+from support import ROOT
+
+PACKAGE = ROOT / "product_recs"
+MODULES = [
+    path for path in PACKAGE.rglob("*.py") if "migrations" not in path.parts and path.name not in ("__init__.py", "_modidx.py")
+]  # fmt: skip
+
+
+def name_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def test_no_circle_and_at_most_ten_floors():
+    graph = grimp.build_graph("product_recs", cache_dir=None)
+    modules = {name_of(path) for path in MODULES}
+    on_the_way = []
+
+    @cache
+    def floor(module):
+        assert module not in on_the_way, f"a circle: {' -> '.join([*on_the_way, module])}"
+        on_the_way.append(module)
+        below = [floor(other) for other in graph.find_modules_directly_imported_by(module) if other in modules]
+        on_the_way.pop()
+        return 1 + max(below, default=0)
+
+    floors = {module: floor(module) for module in modules}
+    assert len(floors) > 70 and floors["product_recs.core.errors"] == 1
+    highest = max(floors.values())
+    assert highest <= 10, sorted(module for module in floors if floors[module] == highest)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_private_names_stay_at_home(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("product_recs")):
+            private = [alias.name for alias in node.names if alias.name.startswith("_") and alias.name != "__version__"]
+            assert not private, f"line {node.lineno} imports {', '.join(private)} of {node.module}"
+
+
+def test_each_module_has_the_notebook_of_its_name():
+    story = {path.stem[3:]: path for path in (ROOT / "nbs").glob("[0-9]*.ipynb")}
+    assert len(story) == 6
+    for path in MODULES:
+        inside = path.relative_to(PACKAGE).with_suffix(".ipynb")
+        assert (ROOT / "nbs" / inside).exists() or inside.stem in story, path
+    notebooks = {path.relative_to(ROOT / "nbs").with_suffix("") for path in (ROOT / "nbs").glob("*/*.ipynb")}
+    assert notebooks == {path.relative_to(PACKAGE).with_suffix("") for path in MODULES if path.parent != PACKAGE}
