@@ -559,8 +559,8 @@ CHECKS = r"""() => {
   const walker = document.createTreeWalker(scope === document ? document.body : scope, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const text = walker.currentNode.data.trim(), element = walker.currentNode.parentElement;
-    if (!text || !seen(element) || element.closest('.hide, noscript, script,
-      option') || element.matches(':disabled')) continue;
+    const hidden = element.closest('.hide, noscript, script, option') || element.matches(':disabled');
+    if (!text || !seen(element) || hidden) continue;
     judge(element, getComputedStyle(element).color, ground(element), text.slice(0, 40));
     const tile = element.closest('.tile');
     if (tile) judge(element, getComputedStyle(element).color, rgba(getComputedStyle(tile.querySelector('svg')).fill),
