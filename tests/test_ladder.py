@@ -19,7 +19,8 @@ from product_recs.bundle.catalogue import Attributes, Catalogue
 from product_recs.answer.rules import Filters, best_allowed, rule_out
 from product_recs.answer.person import person_now, score_person
 from product_recs.core.errors import UnknownItem
-from product_recs.inference import next_purchase, recommend, recommend_many
+from product_recs.answer.recommender import Recommender
+from product_recs.inference import recommend_many
 from product_recs.answer.lists import popular_items, similar_items
 from product_recs.answer.ladder import SEGMENT_USERS, Request, answer, content_scores, prepared, segment_scores
 
@@ -282,19 +283,16 @@ def test_what_is_known_decides_the_rung(question):
 
 @CALM
 @given(shops(), st.integers(1, 16), st.booleans())
-def test_recommend_and_next_purchase_are_rungs_of_the_ladder(model, n, exclude):
-    rules = Filters(exclude_seen=exclude)
-    users = [model.bundle.users[row] for row in range(len(model.bundle.users))]
-    for user, row in zip(users, range(len(users))):
-        if model.user_factors[row].any():
-            assert answer(model, Request(user, n, filters=rules)) == recommend(model, user, n, exclude_seen=exclude)
-            if len(model.seen_by(row)):
-                assert answer(model, Request(user, n, "next_purchase", filters=rules)) == next_purchase(
-                    model, user, n, exclude_seen=exclude
-                )
-    many = recommend_many(model, users, n, exclude_seen=exclude)
-    assert [one.items for one in many] == [recommend(model, user, n, exclude_seen=exclude).items for user in users]
-    assert answer(model, Request(None, n)) == popular_items(model, n) == recommend(model, "nobody at all", n)
+def test_lists_of_many_are_those_of_one(model, n, exclude):
+    rules, recommender = Filters(exclude_seen=exclude), Recommender(model)
+    users = [*(model.bundle.users[row] for row in range(len(model.bundle.users))), "nobody at all"]
+    many = recommend_many(recommender, users, n, exclude_seen=exclude)
+    for user, answers in zip(users, many):
+        expected = answer(model, Request(user, n, filters=Filters(exclude_seen=None if exclude else False)))
+        assert answers.items == expected.items and answers.source == expected.source
+        assert answers.shortfall == expected.shortfall and np.allclose(answers.scores, expected.scores, atol=1e-5)
+        assert recommender.recommend(user, n, filters=rules) == answer(model, Request(user, n, filters=rules))
+    assert answer(model, Request(None, n)) == popular_items(model, n) == recommender.recommend("nobody at all", n)
 
 
 @CALM
