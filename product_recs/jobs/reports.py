@@ -26,53 +26,34 @@ def joined_streams(
     "Outputs with neighbouring pieces of one stream joined, each as a terminal would show it in the end."
     merged = []
     for output in outputs:
-        if (
-            output.output_type == "stream"
-            and merged
-            and merged[-1].output_type == "stream"
-            and merged[-1].name == output.name
-        ):
-            merged[-1].text += output.text
+        last = merged[-1] if merged else None
+        if last and output.output_type == last.output_type == "stream" and last.name == output.name:
+            last.text += output.text
         else: merged.append(output)
     for output in merged:
         if output.output_type == "stream": output.text = _last_state(output.text)
     return merged
 
+def _heading(cells:list, pattern:str)->int|None:
+    "Number of the first markdown cell that begins like this."
+    return next((number for number, cell in enumerate(cells)
+                 if cell.cell_type == "markdown" and re.match(pattern, cell.source)), None)
+
 def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
     "Merge streams, keep the last state of progress bars, mark the cells that open and close the fold."
-    cells = notebook.cells = [
-        cell
-        for cell in notebook.cells
-        if cell.source.strip() and "#| hide" not in cell.source and "#| default_exp" not in cell.source
-    ]
+    hidden = ("#| hide", "#| default_exp")
+    cells = notebook.cells = [cell for cell in notebook.cells
+                              if cell.source.strip() and not any(mark in cell.source for mark in hidden)]
     for cell in cells:
         if cell.cell_type == "code": cell.outputs = joined_streams(cell.outputs)
         # papermill's own note on a failure repeats what the failing cell says
         if "papermill-error-cell-tag" in cell.metadata.get("tags", []): cell.metadata["skip"] = True
-    headings = [
-        number
-        for number, cell in enumerate(cells)
-        if cell.cell_type == "markdown" and re.match(r"#+ Run\b", cell.source)
-    ]
-    first = (
-        next(
-            (
-                number
-                for number, cell in enumerate(cells)
-                if cell.cell_type == "markdown" and cell.source.startswith("# ")
-            ),
-            0,
-        )
-        + 1
-    )
-    failed_early = any(
-        output.output_type == "error"
-        for cell in cells[: headings[0] if headings else 0]
-        for output in cell.get("outputs", [])
-    )
-    if headings and first < headings[0] and not failed_early:
-        cells[first].metadata["opens"] = headings[0] - first
-        cells[headings[0] - 1].metadata["closes"] = True
+    run_at, first = _heading(cells, r"#+ Run\b"), (_heading(cells, "# ") or 0) + 1
+    definitions = cells[:run_at or 0]
+    failed = any(output.output_type == "error" for cell in definitions for output in cell.get("outputs", []))
+    if first < len(definitions) and not failed:
+        cells[first].metadata["opens"] = run_at - first
+        cells[run_at - 1].metadata["closes"] = True
     return notebook
 
 # %% ../../nbs/jobs/reports.ipynb #f20582d7
@@ -134,16 +115,11 @@ def to_html(
     navigation:str="",       # HTML at the top of the page, such as a link back
 )->Path:                     # `html`
     "Render a notebook as one page that needs no network and runs no script."
-    exporter = HTMLExporter(
-        template_file="report.html.j2", extra_loaders=[DictLoader({"report.html.j2": _TEMPLATE})], embed_images=True
-    )
+    loader = DictLoader({"report.html.j2": _TEMPLATE})
+    exporter = HTMLExporter(template_file="report.html.j2", extra_loaders=[loader], embed_images=True)
     cleaned = _clean(nbformat.read(notebook, as_version=4))
-    resources = {
-        "metadata": {"name": title},
-        "page_style": STYLE + _NOTEBOOK_STYLE,
-        "navigation": navigation,
-        "content_policy": CONTENT_POLICY,
-    }
+    resources = {"metadata": {"name": title}, "page_style": STYLE + _NOTEBOOK_STYLE, "navigation": navigation,
+                 "content_policy": CONTENT_POLICY}
     body, _ = exporter.from_notebook_node(cleaned, resources=resources)
     return atomic_write(html, body)
 
@@ -180,9 +156,6 @@ def write_index(
     facts:dict,  # run, started, seconds, steps, failed, error, version, facts, tasks, columns, parameters
 )->Path:         # the index.html
     "Write the page that summarises a run."
-    page = (
-        Environment(autoescape=True)
-        .from_string(_INDEX)
-        .render(style=STYLE, policy=CONTENT_POLICY, headings=_HEADINGS, **facts)
-    )
+    template = Environment(autoescape=True).from_string(_INDEX)
+    page = template.render(style=STYLE, policy=CONTENT_POLICY, headings=_HEADINGS, **facts)
     return atomic_write(folder/"index.html", page)
