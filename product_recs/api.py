@@ -21,7 +21,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from . import __version__
-from .answer.ladder import Request as Question, check_words, has_news
+from .answer.ladder import Request as Question, check_words, reads_files
 from .answer.lists import Recommendations
 from .bundle.ready import ReadyModel
 from .core.errors import ProductRecsError, StoreError, UnknownItem
@@ -135,7 +135,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
             )
 
         # many users, and what must be read from files, would hold up everybody else: they have a thread of their own
-        return response() if len(asks) == 1 and not has_news(model, asks[0]) else await run_in_threadpool(response)
+        return response() if len(asks) == 1 and not reads_files(model, asks[0]) else await run_in_threadpool(response)
 
 # %% ../nbs/06_api.ipynb #e85f25c2
 def _add_others(app:FastAPI, service:Service)->None:

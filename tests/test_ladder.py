@@ -17,7 +17,7 @@ from product_recs.core.ids import IdTable
 from product_recs.core.events import Event, UserState
 from product_recs.bundle.catalogue import Attributes, Catalogue
 from product_recs.answer.rules import Filters, best_allowed, rule_out
-from product_recs.answer.person import person, score_person
+from product_recs.answer.person import person_now, score_person
 from product_recs.core.errors import UnknownItem
 from product_recs.inference import next_purchase, recommend, recommend_many
 from product_recs.answer.lists import popular_items, similar_items
@@ -229,7 +229,7 @@ def trained_row(model, request):
 def test_every_list_is_the_one_of_the_reference(question):
     model, request = question
     before = [array.copy() for array in (model.popularity, model.candidates, model.catalogue.blocked)]
-    found, who = answer(model, request), person(model, request.user, request.state, request.session)
+    found, who = answer(model, request), person_now(model, request.user, request.state, request.session)
     if who.vector is not None:
         scores = score_person(model, who, request.task)
         assert found.source == (
@@ -258,7 +258,7 @@ def test_every_list_is_the_one_of_the_reference(question):
 def test_what_is_known_decides_the_rung(question):
     model, request = question
     bundle = model.bundle
-    trained, who = trained_row(model, request) is not None, person(model, request.user, request.state, request.session)
+    trained, who = trained_row(model, request) is not None, person_now(model, request.user, request.state, request.session)
     in_hand = [
         event.item_id
         for event in (*request.state.events, *request.session)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .person import Person, prepare_people, score_person
+from .person import Person, score_person
 from ..bundle.ready import ReadyModel
 from ..core.errors import ProductRecsError
 from ..models.signals import SIGNALS, pair_signals
@@ -46,7 +46,7 @@ def why(
         raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
     if person.vector is None:
         raise ProductRecsError("there is no score to explain for somebody of whom the model knows nothing")
-    solver, target = prepare_people(model)._people.solver, model.item_factors[item].astype(np.float64)
+    solver, target = model.solver, model.item_factors[item].astype(np.float64)
     toward = solver.apply(person.items, person.confidence, target)
     added = solver.alpha*person.confidence.astype(np.float64)*(solver.item_factors[person.items] @ toward)
     affinity = float(target @ person.vector)

@@ -7,7 +7,8 @@ __all__ = ['Recommendations', 'checked_n', 'make_list', 'search_list', 'list_fil
 
 # %% ../../nbs/answer/lists.ipynb #01326a15
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,7 @@ class Recommendations:
     source: str
     shortfall: str|None=None # why there are fewer than asked; None when there are not
     rows: list|None=None     # row of each item in the model
+    person: Any = field(default=None, compare=False, repr=False) # the `Person` of whom the ladder made it, for reasons
 
     def __len__(self): return len(self.items)
 
@@ -45,10 +47,11 @@ def make_list(
     source:str,                             # the rung that scored
     ruled_out:list[tuple[str, np.ndarray]], # reason and rows, as `rule_out` gives them
     filters:Filters=NO_FILTERS,             # of which `max_per` is still to be kept
+    person:Any=None,                        # of whom the list is
 )->Recommendations:
     "The best of `scores` that nothing rules out, and the reason where they are too few."
     rows, best, shortfall = best_allowed(model.catalogue, scores, n, ruled_out, filters.max_per)
-    return Recommendations(model.bundle.items.take(rows), best, source, shortfall, rows)
+    return Recommendations(model.bundle.items.take(rows), best, source, shortfall, rows, person)
 
 def search_list(
     model:ReadyModel,
@@ -57,20 +60,19 @@ def search_list(
     source:str,                             # the rung
     ruled_out:list[tuple[str, np.ndarray]], # reason and rows, as `rule_out` gives them
     filters:Filters=NO_FILTERS,             # of which `max_per` is still to be kept
+    person:Any=None,                        # of whom the list is
 )->Recommendations:
     "The items with the largest inner products that nothing rules out, and the reason where they are too few."
     if not filters.max_per and n <= len(model.item_factors):
-        # an index knows them as closed to all
-        closed = (
-            next((rows for reason, rows in ruled_out if reason == NOT_A_CANDIDATE), None)
-            if model.nearest is not model.searcher
-            else None
-        )
+        closed = None
+        if model.nearest is not model.searcher: # an index takes the items that are closed to all apart from the others
+            closed = next((rows for reason, rows in ruled_out if reason == NOT_A_CANDIDATE), None)
         forbidden = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in ruled_out if rows is not closed)])
         rows, scores = model.nearest.top(vector[None], n, (np.array([0, len(forbidden)]), forbidden), closed)
         if rows[0, -1] >= 0:
-            return Recommendations(model.bundle.items.take(rows[0]), scores[0].tolist(), source, None, rows[0].tolist())
-    return make_list(model, model.item_factors @ vector, n, source, ruled_out, filters)
+            items = model.bundle.items.take(rows[0])
+            return Recommendations(items, scores[0].tolist(), source, None, rows[0].tolist(), person)
+    return make_list(model, model.item_factors @ vector, n, source, ruled_out, filters, person)
 
 # %% ../../nbs/answer/lists.ipynb #e24736b6
 def _had(model:ReadyModel, user:int|str)->np.ndarray:

@@ -334,13 +334,8 @@ def find_items(
 )->list[dict]: # as `FoundItem`, the most popular first, behind them those without interactions
     "Items by words of their title, or by id."
     bundle, words = model.bundle, query.lower().split()
-    if "_titles" not in vars(model): # once a model: the titles in lower case, each word after a space
-        titles = bundle.item_columns.get("title", np.full(len(bundle.items), None, object))
-        model._titles = np.array(
-            [f" {'' if title is None else str(title).lower()}" for title in map(plain, titles)], object
-        )
     rows = (
-        [row for row in range(len(model._titles)) if all(f" {word}" in model._titles[row] for word in words)]
+        [row for row in range(len(model.titles)) if all(f" {word}" in model.titles[row] for word in words)]
         if words
         else []
     )

@@ -13,9 +13,9 @@ from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
 
 from ..answer.explain import why, why_not
-from ..answer.ladder import Request, answer, described, has_news, prepared, score_request, similar_by_content
+from ..answer.ladder import Request, answer, described, reads_files, prepared, score_request, similar_by_content
 from ..answer.lists import Recommendations, popular_items, similar_items
-from ..answer.person import Person, person
+from ..answer.person import Person
 from ..answer.rules import NO_FILTERS, Filters
 from ..bundle.catalogue import read_value
 from ..bundle.files import Bundle
@@ -130,7 +130,7 @@ class _Answers(_Current):
 
     async def answer(self, model:ReadyModel, asked:Request)->Recommendations:
         "The best items for one."
-        if has_news(model, asked): asked = await run_in_threadpool(described, model, asked)
+        if reads_files(model, asked): asked = await run_in_threadpool(described, model, asked)
         return answer(model, asked)
 
     def answer_all(self, model:ReadyModel, asks:Sequence[Request])->list[Recommendations]:
@@ -214,7 +214,7 @@ class Service(_KeptAnswers):
     "Everything that a worker process needs to answer."
     def ranked(self, model:ReadyModel, found:Recommendations, asked:Request|None=None)->list[dict]:
         "Each item of an answer with its rank, score, title, attributes and, where a person was asked for, reasons."
-        who = asked and person(model, asked.user, asked.state, asked.session)
+        who = asked and found.person
         items = []
         for rank, (row, score) in enumerate(zip(found.rows, found.scores), 1):
             columns = {name: plain(values[row]) for name, values in model.bundle.item_columns.items()}
