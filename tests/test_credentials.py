@@ -118,7 +118,7 @@ def database_url(server, password=PASSWORD, database="postgres", drive="postgres
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     root = fresh_project(tmp_path_factory.mktemp("shop"))
-    only_the_jobs((root / "nbs").glob("*_*.ipynb"))
+    only_the_jobs([*(root / "nbs").glob("0*_*.ipynb"), *(root / "nbs/jobs").glob("[wt]*.ipynb")])
     return root
 
 

@@ -141,7 +141,7 @@ def write_inputs(root):
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     root = fresh_project(tmp_path_factory.mktemp("shop"))
-    only_the_jobs((root / "nbs").glob("*_*.ipynb"))
+    only_the_jobs([*(root / "nbs").glob("0*_*.ipynb"), *(root / "nbs/jobs").glob("[wt]*.ipynb")])
     write_inputs(root)
     (root / "quick.yaml").write_text(QUICK)
     spoken = []
@@ -164,7 +164,7 @@ def pages(root):
 def test_every_report_shows_the_payload_as_text(shop):
     root, _ = shop
     found = {f"{path.parent.name}/{path.name}": foreign(path.read_text()) for path in pages(root)}
-    assert {f"{HARM}/{name}.html" for name in (*PIPELINE, "10_weights", "11_tune", "index")} | {
+    assert {f"{HARM}/{name}.html" for name in (*PIPELINE, "weights", "tune", "index")} | {
         "strict/01_ingest.html",
         "strict/index.html",
         "wrong/index.html",

@@ -52,12 +52,12 @@ def only_the_jobs(notebooks):
 def tuned(tmp_path_factory):
     "A project that was tuned twice, by the command and by papermill, with what each said."
     root = fresh_project(tmp_path_factory.mktemp("tune"))
-    only_the_jobs((root / "nbs").glob("*_*.ipynb"))
+    only_the_jobs([*(root / "nbs").glob("0*_*.ipynb"), *(root / "nbs/jobs").glob("[wt]*.ipynb")])
     (root / "quick.yaml").write_text(QUICK)
     said = []
     papermill = (
         "papermill",
-        "nbs/11_tune.ipynb",
+        "nbs/jobs/tune.ipynb",
         "reports/again.ipynb",
         "-f",
         "tune.yaml",
@@ -87,11 +87,11 @@ def tuned(tmp_path_factory):
 
 def test_a_second_call_goes_on(tuned):
     _, ((out, first), (_, second)) = tuned
-    a, b = (metrics["11_tune"]["tasks"]["discovery"] for metrics in (first, second))
+    a, b = (metrics["tune"]["tasks"]["discovery"] for metrics in (first, second))
     assert (a["earlier_trials"], a["trials"], b["earlier_trials"], b["trials"]) == (0, 4, 4, 8) and a["study"] == b[
         "study"
     ]
-    assert [metrics["11_tune"]["parameters"]["budget_minutes"] for metrics in (first, second)] == [3, 4]
+    assert [metrics["tune"]["parameters"]["budget_minutes"] for metrics in (first, second)] == [3, 4]
     assert (
         b["validation_ndcg"] >= a["validation_ndcg"] >= max(a["starting_points"].values())
         and len(a["starting_points"]) >= 2
@@ -104,7 +104,7 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
     best = yaml.safe_load((root / "data/processed/sample/best_discovery.yaml").read_text())
     assert (
         best
-        == metrics["11_tune"]["tasks"]["discovery"]["best"]
+        == metrics["tune"]["tasks"]["discovery"]["best"]
         == yaml.safe_load((root / "reports/sample/best_discovery.yaml").read_text())
     )
     (root / "yours.yaml").write_text("factors: 3\nbootstrap: 100\nmodels: [popularity, ALS]\n")
@@ -126,7 +126,7 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
     judged = json.loads((root / "reports/sample/metrics.json").read_text())["04_evaluate"]["table"]
     assert {row["model"] for row in judged} == {"popularity", "ALS"}
     page = (root / "reports/sample/index.html").read_text()
-    assert "11_tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/10_weights.html").exists()
+    assert "tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/weights.html").exists()
     assert (root / "data/processed/sample/tune.db").exists()
 
 
@@ -152,7 +152,7 @@ def test_kill_9_leaves_a_study_that_goes_on(tmp_path, problem_of):
     script = """
 import sys
 from product_recs.data.snapshots import open_features
-from product_recs.tune import *
+from product_recs.jobs.tune import *
 features = open_features(sys.argv[1])
 problem = pose(features, "discovery", choose_candidates(features, "discovery", top=1), max_factors=16, max_iterations=10, max_users=100)
 points = starting_points(features, "discovery")

@@ -13,7 +13,7 @@ root = Path(__file__).resolve().parent.parent
 MAX_LINES = 60  # of a code cell: the shape of a page, not a taste; most cells have fewer than 25
 MAX_RUN = 3  # code cells in a row without prose
 KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
-JOB = re.compile(r"(0[1-5]|1[01])_(ingest|features|train|evaluate|inference|weights|tune)")
+JOB = re.compile(r"0[1-5]_(ingest|features|train|evaluate|inference)|weights|tune")
 
 
 def source(cell: dict) -> str:

@@ -170,7 +170,7 @@ def _tune(options)->str:
             f"{result.failed.name} failed: {result.failed.error}\nReports: "
             f"{result.reports / (result.failed.html or '')}"
         )
-    found = result.metrics["jobs/tune"]["tasks"]
+    found = result.metrics["tune"]["tasks"]
     files = "".join(f"\nParameters: {resolve_path('data/processed')/name/f'best_{task}.yaml'}" for task in found)
     return "\n".join(task["sentence"] for task in found.values()) + files + f"\nReports: {result.reports/'index.html'}"
 
