@@ -260,16 +260,16 @@ def test_a_failing_preparation_is_tried_less_and_less_and_logged_once(models, ca
     live, pauses = LiveModel(models, cannot, watch_seconds=100, retry_seconds=1000), []
     with caplog.at_level(logging.ERROR, "product_recs.live"):
         for _ in range(7):
-            live._again_at = 0  # the pause is over
+            live._schedule.again_at = 0  # the pause is over
             live._look()
-            pauses.append(live._again_at - time.monotonic())
+            pauses.append(live._schedule.again_at - time.monotonic())
             live._look()  # and now it is not
     assert [round(pause, -2) for pause in pauses] == [100, 200, 400, 800, 1000, 1000, 1000]
     assert [record.message.count("no room") for record in caplog.records] == [1]
     since = live.refused.at
     assert live.reload().status == "refused" and live.refused.at == since
     live.prepare = lambda bundle: ReadyModel(bundle).prepare()
-    assert live.reload() == Reload("reloaded", "v1") and live.refused is None and live._again_at == float("inf")
+    assert live.reload() == Reload("reloaded", "v1") and live.refused is None and live._schedule.again_at == float("inf")
 
 
 def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(models, live):
