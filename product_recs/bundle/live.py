@@ -89,17 +89,21 @@ class _Holder:
     @property
     def version(self)->str|None: return self.in_use and self.in_use.manifest["version"]
 
+    @property
+    def since(self)->datetime|None: return self.in_use and self.in_use.since
+
     def take_up(self)->Reload:
         "Open what `current` names, unless it answers already; raises what is wrong with it."
         version = current_version(self.models_dir)
         same = self.in_use and version and read_manifest(self.models_dir/version) == self.in_use.manifest
-        if not same: self._open(version)
-        self.refused = None
+        in_use = self.in_use if same else self._open(version)
+        self.refused = None # before the swap: who sees the new model sees no refusal any more
+        self.in_use = in_use
         return Reload("unchanged" if same else "reloaded", self.version)
 
-    def _open(self, version:str|None)->None:
+    def _open(self, version:str|None)->_InUse:
         bundle = open_bundle(self.models_dir, version, verify=True)
-        self.in_use = _InUse(self.prepare(bundle), bundle.manifest, datetime.now(timezone.utc))
+        return _InUse(self.prepare(bundle), bundle.manifest, datetime.now(timezone.utc))
 
     def refuse(self, error:str)->Reload:
         "Keep the reason, and the time of the first time; without a model take the latest previous one."
@@ -119,7 +123,9 @@ class _Holder:
     def _fall_back(self)->None:
         "The latest previous version that can be used."
         for version in previous_versions(self.models_dir):
-            try: return self._open(version)
+            try:
+                self.in_use = self._open(version)
+                return
             except Exception as error:
                 _log.error("previous model %s cannot be used either: %s: %s", version, type(error).__name__, error)
 
@@ -173,7 +179,7 @@ class LiveModel:
         self._lock = threading.RLock() # of the thread that looks
 
     version = property(lambda self: self._holder.version, doc="Version of the model that answers; None: there is none.")
-    loaded_at = property(lambda self: self._holder.in_use and self._holder.in_use.since, doc="Since when it answers, UTC.")
+    loaded_at = property(lambda self: self._holder.since, doc="Since when it answers, UTC.")
     refused = property(lambda self: self._holder.refused, doc="What is not served though `current` names it; or None.")
 
     def get(self)->Any: # what `prepare` made
