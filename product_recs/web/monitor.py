@@ -65,44 +65,25 @@ class _Counters:
     "The metrics themselves, in one registry."
     def __init__(self):
         self.registry = registry = CollectorRegistry(auto_describe=False)
-        self.requests = Counter(
-            "http_requests_total", "HTTP requests that were answered", ["route", "method", "status"], registry=registry
-        )
-        self.seconds = Histogram(
-            "http_request_duration_seconds",
-            "Time to the end of the answer",
-            ["route"],
-            buckets=_BUCKETS,
-            registry=registry,
-        )
-        self.recommendations = Counter(
-            "recommendations_total", "Lists of recommendations by the rung that answered", ["source"], registry=registry
-        )
-        self.shortfalls = Counter(
-            "recommendation_shortfall_total", "Lists with fewer items than asked", registry=registry
-        )
+        self.requests = Counter("http_requests_total", "HTTP requests that were answered",
+                                ["route", "method", "status"], registry=registry)
+        self.seconds = Histogram("http_request_duration_seconds", "Time to the end of the answer", ["route"],
+                                 buckets=_BUCKETS, registry=registry)
+        self.recommendations = Counter("recommendations_total", "Lists of recommendations by the rung that answered",
+                                       ["source"], registry=registry)
+        self.shortfalls = Counter("recommendation_shortfall_total", "Lists with fewer items than asked",
+                                  registry=registry)
         self.cache = Counter("cache_requests_total", "Look-ups in the cache of answers", ["result"], registry=registry)
-        self.reloads = Counter(
-            "model_reloads_total", "Models that a worker took up or refused", ["result"], registry=registry
-        )
+        self.reloads = Counter("model_reloads_total", "Models that a worker took up or refused", ["result"],
+                               registry=registry)
         self.events = Counter("feedback_events_total", "Events that clients sent", ["result"], registry=registry)
-        self.store_errors = Counter(
-            "store_errors_total", "Operations of the feedback store that failed", ["operation"], registry=registry
-        )
+        self.store_errors = Counter("store_errors_total", "Operations of the feedback store that failed",
+                                    ["operation"], registry=registry)
         self.dropped = Counter("impressions_dropped_total", "Impressions that were not kept", registry=registry)
-        self.model = Gauge(
-            "model_info",
-            "Workers that answer from this version",
-            ["version"],
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.stale = Gauge(
-            "store_stale",
-            "1 where a worker answers from an old state of the users",
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
+        self.model = Gauge("model_info", "Workers that answer from this version", ["version"],
+                           multiprocess_mode="livesum", registry=registry)
+        self.stale = Gauge("store_stale", "1 where a worker answers from an old state of the users",
+                           multiprocess_mode="livemax", registry=registry)
         self.workers = Gauge("workers_alive", "Processes that serve", multiprocess_mode="livesum", registry=registry)
         # a counter that is there from the start, at 0, makes its first increase visible
         for result in ("hit", "miss"): self.cache.labels(result)
@@ -126,10 +107,8 @@ class _RequestMetrics:
         key = (route, method, status)
         if (found := self._known.get(key)) is None:
             labels = (route or "other", method if method in _METHODS else "other", str(status))
-            found = self._known[key] = (
-                self._of.requests.labels(*labels).inc,
-                self._of.seconds.labels(labels[0]).observe,
-            )
+            found = self._known[key] = (self._of.requests.labels(*labels).inc,
+                                        self._of.seconds.labels(labels[0]).observe)
         found[0]()
         found[1](seconds)
 
@@ -201,11 +180,8 @@ class _All:
         folder = workers_folder()
         if folder: _forget_dead(folder)
         for metric in (MultiProcessCollector(None, str(folder)) if folder else self.metrics._of.registry).collect():
-            metric.samples = [
-                sample
-                for sample in metric.samples
-                if not sample.name.endswith("_created") and (metric.name != "model_info" or sample.value)
-            ]
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")
+                              and (metric.name != "model_info" or sample.value)]
             yield metric
         age = GaugeMetricFamily("model_age_seconds", "Since the model was trained")
         if made := self.metrics._created_at:
@@ -217,13 +193,9 @@ class JsonLine(logging.Formatter):
     "A log record as one JSON document."
     def format(self, record:logging.LogRecord)->str:
         "Time, level, logger, process and message; `error` with the traceback where there is one."
-        line = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "process": record.process,
-            "message": record.getMessage(),
-        }
+        line = {"time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+                "level": record.levelname, "logger": record.name, "process": record.process,
+                "message": record.getMessage()}
         if record.exc_info: line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
@@ -232,11 +204,9 @@ def log_config(
 )->dict:              # for `uvicorn.run(log_config=...)` and for `logging.config.dictConfig`
     "Logging that writes nothing but JSON."
     loggers = {name: {"level": level} for name in ("product_recs", "uvicorn", "uvicorn.error")}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"json": {"()": "product_recs.web.monitor.JsonLine"}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "json"}},
-        "loggers": loggers | {"uvicorn.access": {"handlers": [], "propagate": False}},
-        "root": {"level": "WARNING", "handlers": ["stderr"]},
-    }
+    return {"version": 1, "disable_existing_loggers": False,
+            "formatters": {"json": {"()": "product_recs.web.monitor.JsonLine"}},
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr",
+                                    "formatter": "json"}}, "loggers": loggers
+            | {"uvicorn.access": {"handlers": [], "propagate": False}},
+            "root": {"level": "WARNING", "handlers": ["stderr"]}}

@@ -52,16 +52,10 @@ def problem(
 )->JSONResponse:
     "A problem document as a response."
     instance = request_path.decode("latin-1") if isinstance(request_path, bytes) else request_path
-    body = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "instance": instance,
-    }
-    return JSONResponse(
-        body if errors is None else body | {"errors": errors}, status, headers, media_type="application/problem+json"
-    )
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail,
+            "instance": instance}
+    return JSONResponse(body if errors is None else body | {"errors": errors}, status, headers,
+                        media_type="application/problem+json")
 
 # %% ../../nbs/web/problems.ipynb #c59ddd18
 def _raw_path(request:Request)->bytes:
@@ -81,12 +75,9 @@ async def parameter_problem(request:Request, error:RequestValidationError)->JSON
     "422 that names each bad parameter; 400 or 415 for a body that is no JSON."
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return problem(
-            _raw_path(request),
-            400,
-            f"the body is not readable as JSON: {first.get('ctx', {}).get('error', '')} at character "
-            f"{first['loc'][-1]}",
-        )
+        return problem(_raw_path(request), 400,
+                       f"the body is not readable as JSON: {first.get('ctx', {}).get('error', '')} at character "
+                       f"{first['loc'][-1]}")
     if first["loc"] == ("body",) and first["type"] == "missing":
         return problem(_raw_path(request), 400, "the body is empty; it must be JSON")
     if isinstance(error.body, bytes):
@@ -95,9 +86,8 @@ async def parameter_problem(request:Request, error:RequestValidationError)->JSON
             415,
             f"the body must be application/json, not {request.headers.get('content-type') or 'without a content type'}",
         )
-    errors = [
-        {"in": str(e["loc"][0]), "field": ".".join(map(str, e["loc"][1:])), "message": e["msg"]} for e in error.errors()
-    ]
+    errors = [{"in": str(e["loc"][0]), "field": ".".join(map(str, e["loc"][1:])), "message": e["msg"]}
+              for e in error.errors()]
     return problem(_raw_path(request), 422, "; ".join(f"{e['field']}: {e['message']}" for e in errors), errors=errors)
 
 def unavailable(
@@ -117,17 +107,11 @@ async def known_problem(request:Request, error:ProductRecsError)->JSONResponse:
     return problem(_raw_path(request), 404 if isinstance(error, UnknownItem) else 422, str(error))
 
 # %% ../../nbs/web/problems.ipynb #100856c9
-_EXAMPLES = {
-    400: "the body is not readable as JSON: expected value at line 1 column 1",
-    401: "an API key is needed: Authorization: Bearer KEY",
-    403: "this key may read only",
-    404: "there is no item 999 in the model",
-    413: "the body is larger than 1,000,000 bytes",
-    415: "the body must be application/json",
-    422: "n: Input should be greater than or equal to 1",
-    429: "more than 100 requests a second",
-    503: "no model is live",
-}
+_EXAMPLES = {400: "the body is not readable as JSON: expected value at line 1 column 1",
+             401: "an API key is needed: Authorization: Bearer KEY", 403: "this key may read only",
+             404: "there is no item 999 in the model", 413: "the body is larger than 1,000,000 bytes",
+             415: "the body must be application/json", 422: "n: Input should be greater than or equal to 1",
+             429: "more than 100 requests a second", 503: "no model is live"}
 _ALWAYS = (401, 403, 429) # what stands before every route answers these
 
 def documented(
@@ -139,27 +123,18 @@ def documented(
     def header(text:str)->dict: return {"description": text, "schema": {"type": "string"}}
     headers = {"X-Request-ID": header("the request's id in the log")}
     if model:
-        headers |= {
-            "X-Model-Version": header("version of the model that answered"),
-            "X-Recommendation-Source": header("the rung that answered"),
-            "X-Recommendation-Shortfall": header("only where there are fewer than n: why"),
-            "X-Feedback-Stale": header("only where the newest feedback could not be read: true"),
-        }
+        headers |= {"X-Model-Version": header("version of the model that answered"),
+                    "X-Recommendation-Source": header("the rung that answered"),
+                    "X-Recommendation-Shortfall": header("only where there are fewer than n: why"),
+                    "X-Feedback-Stale": header("only where the newest feedback could not be read: true")}
     schema, found = Problem.model_json_schema(), {200: {"description": description, "headers": headers}}
     for status in sorted({*statuses, *_ALWAYS}):
-        example = {
-            "type": "about:blank",
-            "title": HTTPStatus(status).phrase,
-            "status": status,
-            "detail": _EXAMPLES[status],
-            "instance": "/path/of/the/request",
-        }
+        example = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status,
+                   "detail": _EXAMPLES[status], "instance": "/path/of/the/request"}
         if status == 422:
             example["errors"] = [{"in": "query", "field": "n", "message": "Input should be greater than or equal to 1"}]
-        found[status] = {
-            "description": HTTPStatus(status).phrase,
-            "content": {"application/problem+json": {"schema": schema, "example": example}},
-        }
+        found[status] = {"description": HTTPStatus(status).phrase,
+                         "content": {"application/problem+json": {"schema": schema, "example": example}}}
     return found
 
 def id_in_path(
@@ -223,16 +198,9 @@ class RequestLog:
         if scope["type"] != "http": return await self.app(scope, receive, send)
         started, inner, id = time.perf_counter(), _inner_scope(scope, self.root_path), _request_id(scope["headers"])
         inner["request_id"] = id.decode() # for whoever logs more of this request
-        line = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "request_id": id.decode(),
-            "method": scope["method"],
-            "route": None,
-            "status": None,
-            "ms": None,
-            "model_version": None,
-            "source": None,
-        }
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "request_id": id.decode(),
+                "method": scope["method"], "route": None, "status": None, "ms": None, "model_version": None,
+                "source": None}
 
         async def send_on(message):
             if message["type"] == "http.response.start":
@@ -294,12 +262,8 @@ class BoundedHttp(HttpToolsProtocol):
     def send_400_response(self, msg):
         "The last answer of a connection; for too long a head a 431."
         if max(self._head, self._unfinished) <= _LONGEST_HEAD: return super().send_400_response(msg)
-        answer = problem(
-            "",
-            431,
-            f"the headers are longer than {_LONGEST_HEAD:,} bytes",
-            {"Connection": "close", "X-Request-ID": _request_id([]).decode()},
-        )
+        answer = problem("", 431, f"the headers are longer than {_LONGEST_HEAD:,} bytes",
+                         {"Connection": "close", "X-Request-ID": _request_id([]).decode()})
         self.transport.write(
             b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
             + b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers)

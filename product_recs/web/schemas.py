@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 from ..answer.rules import Filters
 from ..core.errors import FeedbackError, ProductRecsError
 from ..core.events import INSTRUCTIONS, Event, EventRules, refusal
-from ..core.ids import LONGEST_ID, IdError, IdTable, id_key, key_or_none, number_or_text
+from ..core.ids import LONGEST_ID, IdError, IdTable, id_key, number_or_text
 from ..feedback.records import NewEvent
 
 # %% ../../nbs/web/schemas.ipynb #9ff2ee3d
@@ -53,9 +53,8 @@ def as_id(
 )->int|str:
     """An id as answers show it: as the model's data has it, else a whole number as a number; what is no id stays as it
     is."""
-    key = key_or_none(value)
-    if key is None: return value
-    return number_or_text(key) if table is None else table.shown(key)
+    try: return number_or_text(id_key(value)) if table is None else table.shown(value)
+    except IdError: return value
 
 # %% ../../nbs/web/schemas.ipynb #2ba777fb
 # the rules of the live model say which
@@ -100,17 +99,10 @@ class FilterRules(_Strict):
 
     def to_filters(self)->Filters:
         "As the ranking takes them."
-        where = {
-            name: rule.model_dump(exclude_none=True) if isinstance(rule, NumberRange) else rule
-            for name, rule in self.where.items()
-        }
-        return Filters(
-            self.exclude_seen,
-            tuple(self.deny),
-            None if self.allow is None else tuple(self.allow),
-            where,
-            dict(self.max_per),
-        )
+        where = {name: rule.model_dump(exclude_none=True) if isinstance(rule, NumberRange) else rule
+                 for name, rule in self.where.items()}
+        return Filters(self.exclude_seen, tuple(self.deny), None if self.allow is None else tuple(self.allow), where,
+                       dict(self.max_per))
 
 # %% ../../nbs/web/schemas.ipynb #27b4c49d
 Task = Literal["discovery", "next_purchase"]
@@ -124,27 +116,19 @@ def recommend_body(
     "The body of `POST /recommend`, with the limits of this service."
     class RecommendRequest(_Strict):
         "For whom, what they did in this session, and what may come back."
-        model_config = ConfigDict(
-            json_schema_extra={
-                "examples": [
-                    {"users": [1], "n": 5, "filters": {"max_per": {"category": 2}}},
-                    {"events": [{"item_id": 101, "event": "cart"}], "n": 5, "detail": True},
-                    {
-                        "events": [{"item_id": 900001, "event": "view"}],
-                        "items": {"900001": {"category": "coffee"}},
-                        "n": 5,
-                    },
-                ]
-            }
-        )
-        users: list[Id] | None = Field(
-            None, min_length=1, max_length=max_batch, description="absent: one guest, known by `events` only"
-        )
+        model_config = ConfigDict(json_schema_extra={"examples": [{"users": [1], "n": 5,
+                                                                   "filters": {"max_per": {"category": 2}}},
+                                                                  {"events": [{"item_id": 101, "event": "cart"}],
+                                                                   "n": 5, "detail": True},
+                                                                  {"events": [{"item_id": 900001, "event": "view"}],
+                                                                   "items": {"900001": {"category": "coffee"}},
+                                                                   "n": 5}]})
+        users: list[Id] | None = Field(None, min_length=1, max_length=max_batch,
+                                       description="absent: one guest, known by `events` only")
         n: StrictInt = Field(default_n, ge=1, le=max_n)
         task: Task = "discovery"
-        events: list[SessionEvent] = Field(
-            [], max_length=min(max_batch, 200), description="of this session; with `users`, they count for each of them"
-        )
+        events: list[SessionEvent] = Field([], max_length=min(max_batch, 200),
+                                           description="of this session; with `users`, they count for each of them")
         attributes: _Words = Field(
             {},
             description="what is known of the guest, column of the users file -> value, such as {\"age\": \"35-44\"}; with `users`, of each whom the model does not know",
@@ -163,22 +147,14 @@ def recommend_body(
             for at, event in enumerate(events):
                 if wrong := refusal(rules, event): raise ProductRecsError(f"events.{at}.{wrong}")
             return events
-
-        def told(self)->dict:
-            "`attributes` and `new_items`, as the ladder takes them; the columns are still to be checked."
-            return {"attributes": self.attributes, "new_items": self.items}
     return RecommendRequest
 
 # %% ../../nbs/web/schemas.ipynb #59627ada
 class FeedbackEvent(_Strict):
     "Something that a user did."
-    model_config = ConfigDict(
-        extra="forbid",
-        allow_inf_nan=False,
-        json_schema_extra={
-            "examples": [{"user_id": 1, "item_id": 101, "event": "purchase", "quantity": 2, "key": "order-1-line-1"}]
-        },
-    )
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False,
+                              json_schema_extra={"examples": [{"user_id": 1, "item_id": 101, "event": "purchase",
+                                                               "quantity": 2, "key": "order-1-line-1"}]})
     user_id: Id
     item_id: Id
     event: EventName = Field(

@@ -93,18 +93,9 @@ def add_key(
         if any(key.name == name for key in keys):
             raise KeyFileError(f"there is a key {name!r} already; remove it first, or choose another name")
         key = "pr_" + secrets.token_urlsafe(32)
-        _write(
-            path,
-            [
-                *keys,
-                Key(
-                    name,
-                    scope,
-                    hashlib.sha256(key.encode()).hexdigest(),
-                    datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                ),
-            ],
-        )
+        _write(path,
+               [*keys, Key(name, scope, hashlib.sha256(key.encode()).hexdigest(),
+                           datetime.now(timezone.utc).isoformat(timespec="seconds"))])
     return key
 
 def remove_key(
@@ -164,9 +155,8 @@ class Keys:
         return found
 
 # %% ../../nbs/web/security.ipynb #bbc17499
-_OPEN = frozenset(
-    {"/", "/health/live", "/health/ready", "/docs", "/docs/oauth2-redirect", "/openapi.json", "/favicon.ico"}
-)
+_OPEN = frozenset({"/", "/health/live", "/health/ready", "/docs", "/docs/oauth2-redirect", "/openapi.json",
+                   "/favicon.ico"})
 
 def required_scope(
     method:str,
@@ -244,12 +234,8 @@ async def _whole_body(receive, most:int):
     return replay
 
 # %% ../../nbs/web/security.ipynb #470bd2b1
-_SECURITY_HEADERS = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-]
+_SECURITY_HEADERS = [(b"x-content-type-options", b"nosniff"), (b"x-frame-options", b"DENY"),
+                     (b"referrer-policy", b"no-referrer"), (b"cross-origin-opener-policy", b"same-origin")]
 _POLICY = "default-src 'self'{}; object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 # the page of Swagger UI starts itself with a script inside it
 _LOOSE = "; img-src 'self' data:; style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline'"
@@ -309,32 +295,18 @@ class Guard:
     ):
         self.app, self.settings = app, settings
         self.keys = Keys(settings.api_keys_file) if auth_required(settings) else None
-        self.limit = (
-            RateLimit(settings.rate_limit, shared_folder and Path(shared_folder) / "rate_limit")
-            if settings.rate_limit
-            else None
-        )
+        self.limit = (RateLimit(settings.rate_limit, shared_folder and Path(shared_folder) / "rate_limit")
+                      if settings.rate_limit else None)
         self.origins = {origin.encode() for origin in settings.cors_origins}
         self.hosts = frozenset(name.lower() for name in settings.allowed_hosts)
-        self._entry = (
-            self._check
-            if not self.origins
-            else CORSMiddleware(
-                self._check,
-                allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["Authorization", "X-API-Key", "Content-Type", "X-Request-ID"],
-                expose_headers=[
-                    "X-Model-Version",
-                    "X-Recommendation-Source",
-                    "X-Recommendation-Shortfall",
-                    "X-Feedback-Stale",
-                    "X-Request-ID",
-                    "Retry-After",
-                ],
-                max_age=600,
-            )
-        )
+        self._entry = (self._check if not self.origins
+                       else CORSMiddleware(self._check, allow_origins=settings.cors_origins,
+                                           allow_methods=["GET", "POST", "DELETE"],
+                                           allow_headers=["Authorization", "X-API-Key", "Content-Type",
+                                                          "X-Request-ID"],
+                                           expose_headers=["X-Model-Version", "X-Recommendation-Source",
+                                                           "X-Recommendation-Shortfall", "X-Feedback-Stale",
+                                                           "X-Request-ID", "Retry-After"], max_age=600))
 
     async def __call__(self, scope, receive, send):
         await (self._entry if scope["type"] == "http" else self.app)(scope, receive, send)
@@ -363,33 +335,18 @@ class Guard:
         sent = _sent_key(headers) if self.keys else None
         key = self.keys.find(sent) if sent else None
         if self.limit and (wait := self.limit.wait(f"key {key.name}" if key else f"address {_client(scope)}")):
-            return (
-                429,
-                f"more than {self.settings.rate_limit:g} requests a second; try again in {wait:.2g} s",
-                {"Retry-After": str(math.ceil(wait))},
-            )
+            return (429, f"more than {self.settings.rate_limit:g} requests a second; try again in {wait:.2g} s",
+                    {"Retry-After": str(math.ceil(wait))})
         if self.keys is None: return _from_elsewhere(needed, headers, self.origins, self.hosts)
         if key is None:
-            return (
-                (
-                    401,
-                    "this needs an API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`",
-                    {"WWW-Authenticate": _NAME},
-                )
-                if sent is None
-                else (
-                    401,
-                    "there is no such API key; it was mistyped or has been removed",
-                    {"WWW-Authenticate": f'{_NAME}, error="invalid_token"'},
-                )
-            )
+            return ((401, "this needs an API key, as `Authorization: Bearer KEY` or `X-API-Key: KEY`",
+                     {"WWW-Authenticate": _NAME}) if sent is None
+                    else (401, "there is no such API key; it was mistyped or has been removed",
+                          {"WWW-Authenticate": f'{_NAME}, error="invalid_token"'}))
         scope["api_key_name"] = key.name # for whoever logs
         if SCOPES.index(key.scope) >= SCOPES.index(needed): return None
-        return (
-            403,
-            f"this needs an API key of scope {needed}; {key.name} has {key.scope}",
-            {"WWW-Authenticate": f'{_NAME}, error="insufficient_scope", scope="{needed}"'},
-        )
+        return (403, f"this needs an API key of scope {needed}; {key.name} has {key.scope}",
+                {"WWW-Authenticate": f'{_NAME}, error="insufficient_scope", scope="{needed}"'})
 
 # %% ../../nbs/web/security.ipynb #90d26183
 def describe_keys(

@@ -75,18 +75,8 @@ def serve(
     settings = settings.model_copy(update={"port": port, "auth": auth})
     if auth_required(settings): Keys(settings.api_keys_file) # a broken file is an error now, and not of each worker
     with _environment(settings), shared_folder(settings.workers):
-        uvicorn.run(
-            "product_recs.api:create_app",
-            factory=True,
-            host=settings.host,
-            port=port,
-            workers=settings.workers,
-            http="product_recs.web.problems:BoundedHttp",
-            access_log=False,
-            server_header=False,
-            forwarded_allow_ips=settings.forwarded_allow_ips,
-            log_config=log_config(settings.log_level),
-            log_level=None,
-            timeout_graceful_shutdown=10,
-            timeout_worker_healthcheck=30,
-        )
+        uvicorn.run("product_recs.api:create_app", factory=True, host=settings.host, port=port,
+                    workers=settings.workers, http="product_recs.web.problems:BoundedHttp", access_log=False,
+                    server_header=False, forwarded_allow_ips=settings.forwarded_allow_ips,
+                    log_config=log_config(settings.log_level), log_level=None, timeout_graceful_shutdown=10,
+                    timeout_worker_healthcheck=30)
