@@ -90,10 +90,10 @@ def add_feedback(
     max_batch:int,     # events, and items, in one request
 )->None:
     "POST /events and POST /availability."
-    kept = "What became of each event; good ones are kept beside bad ones."
+    description = "What became of each event; good ones are kept beside bad ones."
     @app.post("/events", response_model=EventsAnswer, response_model_exclude_none=True, tags=["feedback"],
               openapi_extra=_EVENTS_BODY, summary="Tell what users did",
-              responses=documented(kept, 400, 413, 415, 422, 503, model=False))
+              responses=documented(description, 400, 413, 415, 422, 503, model=False))
     async def post_events(http_request:Request):
         events, reasons = read_events(await json_body(http_request), max_batch, rules_now(live))
         good = [event for event in events if event]
