@@ -64,13 +64,15 @@ def respond(
     return Response(content, media_type="application/json", headers=_headers(version, source, shortfall))
 
 # %% ../nbs/06_api.ipynb #d7b4b1fc
+def _default_n(settings:Settings)->int: return min(settings.default_n, settings.max_n)
+
 def _parameters(settings:Settings)->tuple:
-    "The types of n, detail and task, and the default of n."
+    "The types of n, detail and task."
     next_words = "`next_purchase`: what the user most likely takes next, own items included"
     N = Annotated[int, Query(ge=1, le=settings.max_n, description="how many items", examples=[10])]
     Detail = Annotated[bool, Query(description="also say rank, score, title, attributes and reasons of each item")]
     TaskName = Annotated[Task, Query(description=f"`discovery`: items new to the user; {next_words}")]
-    return N, Detail, TaskName, min(settings.default_n, settings.max_n)
+    return N, Detail, TaskName
 
 def _recommender(service:Service)->Recommender:
     "What makes the lists of one request: the model of this moment, and what happened since."
@@ -78,7 +80,7 @@ def _recommender(service:Service)->Recommender:
 
 def _add_recommend(app:FastAPI, service:Service)->None:
     "GET /recommend, for one user."
-    N, Detail, TaskName, n_default = _parameters(service.settings)
+    (N, Detail, TaskName), n_default = _parameters(service.settings), _default_n(service.settings)
 
     @app.get("/recommend/{user_id}", response_model=RecommendationList | DetailedRecommendationList,
              tags=["recommendations"], summary="The best items for a user",
@@ -99,7 +101,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
 # %% ../nbs/06_api.ipynb #02c15e33
 def _add_recommend_many(app:FastAPI, service:Service)->None:
     "POST /recommend, for guests, sessions, filters and many users."
-    n_default = _parameters(service.settings)[3]
+    n_default = _default_n(service.settings)
     Body = recommend_body(service.settings.max_n, n_default, service.settings.max_batch)
 
     def result(model:ReadyModel, user:int|str|None, recommendations:Recommendations, detail:bool)->dict:
@@ -136,7 +138,7 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
 # %% ../nbs/06_api.ipynb #e85f25c2
 def _add_others(app:FastAPI, service:Service)->None:
     "/similar, /popular and /explain."
-    N, Detail, TaskName, n_default = _parameters(service.settings)
+    (N, Detail, TaskName), n_default = _parameters(service.settings), _default_n(service.settings)
     Category = Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]
     cold = ("For an item of the products file that has no interactions, source `content`: the known items that share "
             "its attributes.")
@@ -183,7 +185,7 @@ def _add_new(app:FastAPI, service:Service)->None:
                                        openapi_examples={"sample": {"value": "1"}})]
     Category = Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]
     order = "By what they have in common with the user's items; the newest for a stranger."
-    n_default = _parameters(service.settings)[3]
+    n_default = _default_n(service.settings)
 
     @app.get("/new", response_model=NewList, response_model_exclude_unset=True, tags=["recommendations"],
              summary="What nobody has bought yet, for a user", responses=documented(order, 422, 503))
