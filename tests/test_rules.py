@@ -186,7 +186,7 @@ def test_what_the_service_accepts_the_next_training_learns(tmp_path):
             .startswith("item_id: id is text")
         )
         assert client.post("/availability", json={"items": [{"item_id": "a7", "available": False}]}).status_code == 200
-        before = client.app.state.service.changes.state(1)
+        before = client.app.state.service.desk.changes.state(1)
     with Store(url) as store:
         assert len(list(store.read_events())) == 2
         age(store)
@@ -236,7 +236,7 @@ def test_what_was_accepted_under_other_rules_is_told_and_not_counted(tmp_path):
         assert found == {102, 103}, "a history shows what is stored"
         _, older = trained(tmp_path, "older", events=["purchase"], max_quantity=10)  # all that is stored is new to it
         client.post("/model/reload")
-        state = client.app.state.service.changes.state
+        state = client.app.state.service.desk.changes.state
         now = person_now(prepared(older), 1, state(1))
         assert (
             len(state(1).events) == 3

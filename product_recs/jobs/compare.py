@@ -182,6 +182,7 @@ def comparison_text(
                   f"  {'':<12} {'A':>7} {'B':>7}   {'A − B':>7}  95 % interval         A is better"]
         for row in part.itertuples():
             winner = "A" if row.low > 0 else "B" if row.high < 0 else "no clear winner"
+            name = f"{METRIC_NAMES[row.metric]}@{row.k}"
             figures = f"{row.a:7.4f} {row.b:7.4f}   {row.difference:+7.4f}  {row.low:+.4f} to {row.high:+.4f}"
-            lines.append(f"  {METRIC_NAMES[row.metric] + f'@{row.k}':<12} {figures}    {row.probability:6.1%}  {winner}")
+            lines.append(f"  {name:<12} {figures}    {row.probability:6.1%}  {winner}")
     return "\n".join(lines)

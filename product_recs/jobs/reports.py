@@ -157,7 +157,8 @@ _INDEX = """<!DOCTYPE html>
 {% for note in notes or [] %}<p class="note">{{ note }}</p>{% endfor %}
 {% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{%
   endfor %}</div>{% endif %}
-<h2>Steps</h2><table class="text"><thead><tr><th>report</th><th>result</th><th>seconds</th><th>notebook</th></tr></thead><tbody>
+<h2>Steps</h2>
+<table class="text"><thead><tr><th>report</th><th>result</th><th>seconds</th><th>notebook</th></tr></thead><tbody>
 {% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.name }}</a>{% else %}{{ step.name
   }}{% endif %}</td>
 <td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}{% if step.status == 'skipped' %}: {{

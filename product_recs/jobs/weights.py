@@ -15,6 +15,8 @@ from pathlib import Path
 
 import duckdb
 import numpy as np
+import pandas as pd
+import yaml
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
@@ -77,7 +79,6 @@ def weigh(
     snapshot:str="train",          # train | train_validation
 )->dict[str, Snapshot]:            # name -> the snapshot with confidences of that weighting
     "One snapshot under many weightings."
-    import pandas as pd # late: it takes half a second, and the command line imports this module
     past = getattr(features, snapshot)
     sums = {name: _sum_sql(parameters, past.until) for name, parameters in candidates.items()}
     columns = {sql: f"s{number}" for number, sql in enumerate(dict.fromkeys(sums.values()))}
@@ -323,7 +324,6 @@ def yaml_lines(
     comments:Sequence[str]=(), # lines at the top
 )->str:
     "A papermill parameter file, one `name: value` a line."
-    import yaml # late: only jobs have it, and the command line imports this module
     dump = lambda value: yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n")
     body = "".join(f"{name}: {dump(value)}" for name, value in parameters.items())
     return "".join(f"# {line}\n" for line in comments) + body
