@@ -23,7 +23,7 @@ from product_recs.answer.rules import Filters
 from product_recs.bundle.ready import ReadyModel
 from product_recs.answer.recommender import Recommender
 from product_recs.inference import recommend_many
-from product_recs.answer.ladder import Request, answer, prepared
+from product_recs.answer.ladder import Request, answer
 from product_recs.bundle.live import LiveModel
 from product_recs.search.index import NearestItems, build_index
 from product_recs.search.exact import Searcher
@@ -96,7 +96,7 @@ def models(parts, built, tmp_path):
 def two(parts, built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_bundle(folder, **parts, index=built[1], index_data=built[0], version="indexed")
-    return [prepared(open_bundle(folder, "indexed"), index) for index in ("auto", "exact")]
+    return [ReadyModel(open_bundle(folder, "indexed"), index).prepare() for index in ("auto", "exact")]
 
 
 def test_the_measured_recall_is_that_of_the_answers(two, built):

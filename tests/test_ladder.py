@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from scipy.sparse import csr_matrix
 
+from product_recs.bundle.ready import ReadyModel
 from product_recs.bundle.files import Bundle
 from product_recs.core.errors import ProductRecsError
 from product_recs.core.ids import IdTable
@@ -22,7 +23,7 @@ from product_recs.core.errors import UnknownItem
 from product_recs.answer.recommender import Recommender
 from product_recs.inference import recommend_many
 from product_recs.answer.lists import popular_items, similar_items
-from product_recs.answer.ladder import SEGMENT_USERS, Request, answer, content_scores, prepared, segment_scores
+from product_recs.answer.ladder import SEGMENT_USERS, Request, answer, content_scores, segment_scores
 
 WORDS = ["tea", "coffee", "mug", None]
 NUMBERS = [0.0, 1.0, 2.5, None]
@@ -74,7 +75,7 @@ def shops(draw):
         ),
     }
     sparse = csr_matrix(seen)
-    return prepared(
+    return ReadyModel(
         Bundle(
             Path("."),
             {"version": "v", "parameters": {"regularization": 0.5, "alpha": 2.0}, "blend": BLEND},
@@ -88,7 +89,7 @@ def shops(draw):
             sparse.copy(),
             sparse * 0,
         )
-    )
+    ).prepare()
 
 
 def filters(ids):
@@ -454,8 +455,8 @@ def test_many_threads_with_different_feeds_get_what_one_gets_alone():
         )
         for user in range(60)
     ] * 5
-    alone = [answer(prepared(bundle), request) for request in asked]
-    together = prepared(bundle)
+    alone = [answer(ReadyModel(bundle).prepare(), request) for request in asked]
+    together = ReadyModel(bundle).prepare()
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(lambda request: answer(together, request), asked)) == alone
 
@@ -482,7 +483,7 @@ def test_a_segment_counts_its_own_users_and_no_small_one_is_used():
         sparse,
         sparse * 0,
     )
-    model = prepared(bundle)
+    model = ReadyModel(bundle).prepare()
     used = set()
     for age in ("young", "old", "rare", "unheard of", None):
         for town in ("Rome", "Oslo", "Bonn", None):
@@ -510,7 +511,7 @@ def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
     monkeypatch.setattr("product_recs.answer.ladder.SEGMENT_SAMPLE", 10)
     seen = np.eye(95, dtype=np.float32)
     sparse = csr_matrix(seen)
-    model = prepared(
+    model = ReadyModel(
         Bundle(
             Path("."),
             {"version": "v", "parameters": {}},
@@ -524,7 +525,7 @@ def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
             sparse,
             sparse * 0,
         )
-    )
+    ).prepare()
     assert np.flatnonzero(np.floor(segment_scores(model, {"age": "old"}))).tolist() == list(range(0, 95, 10))
 
 
@@ -541,7 +542,7 @@ def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
 def test_a_wrong_filter_is_named_on_every_rung(rules, words):
     column = np.array(["tea", "mug"], object)
     sparse = csr_matrix(np.eye(2, dtype=np.float32))
-    model = prepared(
+    model = ReadyModel(
         Bundle(
             Path("."),
             {"version": "v", "parameters": {}},
@@ -555,7 +556,7 @@ def test_a_wrong_filter_is_named_on_every_rung(rules, words):
             sparse,
             sparse * 0,
         )
-    )
+    ).prepare()
     for ask in (
         lambda: answer(model, Request(1, filters=rules)),
         lambda: answer(model, Request(None, filters=rules)),
