@@ -11,13 +11,14 @@ from support import features_of_log
 
 from product_recs.answer.explain import why, why_not
 from product_recs.answer.lists import similar_items
-from product_recs.answer.person import confidence_with, person, prepare_people, score_person
+from product_recs.answer.person import confidence_with, person_now, score_person
+from product_recs.answer.recommender import Recommender
+from product_recs.answer.rules import Filters
 from product_recs.bundle.catalogue import SEEN
 from product_recs.bundle.files import open_bundle, publish
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.events import Event, UserState
 from product_recs.core.paths import project_root
-from product_recs.inference import recommend
 from product_recs.models.als import fit_als
 from product_recs.models.foldin import Solver, fold_in
 from product_recs.models.signals import BlendError, score_users
@@ -108,7 +109,7 @@ def test_new_events_weigh_what_they_would_have_weighed_in_training(log, tmp_path
         wanted = expected[later.users.row(int(user))]
         assert items.tolist() == wanted.indices.tolist()
         np.testing.assert_allclose(confidence, wanted.data, rtol=2e-4)
-        now = person(model, int(user), UserState(events))
+        now = person_now(model, int(user), UserState(events))
         assert now.counts.tolist() == later.all.counts[later.users.row(int(user))].data.tolist()
         np.testing.assert_allclose(now.vector, fold_in(model.item_factors, wanted, 20.0, 1.0)[0], rtol=1e-3, atol=1e-5)
 
@@ -131,12 +132,12 @@ def bm25_with(sums, reference):
 
 def test_who_has_no_news_is_answered_as_before(trained):
     features, model = trained
-    bundle, solver = model.bundle, prepare_people(model)._people.solver
+    bundle, solver = model.bundle, model.solver
     again = fold_in(bundle.item_factors, features.all.confidence, 20.0, 1.0, num_threads=2)
     np.testing.assert_allclose(again, bundle.user_factors, rtol=1e-5, atol=1e-6)
     for row in range(len(bundle.users)):
         user = bundle.users[row]
-        calm = person(model, user)
+        calm = person_now(model, user)
         assert (
             not calm.fresh
             and np.array_equal(calm.vector, bundle.user_factors[row])
@@ -147,7 +148,7 @@ def test_who_has_no_news_is_answered_as_before(trained):
         np.testing.assert_array_equal(
             score_person(model, calm, "next_purchase"), score_users(model.signals, np.array([row]))[0]
         )
-    assert recommend(model, user, 5, exclude_seen=False).items == bundle.items.take(
+    assert Recommender(model).recommend(user, 5, filters=Filters(exclude_seen=False)).items == bundle.items.take(
         np.argsort(-np.where(model.candidates, score_person(model, calm), -np.inf), kind="stable")[:5]
     )
 
@@ -167,25 +168,25 @@ def test_trained_factors_are_those_that_one_by_one_solves_give(trained, solver, 
 def test_an_event_speaks_for_what_is_like_it(model):
     random = np.random.default_rng(3)
     for row in range(0, len(model.bundle.users), 5):
-        calm = person(model, model.bundle.users[row])
+        calm = person_now(model, model.bundle.users[row])
         new = model.bundle.items[int(random.choice(np.setdiff1d(np.flatnonzero(model.candidates), calm.seen)))]
-        gain = score_person(model, person(model, model.bundle.users[row], UserState((Event(new),)))) - score_person(
+        gain = score_person(model, person_now(model, model.bundle.users[row], UserState((Event(new),)))) - score_person(
             model, calm
         )
         alike = [model.bundle.items.row(item) for item in similar_items(model, new, 5).items]
         assert gain[model.bundle.items.row(new)] > 0 and gain[alike].mean() > gain.mean()
         # one event in the store is one in the request
-        same = person(model, model.bundle.users[row], session=[Event(new)])
-        assert np.array_equal(same.vector, person(model, model.bundle.users[row], UserState((Event(new),))).vector)
+        same = person_now(model, model.bundle.users[row], session=[Event(new)])
+        assert np.array_equal(same.vector, person_now(model, model.bundle.users[row], UserState((Event(new),))).vector)
 
 
 def test_the_order_and_the_place_of_events_do_not_matter(model):
     user, events = model.bundle.users[4], tuple(Event(model.bundle.items[row], quantity=2) for row in (3, 9, 3, 12))
-    whole = person(model, user, UserState(events))
+    whole = person_now(model, user, UserState(events))
     for other in (
-        person(model, user, UserState(events[::-1])),
-        person(model, user, UserState(events[:2]), events[2:]),
-        person(model, user, session=[*events, Event(-1)]),
+        person_now(model, user, UserState(events[::-1])),
+        person_now(model, user, UserState(events[:2]), events[2:]),
+        person_now(model, user, session=[*events, Event(-1)]),
     ):
         np.testing.assert_allclose(other.vector, whole.vector, rtol=1e-5, atol=1e-7)
         assert other.items.tolist() == whole.items.tolist() and other.counts.tolist() == whole.counts.tolist()
@@ -195,9 +196,9 @@ def test_the_order_and_the_place_of_events_do_not_matter(model):
 def test_nothing_of_the_forgotten_is_used(model):
     events = (Event(model.bundle.items[5]), Event(model.bundle.items[6]))
     for user in model.bundle.users.take(np.arange(0, 40, 7)):
-        assert person(model, user, UserState(forgotten=True)).vector is None
-        back = person(model, user, UserState(events, forgotten=True))
-        guest = person(model, None, session=events)
+        assert person_now(model, user, UserState(forgotten=True)).vector is None
+        back = person_now(model, user, UserState(events, forgotten=True))
+        guest = person_now(model, None, session=events)
         assert np.array_equal(back.vector, guest.vector) and np.array_equal(back.seen, guest.seen) and back.row is None
 
 
@@ -205,9 +206,9 @@ def test_explanations_add_up(model):
     news = UserState((Event(model.bundle.items[5]), Event(model.bundle.items[40], "view")))
     for row in range(0, len(model.bundle.users), 9):
         for who in (
-            person(model, model.bundle.users[row]),
-            person(model, model.bundle.users[row], news),
-            person(model, None, news),
+            person_now(model, model.bundle.users[row]),
+            person_now(model, model.bundle.users[row], news),
+            person_now(model, None, news),
         ):
             scores = {task: score_person(model, who, task) for task in ("discovery", "next_purchase")}
             for item in (0, 5, 17, 40):
@@ -253,10 +254,10 @@ def test_an_older_bundle_still_answers(log, tmp_path):
         old = ReadyModel(open_bundle(path.parent, verify=True)).prepare()
         user, item = (
             old.bundle.users[2],
-            old.bundle.items[int(np.setdiff1d(np.arange(30), person(old, old.bundle.users[2]).seen)[0])],
+            old.bundle.items[int(np.setdiff1d(np.arange(30), person_now(old, old.bundle.users[2]).seen)[0])],
         )
-        now = person(old, user, UserState((Event(item),)))
-        gain = score_person(old, now) - score_person(old, person(old, user))
+        now = person_now(old, user, UserState((Event(item),)))
+        gain = score_person(old, now) - score_person(old, person_now(old, user))
         assert gain[old.bundle.items.row(item)] > 0 and now.counts is None
         assert abs(why(old, now, 3).other) < 1e-4
         with pytest.raises(BlendError, match="without a blend"):

@@ -216,7 +216,7 @@ class Shop(RuleBasedStateMachine):
         bundle = self.live()
         for at, user in enumerate((*PEOPLE[:3], TEXT_PERSON)):
             asked = carried(user, ("number", "text", "pandas")[(at + len(self.events[user])) % 3])
-            state = self.client.app.state.service.changes.state(asked)
+            state = self.client.app.state.service.desk.changes.state(asked)
             assert state.denied == self.denied[user]
             told = self.client.get(f"/users/{asked}/history?limit=1000").json()
             shows_numbers = bundle is None or bundle.users.is_int
@@ -257,6 +257,8 @@ def test_a_wish_without_a_model_is_kept_by_every_training(tmp_path, kind, by):
         shop.forget("1", by)
         shop.retrain(kind)
         shop.everybody_is_known_by_key()
-        assert shop.live().users.row("1") is None and shop.client.app.state.service.changes.state("2").denied == {"14"}
+        assert shop.live().users.row("1") is None and shop.client.app.state.service.desk.changes.state("2").denied == {
+            "14"
+        }
     finally:
         shop.teardown()

@@ -163,7 +163,7 @@ def pages(root):
 def test_every_report_shows_the_payload_as_text(shop):
     root, _ = shop
     found = {f"{path.parent.name}/{path.name}": foreign(path.read_text()) for path in pages(root)}
-    assert {f"{HARM}/{name}.html" for name in (*PIPELINE, "10_weights", "11_tune", "index")} | {
+    assert {f"{HARM}/{name}.html" for name in (*PIPELINE, "weights", "tune", "index")} | {
         "strict/01_ingest.html",
         "strict/index.html",
         "wrong/index.html",

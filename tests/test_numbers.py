@@ -24,7 +24,7 @@ from product_recs.jobs.weights import weigh
 from product_recs.models.als import fit_als
 from product_recs.train import train_bundle
 
-JOBS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "10_weights", "11_tune")
+JOBS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "jobs/weights", "jobs/tune")
 SNAPSHOTS = ("train", "train_validation", "all")
 BIN = Path(sys.executable).parent
 QUICK = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

@@ -12,11 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+from fastapi.testclient import TestClient
 from support import Server, new_database, problem, train, until
 
-from product_recs.answer.ladder import Request, answer, prepared
+from product_recs.answer.ladder import Request, answer
+from product_recs.api import create_app
+from product_recs.bundle.checkerboard import publish_checkerboard
 from product_recs.bundle.files import current_version, open_bundle, publish
 from product_recs.bundle.live import rollback
+from product_recs.bundle.ready import ReadyModel
+from product_recs.core.ids import IdTable
+from product_recs.core.settings import Settings
+from product_recs.models.foldin import Solver
 from product_recs.web.security import add_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # platformdirs, where there is no XDG_RUNTIME_DIR
@@ -327,7 +334,7 @@ def test_metrics_add_up_both_workers(shop):
 
 
 def in_process(models_dir, version, users, n=10):
-    model = prepared(open_bundle(models_dir, version))
+    model = ReadyModel(open_bundle(models_dir, version)).prepare()
     return {user: answer(model, Request(user, n)).items for user in users}
 
 
@@ -508,3 +515,38 @@ def test_keys_open_what_their_scope_says_in_every_worker(tmp_path, trained):
         until(lambda: {status for status, _, _ in both(server, "/recommend/1", headers={"X-API-Key": added})} == {200})
     assert not any(key in server.stdout.read_text() + server.stderr.read_text() for key in keys.values())
     assert current_version(server.models) == trained[1]
+
+
+def test_a_request_looks_its_user_up_once_and_folds_in_once(tmp_path, monkeypatch):
+    "From the path to the list with reasons: one look-up of the user, one solve, also for somebody with news."
+    version = publish_checkerboard(tmp_path)
+    settings = Settings(models_dir=tmp_path, auth="off", log_level="ERROR", database_url=f"sqlite:///{tmp_path}/f.db")
+    with TestClient(create_app(settings), base_url="http://localhost") as client:
+        service, calls = client.app.state.service, []
+        users = service.live.get().bundle.users
+        row, solve = IdTable.row, Solver.solve
+
+        def counted_row(table, user):
+            if table is users:
+                calls.append("row")
+            return row(table, user)
+
+        def counted_solve(solver, *history):
+            calls.append("solve")
+            return solve(solver, *history)
+
+        monkeypatch.setattr(IdTable, "row", counted_row)
+        monkeypatch.setattr(Solver, "solve", counted_solve)
+        assert client.post("/events", json={"user_id": 1, "item_id": 102}).json()["accepted"] == 1
+        for path, expected in (
+            ("/recommend/1", ["row", "solve"]),
+            ("/recommend/1?detail=true", ["row", "solve"]),
+            ("/recommend/1?detail=true", []),  # this answer is kept
+            ("/recommend/2?detail=true", ["row"]),  # nothing is new of this user
+            ("/recommend/nobody?detail=true", ["row"]),
+        ):
+            calls.clear()
+            answer = client.get(path)
+            assert answer.status_code == 200 and answer.headers["x-model-version"] == version
+            assert sorted(calls) == expected, path
+        assert client.get("/recommend/1?detail=true").json()["items"][0]["reasons"]

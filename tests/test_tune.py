@@ -29,7 +29,7 @@ def tuned(tmp_path_factory):
     said = []
     papermill = (
         "papermill",
-        "nbs/11_tune.ipynb",
+        "nbs/jobs/tune.ipynb",
         "reports/again.ipynb",
         "-f",
         "tune.yaml",
@@ -59,11 +59,11 @@ def tuned(tmp_path_factory):
 
 def test_a_second_call_goes_on(tuned):
     _, ((out, first), (_, second)) = tuned
-    a, b = (metrics["11_tune"]["tasks"]["discovery"] for metrics in (first, second))
+    a, b = (metrics["tune"]["tasks"]["discovery"] for metrics in (first, second))
     assert (a["earlier_trials"], a["trials"], b["earlier_trials"], b["trials"]) == (0, 4, 4, 8) and a["study"] == b[
         "study"
     ]
-    assert [metrics["11_tune"]["parameters"]["budget_minutes"] for metrics in (first, second)] == [3, 4]
+    assert [metrics["tune"]["parameters"]["budget_minutes"] for metrics in (first, second)] == [3, 4]
     assert (
         b["validation_ndcg"] >= a["validation_ndcg"] >= max(a["starting_points"].values())
         and len(a["starting_points"]) >= 2
@@ -76,7 +76,7 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
     best = yaml.safe_load((root / "data/processed/sample/best_discovery.yaml").read_text())
     assert (
         best
-        == metrics["11_tune"]["tasks"]["discovery"]["best"]
+        == metrics["tune"]["tasks"]["discovery"]["best"]
         == yaml.safe_load((root / "reports/sample/best_discovery.yaml").read_text())
     )
     (root / "yours.yaml").write_text("factors: 3\nbootstrap: 100\nmodels: [popularity, ALS]\n")
@@ -98,7 +98,7 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
     judged = json.loads((root / "reports/sample/metrics.json").read_text())["04_evaluate"]["table"]
     assert {row["model"] for row in judged} == {"popularity", "ALS"}
     page = (root / "reports/sample/index.html").read_text()
-    assert "11_tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/10_weights.html").exists()
+    assert "tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/weights.html").exists()
     assert (root / "data/processed/sample/tune.db").exists()
 
 

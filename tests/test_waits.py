@@ -99,7 +99,7 @@ def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgr
     other = opened(Store(address).open())
     app = create_app(settings_of(models, address))
     service = app.state.service
-    service.changes.wait, service.changes.poll = 5, 60
+    service.desk.changes.wait, service.desk.changes.poll = 5, 60
 
     async def ask(client, done, method, path, body):
         answer = await client.request(method, path, json=body)
@@ -128,7 +128,7 @@ def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgr
             ]
             try:
                 await beats.more(50)
-                assert done == [] and service.changes.behind
+                assert done == [] and service.desk.changes.behind
                 assert (
                     (await client.get("/health/live")).status_code
                     == (await client.get("/health/ready")).status_code
@@ -208,7 +208,7 @@ def test_no_route_reads_or_waits_on_the_loop(tmp_path, monkeypatch, opened, limi
     other.add_events([NewEvent(user, 101 + user) for user in (1, 2, 3, 50)])
     app = create_app(settings_of(models, f"sqlite:///{tmp_path}/feedback.db", events_in_memory=limit))
     service = app.state.service
-    service.changes.wait = 60
+    service.desk.changes.wait = 60
 
     def asks(turn):
         "What was read once is in memory: the second time it is another user and another item that only a file knows."

@@ -108,7 +108,7 @@ def goes_on_and_says_why(folder, address, reason, caplog):
             caplog.text
         )
         with pytest.raises(StoreError, match=reason):
-            service.store.add_events([NewEvent(1, 101)])
+            service.desk.store.add_events([NewEvent(1, 101)])
 
         async def ask():
             async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
@@ -121,7 +121,7 @@ def goes_on_and_says_why(folder, address, reason, caplog):
                 assert ready.status_code == 200 and ready.json()["store"] == "away"
 
         asyncio.run(ask())
-        assert reason in service.changes.error
+        assert reason in service.desk.changes.error
     finally:
         service.stop()
 

@@ -180,9 +180,9 @@ def main() -> None:
     paths = [Path(name).resolve() for name in given.notebooks] or sorted((root / "nbs").rglob("*.ipynb"))
     mutants = [mutant for path in paths for mutant in mutants_of(path)]
     # in the parent, so that each child has them already
-    import duckdb, matplotlib.pyplot, pandas, scipy.sparse, nbdev.test, fastapi.testclient  # noqa: E401, F401
-
     from multiprocessing.pool import ThreadPool
+
+    import duckdb  # noqa: E401, F401
 
     with ThreadPool(given.workers) as pool:
         names = sorted({mutant.notebook for mutant in mutants})

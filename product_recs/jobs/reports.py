@@ -26,53 +26,34 @@ def joined_streams(
     "Outputs with neighbouring pieces of one stream joined, each as a terminal would show it in the end."
     merged = []
     for output in outputs:
-        if (
-            output.output_type == "stream"
-            and merged
-            and merged[-1].output_type == "stream"
-            and merged[-1].name == output.name
-        ):
-            merged[-1].text += output.text
+        last = merged[-1] if merged else None
+        if last and output.output_type == last.output_type == "stream" and last.name == output.name:
+            last.text += output.text
         else: merged.append(output)
     for output in merged:
         if output.output_type == "stream": output.text = _last_state(output.text)
     return merged
 
+def _heading(cells:list, pattern:str)->int|None:
+    "Number of the first markdown cell that begins like this."
+    return next((number for number, cell in enumerate(cells)
+                 if cell.cell_type == "markdown" and re.match(pattern, cell.source)), None)
+
 def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
     "Merge streams, keep the last state of progress bars, mark the cells that open and close the fold."
-    cells = notebook.cells = [
-        cell
-        for cell in notebook.cells
-        if cell.source.strip() and "#| hide" not in cell.source and "#| default_exp" not in cell.source
-    ]
+    hidden = ("#| hide", "#| default_exp")
+    cells = notebook.cells = [cell for cell in notebook.cells
+                              if cell.source.strip() and not any(mark in cell.source for mark in hidden)]
     for cell in cells:
         if cell.cell_type == "code": cell.outputs = joined_streams(cell.outputs)
         # papermill's own note on a failure repeats what the failing cell says
         if "papermill-error-cell-tag" in cell.metadata.get("tags", []): cell.metadata["skip"] = True
-    headings = [
-        number
-        for number, cell in enumerate(cells)
-        if cell.cell_type == "markdown" and re.match(r"#+ Run\b", cell.source)
-    ]
-    first = (
-        next(
-            (
-                number
-                for number, cell in enumerate(cells)
-                if cell.cell_type == "markdown" and cell.source.startswith("# ")
-            ),
-            0,
-        )
-        + 1
-    )
-    failed_early = any(
-        output.output_type == "error"
-        for cell in cells[: headings[0] if headings else 0]
-        for output in cell.get("outputs", [])
-    )
-    if headings and first < headings[0] and not failed_early:
-        cells[first].metadata["opens"] = headings[0] - first
-        cells[headings[0] - 1].metadata["closes"] = True
+    run_at, first = _heading(cells, r"#+ Run\b"), (_heading(cells, "# ") or 0) + 1
+    definitions = cells[:run_at or 0]
+    failed = any(output.output_type == "error" for cell in definitions for output in cell.get("outputs", []))
+    if first < len(definitions) and not failed:
+        cells[first].metadata["opens"] = run_at - first
+        cells[run_at - 1].metadata["closes"] = True
     return notebook
 
 # %% ../../nbs/jobs/reports.ipynb #f20582d7
@@ -80,12 +61,15 @@ def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE = """
-:root { --ink: #1f2933; --soft: #52606d; --line: #dde3e9; --accent: #2f6db5; --good: #1a7f4b; --bad: #b42318; --paper: #ffffff; }
-body, body.jp-Notebook { background: var(--paper); color: var(--ink); font: 16px/1.55 "Segoe UI", Roboto, "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; margin: 0; padding: 0; overflow: auto; }
+:root { --ink: #1f2933; --soft: #52606d; --line: #dde3e9; --accent: #2f6db5; --good: #1a7f4b; --bad: #b42318;
+  --paper: #ffffff; }
+body, body.jp-Notebook { background: var(--paper); color: var(--ink); font: 16px/1.55 "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; margin: 0; padding: 0; overflow: auto; }
 main { max-width: 940px; margin: 0 auto; padding: 24px 20px 64px; display: block; }
 h1 { font-size: 1.8rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2rem; }
 a { color: var(--accent); }
-blockquote { margin: 0 0 1rem; padding: .1rem 1rem; border-left: 4px solid var(--accent); color: var(--soft); font-size: 1.05rem; }
+blockquote { margin: 0 0 1rem; padding: .1rem 1rem; border-left: 4px solid var(--accent); color: var(--soft);
+  font-size: 1.05rem; }
 details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: 0 .8rem; }
 details > summary { cursor: pointer; color: var(--soft); padding: .35rem 0; font-size: .85rem; }
 details.definitions { background: #f8fafc; padding: .2rem 1rem; margin: 1.2rem 0; }
@@ -98,33 +82,46 @@ thead th { border-bottom: 2px solid var(--line); }
 .text td { overflow-wrap: anywhere; }
 caption { text-align: left; padding: .3rem 0; color: var(--soft); }
 .note { border-left: 4px solid var(--accent); background: #f8fafc; padding: .6rem 1rem; }
-.failed { border-left: 4px solid var(--bad); background: #fef3f2; padding: .6rem 1rem; margin: .8rem 0; white-space: pre-wrap; }
+.failed { border-left: 4px solid var(--bad); background: #fef3f2; padding: .6rem 1rem; margin: .8rem 0; white-space:
+  pre-wrap; }
 nav { font-size: .9rem; }
 img { max-width: 100%; height: auto; }
 """
 
 _NOTEBOOK_STYLE = """
-.jp-Notebook .jp-Cell { padding: 0; } .jp-Notebook { --jp-content-font-size1: 16px; --jp-content-line-height: 1.55; --jp-code-font-size: 13px; }
-.jp-RenderedHTMLCommon { font-size: 16px; padding: 0; } .jp-RenderedHTMLCommon blockquote { border-left: 4px solid var(--accent); }
-.jp-RenderedHTMLCommon table { margin-left: 0; font-size: .9rem; table-layout: auto; } .jp-RenderedHTMLCommon td, .jp-RenderedHTMLCommon th { white-space: normal; max-width: none; }
-.jp-RenderedHTMLCommon h1, .jp-RenderedHTMLCommon h2 { border: 0; } .jp-InputPrompt, .jp-OutputPrompt { display: none; } .jp-OutputArea-child { display: block; }
-.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: #f8fafc; } .anchor-link { display: none; }
+.jp-Notebook .jp-Cell { padding: 0; } .jp-Notebook { --jp-content-font-size1: 16px; --jp-content-line-height: 1.55;
+  --jp-code-font-size: 13px; }
+.jp-RenderedHTMLCommon { font-size: 16px; padding: 0; } .jp-RenderedHTMLCommon blockquote { border-left: 4px solid
+  var(--accent); }
+.jp-RenderedHTMLCommon table { margin-left: 0; font-size: .9rem; table-layout: auto; } .jp-RenderedHTMLCommon td,
+  .jp-RenderedHTMLCommon th { white-space: normal; max-width: none; }
+.jp-RenderedHTMLCommon h1, .jp-RenderedHTMLCommon h2 { border: 0; } .jp-InputPrompt, .jp-OutputPrompt { display:
+  none; } .jp-OutputArea-child { display: block; }
+.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: #f8fafc; } .anchor-link { display:
+  none; }
 .jp-OutputArea-output { overflow-x: auto; padding-left: 0; }
 """
 
 # %% ../../nbs/jobs/reports.ipynb #795b20be
 _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
-{% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs %}{% endblock %}{% block jupyter_widgets %}{% endblock %}
-{%- block html_head -%}<meta http-equiv="Content-Security-Policy" content="{{ resources.content_policy }}">{{ super() }}{%- endblock -%}
+{% block html_head_js %}{% endblock %}{% block html_head_js_mathjax %}{% endblock %}{% block html_head_js_mermaidjs
+  %}{% endblock %}{% block jupyter_widgets %}{% endblock %}
+{%- block html_head -%}<meta http-equiv="Content-Security-Policy" content="{{ resources.content_policy }}">{{ super()
+  }}{%- endblock -%}
 {% block html_head_css %}<style>{{ resources.page_style }}</style>{% endblock %}
-{% block body_header %}{{ super() }}{% if resources.navigation %}<nav>{{ resources.navigation }}</nav>{% endif %}{% endblock %}
+{% block body_header %}{{ super() }}{% if resources.navigation %}<nav>{{ resources.navigation }}</nav>{% endif %}{%
+  endblock %}
 {% block any_cell %}{% if not cell.metadata.skip %}
-{% if cell.metadata.opens %}<details class="definitions"><summary>How this notebook works: its definitions, each with its check ({{ cell.metadata.opens }} cells)</summary>{% endif %}
+{% if cell.metadata.opens %}<details class="definitions"><summary>How this notebook works: its definitions, each with
+  its check ({{ cell.metadata.opens }} cells)</summary>{% endif %}
 {{ super() }}
 {% if cell.metadata.closes %}</details>{% endif %}{% endif %}{% endblock %}
-{% block input %}<details class="code"{% if 'parameters' in cell.metadata.tags or 'injected-parameters' in cell.metadata.tags %} open{% endif %}><summary>
-{%- if 'injected-parameters' in cell.metadata.tags %}parameters of this run{% elif 'parameters' in cell.metadata.tags %}parameters, with their defaults{% else %}code{% endif %}</summary>{{ super() }}</details>{% endblock %}
-{% block error %}<div class="failed"><strong>{{ output.ename }}</strong>: {{ output.evalue | e }}</div><details><summary>traceback</summary>{{ super() }}</details>{% endblock %}
+{% block input %}<details class="code"{% if 'parameters' in cell.metadata.tags or 'injected-parameters' in
+  cell.metadata.tags %} open{% endif %}><summary>
+{%- if 'injected-parameters' in cell.metadata.tags %}parameters of this run{% elif 'parameters' in cell.metadata.tags
+  %}parameters, with their defaults{% else %}code{% endif %}</summary>{{ super() }}</details>{% endblock %}
+{% block error %}<div class="failed"><strong>{{ output.ename }}</strong>: {{ output.evalue | e
+  }}</div><details><summary>traceback</summary>{{ super() }}</details>{% endblock %}
 """
 
 def to_html(
@@ -134,39 +131,49 @@ def to_html(
     navigation:str="",       # HTML at the top of the page, such as a link back
 )->Path:                     # `html`
     "Render a notebook as one page that needs no network and runs no script."
-    exporter = HTMLExporter(
-        template_file="report.html.j2", extra_loaders=[DictLoader({"report.html.j2": _TEMPLATE})], embed_images=True
-    )
+    loader = DictLoader({"report.html.j2": _TEMPLATE})
+    exporter = HTMLExporter(template_file="report.html.j2", extra_loaders=[loader], embed_images=True)
     cleaned = _clean(nbformat.read(notebook, as_version=4))
-    resources = {
-        "metadata": {"name": title},
-        "page_style": STYLE + _NOTEBOOK_STYLE,
-        "navigation": navigation,
-        "content_policy": CONTENT_POLICY,
-    }
+    resources = {"metadata": {"name": title}, "page_style": STYLE + _NOTEBOOK_STYLE, "navigation": navigation,
+                 "content_policy": CONTENT_POLICY}
     body, _ = exporter.from_notebook_node(cleaned, resources=resources)
     return atomic_write(html, body)
 
 # %% ../../nbs/jobs/reports.ipynb #6faef5a8
 _INDEX = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{{ policy | safe }}"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ run }}</title><style>{{ style | safe }}
-.facts { display: flex; flex-wrap: wrap; gap: 12px; padding: 0; } .facts div { border: 1px solid var(--line); border-radius: 8px; padding: .6rem 1rem; min-width: 120px; }
-.facts b { display: block; font-size: 1.4rem; } .facts span { color: var(--soft); font-size: .85rem; } .ok { color: var(--good); } .no { color: var(--bad); }</style></head><body><main>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
+  content="{{ policy | safe }}"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ run
+  }}</title><style>{{ style | safe }}
+.facts { display: flex; flex-wrap: wrap; gap: 12px; padding: 0; } .facts div { border: 1px solid var(--line);
+  border-radius: 8px; padding: .6rem 1rem; min-width: 120px; }
+.facts b { display: block; font-size: 1.4rem; } .facts span { color: var(--soft); font-size: .85rem; } .ok { color:
+  var(--good); } .no { color: var(--bad); }</style></head><body><main>
 <h1>{{ run }}</h1>
-<p>{% if failed %}<strong class="no">Failed</strong> in {{ failed }}; no model was published.{% else %}<strong class="ok">Succeeded.</strong>
-{% if version %}Model <code>{{ version }}</code> is live.{% endif %}{% endif %} {{ started }}, {{ '%.0f' | format(seconds) }} seconds.</p>
+<p>{% if failed %}<strong class="no">Failed</strong> in {{ failed }}; no model was published.{% else %}<strong
+  class="ok">Succeeded.</strong>
+{% if version %}Model <code>{{ version }}</code> is live.{% endif %}{% endif %} {{ started }}, {{ '%.0f' |
+  format(seconds) }} seconds.</p>
 {% if error %}<div class="failed">{{ error }}</div>{% endif %}
 {% for note in notes or [] %}<p class="note">{{ note }}</p>{% endfor %}
-{% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{% endfor %}</div>{% endif %}
-<h2>Steps</h2><table class="text"><thead><tr><th>report</th><th>result</th><th>seconds</th><th>notebook</th></tr></thead><tbody>
-{% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.name }}</a>{% else %}{{ step.name }}{% endif %}</td>
-<td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}{% if step.status == 'skipped' %}: {{ step.error }}{% endif %}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
+{% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{%
+  endfor %}</div>{% endif %}
+<h2>Steps</h2>
+<table class="text"><thead><tr><th>report</th><th>result</th><th>seconds</th><th>notebook</th></tr></thead><tbody>
+{% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.name }}</a>{% else %}{{ step.name
+  }}{% endif %}</td>
+<td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}{% if step.status == 'skipped' %}: {{
+  step.error }}{% endif %}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
 <td>{% if step.html %}<a href="{{ step.name }}.ipynb">ipynb</a>{% endif %}</td></tr>{% endfor %}</tbody></table>
-{% for task, rows in tasks.items() %}<h2>{{ headings.get(task, task) }}</h2><table><thead><tr><th>model</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in rows %}<tr><td>{{ row.model }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best %}<b>{% endif %}{{ '%.3f' | format(row[name].value) }}{% if row[name].best %}</b>{% endif %}
-{%- if loop.first and row[name].low is defined %} <small>({{ '%.3f' | format(row[name].low) }} to {{ '%.3f' | format(row[name].high) }})</small>{% endif %}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table>
-<p><small>{{ rows[0][columns[0]].users if rows[0][columns[0]] else '' }} users; in brackets the 95 % bootstrap interval, in bold the largest value. Definitions are in 04_evaluate.</small></p>{% endfor %}
-{% if parameters %}<h2>Parameters given</h2><table class="text"><tbody>{% for name, value in parameters.items() %}<tr><td><code>{{ name }}</code></td><td>{{ value }}</td></tr>{% endfor %}</tbody></table>{% endif %}
+{% for task, rows in tasks.items() %}<h2>{{ headings.get(task, task) }}</h2><table><thead><tr><th>model</th>{% for
+  name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}<tr><td>{{ row.model }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best
+  %}<b>{% endif %}{{ '%.3f' | format(row[name].value) }}{% if row[name].best %}</b>{% endif %}
+{%- if loop.first and row[name].low is defined %} <small>({{ '%.3f' | format(row[name].low) }} to {{ '%.3f' |
+  format(row[name].high) }})</small>{% endif %}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table>
+<p><small>{{ rows[0][columns[0]].users if rows[0][columns[0]] else '' }} users; in brackets the 95 % bootstrap
+  interval, in bold the largest value. Definitions are in 04_evaluate.</small></p>{% endfor %}
+{% if parameters %}<h2>Parameters given</h2><table class="text"><tbody>{% for name, value in parameters.items()
+  %}<tr><td><code>{{ name }}</code></td><td>{{ value }}</td></tr>{% endfor %}</tbody></table>{% endif %}
 <p><a href="metrics.json">metrics.json</a> has every figure.</p></main></body></html>
 """
 
@@ -180,9 +187,6 @@ def write_index(
     facts:dict,  # run, started, seconds, steps, failed, error, version, facts, tasks, columns, parameters
 )->Path:         # the index.html
     "Write the page that summarises a run."
-    page = (
-        Environment(autoescape=True)
-        .from_string(_INDEX)
-        .render(style=STYLE, policy=CONTENT_POLICY, headings=_HEADINGS, **facts)
-    )
+    template = Environment(autoescape=True).from_string(_INDEX)
+    page = template.render(style=STYLE, policy=CONTENT_POLICY, headings=_HEADINGS, **facts)
     return atomic_write(folder/"index.html", page)

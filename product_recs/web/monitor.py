@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +24,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 _FOLDER, _PREFIX = "PROMETHEUS_MULTIPROC_DIR", "product_recs-"
 
 def _alive(pid:int)->bool:
+    "Is there such a process?"
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except OSError: pass
@@ -65,80 +66,54 @@ class _Counters:
     "The metrics themselves, in one registry."
     def __init__(self):
         self.registry = registry = CollectorRegistry(auto_describe=False)
-        self.requests = Counter(
-            "http_requests_total", "HTTP requests that were answered", ["route", "method", "status"], registry=registry
-        )
-        self.seconds = Histogram(
-            "http_request_duration_seconds",
-            "Time to the end of the answer",
-            ["route"],
-            buckets=_BUCKETS,
-            registry=registry,
-        )
-        self.recommendations = Counter(
-            "recommendations_total", "Lists of recommendations by the rung that answered", ["source"], registry=registry
-        )
-        self.shortfalls = Counter(
-            "recommendation_shortfall_total", "Lists with fewer items than asked", registry=registry
-        )
+        self.requests = Counter("http_requests_total", "HTTP requests that were answered",
+                                ["route", "method", "status"], registry=registry)
+        self.seconds = Histogram("http_request_duration_seconds", "Time to the end of the answer", ["route"],
+                                 buckets=_BUCKETS, registry=registry)
+        self.recommendations = Counter("recommendations_total", "Lists of recommendations by the rung that answered",
+                                       ["source"], registry=registry)
+        self.shortfalls = Counter("recommendation_shortfall_total", "Lists with fewer items than asked",
+                                  registry=registry)
         self.cache = Counter("cache_requests_total", "Look-ups in the cache of answers", ["result"], registry=registry)
-        self.reloads = Counter(
-            "model_reloads_total", "Models that a worker took up or refused", ["result"], registry=registry
-        )
+        self.reloads = Counter("model_reloads_total", "Models that a worker took up or refused", ["result"],
+                               registry=registry)
         self.events = Counter("feedback_events_total", "Events that clients sent", ["result"], registry=registry)
-        self.store_errors = Counter(
-            "store_errors_total", "Operations of the feedback store that failed", ["operation"], registry=registry
-        )
+        self.store_errors = Counter("store_errors_total", "Operations of the feedback store that failed",
+                                    ["operation"], registry=registry)
         self.dropped = Counter("impressions_dropped_total", "Impressions that were not kept", registry=registry)
-        self.model = Gauge(
-            "model_info",
-            "Workers that answer from this version",
-            ["version"],
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.stale = Gauge(
-            "store_stale",
-            "1 where a worker answers from an old state of the users",
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
+        self.model = Gauge("model_info", "Workers that answer from this version", ["version"],
+                           multiprocess_mode="livesum", registry=registry)
+        self.stale = Gauge("store_stale", "1 where a worker answers from an old state of the users",
+                           multiprocess_mode="livemax", registry=registry)
         self.workers = Gauge("workers_alive", "Processes that serve", multiprocess_mode="livesum", registry=registry)
         # a counter that is there from the start, at 0, makes its first increase visible
         for result in ("hit", "miss"): self.cache.labels(result)
         for result in ("reloaded", "refused"): self.reloads.labels(result)
         for result in ("accepted", "duplicate", "rejected"): self.events.labels(result)
+        self.workers.set(1)
+
+    def request_series(self, route:str|None, method:str, status:int)->tuple[Callable, Callable]:
+        "What counts such a request, and what takes its seconds."
+        route, method = route or "other", method if method in _METHODS else "other"
+        return self.requests.labels(route, method, str(status)).inc, self.seconds.labels(route).observe
 
 # %% ../../nbs/web/monitor.ipynb #d00b2c0d
-class _RequestMetrics:
-    "What is counted with every request."
+class Metrics:
+    "The numbers of this worker, and the text about those of all."
+    content_type = CONTENT_TYPE_LATEST # of `body`
+
     def __init__(self):
-        self._of, self._version, self._created_at, self._known = _Counters(), None, None, {}
-        self._of.workers.set(1)
+        self._of, self._version, self._created_at, self._series = _Counters(), None, None, {}
 
-    def observe(self,
-        route:str|None,  # pattern of the route; None: no route matched
-        method:str,
-        status:int,
-        seconds:float,
-    )->None:
-        "Count one HTTP request."
+    def observe(self, route:str|None, method:str, status:int, seconds:float)->None:
+        "Count one HTTP request; `route` is the pattern of the route, None where no route matched."
         key = (route, method, status)
-        if (found := self._known.get(key)) is None:
-            labels = (route or "other", method if method in _METHODS else "other", str(status))
-            found = self._known[key] = (
-                self._of.requests.labels(*labels).inc,
-                self._of.seconds.labels(labels[0]).observe,
-            )
-        found[0]()
-        found[1](seconds)
+        if (series := self._series.get(key)) is None: series = self._series[key] = self._of.request_series(*key)
+        series[0]()
+        series[1](seconds)
 
-    def recommended(self,
-        source:str,           # the rung that answered
-        shortfall:bool=False, # were there fewer items than asked?
-        lists:int=1,
-    )->None:
-        "Count lists of recommendations."
+    def recommended(self, source:str, shortfall:bool=False, lists:int=1)->None:
+        "Count lists of recommendations by the rung that answered; `shortfall`: they have fewer items than asked."
         self._count(self._of.recommendations, source, lists)
         if shortfall: self._of.shortfalls.inc(lists)
 
@@ -147,20 +122,12 @@ class _RequestMetrics:
         self._count(self._of.cache, "hit" if hit else "miss", 1)
 
     def _count(self, counter:Counter, label:str, n:float)->None:
-        if (inc := self._known.get((counter, label))) is None:
-            inc = self._known[counter, label] = counter.labels(label).inc
+        if (inc := self._series.get((counter, label))) is None:
+            inc = self._series[counter, label] = counter.labels(label).inc
         inc(n)
 
-# %% ../../nbs/web/monitor.ipynb #37af781e
-class Metrics(_RequestMetrics):
-    "The numbers of this worker, and the text about those of all."
-    content_type = CONTENT_TYPE_LATEST # of `body`
-
-    def model_taken_up(self,
-        version:str,
-        created_at:str|None=None, # ISO-8601, from the manifest
-    )->None:
-        "This worker answers from a model now."
+    def model_taken_up(self, version:str, created_at:str|None=None)->None:
+        "This worker answers from a model now; `created_at` is the ISO-8601 time of its manifest."
         if self._version is not None: self._of.model.labels(self._version).set(0)
         self._of.model.labels(version).set(1)
         self._version, self._created_at = version, created_at and datetime.fromisoformat(created_at)
@@ -201,11 +168,8 @@ class _All:
         folder = workers_folder()
         if folder: _forget_dead(folder)
         for metric in (MultiProcessCollector(None, str(folder)) if folder else self.metrics._of.registry).collect():
-            metric.samples = [
-                sample
-                for sample in metric.samples
-                if not sample.name.endswith("_created") and (metric.name != "model_info" or sample.value)
-            ]
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")
+                              and (metric.name != "model_info" or sample.value)]
             yield metric
         age = GaugeMetricFamily("model_age_seconds", "Since the model was trained")
         if made := self.metrics._created_at:
@@ -217,13 +181,9 @@ class JsonLine(logging.Formatter):
     "A log record as one JSON document."
     def format(self, record:logging.LogRecord)->str:
         "Time, level, logger, process and message; `error` with the traceback where there is one."
-        line = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
-            "level": record.levelname,
-            "logger": record.name,
-            "process": record.process,
-            "message": record.getMessage(),
-        }
+        line = {"time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+                "level": record.levelname, "logger": record.name, "process": record.process,
+                "message": record.getMessage()}
         if record.exc_info: line["error"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
 
@@ -232,11 +192,9 @@ def log_config(
 )->dict:              # for `uvicorn.run(log_config=...)` and for `logging.config.dictConfig`
     "Logging that writes nothing but JSON."
     loggers = {name: {"level": level} for name in ("product_recs", "uvicorn", "uvicorn.error")}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"json": {"()": "product_recs.web.monitor.JsonLine"}},
-        "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "json"}},
-        "loggers": loggers | {"uvicorn.access": {"handlers": [], "propagate": False}},
-        "root": {"level": "WARNING", "handlers": ["stderr"]},
-    }
+    return {"version": 1, "disable_existing_loggers": False,
+            "formatters": {"json": {"()": "product_recs.web.monitor.JsonLine"}},
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr",
+                                    "formatter": "json"}},
+            "loggers": loggers | {"uvicorn.access": {"handlers": [], "propagate": False}},
+            "root": {"level": "WARNING", "handlers": ["stderr"]}}

@@ -52,69 +52,58 @@ def problem(
 )->JSONResponse:
     "A problem document as a response."
     instance = request_path.decode("latin-1") if isinstance(request_path, bytes) else request_path
-    body = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "instance": instance,
-    }
-    return JSONResponse(
-        body if errors is None else body | {"errors": errors}, status, headers, media_type="application/problem+json"
-    )
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail,
+            "instance": instance}
+    return JSONResponse(body if errors is None else body | {"errors": errors}, status, headers,
+                        media_type="application/problem+json")
 
 # %% ../../nbs/web/problems.ipynb #c59ddd18
-def _raw_path(request:Request)->bytes:
-    return request.scope.get("raw_path") or request.url.path.encode("ascii", "replace")
+def _raw_path(http_request:Request)->bytes:
+    "The path as it was sent."
+    return http_request.scope.get("raw_path") or http_request.url.path.encode("ascii", "replace")
 
-async def http_problem(request:Request, error:HTTPException)->JSONResponse:
+async def http_problem(http_request:Request, error:HTTPException)->JSONResponse:
     "404, 405 and other answers of the framework."
     headers = dict(error.headers or {})
     if error.status_code == 405: headers.setdefault("Allow", "GET") # the file server of some versions does not say it
     detail = {
         404: "there is nothing at this path; /docs lists what there is",
-        405: f"{request.method} is not allowed here, only {headers.get('Allow')}",
+        405: f"{http_request.method} is not allowed here, only {headers.get('Allow')}",
     }.get(error.status_code, str(error.detail))
-    return problem(_raw_path(request), error.status_code, detail, headers)
+    return problem(_raw_path(http_request), error.status_code, detail, headers)
 
-async def parameter_problem(request:Request, error:RequestValidationError)->JSONResponse:
+async def parameter_problem(http_request:Request, error:RequestValidationError)->JSONResponse:
     "422 that names each bad parameter; 400 or 415 for a body that is no JSON."
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return problem(
-            _raw_path(request),
-            400,
-            f"the body is not readable as JSON: {first.get('ctx', {}).get('error', '')} at character "
-            f"{first['loc'][-1]}",
-        )
+        return problem(_raw_path(http_request), 400,
+                       f"the body is not readable as JSON: {first.get('ctx', {}).get('error', '')} at character "
+                       f"{first['loc'][-1]}")
     if first["loc"] == ("body",) and first["type"] == "missing":
-        return problem(_raw_path(request), 400, "the body is empty; it must be JSON")
+        return problem(_raw_path(http_request), 400, "the body is empty; it must be JSON")
     if isinstance(error.body, bytes):
-        return problem(
-            _raw_path(request),
-            415,
-            f"the body must be application/json, not {request.headers.get('content-type') or 'without a content type'}",
-        )
-    errors = [
-        {"in": str(e["loc"][0]), "field": ".".join(map(str, e["loc"][1:])), "message": e["msg"]} for e in error.errors()
-    ]
-    return problem(_raw_path(request), 422, "; ".join(f"{e['field']}: {e['message']}" for e in errors), errors=errors)
+        kind = http_request.headers.get("content-type") or "without a content type"
+        return problem(_raw_path(http_request), 415, f"the body must be application/json, not {kind}")
+    errors = [{"in": str(fault["loc"][0]), "field": ".".join(map(str, fault["loc"][1:])), "message": fault["msg"]}
+              for fault in error.errors()]
+    detail = "; ".join(f"{fault['field']}: {fault['message']}" for fault in errors)
+    return problem(_raw_path(http_request), 422, detail, errors=errors)
 
 def unavailable(
-    request:Request,
+    http_request:Request,
     sentence:str, # what the client is told
     cause:str,    # what the log is told: paths, addresses, what a library said
 )->JSONResponse:
     "503 that tells the client the request id, under which the log has the cause."
-    request.scope["cause"] = cause
-    told = f"{sentence}; the log of the service has the cause under request id {request.scope.get('request_id')}"
-    return problem(_raw_path(request), 503, told, {"Retry-After": "5"})
+    http_request.scope["cause"] = cause
+    where = f"the log of the service has the cause under request id {http_request.scope.get('request_id')}"
+    return problem(_raw_path(http_request), 503, f"{sentence}; {where}", {"Retry-After": "5"})
 
-async def known_problem(request:Request, error:ProductRecsError)->JSONResponse:
+async def known_problem(http_request:Request, error:ProductRecsError)->JSONResponse:
     "404 for an unknown item, 503 for no model, 422 for anything else that the caller can mend."
     if isinstance(error, BundleError):
-        return unavailable(request, getattr(error, "public", "the model cannot answer now"), str(error))
-    return problem(_raw_path(request), 404 if isinstance(error, UnknownItem) else 422, str(error))
+        return unavailable(http_request, getattr(error, "public", "the model cannot answer now"), str(error))
+    return problem(_raw_path(http_request), 404 if isinstance(error, UnknownItem) else 422, str(error))
 
 # %% ../../nbs/web/problems.ipynb #100856c9
 _EXAMPLES = {
@@ -139,28 +128,19 @@ def documented(
     def header(text:str)->dict: return {"description": text, "schema": {"type": "string"}}
     headers = {"X-Request-ID": header("the request's id in the log")}
     if model:
-        headers |= {
-            "X-Model-Version": header("version of the model that answered"),
-            "X-Recommendation-Source": header("the rung that answered"),
-            "X-Recommendation-Shortfall": header("only where there are fewer than n: why"),
-            "X-Feedback-Stale": header("only where the newest feedback could not be read: true"),
-        }
-    schema, found = Problem.model_json_schema(), {200: {"description": description, "headers": headers}}
+        headers |= {"X-Model-Version": header("version of the model that answered"),
+                    "X-Recommendation-Source": header("the rung that answered"),
+                    "X-Recommendation-Shortfall": header("only where there are fewer than n: why"),
+                    "X-Feedback-Stale": header("only where the newest feedback could not be read: true")}
+    schema, responses = Problem.model_json_schema(), {200: {"description": description, "headers": headers}}
     for status in sorted({*statuses, *_ALWAYS}):
-        example = {
-            "type": "about:blank",
-            "title": HTTPStatus(status).phrase,
-            "status": status,
-            "detail": _EXAMPLES[status],
-            "instance": "/path/of/the/request",
-        }
+        example = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status,
+                   "detail": _EXAMPLES[status], "instance": "/path/of/the/request"}
         if status == 422:
             example["errors"] = [{"in": "query", "field": "n", "message": "Input should be greater than or equal to 1"}]
-        found[status] = {
-            "description": HTTPStatus(status).phrase,
-            "content": {"application/problem+json": {"schema": schema, "example": example}},
-        }
-    return found
+        responses[status] = {"description": HTTPStatus(status).phrase,
+                             "content": {"application/problem+json": {"schema": schema, "example": example}}}
+    return responses
 
 def id_in_path(
     example:str, # an id of the sample, for /docs
@@ -214,8 +194,8 @@ class RequestLog:
     "ASGI middleware: request id, one log line, and a 500 document for what nobody caught."
     def __init__(self,
         app,
-        observe:Callable[[dict, float], None]|None=None, # told the line and the seconds of each request: what counts them
-        root_path:str="", # under which a proxy shows the application, such as /shop
+        observe:Callable[[dict, float], None]|None=None, # called with the line and the seconds of each request
+        root_path:str="",                                # under which a proxy shows the application, such as /shop
     ):
         self.app, self.observe, self.root_path = app, observe, root_path
 
@@ -223,16 +203,9 @@ class RequestLog:
         if scope["type"] != "http": return await self.app(scope, receive, send)
         started, inner, id = time.perf_counter(), _inner_scope(scope, self.root_path), _request_id(scope["headers"])
         inner["request_id"] = id.decode() # for whoever logs more of this request
-        line = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "request_id": id.decode(),
-            "method": scope["method"],
-            "route": None,
-            "status": None,
-            "ms": None,
-            "model_version": None,
-            "source": None,
-        }
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "request_id": id.decode(),
+                "method": scope["method"], "route": None, "status": None, "ms": None, "model_version": None,
+                "source": None}
 
         async def send_on(message):
             if message["type"] == "http.response.start":
@@ -294,12 +267,8 @@ class BoundedHttp(HttpToolsProtocol):
     def send_400_response(self, msg):
         "The last answer of a connection; for too long a head a 431."
         if max(self._head, self._unfinished) <= _LONGEST_HEAD: return super().send_400_response(msg)
-        answer = problem(
-            "",
-            431,
-            f"the headers are longer than {_LONGEST_HEAD:,} bytes",
-            {"Connection": "close", "X-Request-ID": _request_id([]).decode()},
-        )
+        answer = problem("", 431, f"the headers are longer than {_LONGEST_HEAD:,} bytes",
+                         {"Connection": "close", "X-Request-ID": _request_id([]).decode()})
         self.transport.write(
             b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
             + b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers)
