@@ -127,7 +127,7 @@ def _fit_rotated(confidence:csr_matrix, takes_loss, after, *, iterations:int, la
 
 # %% ../../nbs/models/als.ipynb #71355bca
 def int32_matrix(matrix:csr_matrix)->csr_matrix:
-    "The matrix as implicit's kernels take it: writable float32 values, int32 indices. Raises `TrainError` beyond those."
+    "The matrix as implicit's kernels take it: writable float32, int32 indices. Raises `TrainError` beyond 2³¹ pairs."
     if matrix.nnz >= 2**31:
         raise TrainError(f"{matrix.nnz:,} pairs: implicit counts them in 32 bits; raise min_user_items or "
                          "min_item_users in 02_features")

@@ -58,7 +58,7 @@ def gram_of(
     return total
 
 def _rotate(factors:np.ndarray, basis:np.ndarray, pool:ThreadPoolExecutor, rows:np.ndarray|None=None)->None:
-    "Turn all rows, or some, in place."
+    "Multiply all rows, or some, by the basis, in place."
     def turn(start):
         part = slice(start, start + _BLOCK) if rows is None else rows[start:start + _BLOCK]
         factors[part] = factors[part] @ basis
@@ -93,11 +93,11 @@ def exact_up_to(
 
 # %% ../../nbs/models/solver.ipynb #7b394f98
 def stable_triangle(
-    base:np.ndarray,      # (f, f) float64, what all rows share: the unobserved weight times the Gram matrix, plus the regularization
-    vectors:np.ndarray,   # (k, f) of the row's cells
-    confidence:np.ndarray,# (k,) positive, with alpha in it
-    unobserved:float=1.0,
-    digits:float=1e-15,   # how well `base` is known: what it has left below that share of it is nothing
+    base:np.ndarray,       # (f, f) float64, what all rows share: w G + λ I
+    vectors:np.ndarray,    # (k, f) of the row's cells
+    confidence:np.ndarray, # (k,) positive, with alpha in it
+    unobserved:float=1.0,  # w, the weight of a cell that was not taken
+    digits:float=1e-15,    # how well `base` is known: eigenvalues below that share of it are rounding
 )->tuple[np.ndarray, np.ndarray]: # R (f, f) and q (f,): RᵀR is the row's matrix A, and R x = q its solution
     "The row's equations as an orthogonal triangle, in float64 and without squaring the heavy ones."
     vectors, c = np.asarray(vectors, np.float64), np.asarray(confidence, np.float64)
@@ -116,24 +116,20 @@ def solve_triangle_of(
     wanted:np.ndarray,      # (f,)
     transposed:bool=False,  # solve with the transposed triangle
 )->np.ndarray:              # (f,)
-    "The solution of a triangular system; what hardly any equation speaks of stays small."
+    "The solution of a triangular system; an unknown that the equations leave open stays small."
     diagonal = np.abs(np.diagonal(triangle))
-    safe = triangle + np.diag(
-        np.where(diagonal > 1e-15 * diagonal.max(initial=1e-30), 0, np.maximum(diagonal.max(initial=0), 1))
-    )
+    fixed = diagonal > 1e-15*diagonal.max(initial=1e-30)
+    safe = triangle + np.diag(np.where(fixed, 0, np.maximum(diagonal.max(initial=0), 1)))
     return solve_triangular(safe, wanted, trans=int(transposed))
 
-def _hard_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray, base:np.ndarray, reg:np.ndarray, alpha:float, unobserved:float)->None:
+def _hard_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray, base:np.ndarray, reg:np.ndarray,
+               alpha:float, unobserved:float)->None:
     "Solutions of single rows, in float64."
     for row in rows:
         part = slice(*side.indptr[row:row + 2])
-        shared = np.diag(base.astype(np.float64) + reg[row])
-        found = solve_triangle_of(
-            *stable_triangle(
-                shared, fixed[side.indices[part]], float(alpha) * side.data[part].astype(np.float64), unobserved, 1e-7
-            )
-        )
-        solved[row] = np.clip(found, -1e18, 1e18)
+        shared, c = np.diag(base.astype(np.float64) + reg[row]), float(alpha)*side.data[part].astype(np.float64)
+        solution = solve_triangle_of(*stable_triangle(shared, fixed[side.indices[part]], c, unobserved, 1e-7))
+        solved[row] = np.clip(solution, -1e18, 1e18)
 
 # %% ../../nbs/models/solver.ipynb #c4205d04
 _LOST, _LARGE, _HEAVY = 1e-4, 1e4, 1e5 # as in _als.c
@@ -141,14 +137,14 @@ _LOST, _LARGE, _HEAVY = 1e-4, 1e4, 1e5 # as in _als.c
 def _exact_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndarray, base:np.ndarray, reg:np.ndarray,
                 alpha:float, unobserved:float)->np.ndarray:
     "Exact solutions of rows that have the same number of items; the hard ones among them."
-    at = side.indptr[rows][:, None] + np.arange(side.counts[rows[0]])
-    c = np.float64(alpha)*side.data[at]
+    cells = side.indptr[rows][:, None] + np.arange(side.counts[rows[0]])
+    c = np.float64(alpha)*side.data[cells]
     d = c - unobserved
     d = np.where(np.abs(d) < 1e-6, np.where(d < 0, -1e-6, 1e-6), d)
-    vectors, inverse = fixed[side.indices[at]].astype(np.float64), 1/(base.astype(np.float64) + reg[rows][:, None])
+    vectors, inverse = fixed[side.indices[cells]].astype(np.float64), 1/(base.astype(np.float64) + reg[rows][:, None])
     shared = (vectors*inverse[:, None]) @ vectors.transpose(0, 2, 1)
     size = 1/np.sqrt(np.einsum("rii->ri", shared) + np.abs(1/d)) # of the numbers that a pivot is made of
-    values, turned = np.linalg.eigh(size[:, :, None]*(shared + np.eye(at.shape[1])/d[:, None])*size[:, None])
+    values, turned = np.linalg.eigh(size[:, :, None]*(shared + np.eye(cells.shape[1])/d[:, None])*size[:, None])
     t = np.einsum("rij,rj->ri", turned, np.einsum("rji,rj->ri", turned, size*c/d)/np.where(values, values, 1))*size
     solved[rows] = np.clip(np.einsum("ri,rif->rf", t, vectors)*inverse, -1e18, 1e18)
     return rows[np.abs(values).min(axis=1) < _LOST]
@@ -159,28 +155,21 @@ def _conjugate_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndar
     "Some steps of conjugate gradients for a block of rows; the hard ones among them."
     counts = side.counts[rows]
     ends = np.cumsum(counts)
-    at = np.repeat(side.indptr[rows] - (ends - counts), counts) + np.arange(ends[-1])
-    indices, c, row = side.indices[at], np.float32(alpha)*side.data[at], np.repeat(np.arange(len(rows)), counts)
+    cells = np.repeat(side.indptr[rows] - (ends - counts), counts) + np.arange(ends[-1])
+    indices, c, row = side.indices[cells], np.float32(alpha)*side.data[cells], np.repeat(np.arange(len(rows)), counts)
     def own(x, first, second): # sum over a row's vectors y of (first + second (y . x)) y
         weight = first + second*np.einsum("ij,ij->i", fixed[indices], x[row])
         return csr_matrix((weight, indices, np.concatenate([[0], ends])), shape=(len(rows), len(fixed))) @ fixed
     dot = lambda a, b: np.einsum("ij,ij->i", a, b)[:, None]
     most = np.maximum.reduceat(c, ends - counts)
     scale = np.where(most > _LARGE, np.exp2(-np.floor(np.log2(np.maximum(most, 1)))), 1).astype(np.float32)[:, None]
-    x, diagonal, extra = (
-        solved[rows],
-        np.maximum(scale * (base + reg[rows][:, None]), np.float32(1e-35)),
-        (c - np.float32(unobserved)) * scale[row, 0],
-    )
+    x, diagonal = solved[rows], np.maximum(scale*(base + reg[rows][:, None]), np.float32(1e-35))
+    extra = (c - np.float32(unobserved))*scale[row, 0]
     r = own(x, c*scale[row, 0], -extra) - diagonal*x
     p = r/diagonal
     rz = dot(r, p)
-    least, hard, longest, shortest = (
-        np.maximum(1e-14 * rz, 1e-30),
-        ~np.isfinite(rz),
-        np.zeros_like(rz),
-        np.full_like(rz, np.inf),
-    )
+    least, hard = np.maximum(1e-14*rz, 1e-30), ~np.isfinite(rz)
+    longest, shortest = np.zeros_like(rz), np.full_like(rz, np.inf) # of the steps
     for _ in range(steps):
         going = (rz > least) & ~hard
         if not going.any(): break
@@ -194,14 +183,11 @@ def _conjugate_rows(side:Side, fixed:np.ndarray, solved:np.ndarray, rows:np.ndar
         x, r = x + a*p, r - a*ap
         z = r/diagonal
         following = dot(r, z)
-        p, rz = (
-            z + np.where(going, following / np.maximum(rz, 1e-35), 0).astype(np.float32) * p,
-            np.where(going, following, 0),
-        )
+        p = z + np.where(going, following/np.maximum(rz, 1e-35), 0).astype(np.float32)*p
+        rz = np.where(going, following, 0)
     solved[rows] = x
-    return rows[
-        (hard | ~np.isfinite(rz) | (shortest < _LOST * longest))[:, 0] | (to_the_end & (most > _HEAVY * unobserved))
-    ]
+    lost = (hard | ~np.isfinite(rz) | (shortest < _LOST*longest))[:, 0]
+    return rows[lost | (to_the_end & (most > _HEAVY*unobserved))]
 
 # %% ../../nbs/models/solver.ipynb #52900fd9
 def solve_in_numpy(
@@ -232,41 +218,28 @@ class _Half(ctypes.Structure):
     "`struct half` of _als.c."
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("indptr", "indices", "confidence", "order")),
-        ("rows", ctypes.c_int64),
-        ("single", ctypes.c_int64),
-        ("f", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("rows", "single", "f")),
         *((name, ctypes.c_void_p) for name in ("fixed", "solved", "gram", "regularization")),
-        ("alpha", ctypes.c_float),
-        ("unobserved", ctypes.c_float),
-        ("steps", ctypes.c_int32),
-        ("shortest", ctypes.c_int32),
-        ("loss", ctypes.c_void_p),
-        ("next", ctypes.c_void_p),
-        ("hard", ctypes.c_void_p),
+        *((name, ctypes.c_float) for name in ("alpha", "unobserved")),
+        *((name, ctypes.c_int32) for name in ("steps", "shortest")),
+        *((name, ctypes.c_void_p) for name in ("loss", "next", "hard")),
     ]
 
 def native_kernels()->ctypes.CDLL|None:
     "The compiled kernels; None where they were not built."
     return compiled("_als")
 
+# %% ../../nbs/models/solver.ipynb #d5675ab0
 _STOP = 1 << 50
 
 def _run(name:str, threads:int, variant:int, side:Side, **fields)->None:
     "Call a kernel from some threads until no row is left; an interrupt stops them after the row in hand."
     counter = np.zeros(1, np.int64)
-    arrays = {
-        "indptr": side.indptr,
-        "indices": side.indices,
-        "confidence": side.data,
-        "order": side.order,
-        "next": counter,
-    } | {n: v for n, v in fields.items() if isinstance(v, np.ndarray)}
-    half = _Half(
-        rows=len(side.order),
-        single=side.single,
-        **{n: v.ctypes.data for n, v in arrays.items()},
-        **{n: v for n, v in fields.items() if n not in arrays},
-    )
+    arrays = {"indptr": side.indptr, "indices": side.indices, "confidence": side.data, "order": side.order,
+              "next": counter} | {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+    half = _Half(rows=len(side.order), single=side.single,
+                 **{name: array.ctypes.data for name, array in arrays.items()},
+                 **{name: value for name, value in fields.items() if name not in arrays})
     half.kept = arrays # as long as a thread may read them: an interrupt can lose sight of one that is just starting
     kernel = getattr(native_kernels(), name)
     with ThreadPoolExecutor(threads) as pool:
@@ -277,32 +250,18 @@ def _run(name:str, threads:int, variant:int, side:Side, **fields)->None:
     if failed: raise MemoryError("no memory for a buffer of a row solve")
 
 def solve_native(
-    side:Side, fixed:np.ndarray, solved:np.ndarray, base:np.ndarray, reg:np.ndarray, alpha:float, unobserved:float, steps:int, shortest:int, # as of `solve_in_numpy`
+    side:Side, fixed:np.ndarray, solved:np.ndarray, base:np.ndarray, reg:np.ndarray, alpha:float, unobserved:float,
+    steps:int, shortest:int, # all as of `solve_in_numpy`
     threads:int=1,
     variant:int=2, # best instruction set allowed: 0 plain, 1 AVX2, 2 AVX-512
 )->None:
-    """Solve all rows of a side with the compiled kernels; the factors have a multiple of 16 columns, from
-    `aligned_zeros`."""
-    base, copy = aligned_zeros(1, len(base))[0], base
-    base[:] = copy
+    "Solve all rows of a side with the compiled kernels; factors from `aligned_zeros`, with a multiple of 16 columns."
+    aligned = aligned_zeros(1, len(base))[0]
+    aligned[:] = base
     hard = np.zeros(len(solved), np.uint8)
-    _run(
-        "als_half",
-        threads,
-        variant,
-        side,
-        f=fixed.shape[1],
-        fixed=fixed,
-        solved=solved,
-        gram=base,
-        regularization=reg,
-        alpha=alpha,
-        unobserved=unobserved,
-        steps=steps,
-        shortest=shortest,
-        hard=hard,
-    )
-    _hard_rows(side, fixed, solved, np.flatnonzero(hard), base, reg, alpha, unobserved)
+    _run("als_half", threads, variant, side, f=fixed.shape[1], fixed=fixed, solved=solved, gram=aligned,
+         regularization=reg, alpha=alpha, unobserved=unobserved, steps=steps, shortest=shortest, hard=hard)
+    _hard_rows(side, fixed, solved, np.flatnonzero(hard), aligned, reg, alpha, unobserved)
 
 # %% ../../nbs/models/solver.ipynb #fba6810f
 def row_regularization(
@@ -313,11 +272,8 @@ def row_regularization(
     nu:float=0.0,      # how much it grows with the row
 )->np.ndarray:         # (n,) float32
     "Frequency-scaled regularization."
-    return (
-        np.float32(regularization * (counts + unobserved * others) ** float(nu))
-        if nu
-        else np.full(len(counts), regularization, np.float32)
-    )
+    if not nu: return np.full(len(counts), regularization, np.float32)
+    return np.float32(regularization*(counts + unobserved*others)**float(nu))
 
 # %% ../../nbs/models/solver.ipynb #2093a204
 def solve_rows(
@@ -337,19 +293,15 @@ def solve_rows(
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         base[:f], basis = eigenbasis(gram_of(fixed, pool) if gram is None else gram)
         _rotate(turned[:, :f], basis, pool)
-        _solver(native, threads)(
-            side, turned, solved, base, row_regularization(regularization, side.counts, 0), alpha, 1.0, 10 * f, SHORTEST
-        )
+        reg = row_regularization(regularization, side.counts, 0)
+        _solver(native, threads)(side, turned, solved, base, reg, alpha, 1.0, 10*f, SHORTEST)
         _rotate(solved[:, :f], np.ascontiguousarray(basis.T, np.float32), pool)
     return np.ascontiguousarray(solved[:, :f])
 
 def _solver(native:bool|None, threads:int)->Callable:
     "`solve_native` on some threads, or `solve_in_numpy`."
-    return (
-        partial(solve_native, threads=threads)
-        if (native_kernels() is not None if native is None else native)
-        else solve_in_numpy
-    )
+    if native is None: native = native_kernels() is not None
+    return partial(solve_native, threads=threads) if native else solve_in_numpy
 
 # %% ../../nbs/models/solver.ipynb #9ca1e704
 def _walk(model)->None: # a `RotatedALS` with random item vectors
@@ -359,9 +311,8 @@ def _walk(model)->None: # a `RotatedALS` with random item vectors
     for side, fixed, solved in ((model.users, model.y, model.x), (model.items, model.x, model.y)):
         solved[:] = 0
         pull = np.float32(1e6*np.sqrt(np.maximum(side.counts, 1)))
-        _solver(model.native, model.threads)(
-            side, fixed, solved, np.zeros(fixed.shape[1], np.float32), pull, alpha, model.unobserved, 1, 0
-        )
+        base = np.zeros(fixed.shape[1], np.float32)
+        _solver(model.native, model.threads)(side, fixed, solved, base, pull, alpha, model.unobserved, 1, 0)
     model.y /= max(np.sqrt(np.einsum("ij,ij->i", model.y, model.y).mean(dtype=float)), 1e-30)
     model.x[:] = 0
 
@@ -376,22 +327,24 @@ def _taken_loss(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, uno
         taken += np.bincount(rows, c*(1 - p)**2 - unobserved*p*p, len(taken))
     return taken
 
-def _taken_loss_native(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, unobserved:float, threads:int)->np.ndarray:
+def _taken_loss_native(side:Side, fixed:np.ndarray, solved:np.ndarray, alpha:float, unobserved:float,
+                       threads:int)->np.ndarray:
     "The same in C."
     taken = np.zeros(len(solved))
-    _run(
-        "als_loss",
-        threads,
-        2,
-        side,
-        f=solved.shape[1],
-        fixed=fixed,
-        solved=solved,
-        alpha=alpha,
-        unobserved=unobserved,
-        loss=taken,
-    )
+    _run("als_loss", threads, 2, side, f=solved.shape[1], fixed=fixed, solved=solved, alpha=alpha,
+         unobserved=unobserved, loss=taken)
     return taken
+
+def _mean_loss(model)->float: # of a `RotatedALS`
+    "The objective, divided by the weight of all cells."
+    with one_blas_thread(), ThreadPoolExecutor(model.threads) as pool:
+        shared = float((gram_of(model.x, pool)*gram_of(model.y, pool)).sum())*model.unobserved
+    norms = sum(float(model.reg[side] @ np.einsum("ij,ij->i", factors, factors))
+                for side, factors in ((model.users, model.x), (model.items, model.y)))
+    side, taken_loss = model.users, _taken_loss_native if model.native else _taken_loss
+    taken = taken_loss(side, model.y, model.x, model.alpha, model.unobserved, model.threads)
+    untaken_weight = model.unobserved*(side.shape[0]*side.shape[1] - len(side.data))
+    return (taken.sum() + shared + norms)/(model.alpha*side.data.sum(dtype=float) + untaken_weight)
 
 # %% ../../nbs/models/solver.ipynb #fca6b9bd
 class RotatedALS:
@@ -408,21 +361,12 @@ class RotatedALS:
         cg_steps:int=2,           # of conjugate gradients for a long row
         native:bool|None=None,    # the compiled kernels; None: where they were built
     ):
-        self.factors, self.alpha, self.unobserved, self.cg_steps = (
-            factors,
-            float(alpha),
-            float(unobserved_weight),
-            int(cg_steps),
-        )
-        self.threads, self.native = (
-            num_threads or os.cpu_count() or 1,
-            native_kernels() is not None if native is None else native,
-        )
+        self.factors, self.alpha, self.unobserved = factors, float(alpha), float(unobserved_weight)
+        self.cg_steps, self.threads = int(cg_steps), num_threads or os.cpu_count() or 1
+        self.native = native_kernels() is not None if native is None else native
         self.users, self.items = Side(confidence), Side(confidence.T.tocsr())
-        self.reg = {
-            side: row_regularization(regularization, side.counts, side.shape[1], self.unobserved, nu)
-            for side in (self.users, self.items)
-        }
+        self.reg = {side: row_regularization(regularization, side.counts, side.shape[1], self.unobserved, nu)
+                    for side in (self.users, self.items)}
         self.x, self.y = (aligned_zeros(side.shape[0], -(-factors//16)*16) for side in (self.users, self.items))
         self.y[:, :factors] = np.random.default_rng(seed).standard_normal((len(self.y), factors), dtype=np.float32)
         _walk(self)
@@ -437,9 +381,8 @@ class RotatedALS:
             basis[:f, :f], base[:f] = vectors, self.unobserved*values
             _rotate(fixed, basis, pool)
             _rotate(solved, basis, pool, np.flatnonzero(side.counts > shortest))
-        _solver(self.native, self.threads)(
-            side, fixed, solved, base, self.reg[side], self.alpha, self.unobserved, steps, shortest
-        )
+        solve = _solver(self.native, self.threads)
+        solve(side, fixed, solved, base, self.reg[side], self.alpha, self.unobserved, steps, shortest)
 
     def step(self)->None:
         "One iteration: the users against the items, then the items against the users."
@@ -462,16 +405,4 @@ class RotatedALS:
 
     def loss(self)->float: # mean over the cells, a taken one counted by its confidence, as `implicit` does
         "The objective at the factors as they are."
-        with one_blas_thread(), ThreadPoolExecutor(self.threads) as pool:
-            shared = float((gram_of(self.x, pool)*gram_of(self.y, pool)).sum())*self.unobserved
-        norms = sum(
-            float(self.reg[side] @ np.einsum("ij,ij->i", factor, factor))
-            for side, factor in ((self.users, self.x), (self.items, self.y))
-        )
-        side = self.users
-        taken = (_taken_loss_native if self.native else _taken_loss)(
-            side, self.y, self.x, self.alpha, self.unobserved, self.threads
-        )
-        return (taken.sum() + shared + norms) / (
-            self.alpha * side.data.sum(dtype=float) + self.unobserved * (side.shape[0] * side.shape[1] - len(side.data))
-        )
+        return _mean_loss(self)
