@@ -238,11 +238,11 @@ from product_recs.bundle.ready import ReadyModel; from product_recs.inference im
 from product_recs.search.index import build_index, check_index
 from product_recs.search.exact import Searcher
 bundle = open_bundle({str(models)!r}, "indexed", verify=True)
-model = Recommender(bundle).prepare()
+model = ReadyModel(bundle).prepare()
 assert isinstance(model.nearest, Searcher) and len(recommend(model, 3, 10)) == 10
 found, facts = build_index(bundle.item_factors, bundle.item_factors.any(axis=1), bundle.user_factors, bundle.seen, enough=100_000)
 assert found is None and "pip install 'product-recs[index]'" in facts["missing"], facts
-for call, error in ((lambda: Recommender(bundle, "approximate").prepare(), BundleError), (lambda: check_index("approximate"), TrainError)):
+for call, error in ((lambda: ReadyModel(bundle, "approximate").prepare(), BundleError), (lambda: check_index("approximate"), TrainError)):
     try: call()
     except error as told: assert "pip install 'product-recs[index]'" in str(told)
     else: raise AssertionError
@@ -258,7 +258,7 @@ def test_processes_share_one_mapped_index(models):
 import sys
 from product_recs.bundle.files import open_bundle
 from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
-model = Recommender(open_bundle({str(models)!r})).prepare()
+model = ReadyModel(open_bundle({str(models)!r})).prepare()
 print([recommend(model, user, 10).items for user in range(20)], flush=True)
 sys.stdin.readline()
 print(*(line for line in open("/proc/self/maps") if "{INDEX_FILE}" in line), flush=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 
-from product_recs import metrics
+from product_recs.evaluation import metrics
 
 CUT_OFFS = (1, 2, 3, 5, 10)
 

@@ -79,8 +79,7 @@ def fill_cells(
     return index
 
 # %% ../../nbs/search/index.ipynb #bf4ce112
-# candidates for each place of the list; items ruled out for a user, and share of items closed to all, beyond which
-# exact search answers
+# candidates for each place of a list; items ruled out for a user, and share of all, beyond which exact search answers
 OVERSAMPLE, MOST_EXCLUDED, MOST_CLOSED = 5, 300, 0.25
 
 class NearestItems:
