@@ -240,7 +240,7 @@ def _run(name:str, threads:int, variant:int, side:Side, **fields)->None:
     half = _Half(rows=len(side.order), single=side.single,
                  **{name: array.ctypes.data for name, array in arrays.items()},
                  **{name: value for name, value in fields.items() if name not in arrays})
-    half.kept = arrays # as long as a thread may read them: an interrupt can lose sight of one that is just starting
+    half.references = arrays # a thread that an interrupt lost sight of may still read them
     kernel = getattr(native_kernels(), name)
     with ThreadPoolExecutor(threads) as pool:
         try: failed = any([*pool.map(lambda _: kernel(ctypes.byref(half), variant), range(threads))])

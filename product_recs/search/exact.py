@@ -94,7 +94,7 @@ def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.nda
     "By the kernels; `exclude` as indptr and indices."
     m, f = users.shape
     if not m: return _in_numpy(searcher, users, n, exclude, closed)
-    found, scores, following = np.empty((m, n), np.int32), np.empty((m, n), np.float32), np.zeros(1, np.int64)
+    items, scores, following = np.empty((m, n), np.int32), np.empty((m, n), np.float32), np.zeros(1, np.int64)
     indptr = excluded = None
     if exclude is not None:
         indptr, excluded = np.ascontiguousarray(exclude[0], np.int64), np.ascontiguousarray(exclude[1], np.int32)
@@ -103,13 +103,13 @@ def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.nda
     threads = min(threads or os.cpu_count() or 1, -(-m//8))
     block = max(8, min(512, _BYTES//(2*len(searcher.reach) + 8*n + 8*f), -(-m//threads)))
     search = _Search.from_buffer_copy(searcher.packed)
-    given = {"users": users, "indptr": indptr, "excluded": excluded, "closed": closed, "found": found,
+    given = {"users": users, "indptr": indptr, "excluded": excluded, "closed": closed, "found": items,
              "scores": scores, "next": following}
     for name, array in given.items():
         if array is not None: setattr(search, name, array.ctypes.data)
     search.m, search.n, search.block = m, n, -(-block//8)*8
     # as long as a thread may use them, also one that an interrupt lost sight of
-    search.kept = searcher, given
+    search.references = searcher, given
     run = lambda _=None: searcher.kernels.search_top(ctypes.byref(search), searcher.variant)
     if threads <= 1: failed = run()
     else:
@@ -119,7 +119,7 @@ def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.nda
                 following[0] = _STOP
                 raise
     if failed: raise MemoryError("no memory for a block of users")
-    return found, scores
+    return items, scores
 
 # %% ../../nbs/search/exact.ipynb #5cd0ab7a
 def _in_numpy(searcher, users:np.ndarray, n:int, exclude:tuple|None,
