@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from .solver import gram_of, solve_rows, solve_triangle_of, stable_triangle
+from .solver import gram_of, solve_rows, solve_triangle_of, stable_triangle, symmetric_inverse
 
 # %% ../../nbs/models/foldin.ipynb #edf4f206
 class Solver:
@@ -31,8 +31,7 @@ class Solver:
     def inverse(self)->np.ndarray|None: # (f, f); None where there is none
         "Inverse of the part that all users share."
         if not len(self.base) or np.linalg.cond(self.base) > 1e10: return None
-        inverse = np.linalg.inv(self.base)
-        return (inverse + inverse.T)/2
+        return symmetric_inverse(self.base)
 
     @cached_property
     def heaviest(self)->float:

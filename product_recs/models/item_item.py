@@ -7,12 +7,12 @@ __all__ = ['nearest_items', 'ItemCosine', 'ItemBM25', 'ItemGraph', 'EASE']
 
 # %% ../../nbs/models/item_item.ipynb #2740f1f3
 import numpy as np
-from scipy.linalg.lapack import spotrf, spotri
 from scipy.sparse import csr_matrix, diags
 
 from ..core.errors import TrainError
 from ..core.kernels import implicit_module, one_blas_thread
 from .interface import Model
+from .solver import symmetric_inverse
 
 # %% ../../nbs/models/item_item.ipynb #ea413da1
 def nearest_items(
@@ -158,10 +158,9 @@ def _invert(
 )->None:
     "Invert in place; raises `TrainError` where the matrix is not positive definite."
     if len(matrix) <= size:
-        triangle, failed = spotrf(matrix, lower=1, clean=0)
-        if not failed: triangle, failed = spotri(triangle, lower=1, overwrite_c=1)
-        if failed or not np.isfinite(triangle.diagonal()).all(): raise TrainError(_CANNOT_INVERT)
-        matrix[:] = np.tril(triangle) + np.tril(triangle, -1).T
+        inverse = symmetric_inverse(matrix)
+        if inverse is None: raise TrainError(_CANNOT_INVERT)
+        matrix[:] = inverse
         return
     half = len(matrix)//2
     A, B, Bt, C = matrix[:half, :half], matrix[:half, half:], matrix[half:, :half], matrix[half:, half:]
@@ -169,7 +168,8 @@ def _invert(
     Bt[:] = B.T @ A # Wᵀ
     C -= Bt @ B     # S
     _invert(C, size)
-    B[:] = -(Bt.T @ C)
+    B[:] = Bt.T @ C
+    B *= -1
     A -= B @ Bt
     Bt[:] = B.T
 
