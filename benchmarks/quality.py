@@ -127,7 +127,7 @@ def all_models(options: argparse.Namespace) -> dict:
     graph = dict(zip(("from_power", "user_power", "to_power"), options.graph), neighbours=options.neighbours)
     weighted, walks = WeightedALS(**powers, **als), ItemGraph(**graph)
     low = dict(factors=options.patterns, seed=options.seed)
-    smooth, ease = LowPass(**low), EASE(options.ease_regularization, options.ease_max_size, progress=True)
+    smooth, ease = LowPass(**low), EASE(options.ease_regularization, options.ease_max_size)
     return {
         "popularity": (Popularity(), {}),
         "cosine": (ItemCosine(100), {"neighbours": 100}),

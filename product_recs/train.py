@@ -28,6 +28,17 @@ def blend_section(
     try: return learn_weights(features, **parameters).to_json()
     except (BlendError, EvaluateError, TrainError) as error: return {"missing": str(error)}
 
+def _checked(publish_it:bool|str, index:str, parameters:dict)->None:
+    "Refuse before the fit what would fail after it."
+    if publish_it not in (True, False, "auto"):
+        raise TrainError(f"publish_bundle={publish_it!r}: must be true, false or 'auto'")
+    for name, usual in PLAIN_OBJECTIVE.items():
+        if parameters.get(name, usual) != usual:
+            raise TrainError(f"{name}={parameters[name]!r}: the service folds users in with {name}={usual}; such a "
+                             "model can be judged, not served")
+    check_index(index)
+
+# %% ../nbs/03_train.ipynb #6a77695e
 def train_bundle(
     features:Features,
     models_dir:str|Path="models", # folder of bundles, relative to the project root
@@ -36,65 +47,46 @@ def train_bundle(
     index:str="auto",             # an index of the items: auto | exact (none) | approximate (in any case)
     **parameters,                 # of `fit_als`
 )->tuple[str, AlsModel]:          # version, and the fitted model
-    "Fit ALS to everything known and write it as a bundle."
-    if publish_it not in (True, False, "auto"):
-        raise TrainError(f"publish_bundle={publish_it!r}: must be true, false or 'auto'")
-    for name, usual in PLAIN_OBJECTIVE.items():
-        if parameters.get(name, usual) != usual:
-            raise TrainError(
-                f"{name}={parameters[name]!r}: the service folds users in with {name}={usual}; such a model can be "
-                f"judged, not served"
-            )
-    check_index(index)
-    model = fit_als(features.all.confidence, **parameters)
-    weights = (
-        blend_section(features, **model.parameters, num_threads=parameters.get("num_threads", 0))
-        if blend
-        else {"missing": "it was trained with blend=False"}
+    "Fit ALS to everything known and write it as a bundle; raises `TrainError` where that cannot be."
+    _checked(publish_it, index, parameters)
+    known, run, num_threads = features.all, features.interactions.name, parameters.get("num_threads", 0)
+    model = fit_als(known.confidence, **parameters)
+    weights = {"missing": "it was trained with blend=False"}
+    if blend: weights = blend_section(features, **model.parameters, num_threads=num_threads)
+    candidates = model.item_factors.any(axis=1) & (features.item_columns["popularity"] > 0)
+    index_data, index_facts = build_index(
+        model.item_factors, candidates, model.user_factors, known.confidence, index=index,
+        seed=model.parameters["seed"], num_threads=num_threads, progress=parameters.get("progress", True),
     )
-    popularity = features.item_columns["popularity"]
-    index_data, facts = build_index(
-        model.item_factors,
-        model.item_factors.any(axis=1) & (popularity > 0),
-        model.user_factors,
-        features.all.confidence,
-        index=index,
-        seed=model.parameters["seed"],
-        num_threads=parameters.get("num_threads", 0),
-        progress=parameters.get("progress", True),
-    )
+    mean_total = {"mean_total": features.mean_total} if features.mean_total else {}
     path = write_bundle(
         resolve_path(models_dir),
+        algorithm="als",
         user_factors=model.user_factors,
         item_factors=model.item_factors,
-        seen=features.all.confidence,
+        seen=known.confidence,
+        counts=known.counts,
+        age_days=known.age_days,
         users=features.users,
         items=features.items,
         user_columns=features.user_columns,
         item_columns=features.item_columns,
-        algorithm="als",
         parameters={**model.parameters, "features": features.parameters, "ingest": features.rules},
-        data={
-            "run": features.interactions.name,
-            "fingerprint": features.fingerprint,
-            "feedback_until": features.feedback_until,
-            **features.split,
-            **({"mean_total": features.mean_total} if features.mean_total else {}),
-        },
+        data={"run": run, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until,
+              **features.split, **mean_total},
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
-        counts=features.all.counts,
-        age_days=features.all.age_days,
         blend=weights,
         cold_items=features.cold_items,
         cold_users=features.cold_users,
         left_out=features.left_out,
-        index=facts,
+        index=index_facts,
         index_data=index_data,
     )
-    if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, features.interactions.name)):
+    if publish_it is True or (publish_it == "auto" and _live_run(path.parent) in (None, run)):
         publish(path.parent, path.name)
     return path.name, model
 
+# %% ../nbs/03_train.ipynb #5fd0c00e
 def _live_run(models_dir:Path)->str|None:
     "Run that the live model is of; None where nothing is live."
     live = current_version(models_dir)
@@ -104,8 +96,7 @@ def ensure_bundle(
     run:str="sample",             # features in data/processed/<run>, made where they are missing
     models_dir:str|Path="models",
 )->str:                           # version
-    """A version made from this run's interactions, the live one if it was; where there is none, one is trained with the
-    defaults."""
+    "A version made from this run's interactions, the live one if it can be; where there is none, one is trained."
     folder, features = resolve_path(models_dir), ensure_features(run)
     with locked(folder/".train.lock"):
         return version_of(folder, features.fingerprint) or train_bundle(features, folder, progress=False)[0]

@@ -28,7 +28,6 @@ from ..core.files import atomic_folder, atomic_write
 from ..core.ids import IdTable
 from ..data.arrays import load_array, load_csr, load_table, matrix_values, on_structure, save_csr, save_table
 from ..data.left_out import NO_LEFT_OUT, LeftOut, load_left_out, save_left_out
-from ..search.index import INDEX_FILE
 
 # %% ../../nbs/bundle/files.ipynb #29b1c0b0
 FORMAT = 1 # of the bundle; a reader refuses a newer one
@@ -91,7 +90,7 @@ def write_bundle(
     blend:dict|None=None,             # weights for the next purchase, or {"missing": why there are none}
     cold_items:Path|None=None,        # Parquet file of items without interactions, sorted by `item_id`; None: none
     cold_users:Path|None=None,        # likewise of the users
-    index:dict|None=None,             # of the items: facts, or {"missing": why there is none}
+    index:dict|None=None,             # of the items: facts with the name of the `file`, or {"missing": why none}
     index_data:np.ndarray|None=None,  # the index itself, uint8; None: there is none
     left_out:LeftOut=NO_LEFT_OUT,     # pairs that the minimum counts kept away from the training
     version:str|None=None,            # default: UTC time and a hash of the factors
@@ -113,7 +112,7 @@ def write_bundle(
         save_table(folder/"items.parquet", {"item_id": items.ids, **item_columns})
         for name, file in {"cold_items": cold_items, "cold_users": cold_users}.items():
             if file is not None: shutil.copyfile(file, folder/f"{name}.parquet")
-        if index_data is not None: index_data.tofile(folder/INDEX_FILE)
+        if index_data is not None: index_data.tofile(folder/index["file"])
         save_left_out(folder, left_out)
         shape = {"users": len(users), "items": len(items), "factors": user_factors.shape[1], "seen": int(seen.nnz),
                  "left_out": len(left_out)}

@@ -30,16 +30,16 @@ def equal_groups(
     codes = np.full(len(values), -1)
     if not known.any(): return [], codes
     edges = np.unique(np.quantile(values[known], np.linspace(0, 1, most + 1)[1:-1], method="lower"))
-    found = np.searchsorted(edges, values[known], side="left")
-    present, codes[known] = np.unique(found, return_inverse=True)
-    spans = [(values[codes == g].min(), values[codes == g].max()) for g in range(len(present))]
+    groups = np.searchsorted(edges, values[known], side="left")
+    present, codes[known] = np.unique(groups, return_inverse=True)
+    spans = [(values[codes == group].min(), values[codes == group].max()) for group in range(len(present))]
     return [f"{low:,.0f}" if low == high else f"{low:,.0f} to {high:,.0f}" for low, high in spans], codes
 
 # %% ../../nbs/evaluation/segments.ipynb #5d20e359
 def _by_value(values:np.ndarray, most:int=12)->tuple[list[str], np.ndarray]:
     "Groups by the values of a column."
     unknown = np.asarray(pd.isna(values))
-    # objects: there is a gap
+    # whole numbers with a gap come as objects
     numbers = values.dtype.kind in "iuf" or all(type(value) is int for value in values[~unknown])
     if numbers and len(np.unique(values[~unknown])) > most: return equal_groups(values)
     if values.dtype.kind == "f": values = np.array([f"{v:g}" for v in values], object)
@@ -48,9 +48,8 @@ def _by_value(values:np.ndarray, most:int=12)->tuple[list[str], np.ndarray]:
     if len(names) > most:
         text = np.where(np.isin(text, names[np.argsort(-counts, kind="stable")[:most - 1]]), text, "other")
         names = np.unique(text)
-    names = [name for name in names if name not in ("other", "unknown")] + [
-        name for name in ("other", "unknown") if name in names
-    ]
+    last = [name for name in ("other", "unknown") if name in names]
+    names = [name for name in names if name not in last] + last
     return names, np.array([names.index(value) for value in text])
 
 def user_segments(
@@ -59,37 +58,36 @@ def user_segments(
     period:str="test",   # test | validation
     segment_by:str="",   # a column of the users file; "": none
 )->dict[str, tuple[list[str], np.ndarray]]: # segment -> names of its groups; (n,) number of the group, -1 unknown
-    "Group users by what was known of them at the split."
+    "Group users by what was known of them at the split; raises `EvaluateError` for an unknown column."
     past, _, split = past_and_future(features, period)
-    days = (np.datetime64(split) - features.user_columns["first_seen"][rows].astype("datetime64[s]")) / np.timedelta64(
-        1, "D"
-    )
-    found = {"activity": equal_groups(np.diff(past.counts.indptr)[rows]), "tenure": equal_groups(np.floor(days))}
+    first_seen = features.user_columns["first_seen"][rows].astype("datetime64[s]")
+    days = (np.datetime64(split) - first_seen)/np.timedelta64(1, "D")
+    segments = {"activity": equal_groups(np.diff(past.counts.indptr)[rows]), "tenure": equal_groups(np.floor(days))}
     if segment_by:
         known = [name for name in features.user_columns if name not in Columns.Counted]
         if segment_by not in known:
-            raise EvaluateError(
-                f"segment_by={segment_by!r}: the users have no such column; "
-                + (f"there are {', '.join(known)}" if known else "give 01_ingest a file of users")
-            )
-        found[segment_by] = _by_value(np.asarray(features.user_columns[segment_by])[rows])
-    return found
+            raise EvaluateError(f"segment_by={segment_by!r}: the users have no such column; "
+                                + (f"there are {', '.join(known)}" if known else "give 01_ingest a file of users"))
+        segments[segment_by] = _by_value(np.asarray(features.user_columns[segment_by])[rows])
+    return segments
 
 # %% ../../nbs/evaluation/segments.ipynb #55eeaf82
 BANDS = ("head", "middle", "tail")
 
 def item_bands(
     interactions:np.ndarray, # (n_items,) of each item, before the split
-)->tuple[list[str], np.ndarray]: # names with the number of items; (n_items,) number of the band, -1 without interactions
+)->tuple[list[str], np.ndarray]: # names with their sizes; (n_items,) number of the band, -1: no interactions
     "Three bands of items with about a third of the interactions each, most popular first."
     order = np.argsort(-interactions, kind="stable")
-    before = np.cumsum(interactions[order]) - interactions[order] # what the more popular ones have
+    before = np.cumsum(interactions[order]) - interactions[order] # of the more popular items
     codes = np.empty(len(order), int)
     codes[order] = np.minimum(before*3//max(interactions.sum(), 1), 2)
     codes[interactions <= 0] = -1
     return [f"{name} ({(codes == number).sum():,} items)" for number, name in enumerate(BANDS)], codes
 
 # %% ../../nbs/evaluation/segments.ipynb #0d03be53
+_COLUMNS = ["segment", "group", "task", "model", "metric", "k", "value", "low", "high", "users"]
+
 def _row(values:np.ndarray, bootstrap:int, seed:int)->dict:
     "Mean and interval."
     low, high = interval(bootstrap_means(values, bootstrap, seed))
@@ -100,12 +98,12 @@ def _band_recall(evaluation:Evaluation, task:str, model:str, bands:np.ndarray, k
     hits, targets = evaluation.hits[task, model].hits, evaluation.tasks[task].targets
     user, place = np.nonzero(hits)
     wanted_by = np.repeat(np.arange(len(hits)), np.diff(targets.indptr))
-    found, first = [], place < k
+    recalls, first = [], place < k
     for band in range(len(BANDS)):
         wanted = np.bincount(wanted_by[bands[targets.indices] == band], minlength=len(hits))
-        got = np.bincount(user[first & (bands[evaluation.found[task, model]] == band)], minlength=len(hits))
-        found.append(got[wanted > 0]/wanted[wanted > 0])
-    return found
+        found = np.bincount(user[first & (bands[evaluation.found[task, model]] == band)], minlength=len(hits))
+        recalls.append(found[wanted > 0]/wanted[wanted > 0])
+    return recalls
 
 def by_segment(
     evaluation:Evaluation,
@@ -122,41 +120,22 @@ def by_segment(
     rows, seed = [], evaluation.facts["seed"]
     for task, work in evaluation.tasks.items():
         segments = user_segments(features, work.rows, evaluation.facts["period"], segment_by)
-        for model in (name for of, name in evaluation.hits if of == task and (not models or name in models)):
+        for model in (name for judged, name in evaluation.hits if judged == task and (not models or name in models)):
+            of_model = {"task": task, "model": model, "k": k}
             for metric in metrics:
                 values = evaluation.hits[task, model].metric(metric, k)
-                for segment, (groups, codes) in segments.items():
-                    rows += [
-                        dict(
-                            segment=segment,
-                            group=group,
-                            task=task,
-                            model=model,
-                            metric=metric,
-                            k=k,
-                            **_row(values[codes == number], bootstrap, seed),
-                        )
-                        for number, group in enumerate(groups)
-                    ]
-            rows += [
-                dict(
-                    segment="item popularity",
-                    group=group,
-                    task=task,
-                    model=model,
-                    metric="recall",
-                    k=k,
-                    **_row(values, bootstrap, seed),
-                )
-                for group, values in zip(names, _band_recall(evaluation, task, model, bands, k))
-                if len(values)
-            ]
-    return pd.DataFrame(rows)
+                rows += [{"segment": segment, "group": group, "metric": metric, **of_model,
+                          **_row(values[codes == number], bootstrap, seed)}
+                         for segment, (groups, codes) in segments.items() for number, group in enumerate(groups)]
+            recalls = zip(names, _band_recall(evaluation, task, model, bands, k))
+            rows += [{"segment": "item popularity", "group": group, "metric": "recall", **of_model,
+                      **_row(values, bootstrap, seed)} for group, values in recalls if len(values)]
+    return pd.DataFrame(rows, columns=_COLUMNS)
 
 # %% ../../nbs/evaluation/segments.ipynb #f2b4c2dc
 def over_seeds(
     features:Features,
-    models:Sequence[Model],  # those without randomness are left out
+    models:Sequence[Model],        # those without randomness are left out; none is changed
     seeds:Sequence[int],
     k:int=10,
     metrics:Sequence[str]=("ndcg", "recall"),
@@ -164,15 +143,17 @@ def over_seeds(
     max_users:int=0,               # 0: all
     progress:bool=True,
 )->pd.DataFrame: # task, model, metric, k, seeds, mean, sd, lowest, highest
-    "The figures of the models with something random in them, over several seeds."
+    "Figures of the models with something random in them, over several seeds; raises `EvaluateError` for wrong seeds."
     rows = []
     if isinstance(seeds, str) or not isinstance(seeds, Sequence):
         raise EvaluateError(f"seeds must be a list of whole numbers, such as [0, 1, 2], not {seeds!r}")
     seeds = [number("seeds", seed, 0, 2**32 - 1, whole=True, error=EvaluateError) for seed in seeds]
     for seed in seeds:
-        made = [again for model in models if (again := model.reseeded(int(seed))) is not None]
-        if not made: break
-        table = evaluate(features, made, [k], period=period, max_users=max_users, bootstrap=1, progress=progress).table
+        reseeded = [model.reseeded(seed) for model in models]
+        reseeded = [model for model in reseeded if model is not None]
+        if not reseeded: break
+        judged = evaluate(features, reseeded, [k], period=period, max_users=max_users, bootstrap=1, progress=progress)
+        table = judged.table
         rows.append(table[table.metric.isin(list(metrics))])
     columns = ["task", "model", "metric", "k"]
     if not rows: return pd.DataFrame(columns=[*columns, "seeds", "mean", "sd", "lowest", "highest"])

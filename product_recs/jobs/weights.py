@@ -20,12 +20,13 @@ import yaml
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
+from ..core.columns import TASKS
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write
 from ..core.parameters import number
 from ..core.sql import parquet
 from ..data.snapshots import Features, Snapshot
-from ..data.tasks import PERIODS, TASKS, Task, make_task, past_and_future
+from ..data.tasks import PERIODS, Task, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, find_hits, interval, paired_bootstrap
 from ..models.als import ALS_DEFAULTS, FactorModel, fit_als
 from ..models.interface import top_lists

@@ -26,21 +26,19 @@ class BPR(FactorModel):
         num_threads:int=1,      # 0: all cores, faster and no longer the same twice
         progress:bool=False,    # show a progress bar
     ):
-        self.parameters = dict(
-            factors=factors, learning_rate=learning_rate, regularization=regularization, iterations=iterations
-        )
+        self.parameters = dict(factors=factors, learning_rate=learning_rate, regularization=regularization,
+                               iterations=iterations)
         for name, value in self.parameters.items():
             if not value > 0: raise ValueError(f"{name} must be above 0, not {value}")
         self.seed, self.num_threads, self.progress = seed, num_threads, progress
 
     def _fit(self, snapshot):
+        # before BLAS is held: it loads a BLAS of its own
         model = implicit_module("cpu.bpr").BayesianPersonalizedRanking(
             **self.parameters, random_state=self.seed, num_threads=self.num_threads
         )
         with one_blas_thread(): model.fit(int32_matrix(snapshot.confidence), show_progress=self.progress)
-        # the last column holds the bias of the item
-        self.user_factors, self.item_factors = model.user_factors, model.item_factors
+        self.user_factors, self.item_factors = model.user_factors, model.item_factors # the last column: the item's bias
         if not (np.isfinite(self.user_factors).all() and np.isfinite(self.item_factors).all()):
-            raise TrainError(
-                f"BPR: the factors became infinite; lower learning_rate={self.parameters['learning_rate']}"
-            )
+            raise TrainError("BPR: the factors became infinite; lower "
+                             f"learning_rate={self.parameters['learning_rate']}")
