@@ -63,19 +63,15 @@ def choose_split(
         if validation_from or test_from:
             raise FeatureError("validation_from and test_from need timestamps, and these interactions have none")
         return {}
-    given = {
-        name: _moment(name, text)
-        for name, text in (("validation_from", validation_from), ("test_from", test_from))
-        if text
-    }
+    given = {name: _moment(name, text)
+             for name, text in (("validation_from", validation_from), ("test_from", test_from)) if text}
     split = {"starts": starts, "validation_from": at_80, "test_from": at_90, "ends": ends} | given
     if test_from and not validation_from and split["validation_from"] >= split["test_from"]:
         split["validation_from"] = starts + (split["test_from"] - starts) * 0.9
     if not starts < split["validation_from"] < split["test_from"] <= ends:
         if given:
-            says = lambda name: (
-                f"{name}={split[name].isoformat(' ')}" + ("" if name in given else " (chosen, since none was given)")
-            )
+            says = lambda name: (f"{name}={split[name].isoformat(' ')}" + ("" if name in given
+                                                                           else " (chosen, since none was given)"))
             between = f"between {starts.isoformat(' ')} and {ends.isoformat(' ')}"
             raise FeatureError(f"{says('validation_from')} and {says('test_from')} must lie in this order {between}")
         return {}
@@ -115,18 +111,13 @@ def _row_numbers(values:np.ndarray, ids:np.ndarray|None)->np.ndarray:
 def _read_log(database, parameters:dict)->tuple[np.ndarray, ...]:
     """Row number of the user and the item, worth before decay and time in microseconds of each interaction, sorted by
     user and item."""
-    (user, users), (item, items) = (
-        _coded(database, *side) for side in (("user_id", "log_users"), ("item_id", "log_items"))
-    )
+    (user, users), (item, items) = (_coded(database, *side)
+                                    for side in (("user_id", "log_users"), ("item_id", "log_items")))
     found = database.execute(f"""SELECT {user} AS user, {item} AS item,
         {worth_sql(parameters["event_weights"], parameters["quantity"])}::DOUBLE AS worth,
         coalesce(epoch_us(timestamp), {UNTIMED + 1} - 1) AS time FROM interactions""").fetchnumpy()
-    user, item, worth, time = (
-        _row_numbers(found.pop("user"), users),
-        _row_numbers(found.pop("item"), items),
-        found["worth"],
-        found["time"],
-    )
+    user, item, worth, time = (_row_numbers(found.pop("user"), users), _row_numbers(found.pop("item"), items),
+                               found["worth"], found["time"])
     def turned(first): # whether two rows stand in the wrong order
         u, i = user[first:first + BLOCK + 1], item[first:first + BLOCK + 1]
         return ((u[1:] < u[:-1]) | ((u[1:] == u[:-1]) & (i[1:] < i[:-1]))).any()
@@ -141,9 +132,8 @@ def _micros(moment:str)->int: return int(np.datetime64(moment, "us").astype(np.i
 def _counts(chosen:np.ndarray|None, starts:np.ndarray, rows:int)->np.ndarray:
     "How many rows of each pair are chosen (None: all), as float32."
     borders = np.append(starts, rows)
-    return np.diff(
-        borders if chosen is None else np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]
-    ).astype(np.float32)
+    return np.diff(borders if chosen is None
+                   else np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]).astype(np.float32)
 
 def _snapshot(log:tuple, starts:np.ndarray, until:str|None, ends:int, half_life:float)->dict[str, np.ndarray]:
     """Sum of the worth, number of the rows and age in days of each pair, over the rows known before `until` (None: all,
@@ -155,11 +145,9 @@ def _snapshot(log:tuple, starts:np.ndarray, until:str|None, ends:int, half_life:
     # what is not known yet is taken out below
     if half_life: worth = worth * np.exp2(np.minimum(when - moment, 0) / (half_life * 86_400e6))
     if until: worth, when = worth * known, np.where(known, when, UNTIMED)
-    return {
-        "confidence": np.maximum(np.add.reduceat(worth, starts), LEAST).astype(np.float32),
-        "counts": _counts(known, starts, len(time)),
-        "age_days": ((moment - np.maximum.reduceat(when, starts)) / 86_400e6).astype(np.float32),
-    }
+    return {"confidence": np.maximum(np.add.reduceat(worth, starts), LEAST).astype(np.float32),
+            "counts": _counts(known, starts, len(time)),
+            "age_days": ((moment - np.maximum.reduceat(when, starts)) / 86_400e6).astype(np.float32)}
 
 BLOCK = 1 << 18 # rows looked at together: they stay in the cache of the processor
 
@@ -167,10 +155,8 @@ def _borders(user:np.ndarray, item:np.ndarray)->list[int]:
     "Row numbers that part the log into blocks, never inside a pair."
     borders, rows = [0], len(user)
     while (end := borders[-1] + BLOCK) < rows:
-        while (
-            end < rows
-            and not (new := (user[end : end + 1024] != user[end - 1]) | (item[end : end + 1024] != item[end - 1])).any()
-        ):
+        while (end < rows and not (new := (user[end : end + 1024] != user[end - 1])
+                                   | (item[end : end + 1024] != item[end - 1])).any()):
             end += 1024
         if end < rows: borders.append(end + int(new.argmax()))
         else: break
@@ -214,10 +200,8 @@ def _csr(pairs:dict[str, np.ndarray], value:str, shape:tuple[int, int])->csr_mat
     "Pairs sorted by row and column as CSR, without another sort."
     indptr = np.searchsorted(pairs["user"], np.arange(shape[0] + 1, dtype=pairs["user"].dtype))
     index = np.int32 if len(pairs["user"]) < 2**31 else np.int64
-    return csr_matrix(
-        (pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False), indptr.astype(index)),
-        shape=shape,
-    )
+    return csr_matrix((pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False),
+                       indptr.astype(index)), shape=shape)
 
 # %% ../nbs/02_features.ipynb #5a2d759c
 def _checked(parameters:dict)->dict:
@@ -228,9 +212,8 @@ def _checked(parameters:dict)->dict:
             raise FeatureError(f"{name}={parameters[name]!r}: must be one of {', '.join(known)}")
     for name in ("min_user_items", "min_item_users"):
         parameters[name] = number(name, parameters[name], 1, 2**31 - 1, whole=True, error=FeatureError)
-    days = parameters["half_life_days"] = number(
-        "half_life_days", parameters["half_life_days"], 0, 1e6, error=FeatureError
-    )
+    days = parameters["half_life_days"] = number("half_life_days", parameters["half_life_days"], 0, 1e6,
+                                                 error=FeatureError)
     if 0 < days < 1e-4:
         raise FeatureError(f"half_life_days={days!r}: must be 0, for no decay, or at least 0.0001, some seconds")
     return parameters
@@ -300,36 +283,21 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
     ends = max(int(log[3].max()), 0) # of the log, also where it is too short for a split; 0 without times
     with ThreadPoolExecutor(os.cpu_count()) as pool: # NumPy lets go of the interpreter while it works
         borders = _borders(*log[:2])
-        blocks = list(
-            zip(borders, borders[1:], pool.map(lambda first, end: _starts(log, first, end), borders, borders[1:]))
-        )
+        blocks = list(zip(borders, borders[1:], pool.map(lambda first, end: _starts(log, first, end), borders,
+                                                         borders[1:])))
         for name in ("all", "train_validation", "train"):
             until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
-            found = _by_blocks(
-                pool,
-                log,
-                blocks,
-                lambda part, starts, until=until: _snapshot(part, starts, until, ends, parameters["half_life_days"]),
-                room,
-            )
+            found = _by_blocks(pool, log, blocks, lambda part, starts,
+                               until=until: _snapshot(part, starts, until, ends, parameters["half_life_days"]), room)
             kept = _enough(found["user"], found["item"], parameters)
             every, found = found, {value: column[kept] for value, column in found.items()}
             if name == "all":
                 if not len(found["user"]):
-                    raise FeatureError(
-                        f"no pair is left with min_user_items={parameters['min_user_items']} and "
-                        f"min_item_users={parameters['min_item_users']}; lower them"
-                    )
-                rows = {
-                    side: _write_ids(
-                        database,
-                        found[side],
-                        f"{side}_id",
-                        interactions / f"{attributes}.parquet",
-                        folder / f"{side}s.parquet",
-                    )
-                    for side, attributes in (("user", "users"), ("item", "products"))
-                }
+                    raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and "
+                                       f"min_item_users={parameters['min_item_users']}; lower them")
+                rows = {side: _write_ids(database, found[side], f"{side}_id", interactions / f"{attributes}.parquet",
+                                         folder / f"{side}s.parquet")
+                        for side, attributes in (("user", "users"), ("item", "products"))}
                 shape = tuple(int(row.max()) + 1 for row in rows.values())
                 if not isinstance(kept, slice):
                     gone = {value: column[~kept] for value, column in every.items()}
@@ -340,15 +308,9 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict, parame
             for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", found[value])
         for name, start, end in (("validation", "validation_from", "test_from"), ("test", "test_from", "")):
             since, before = (_micros(split[moment]) if split and moment else 2**63 - 1 for moment in (start, end))
-            found = _by_blocks(
-                pool,
-                log,
-                blocks,
-                lambda part, starts, since=since, before=before: {
-                    "counts": _counts((part[3] >= since) & (part[3] < before), starts, len(part[3]))
-                },
-                room,
-            )
+            found = _by_blocks(pool, log, blocks, lambda part, starts, since=since,
+                               before=before: {"counts": _counts((part[3] >= since) & (part[3] < before), starts,
+                                                                 len(part[3]))}, room)
             found = _numbered(found, rows)
             kept = (found["user"] >= 0) & (found["item"] >= 0)
             save_csr(folder, name, _csr({value: column[kept] for value, column in found.items()}, "counts", shape))
@@ -382,9 +344,8 @@ def _left_out(database, pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray],
     column = np.where(column < 0, known + np.searchsorted(items, pairs["item"]), column)
     order = np.lexsort((column, user))
     values = ("confidence", "counts", "age_days")
-    found = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32)} | {
-        name: pairs[name][order] for name in values
-    }
+    found = {"user": user[order].astype(np.int32),
+             "item": column[order].astype(np.int32)} | {name: pairs[name][order] for name in values}
     shape = len(users), known + len(items)
     matrices = (_csr(found, name, shape) for name in values)
     return LeftOut(known, IdTable(ids["user"][users]), IdTable(ids["item"][items]), *matrices)
@@ -401,10 +362,8 @@ def ensure_features(
         try: there = open_features(out)
         except FeatureError: there = None
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
-        fresh = there and (there.fingerprint, there.feedback_until, there.rules) == (
-            ledger["fingerprint"],
-            ledger.get("feedback_until"),
-            ledger.get("rules", {}),
-        )
+        fresh = there and (there.fingerprint, there.feedback_until,
+                           there.rules) == (ledger["fingerprint"], ledger.get("feedback_until"),
+                                            ledger.get("rules", {}))
         if fresh and all(there.parameters[name] == value for name, value in parameters.items()): return there
         return build_features(interactions, out, **parameters)

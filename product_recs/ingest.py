@@ -72,17 +72,13 @@ def open_ledger(
         raise IngestError(f"{path} is not a ledger ({error}). Run 01_ingest again.") from None
 
 # %% ../nbs/01_ingest.ipynb #addf8bd4
-REMEDIES = {
-    "not valid text": 'pass the encoding of the file, such as encoding="latin-1" or "cp1252"',
-    "unknown event": "name your events with events=[...]",
-    "NUL byte": 'the file may be UTF-16: encoding="utf-16"',
-    "too ": 'check delimiter="..."',
-    "quantity above": "raise max_quantity",
-    "number too large": "write ids as whole numbers of 64 bits, or as text",
-    "blank id": "check columns={...}",
-    "timestamp": "write times as ISO-8601 or as an epoch in seconds",
-    "id is text": "write all ids of the log as text, if these are ids of yours",
-}
+REMEDIES = {"not valid text": 'pass the encoding of the file, such as encoding="latin-1" or "cp1252"',
+            "unknown event": "name your events with events=[...]",
+            "NUL byte": 'the file may be UTF-16: encoding="utf-16"', "too ": 'check delimiter="..."',
+            "quantity above": "raise max_quantity",
+            "number too large": "write ids as whole numbers of 64 bits, or as text",
+            "blank id": "check columns={...}", "timestamp": "write times as ISO-8601 or as an epoch in seconds",
+            "id is text": "write all ids of the log as text, if these are ids of yours"}
 
 def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->None:
     "Raise if the rejects that `where` selects are too many."
@@ -91,10 +87,9 @@ def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->N
         file, line, column, value, reason = con.execute(
             f"SELECT * FROM rejects WHERE {where} ORDER BY line LIMIT 1"
         ).fetchone()
-        raise IngestError(
-            f"{file}, line {line}" + (f", column {column}" if column else "") + f": {reason}: {(value or '')[:80]!r}. "
-            'Nothing was written. Mend the line, or skip bad rows with on_error="skip".'
-        )
+        raise IngestError(f"{file}, line {line}" + (f", column {column}" if column
+                                                    else "") + f": {reason}: {(value or '')[:80]!r}. "
+                          'Nothing was written. Mend the line, or skip bad rows with on_error="skip".')
     if not count or count <= max_share * rows: return
     top = con.execute(
         f"SELECT reason, count(*), arg_min(file, line), min(line), arg_min(value, line) FROM rejects WHERE {where} "
@@ -153,11 +148,8 @@ def add_faults(
     "Put the lines of a file that were no records into `rejects`."
     for start in range(0, len(read.faults), 100_000):
         lines, columns, values, reasons = (list(part) for part in zip(*read.faults[start:start + 100_000]))
-        con.execute(
-            "INSERT INTO rejects SELECT ?, unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), "
-            "unnest(?::VARCHAR[])",
-            [read.shown, lines, columns, values, reasons],
-        )
+        con.execute("INSERT INTO rejects SELECT ?, unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), "
+                    "unnest(?::VARCHAR[])", [read.shown, lines, columns, values, reasons])
 
 def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
     """Put the faulty rows of a file that has just been loaded into `rejects` and the file into the ledger; the number
@@ -169,18 +161,15 @@ def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
         f"INSERT INTO rejects SELECT {quoted(read.shown)}, line, CASE fault {names} END, value, CASE fault {reasons} "
         f"END FROM checked WHERE file = {len(ledger.files)} AND fault IS NOT NULL"
     )
-    rows, (rejected,) = (
-        read.rows + len(read.faults),
-        con.execute(f"SELECT count(*) FROM rejects WHERE file = {quoted(read.shown)}").fetchone(),
-    )
+    rows, (rejected,) = (read.rows + len(read.faults),
+                         con.execute(f"SELECT count(*) FROM rejects WHERE file = {quoted(read.shown)}").fetchone())
     (good,) = con.execute(
         f"SELECT (SELECT count(*) FROM checked WHERE file = {len(ledger.files)} AND fault IS NULL) + (SELECT count(*) "
         f"FROM plain WHERE file = {len(ledger.files)})"
     ).fetchone()
     assert rows == good + rejected, f"{read.shown}: {rows} rows read, {good} good, {rejected} rejected"
-    ledger.files.append(
-        dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size, changed=read.changed)
-    )
+    ledger.files.append(dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size,
+                             changed=read.changed))
     return rows
 
 def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:EventRules, latest:datetime,
@@ -217,27 +206,15 @@ def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:P
                 )
         return current["wanted"]
     def load(number, sql, again=""):
-        return _load_query(
-            con, sql, again, number, current["wanted"], rules, latest, f"reading {masked(str(source))}"[:60], options
-        )
+        return _load_query(con, sql, again, number, current["wanted"], rules, latest,
+                           f"reading {masked(str(source))}"[:60], options)
     def each(read):
         rows = _account(con, read, interaction_rules(rules, latest), "interactions", ledger)
         for name in kinds: kinds[name].add(read.kinds[name])
         _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], 1.0, read.shown)
-    reads = read_source(
-        source,
-        options["query"],
-        load,
-        match,
-        Columns.Required,
-        Columns.All,
-        con,
-        folder,
-        delimiter=options["delimiter"],
-        encoding=options["encoding"],
-        progress=options["progress"],
-        each=each,
-    )
+    reads = read_source(source, options["query"], load, match, Columns.Required, Columns.All, con, folder,
+                        delimiter=options["delimiter"], encoding=options["encoding"], progress=options["progress"],
+                        each=each)
     return reads, kinds
 
 # %% ../nbs/01_ingest.ipynb #4940f47c
@@ -249,17 +226,10 @@ def _write(con, folder:Path, types:Mapping[str, str], events:list[str], ledger:L
     con.execute(f"""CREATE VIEW good AS SELECT {numbers}, event, quantity, timestamp FROM plain
         UNION ALL SELECT {texts}, CASE event {places} END, quantity, timestamp FROM checked WHERE fault IS NULL""")
     found = write_merged(con, folder/"interactions.parquet", types, events, progress)
-    ledger.rows_kept, ledger.duplicates_merged, ledger.fingerprint = (
-        found.kept,
-        found.rows - found.kept,
-        found.fingerprint,
-    )
-    ledger.users, ledger.items, ledger.first_timestamp, ledger.last_timestamp = (
-        found.users,
-        found.items,
-        found.first,
-        found.last,
-    )
+    ledger.rows_kept, ledger.duplicates_merged, ledger.fingerprint = (found.kept, found.rows - found.kept,
+                                                                      found.fingerprint)
+    ledger.users, ledger.items, ledger.first_timestamp, ledger.last_timestamp = (found.users, found.items,
+                                                                                 found.first, found.last)
     if found.untimed:
         ledger.warnings.append(
             f"{found.untimed:,} of {found.rows:,} rows have no timestamp: they are never merged as duplicates and have "
@@ -279,30 +249,15 @@ def _table_rows(con, source, name:str, key:str, options:dict, folder:Path)->tupl
         theirs = options["columns"].get(key, key)
         theirs = match_columns(names, {key: theirs if theirs in names else key}, [key], [], shown, mapped=False)[key]
         attributes = attribute_names(names, key, theirs, shown, columns)
-        return {key: theirs} | {
-            columns.setdefault(attribute, f"c{len(columns)}"): attribute for attribute in attributes
-        }
+        return {key: theirs} | {columns.setdefault(attribute, f"c{len(columns)}"): attribute
+                                for attribute in attributes}
     def load(number, sql, again=""):
-        con.execute(
-            f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS file, line, * EXCLUDE line FROM "
-            f"({again or sql})"
-        )
+        con.execute(f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS file, line, * EXCLUDE line FROM "
+                    f"({again or sql})")
         return con.execute(f"SELECT count(*) FROM {name}_{number}").fetchone()[0]
-    reads = read_source(
-        source,
-        "",
-        load,
-        match,
-        [key],
-        [key],
-        con,
-        folder,
-        delimiter=options["delimiter"],
-        encoding=options["encoding"],
-        keep_types=True,
-        progress=options["progress"],
-        each=lambda read: add_faults(con, read),
-    )
+    reads = read_source(source, "", load, match, [key], [key], con, folder, delimiter=options["delimiter"],
+                        encoding=options["encoding"], keep_types=True, progress=options["progress"],
+                        each=lambda read: add_faults(con, read))
     parts = [(f"{name}_{number}", read.shown, read.typed) for number, read in enumerate(reads)]
     con.execute(f"CREATE TABLE {name} AS {united(con, parts, columns, ['file', 'line', key])}")
     for table, *_ in parts: con.execute(f"DROP TABLE {table}")
@@ -311,10 +266,8 @@ def _table_rows(con, source, name:str, key:str, options:dict, folder:Path)->tupl
 # %% ../nbs/01_ingest.ipynb #9fa8a0ff
 def _judge_ids(con, reads:list[FileRead], name:str, key:str, id_type:str, options:dict, ledger:Ledger)->str:
     "Put the rows of a table without a good id into `rejects` and its files into the ledger; SQL of a row that is good."
-    con.execute(
-        f"CREATE TABLE {name}_ids AS SELECT file, line, {key_sql('id')} AS id FROM (SELECT file, line, "
-        f"{trimmed(f'CAST({key} AS VARCHAR)')} AS id FROM {name})"
-    )
+    con.execute(f"CREATE TABLE {name}_ids AS SELECT file, line, {key_sql('id')} AS id FROM (SELECT file, line, "
+                f"{trimmed(f'CAST({key} AS VARCHAR)')} AS id FROM {name})")
     rules = id_rules(key, "id")
     if id_type == "BIGINT":
         rules += [(key, "id is no integer, but those of the interactions are", f"{whole_number('id')} IS NULL")]
@@ -327,16 +280,8 @@ def _judge_ids(con, reads:list[FileRead], name:str, key:str, id_type:str, option
         rejected, = con.execute("SELECT count(*) FROM rejects WHERE file = ?", [read.shown]).fetchone()
         rows = read.rows + len(read.faults)
         _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], options["max_reject_share"], read.shown)
-        ledger.files.append(
-            dict(
-                file=read.shown,
-                role=name,
-                rows_read=rows,
-                rows_rejected=rejected,
-                bytes=read.size,
-                changed=read.changed,
-            )
-        )
+        ledger.files.append(dict(file=read.shown, role=name, rows_read=rows, rows_rejected=rejected, bytes=read.size,
+                                 changed=read.changed))
     return f"{first_fault(rules)} IS NULL"
 
 def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder:Path, out:Path, ledger:Ledger)->None:
@@ -349,12 +294,10 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
         QUALIFY row_number() OVER (PARTITION BY {id} ORDER BY file DESC, line DESC) = 1 ORDER BY 1) TO
         {file_name(target)} (FORMAT parquet)""")
     kept, = con.execute(f"SELECT count(*) FROM {parquet(target)}").fetchone()
-    rows, rejected = (
-        sum(file[what] for file in ledger.files if file["role"] == name) for what in ("rows_read", "rows_rejected")
-    )
-    ledger.tables[name] = dict(
-        rows_read=rows, rows_kept=kept, rows_rejected=rejected, duplicates_merged=rows - rejected - kept
-    )
+    rows, rejected = (sum(file[what] for file in ledger.files if file["role"] == name)
+                      for what in ("rows_read", "rows_rejected"))
+    ledger.tables[name] = dict(rows_read=rows, rows_kept=kept, rows_rejected=rejected,
+                               duplicates_merged=rows - rejected - kept)
     if rows - rejected - kept:
         ledger.warnings.append(
             f"{name}: {rows - rejected - kept:,} rows repeat a {key}; the last row of each was kept."
@@ -412,18 +355,11 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules
     con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, faults))
     read = FileRead(feedback.shown, feedback.rows, list(Columns.All), {}, {})
     rows = _account(con, read, faults, "feedback", ledger)
-    _judge(
-        con,
-        f"file = {quoted(read.shown)}",
-        rows,
-        options["on_error"],
-        options["max_reject_share"],
-        "the feedback store",
-    )
+    _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], options["max_reject_share"],
+           "the feedback store")
     ledger.feedback_until = feedback.until.isoformat()
-    return types or {
-        column: _id_type(con, column, feedback.kinds[column], [read], ledger.warnings) for column in Columns.Required
-    }
+    return types or {column: _id_type(con, column, feedback.kinds[column], [read], ledger.warnings)
+                     for column in Columns.Required}
 
 # %% ../nbs/01_ingest.ipynb #24c5a481
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
@@ -437,11 +373,8 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     rows = sum(file["rows_read"] for file in ledger.files)
     if source and not rows: raise IngestError(f"{what}: there are columns but no rows. Nothing was written.")
     _judge(con, "true", rows, options["on_error"], options["max_reject_share"], what)
-    types = (
-        {column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required}
-        if source
-        else {}
-    )
+    types = ({column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required}
+             if source else {})
     wishes, rules = {}, replace(rules, numbers=[column for column, type in types.items() if type == "BIGINT"])
     ledger.rules = json.loads(json.dumps(asdict(rules)))
     if options["feedback"]:
@@ -455,9 +388,8 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     )
     if not ledger.rows_read: raise IngestError(f"{what} has no events yet. Nothing was written.")
     if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten:
-        forgotten = (
-            f" or of users that want to be forgotten ({ledger.rows_forgotten:,})" if ledger.rows_forgotten else ""
-        )
+        forgotten = (f" or of users that want to be forgotten ({ledger.rows_forgotten:,})" if ledger.rows_forgotten
+                     else "")
         raise IngestError(
             f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Reasons: {ledger.reasons}. Nothing was written."
         )
@@ -467,22 +399,14 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     ), "the ledger does not add up"
     for name, key in (("products", Columns.Item), ("users", Columns.User)):
         if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
-    if (
-        options["users"]
-        and wishes
-        and (dropped := drop_forgotten_people(con, out / "users.parquet", out / "interactions.parquet"))
-    ):
-        ledger.tables["users"] |= {
-            "rows_kept": ledger.tables["users"]["rows_kept"] - dropped,
-            "rows_forgotten": dropped,
-        }
-    texts = ", ".join(
-        f'{safe_cell_sql(named(column))} AS {named(column)}' for column in ("file", "column", "value", "reason")
-    )
-    con.execute(
-        f"COPY (SELECT * REPLACE ({texts}) FROM rejects ORDER BY rejects.file, line) TO "
-        f"{file_name(out / 'rejects.csv')} (HEADER)"
-    )
+    if (options["users"] and wishes
+        and (dropped := drop_forgotten_people(con, out / "users.parquet", out / "interactions.parquet"))):
+        ledger.tables["users"] |= {"rows_kept": ledger.tables["users"]["rows_kept"] - dropped,
+                                   "rows_forgotten": dropped}
+    texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}'
+                      for column in ("file", "column", "value", "reason"))
+    con.execute(f"COPY (SELECT * REPLACE ({texts}) FROM rejects ORDER BY rejects.file, line) TO "
+                f"{file_name(out / 'rejects.csv')} (HEADER)")
     given = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
     given = json.loads(json.dumps(given, default=str))
     ledger.parameters = masked_parameters(given)
@@ -508,23 +432,10 @@ def ingest(
     progress:bool = True,                       # show bars
 )->Ledger:
     "Validate an interaction log and write it; raise `IngestError`, and write nothing, where that is impossible."
-    options = _checked_options(
-        dict(
-            query=query,
-            feedback=feedback,
-            columns=dict(columns or {}),
-            products=products,
-            users=users,
-            delimiter=delimiter,
-            encoding=encoding,
-            events=events,
-            max_quantity=max_quantity,
-            on_error=on_error,
-            max_reject_share=max_reject_share,
-            memory_limit=memory_limit,
-            progress=progress,
-        )
-    )
+    options = _checked_options(dict(query=query, feedback=feedback, columns=dict(columns or {}), products=products,
+                                    users=users, delimiter=delimiter, encoding=encoding, events=events,
+                                    max_quantity=max_quantity, on_error=on_error, max_reject_share=max_reject_share,
+                                    memory_limit=memory_limit, progress=progress))
     now = datetime.fromisoformat(now) if isinstance(now, str) else now or datetime.now(timezone.utc)
     latest = (now.astimezone(timezone.utc) if now.tzinfo else now).replace(tzinfo=None) + LEEWAY
     source = source if isinstance(source, (str, Path)) else list(source)

@@ -48,17 +48,12 @@ def _is_number(value:Any)->bool:
 
 def _before(one:Any, moment:datetime)->bool: return one.timestamp is not None and one.timestamp < moment
 
-_ALWAYS = (
-    Rule(Columns.Event, "blank event", "coalesce(event, '') = ''", lambda one: not one.event),
-    Rule(
-        Columns.Quantity,
-        "quantity is not a number",
-        "q IS NULL OR isnan(q) OR isinf(q)",
-        lambda one: not _is_number(one.quantity),
-    ),
-    Rule(Columns.Quantity, "quantity is not above 0", "q <= 0", lambda one: one.quantity <= 0),
-    Rule(Columns.Timestamp, "timestamp before 1970", "t < TIMESTAMP '1970-01-01'", lambda one: _before(one, EARLIEST)),
-)
+_ALWAYS = (Rule(Columns.Event, "blank event", "coalesce(event, '') = ''", lambda one: not one.event),
+           Rule(Columns.Quantity, "quantity is not a number", "q IS NULL OR isnan(q) OR isinf(q)",
+                lambda one: not _is_number(one.quantity)), Rule(Columns.Quantity, "quantity is not above 0",
+                                                                "q <= 0", lambda one: one.quantity <= 0),
+           Rule(Columns.Timestamp, "timestamp before 1970", "t < TIMESTAMP '1970-01-01'",
+                lambda one: _before(one, EARLIEST)))
 
 def _future(latest:datetime)->Rule:
     late = lambda one: one.timestamp is not None and one.timestamp > latest
@@ -73,15 +68,8 @@ def _rules_of(events:tuple[str, ...]|None, max_quantity:float, numbers:tuple[str
                  lambda one: one.quantity > max_quantity)
     # an event that travels without its user has no user to be judged
     is_text = lambda column: lambda one: isinstance(number_or_text(getattr(one, column, "0")), str)
-    text = [
-        Rule(
-            column,
-            "id is text, but those of the source are numbers",
-            f"{whole_number(column)} IS NULL",
-            is_text(column),
-        )
-        for column in numbers
-    ]
+    text = [Rule(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL",
+                 is_text(column)) for column in numbers]
     return (_ALWAYS[0], *(() if events is None else [unknown]), *_ALWAYS[1:3], large, _ALWAYS[3], *text)
 
 # %% ../../nbs/core/events.ipynb #7fb974cf

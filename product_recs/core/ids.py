@@ -63,10 +63,8 @@ def key_sql(
     column:str, # SQL, VARCHAR without surrounding space
 )->str:         # SQL, VARCHAR
     "SQL: the key of an id."
-    return (
-        f"CASE WHEN suffix({column}, '.0') AND regexp_full_match({column}, '(0|-?[1-9][0-9]*)[.]0') THEN "
-        f"left({column}, length({column}) - 2) ELSE {column} END"
-    )
+    return (f"CASE WHEN suffix({column}, '.0') AND regexp_full_match({column}, '(0|-?[1-9][0-9]*)[.]0') THEN "
+            f"left({column}, length({column}) - 2) ELSE {column} END")
 
 def whole_number(
     column:str # SQL, VARCHAR

@@ -39,9 +39,8 @@ class Settings(BaseSettings):
     forwarded_allow_ips: list[str] = Field(["127.0.0.1", "::1"],
         description="proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, addresses or networks, as JSON")
     api_keys_file: Path = Field(Path("api_keys.json"), description="hashed API keys; relative to the project root")
-    rate_limit: float = Field(
-        0, ge=0, description="requests a second for each key, in all workers together; 0: no limit"
-    )
+    rate_limit: float = Field(0, ge=0,
+                              description="requests a second for each key, in all workers together; 0: no limit")
     max_body_bytes: int = Field(1_000_000, ge=1000, description="largest request body")
     max_batch: int = Field(1000, ge=1, description="most events or users in one request")
     cors_origins: list[str] = Field([], description="web origins that may call the service from a browser, as JSON")

@@ -67,15 +67,11 @@ def parquet(
     return f"read_parquet([{one_file(path)}]{options})"
 
 # %% ../../nbs/core/sql.ipynb #5a1c000c
-_INTEGERS = [f"{sign}{size}INT" for sign in ("", "U") for size in ("TINY", "SMALL", "BIG", "HUGE")] + [
-    "INTEGER",
-    "UINTEGER",
-    "BIGNUM",
-]
+_INTEGERS = [f"{sign}{size}INT" for sign in ("", "U")
+             for size in ("TINY", "SMALL", "BIG", "HUGE")] + ["INTEGER", "UINTEGER", "BIGNUM"]
 _FAMILIES = dict.fromkeys(_INTEGERS, "integer")
-_FAMILIES |= {"DECIMAL": "decimal", "DOUBLE": "float", "FLOAT": "float"} | dict.fromkeys(
-    ("VARCHAR", "ENUM", "UUID", "JSON"), "text"
-)
+_FAMILIES |= {"DECIMAL": "decimal", "DOUBLE": "float",
+              "FLOAT": "float"} | dict.fromkeys(("VARCHAR", "ENUM", "UUID", "JSON"), "text")
 _FAMILIES |= dict.fromkeys(("STRUCT", "MAP", "UNION", "VARIANT"), "nested") | {"DATE": "time"}
 
 def type_family(
@@ -91,14 +87,12 @@ _log = logging.getLogger("product_recs.sql")
 def _remedy(error:duckdb.Error, otherwise:str, memory_limit:str)->str:
     "What helps against a failure of the database."
     said = str(error).lower()
-    if any(
-        words in said for words in ("no space left", "max_temp_directory_size", "could not write", "failed to write")
-    ):
+    if any(words in said for words in ("no space left", "max_temp_directory_size", "could not write",
+                                       "failed to write")):
         return "the disk is full. Make room on it and try again."
     if isinstance(error, duckdb.OutOfMemoryException):
-        return "memory was short. Try " + (
-            f"a larger memory_limit (now {memory_limit})." if memory_limit else "on a machine with more memory."
-        )
+        return "memory was short. Try " + (f"a larger memory_limit (now {memory_limit})." if memory_limit
+                                           else "on a machine with more memory.")
     return otherwise
 
 def temporary_database(

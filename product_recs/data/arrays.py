@@ -70,9 +70,8 @@ def _with_gaps(values:np.ndarray)->tuple[np.ndarray, np.ndarray|None]:
     first = next((value for value in values if value is not None), None)
     kind = bool if isinstance(first, (bool, np.bool_)) else np.int64 if isinstance(first, (int, np.integer)) else None
     if kind is None: return values, None
-    return np.array([0 if value is None else value for value in values], kind), np.array(
-        [value is not None for value in values]
-    )
+    return np.array([0 if value is None else value for value in values],
+                    kind), np.array([value is not None for value in values])
 
 def save_table(
     path:Path,
@@ -97,12 +96,9 @@ def load_table(
 )->dict[str, np.ndarray]: # text, whole numbers with gaps and yes/no with gaps as object arrays with None where unknown
     "Read a Parquet file as columns, in the order of its rows."
     try:
-        with (
-            database_errors(
-                BundleError, str(path), "this is not a readable Parquet file; train again or restore it from a copy"
-            ),
-            duckdb.connect() as database,
-        ):
+        with (database_errors(BundleError, str(path),
+                              "this is not a readable Parquet file; train again or restore it from a copy"),
+              duckdb.connect() as database):
             columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
     except BundleError as error:
         # short of memory or of open files: the file is not to blame, and may be read a moment later
@@ -137,8 +133,7 @@ def on_structure(path:Path, matrix:csr_matrix)->csr_matrix:
 
 def matrix_values(matrix:csr_matrix, seen:csr_matrix, name:str)->np.ndarray:
     "Values of a matrix that has the structure of another."
-    if matrix.shape != seen.shape or not (
-        np.array_equal(matrix.indptr, seen.indptr) and np.array_equal(matrix.indices, seen.indices)
-    ):
+    if matrix.shape != seen.shape or not (np.array_equal(matrix.indptr, seen.indptr)
+                                          and np.array_equal(matrix.indices, seen.indices)):
         raise BundleError(f"{name} must have the structure of the seen matrix: the same pairs in the same order")
     return np.asarray(matrix.data, np.float32)

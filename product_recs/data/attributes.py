@@ -51,21 +51,16 @@ def attribute_names(
 def _spelled(column:str)->tuple[str, list[tuple[str, str, str]]]:
     "SQL of a text column without blanks, and what it may become: type, value, and the condition on each value."
     value = f"CASE WHEN NOT {is_blank(column)} THEN trim({column}) END"
-    number, double = (
-        f"regexp_full_match({value}, '-?(0|[1-9][0-9]*)([.][0-9]*)?([eE][+-]?[0-9]+)?')",
-        f"TRY_CAST({value} AS DOUBLE)",
-    )
+    number, double = (f"regexp_full_match({value}, '-?(0|[1-9][0-9]*)([.][0-9]*)?([eE][+-]?[0-9]+)?')",
+                      f"TRY_CAST({value} AS DOUBLE)")
     def digits(text): return f"trim(translate(split_part(lower({text}), 'e', 1), '-.', ''), '0')"
-    exact = (
-        f"(abs({double}) < {EXACT['DOUBLE']} OR regexp_matches({value}, '[.eE]') AND {digits(value)} = "
-        f"{digits(f'CAST({double} AS VARCHAR)')})"
-    )
-    return value, [
-        ("BOOLEAN", f"CAST({value} AS BOOLEAN)", f"lower({value}) IN ('true', 'false')"),
-        ("BIGINT", f"CAST({value} AS BIGINT)", f"{number} AND CAST(TRY_CAST({value} AS BIGINT) AS VARCHAR) = {value}"),
-        ("DOUBLE", f"CAST({value} AS DOUBLE)", f"{number} AND isfinite({double}) AND {exact}"),
-        ("VARCHAR", column, "true"),
-    ]
+    exact = (f"(abs({double}) < {EXACT['DOUBLE']} OR regexp_matches({value}, '[.eE]') AND {digits(value)} = "
+             f"{digits(f'CAST({double} AS VARCHAR)')})")
+    return value, [("BOOLEAN", f"CAST({value} AS BOOLEAN)", f"lower({value}) IN ('true', 'false')"),
+                   ("BIGINT", f"CAST({value} AS BIGINT)",
+                    f"{number} AND CAST(TRY_CAST({value} AS BIGINT) AS VARCHAR) = {value}"),
+                   ("DOUBLE", f"CAST({value} AS DOUBLE)", f"{number} AND isfinite({double}) AND {exact}"),
+                   ("VARCHAR", column, "true")]
 
 # %% ../../nbs/data/attributes.ipynb #a77b000b
 def _typed(column:str, type:str)->list[tuple[str, str, str]]:
@@ -76,18 +71,12 @@ def _typed(column:str, type:str)->list[tuple[str, str, str]]:
         return [("BIGINT", f"TRY_CAST({column} AS BIGINT)", f"TRY_CAST({column} AS BIGINT) IS NOT NULL"), as_text]
     if family == "decimal": # by way of its text, which is rounded once
         digits = f"length(trim(translate({text}, '.-', ''), '0'))"
-        return [
-            ("DOUBLE", f"CAST({text} AS DOUBLE)", f"{digits} <= 15"),
-            ("VARCHAR", number_text(column, type), "true"),
-        ]
+        return [("DOUBLE", f"CAST({text} AS DOUBLE)", f"{digits} <= 15"),
+                ("VARCHAR", number_text(column, type), "true")]
     if family == "float": # the shortest number that is this FLOAT
-        return [
-            (
-                "DOUBLE",
-                f"CASE WHEN isfinite({column}) THEN CAST({text if type == 'FLOAT' else column} AS DOUBLE) END",
-                "true",
-            )
-        ]
+        return [("DOUBLE",
+                 f"CASE WHEN isfinite({column}) THEN CAST({text if type == 'FLOAT' else column} AS DOUBLE) END",
+                 "true")]
     if family == "time":
         moment = f"{column} AT TIME ZONE 'UTC'" if "ZONE" in type else f"TRY_CAST({column} AS TIMESTAMP)"
         return [("TIMESTAMP", moment, f"isfinite({moment}) AND year({moment}) BETWEEN 1 AND 9999"), as_text]
@@ -117,9 +106,8 @@ def column_form(
     column = named(column)
     present, choices = (column, _typed(column, type)) if typed else _spelled(column)
     tests = ", ".join(f"bool_and(coalesce({fits}, false)) FILTER ({present} IS NOT NULL)" for _, _, fits in choices)
-    number = (
-        f"TRY_CAST({present} AS DOUBLE)" if not typed or type_family(type) in ("integer", "decimal") else "0::DOUBLE"
-    )
+    number = (f"TRY_CAST({present} AS DOUBLE)" if not typed or type_family(type) in ("integer", "decimal")
+              else "0::DOUBLE")
     wide = f"bool_or(abs({number}) >= {EXACT['DOUBLE']})"
     with database_errors(
         IngestError,
@@ -159,13 +147,10 @@ def united(
     for table, shown, typed in tables:
         types = {column: type for column, type, *_ in con.execute(f"DESCRIBE {table}").fetchall()}
         for name, column in names.items():
-            forms[column].append(
-                column_form(con, table, column, types[column], typed, name, shown) if column in types else None
-            )
+            forms[column].append(column_form(con, table, column, types[column], typed, name, shown)
+                                 if column in types else None)
     types = {column: _common([form for form in given if form]) for column, given in forms.items()}
     def chosen(at):
-        return [
-            *map(named, kept),
-            *(f"{_in_type(given[at], types[column])} AS {column}" for column, given in forms.items()),
-        ]
+        return [*map(named, kept), *(f"{_in_type(given[at], types[column])} AS {column}"
+                                     for column, given in forms.items())]
     return " UNION ALL ".join(f"SELECT {', '.join(chosen(at))} FROM {table}" for at, (table, _, _) in enumerate(tables))

@@ -87,9 +87,8 @@ def _first_line(path:Path, shown:str)->str:
     "The header line of a UTF-8 file, without mark and line break."
     with file_errors(shown), open_bytes(path) as file: raw = file.readline(1 << 20)
     if not raw.strip(b"\xef\xbb\xbf\r\n \t"):
-        raise IngestError(
-            f"{shown}: " + ("line 1 is blank; it must name the columns." if raw else "the file is empty.")
-        )
+        raise IngestError(f"{shown}: " + ("line 1 is blank; it must name the columns." if raw
+                                          else "the file is empty."))
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise IngestError(f"{shown} is UTF-16, not UTF-8. Pass encoding=\"utf-16\".")
     try: text = raw.decode("utf-8-sig").rstrip("\r\n")
@@ -247,11 +246,8 @@ def staged_query(
 )->str:                     # SELECT line, then the columns as VARCHAR
     "The DuckDB query for a file that has been cleaned."
     types = ", ".join(f"{quoted(name)}: 'VARCHAR'" for name in columns)
-    return (
-        f"SELECT * FROM read_csv({one_file(path)}, delim=',', quote='\"', escape='\"', new_line='\\r\\n', "
-        f"header=false, auto_detect=false, parallel=false, "
-        f"columns={{'line': 'BIGINT', {types}}})"
-    )
+    return (f"SELECT * FROM read_csv({one_file(path)}, delim=',', quote='\"', escape='\"', new_line='\\r\\n', "
+            f"header=false, auto_detect=false, parallel=false, " f"columns={{'line': 'BIGINT', {types}}})")
 
 # %% ../../nbs/data/csvfiles.ipynb #428eb621
 def careful_files(
@@ -269,15 +265,10 @@ def careful_files(
     with file_errors(source.shown), open(kept, **text) as good, open(faults, **text) as bad:
         good, bad = csv.writer(good), csv.writer(bad)
         next(lines)
-        found = read_records(
-            lines,
-            len(source.names),
-            source.delimiter,
-            [source.names.index(wanted[name]) for name in guarded if name in wanted],
-        )
-        for number, fields, fault, text in tqdm(
-            found, desc=f"{source.shown}, line by line", unit=" lines", delay=2, leave=False, disable=not progress
-        ):
+        found = read_records(lines, len(source.names), source.delimiter,
+                             [source.names.index(wanted[name]) for name in guarded if name in wanted])
+        for number, fields, fault, text in tqdm(found, desc=f"{source.shown}, line by line", unit=" lines", delay=2,
+                                                leave=False, disable=not progress):
             if fault: bad.writerow([number, text[:200].replace("\0", "\\0"), fault])
             else: good.writerow([number, *(fields[column] for column in at)])
     return kept, faults

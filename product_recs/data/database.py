@@ -49,13 +49,8 @@ def _database(text:str):
 
 def _plain(value):
     "A database value as a text that the validation understands."
-    if (
-        isinstance(value, (float, int))
-        and not isinstance(value, bool)
-        and value == value
-        and abs(value) < 1e15
-        and value == int(value)
-    ):
+    if (isinstance(value, (float, int)) and not isinstance(value, bool) and value == value and abs(value) < 1e15
+        and value == int(value)):
         return int(value)
     if hasattr(value, "isoformat"): return value.isoformat()
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
@@ -99,10 +94,8 @@ def _batch(rows:list, line:int, at:list[int], ids:Mapping[int, str], kinds:dict[
 
 def _fetch(result, wanted:Mapping[str, str], ids:Iterable[str], names:list[str], staged:Path, label:str, progress:bool)->tuple[dict, Faults]:
     "Write the wanted columns of a result to a file; the kinds of the ids, and the rows without one."
-    at, places = (
-        [names.index(name) for name in wanted.values()],
-        {names.index(wanted[name]): name for name in ids if name in wanted},
-    )
+    at, places = ([names.index(name) for name in wanted.values()], {names.index(wanted[name]): name
+                                                                    for name in ids if name in wanted})
     seen, faults, line = {name: set() for name in places.values()}, [], 0
     with open(staged, "w", encoding="utf-8", newline="") as out, \
          tqdm(desc=label, unit=" rows", delay=2, leave=False, disable=not progress) as bar:

@@ -52,15 +52,8 @@ class LeftOut:
         middle = int(np.searchsorted(items, self.known))
         sums, counts, age = (np.asarray(matrix.data[part]) for matrix in (self.sums, self.counts, self.age_days))
         others = self.items.take(items[middle:] - self.known)
-        return Had(
-            items[:middle].astype(np.int64),
-            sums[:middle],
-            counts[:middle],
-            age[:middle],
-            others,
-            counts[middle:],
-            age[middle:],
-        )
+        return Had(items[:middle].astype(np.int64), sums[:middle], counts[:middle], age[:middle], others,
+                   counts[middle:], age[middle:])
 
 NO_LEFT_OUT = LeftOut(0, IdTable([]), IdTable([]))
 
@@ -75,11 +68,8 @@ def save_left_out(
     save_table(folder/"left_out_items.parquet", {"item_id": left_out.items.ids})
     save_csr(folder, "left_out", left_out.sums)
     for name in ("counts", "age_days"):
-        np.save(
-            folder / f"left_out_{name}.npy",
-            matrix_values(getattr(left_out, name), left_out.sums, name),
-            allow_pickle=False,
-        )
+        np.save(folder / f"left_out_{name}.npy", matrix_values(getattr(left_out, name), left_out.sums, name),
+                allow_pickle=False)
 
 def load_left_out(
     folder:Path,

@@ -46,59 +46,32 @@ def _listed(con, name:str)->Part:
 def _whole(con, name:str, smallest:int, largest:int, type:str = "BIGINT")->Part:
     "A column of whole numbers as the distance from the smallest; a list where the range is huge."
     if (largest - smallest).bit_length() > WIDEST: return _listed(con, name)
-    return Part(
-        f"({name}::BIGINT - ({smallest}))", largest - smallest, f"({{}} + ({smallest}))::{type}", facts=(smallest,)
-    )
+    return Part(f"({name}::BIGINT - ({smallest}))", largest - smallest, f"({{}} + ({smallest}))::{type}",
+                facts=(smallest,))
 
 # %% ../../nbs/data/merge.ipynb #c10c05cd
 def _parts(con, types:Mapping[str, str], events:list[str])->tuple[list[Part], dict]:
     "How to write a row of `good` as numbers, and what is in `good`."
-    names = [
-        "rows",
-        "timed",
-        "first",
-        "last",
-        "seconds",
-        "least",
-        "most",
-        "even",
-        *(f"{side}_{name}" for name in types for side in ("min", "max")),
-    ]
+    names = ["rows", "timed", "first", "last", "seconds", "least", "most", "even",
+             *(f"{side}_{name}" for name in types for side in ("min", "max"))]
     ids = "".join(f", min({name}), max({name})" if type == "BIGINT" else ", NULL, NULL" for name, type in types.items())
     seen = dict(zip(names, con.execute(f"""SELECT count(*), count(timestamp), min(epoch_us(timestamp)),
         max(epoch_us(timestamp)), bool_and(epoch_us(timestamp) % 1000000 = 0),
         min(quantity), max(quantity), bool_and(quantity = floor(quantity)){ids} FROM good""").fetchone()))
     present = [place for place, in con.execute("SELECT DISTINCT event FROM good ORDER BY event").fetchall()]
-    parts = [
-        _whole(con, name, seen[f"min_{name}"], seen[f"max_{name}"]) if type == "BIGINT" else _listed(con, name)
-        for name, type in types.items()
-    ]
+    parts = [_whole(con, name, seen[f"min_{name}"], seen[f"max_{name}"]) if type == "BIGINT" else _listed(con, name)
+             for name, type in types.items()]
     unit, first = 1_000_000 if seen["seconds"] else 1, seen["first"] or 0
     none = ((seen["last"] or 0) - first) // unit + 1 # the number of no time
-    parts.append(
-        Part(
-            f"coalesce((epoch_us(timestamp) - ({first})) // {unit}, {none})",
-            none,
-            f"make_timestamp(nullif({{}}, {none}) * {unit} + ({first}))",
-            facts=(first, unit),
-        )
-    )
+    parts.append(Part(f"coalesce((epoch_us(timestamp) - ({first})) // {unit}, {none})", none,
+                      f"make_timestamp(nullif({{}}, {none}) * {unit} + ({first}))", facts=(first, unit)))
     # an event's name may have braces, which `format` takes for its own
     texts = ", ".join(quoted(events[place]).replace("{", "{{").replace("}", "}}") for place in present)
     places = "".join(f" WHEN {place} THEN {number}" for number, place in enumerate(present))
-    parts.append(
-        Part(
-            f"(CASE event{places} END)::BIGINT",
-            len(present) - 1,
-            f"([{texts}]::ENUM({texts})[])[{{}} + 1]",
-            facts=tuple(events[place] for place in present),
-        )
-    )
-    parts.append(
-        _whole(con, "quantity", int(seen["least"]), int(seen["most"]), "DOUBLE")
-        if seen["even"]
-        else _listed(con, "quantity")
-    )
+    parts.append(Part(f"(CASE event{places} END)::BIGINT", len(present) - 1,
+                      f"([{texts}]::ENUM({texts})[])[{{}} + 1]", facts=tuple(events[place] for place in present)))
+    parts.append(_whole(con, "quantity", int(seen["least"]), int(seen["most"]), "DOUBLE") if seen["even"]
+                 else _listed(con, "quantity"))
     return parts, seen | {"none": none}
 
 # %% ../../nbs/data/merge.ipynb #817dea79
@@ -110,9 +83,8 @@ def pack(
     for number, width in enumerate(bits):
         if sum(bits[other] for other in words[-1]) + width > WORD: words.append([])
         words[-1].append(number)
-    return [
-        (at, sum(bits[other] for other in word if other > number)) for at, word in enumerate(words) for number in word
-    ]
+    return [(at, sum(bits[other] for other in word if other > number)) for at, word in enumerate(words)
+            for number in word]
 
 # rows that NumPy sorts, if each is one word: 512 MiB; it takes a third of the time, but has to have them all in memory
 MOST = 1 << 26
@@ -120,25 +92,17 @@ MOST = 1 << 26
 def _sort(con, parts:list[Part], places:list[tuple[int, int]], rows:int, progress:bool)->int|list[np.ndarray]:
     "The sorted words in memory, or the number of words in the table `sorted`."
     count = places[-1][0] + 1
-    words = [
-        " + ".join(f"({part.value} << {shift})" for part, (at, shift) in zip(parts, places) if at == word)
-        for word in range(count)
-    ]
-    joins = "".join(
-        f" JOIN {part.listed}_list ON {part.listed}_list.value = good.{part.listed}" for part in parts if part.listed
-    )
+    words = [" + ".join(f"({part.value} << {shift})" for part, (at, shift) in zip(parts, places) if at == word)
+             for word in range(count)]
+    joins = "".join(f" JOIN {part.listed}_list ON {part.listed}_list.value = good.{part.listed}"
+                    for part in parts if part.listed)
     chosen = ", ".join(f"{sql} AS w{word}" for word, sql in enumerate(words))
     if count == 1 and rows <= MOST:
         keys = con.execute(f"SELECT {chosen} FROM good{joins}").fetchnumpy()["w0"]
         keys.sort()
         return [keys]
-    run_query(
-        con,
-        f"CREATE TABLE sorted AS SELECT {chosen} FROM good{joins} ORDER BY "
-        f"{', '.join(f'w{word}' for word in range(count))}",
-        "sorting",
-        progress,
-    )
+    run_query(con, f"CREATE TABLE sorted AS SELECT {chosen} FROM good{joins} ORDER BY "
+              f"{', '.join(f'w{word}' for word in range(count))}", "sorting", progress)
     return count
 
 # %% ../../nbs/data/merge.ipynb #c320d5fb
@@ -156,19 +120,11 @@ def _blocks(con, found:int|list[np.ndarray])->Iterator[tuple[int, list[np.ndarra
 def _merge(con, found:int|list[np.ndarray], parts:list[Part], places:list[tuple[int, int]], none:int, digest)->tuple[int, int, int]:
     "Leave the table or view `sorted` without repeated rows, and hash it; rows taken out, users, items."
     def part(block, number): return block[places[number][0]] >> places[number][1] & ((1 << parts[number].bits) - 1)
-    seen, users, repeated, last = (
-        np.zeros(parts[1].largest + 1, bool) if parts[1].bits < 32 else None,
-        0,
-        [np.empty(0, np.int64)],
-        None,
-    )
+    seen, users, repeated, last = (np.zeros(parts[1].largest + 1, bool) if parts[1].bits < 32 else None, 0,
+                                   [np.empty(0, np.int64)], None)
     for start, block in _blocks(con, found):
-        same = np.logical_and.reduce(
-            [
-                np.diff(column, prepend=column[0] - 1 if last is None else last[word]) == 0
-                for word, column in enumerate(block)
-            ]
-        )
+        same = np.logical_and.reduce([np.diff(column, prepend=column[0] - 1 if last is None else last[word]) == 0
+                                      for word, column in enumerate(block)])
         if same.any(): same &= part(block, 2) != none
         users += int(np.count_nonzero(np.diff(part(block, 0), prepend=-1 if last is None else part(last, 0))))
         if seen is not None: seen[part(block, 1)] = True
@@ -181,9 +137,8 @@ def _merge(con, found:int|list[np.ndarray], parts:list[Part], places:list[tuple[
     elif len(repeated):
         con.register("repeated", {"row": repeated})
         con.execute("DELETE FROM sorted WHERE rowid IN (SELECT row FROM repeated)")
-    items = (
-        int(seen.sum()) if seen is not None else con.execute("SELECT count(DISTINCT item_id) FROM good").fetchone()[0]
-    )
+    items = (int(seen.sum()) if seen is not None
+             else con.execute("SELECT count(DISTINCT item_id) FROM good").fetchone()[0])
     return len(repeated), users, items
 
 # %% ../../nbs/data/merge.ipynb #8cfb196e
@@ -213,17 +168,12 @@ def write_merged(
     digest = hashlib.sha256(repr([sorted(types.items()), [(part.bits, part.facts) for part in parts], places]).encode())
     repeated, users, items = _merge(con, found, parts, places, seen["none"], digest)
     values = [f"(w{word} >> {shift} & {(1 << part.bits) - 1})" for part, (word, shift) in zip(parts, places)]
-    joins = "".join(
-        f" JOIN {part.listed}_list ON {part.listed}_list.place = {value}"
-        for part, value in zip(parts, values)
-        if part.listed
-    )
+    joins = "".join(f" JOIN {part.listed}_list ON {part.listed}_list.place = {value}"
+                    for part, value in zip(parts, values) if part.listed)
     # a join loses the order
     table, turn = ("(SELECT *, row_number() OVER () AS turn FROM sorted) sorted", ", turn") if joins else ("sorted", "")
-    columns = ", ".join(
-        f"{part.back.format(value)} AS {name}"
-        for part, value, name in zip(parts, values, (*types, "timestamp", "event", "quantity"))
-    )
+    columns = ", ".join(f"{part.back.format(value)} AS {name}"
+                        for part, value, name in zip(parts, values, (*types, "timestamp", "event", "quantity")))
     run_query(con, f"""COPY (SELECT user_id, item_id, event, quantity, timestamp FROM (SELECT {columns}{turn} FROM
         {table}{joins}){' ORDER BY turn' if joins else ''})
         TO {file_name(target)} (FORMAT parquet, PARQUET_VERSION V2, {'COMPRESSION snappy' if joins else 'COMPRESSION uncompressed, DICTIONARY_SIZE_LIMIT 1000'})""", "writing", progress)
@@ -232,6 +182,5 @@ def write_merged(
         "SELECT strftime(make_timestamp(?), '%Y-%m-%dT%H:%M:%S'), strftime(make_timestamp(?), '%Y-%m-%dT%H:%M:%S')",
         [seen["first"], seen["last"]],
     ).fetchone()
-    return Merged(
-        seen["rows"], seen["rows"] - repeated, seen["rows"] - seen["timed"], users, items, *moments, digest.hexdigest()
-    )
+    return Merged(seen["rows"], seen["rows"] - repeated, seen["rows"] - seen["timed"], users, items, *moments,
+                  digest.hexdigest())

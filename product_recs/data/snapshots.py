@@ -85,24 +85,11 @@ def open_features(
             others[value].data = np.load(path/f"{name}_{value}.npy", mmap_mode="r" if confidence.nnz else None)
         snapshots[name] = Snapshot(facts["split"].get(moment) if moment else None, confidence, **others)
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
-    return Features(
-        users=IdTable(users.pop("user_id")),
-        items=IdTable(items.pop("item_id")),
-        **snapshots,
-        validation=load_csr(path, "validation", shape),
-        test=load_csr(path, "test", shape),
-        split=facts["split"],
-        parameters=facts["parameters"],
-        fingerprint=facts["fingerprint"],
-        user_columns=users,
-        item_columns=items,
-        path=path,
-        interactions=Path(facts["interactions"]),
-        mean_total=facts.get("mean_total"),
-        feedback_until=facts.get("feedback_until"),
-        rules=facts.get("rules", {}),
-        **{
-            name: file if (file := path / f"{name}.parquet").exists() else None for name in ("cold_items", "cold_users")
-        },
-        left_out=load_left_out(path, facts["items"]),
-    )
+    return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots,
+                    validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape),
+                    split=facts["split"], parameters=facts["parameters"], fingerprint=facts["fingerprint"],
+                    user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
+                    mean_total=facts.get("mean_total"), feedback_until=facts.get("feedback_until"),
+                    rules=facts.get("rules", {}), **{name: file if (file := path / f"{name}.parquet").exists()
+                                                     else None for name in ("cold_items", "cold_users")},
+                    left_out=load_left_out(path, facts["items"]))

@@ -87,9 +87,8 @@ def near_name(
     "A column that may be meant."
     simple = {other.lower().replace("_", "").replace(" ", ""): other for other in found}
     short = name.replace("_", "")
-    close = get_close_matches(short, simple, n=1, cutoff=0.6) or get_close_matches(
-        short.removesuffix("id"), simple, n=1, cutoff=0.6
-    )
+    close = get_close_matches(short, simple, n=1, cutoff=0.6) or get_close_matches(short.removesuffix("id"), simple,
+                                                                                   n=1, cutoff=0.6)
     close = close or [other for other in simple if short.removesuffix("id") in other]
     return simple[close[0]] if close else None
 
@@ -165,10 +164,8 @@ def number_text(
     "SQL that writes 12.0 and 12 as the same id; what is `inexact` stays what it is."
     text = f"CAST({number} AS VARCHAR)"
     if type in EXACT:
-        return (
-            f"CASE WHEN abs({number}) < {EXACT[type]} AND {number} = floor({number}) THEN CAST(CAST({number} AS "
-            f"BIGINT) AS VARCHAR) ELSE {text} END"
-        )
+        return (f"CASE WHEN abs({number}) < {EXACT[type]} AND {number} = floor({number}) THEN CAST(CAST({number} AS "
+                f"BIGINT) AS VARCHAR) ELSE {text} END")
     if not type.startswith("DECIMAL"): return text
     return (
         f"CASE WHEN {number} = 0 THEN '0' WHEN contains({text}, '.') THEN rtrim(rtrim({text}, '0'), '.') ELSE {text} "
@@ -183,18 +180,9 @@ def run_query(
     progress:bool = True,          # show a bar when it takes long
 )->list:                           # the rows of the answer
     "Run one statement with a progress bar."
-    with (
-        ThreadPoolExecutor(1) as pool,
-        tqdm(
-            total=100,
-            desc=label,
-            unit="%",
-            delay=2,
-            leave=False,
-            disable=not progress,
-            bar_format="{desc}: {percentage:.0f} % {bar} {elapsed}",
-        ) as bar,
-    ):
+    with (ThreadPoolExecutor(1) as pool, tqdm(total=100, desc=label, unit="%", delay=2, leave=False,
+                                              disable=not progress,
+                                              bar_format="{desc}: {percentage:.0f} % {bar} {elapsed}") as bar):
         job = pool.submit(lambda: con.execute(sql).fetchall())
         try:
             while not wait([job], timeout=0.25).done: bar.update(max(0.0, min(con.query_progress(), 100.0) - bar.n))
@@ -252,12 +240,8 @@ def _id_value(name:str, type:str, shown:str)->tuple[str, str, str, str]:
     "SQL of an id column as text, its kind, where it holds no id, and why."
     family = type_family(type)
     if type == "BLOB":
-        return (
-            f"TRY(decode({named(name)}))",
-            "text",
-            f"{named(name)} IS NOT NULL AND TRY(decode({named(name)})) IS NULL",
-            NO_ID,
-        )
+        return (f"TRY(decode({named(name)}))", "text",
+                f"{named(name)} IS NOT NULL AND TRY(decode({named(name)})) IS NULL", NO_ID)
     if family == "text": return f"CAST({named(name)} AS VARCHAR)", "text", "false", ""
     if family in ("integer", "decimal", "float"):
         return number_text(named(name), type), "number", inexact(named(name), type), INEXACT
@@ -282,11 +266,8 @@ def read_parquet_file(
         found = _parquet_columns(con, path)
     names = [name for name, *_ in found]
     numbered = not any(name.lower() == "file_row_number" for _, name, _ in found) # DuckDB's own name for it
-    line, file = (
-        ("file_row_number + 1", parquet(path, ", file_row_number=true"))
-        if numbered
-        else ("row_number() OVER ()", parquet(path))
-    )
+    line, file = (("file_row_number + 1", parquet(path, ", file_row_number=true")) if numbered
+                  else ("row_number() OVER ()", parquet(path)))
     read, chosen, bad = FileRead(shown, 0, names, match(names), {}, typed=True), [f"{line} AS line"], []
     for out, theirs in read.wanted.items():
         name, type = next(column[1:] for column in found if column[0] == theirs)
@@ -295,9 +276,8 @@ def read_parquet_file(
             value, read.kinds[out], wrong, reason = _id_value(name, type, shown)
             if wrong != "false": bad.append((out, name, type, wrong, reason))
         chosen.append(f"{value} AS {named(out)}")
-    with database_errors(
-        IngestError, shown, "this Parquet file cannot be read to its end. Copy or export it again.", None
-    ):
+    with database_errors(IngestError, shown, "this Parquet file cannot be read to its end. Copy or export it again.",
+                         None):
         where = "WHERE" if numbered else "QUALIFY" # the rows are numbered before any is left out
         for column in bad:
             read.faults += _no_ids(con, shown, line, file, where, [fault[0] for fault in read.faults], *column)
@@ -350,10 +330,8 @@ def _json_ids(con, out:str, kind:str, value:str, faults:list)->tuple[str, str]:
     # more digits than 64 bits hold are a DOUBLE to DuckDB, which still has them all
     whole = f"regexp_full_match({value}, '-?[0-9]+')"
     double = f"TRY_CAST({value} AS DOUBLE)"
-    for bad, reason in (
-        (f"{kind} IN ('OBJECT', 'ARRAY', 'BOOLEAN')", NO_ID),
-        (f"{kind} = 'DOUBLE' AND NOT {whole} AND {inexact(double, 'DOUBLE')}", INEXACT),
-    ):
+    for bad, reason in ((f"{kind} IN ('OBJECT', 'ARRAY', 'BOOLEAN')", NO_ID),
+                        (f"{kind} = 'DOUBLE' AND NOT {whole} AND {inexact(double, 'DOUBLE')}", INEXACT)):
         faults += con.execute(
             f"SELECT line, {quoted(out)}, left({value}, 200), {quoted(reason)} FROM json_lines WHERE {bad}"
         ).fetchall()
@@ -386,12 +364,8 @@ def read_json_file(
         ).fetchall()
     ]
     if not found:
-        raise IngestError(
-            f"{shown}: no line holds a JSON object. First fault: line {faults[0][0]}, {faults[0][3]}: "
-            f"{faults[0][2][:80]!r}"
-            if faults
-            else f"{shown}: the objects have no keys."
-        )
+        raise IngestError(f"{shown}: no line holds a JSON object. First fault: line {faults[0][0]}, {faults[0][3]}: "
+                          f"{faults[0][2][:80]!r}" if faults else f"{shown}: the objects have no keys.")
     wanted, chosen, kinds = match(found), ["line"], {}
     for out, name in wanted.items():
         pointer = quoted("/" + name.replace("~", "~0").replace("/", "~1"))
@@ -418,9 +392,8 @@ def read_source(
     source, query = resolve(source), resolve(query, url=False)
     if is_database(source):
         staged = folder/"query.csv"
-        shown, names, wanted, kinds, faults = fetch_query(
-            source, query, lambda names: match(names, "the query"), ids, staged, progress
-        )
+        shown, names, wanted, kinds, faults = fetch_query(source, query, lambda names: match(names, "the query"),
+                                                          ids, staged, progress)
         read = FileRead(shown, load(0, staged_query(staged, wanted)), names, wanted, kinds, faults)
         each(read)
         return [read]
@@ -434,9 +407,8 @@ def read_source(
         with file_errors(shown), open(path, "rb"): before = path.stat()
         here, columns = partial(load, number), lambda names, shown=shown: match(names, shown)
         form = file_format(path)
-        with database_errors(
-            IngestError, shown, "its rows cannot be read. Export the file again, or in another format.", None
-        ):
+        with database_errors(IngestError, shown,
+                             "its rows cannot be read. Export the file again, or in another format.", None):
             if form == "parquet": read = read_parquet_file(path, here, columns, ids, con, keep_types)
             elif form == "json": read = read_json_file(path, here, columns, ids, con, folder, encoding)
             else: read = read_csv_file(path, here, columns, guarded, folder, delimiter, encoding, progress)

@@ -69,9 +69,8 @@ def stage_feedback(
             until, out = store.cut(), csv.writer(file)
             forgotten = store.forgotten()
             for event in store.read_events(until):
-                out.writerow(
-                    [event.seq, event.user_id, event.item_id, event.event, event.quantity, event.timestamp.isoformat()]
-                )
+                out.writerow([event.seq, event.user_id, event.item_id, event.event, event.quantity,
+                              event.timestamp.isoformat()])
                 for name, found in kinds.items():
                     found.add("text" if isinstance(number_or_text(getattr(event, name)), str) else "number")
                 rows += 1

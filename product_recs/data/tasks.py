@@ -60,10 +60,8 @@ def make_task(
     targets.eliminate_zeros()
     here, known, judged = (np.diff(m.indptr) > 0 for m in (future, seen, targets))
     rows = np.flatnonzero(known & judged)
-    left_out = {
-        "without a past": int((here & ~known).sum()),
-        "without a relevant item": int((here & known & ~judged).sum()),
-    }
+    left_out = {"without a past": int((here & ~known).sum()),
+                "without a relevant item": int((here & known & ~judged).sum())}
     if not len(rows):
         raise NothingToJudge(
             f"{name}: no user has both a past and a relevant item after the split; choose another split date"

@@ -25,13 +25,8 @@ def parse_time(
     number = f"TRY_CAST({column} AS DOUBLE)"
     digits = f"regexp_full_match({column}, '-?[0-9]+([.][0-9]*)?([eE][+]?[0-9]+)?')"
     date = f"(length({column}) = 8 AND TRY_CAST(left({column}, 4) AS INT) BETWEEN 1990 AND 2100)"
-    micro = (
-        " ".join(
-            f"WHEN abs({number}) < 1e{power} THEN {number} * {factor}"
-            for power, factor in ((11, 1e6), (14, 1e3), (17, 1))
-        )
-        + f" ELSE {number} / 1e3"
-    )
+    micro = (" ".join(f"WHEN abs({number}) < 1e{power} THEN {number} * {factor}"
+                      for power, factor in ((11, 1e6), (14, 1e3), (17, 1))) + f" ELSE {number} / 1e3")
     return (
         f"coalesce(TRY_CAST({column} AS TIMESTAMPTZ) AT TIME ZONE 'UTC', "
         f"CASE WHEN NOT {digits} THEN TRY_CAST(regexp_replace({column}, ' ([+-][0-9:]+)$', '\\1') AS TIMESTAMPTZ) AT "
@@ -46,15 +41,10 @@ def id_rules(
     value:str,  # SQL, the cleaned id, VARCHAR
 )->list[tuple[str, str, str]]: # column, reason, SQL condition
     "What an id must not be."
-    return [
-        (column, "blank id", is_blank(value)),
-        (column, f"id longer than {LONGEST_ID} characters", f"length({value}) > {LONGEST_ID}"),
-        (
-            column,
-            "quote or control character in the id",
-            f"contains({value}, '\"') OR regexp_matches({value}, '[\\x00-\\x1f]')",
-        ),
-    ]
+    return [(column, "blank id", is_blank(value)), (column, f"id longer than {LONGEST_ID} characters",
+                                                    f"length({value}) > {LONGEST_ID}"),
+            (column, "quote or control character in the id",
+             f"contains({value}, '\"') OR regexp_matches({value}, '[\\x00-\\x1f]')")]
 
 def interaction_rules(
     rules:EventRules,
@@ -69,11 +59,8 @@ def first_fault(
     rules:list[tuple[str, str, str]] # column, reason, SQL condition
 )->str:                              # SQL, INTEGER
     "SQL: the number of the first rule that a row breaks, from 1; NULL for a good row."
-    return (
-        "CASE "
-        + " ".join(f"WHEN {condition} THEN {number}" for number, (_, _, condition) in enumerate(rules, 1))
-        + " END"
-    )
+    return ("CASE " + " ".join(f"WHEN {condition} THEN {number}"
+                               for number, (_, _, condition) in enumerate(rules, 1)) + " END")
 
 # %% ../../nbs/data/validate.ipynb #0b253474
 # what may surround a value: also the no-break space and the byte order mark
@@ -131,11 +118,9 @@ def _plain_text(column:str)->str:
     "SQL: whether a text is an id without a doubt."
     blank = ", ".join(quoted(word) for word in BLANK_IDS)
     longest = max(len(word) for word in BLANK_IDS)
-    return (
-        f"(regexp_full_match({column}, '[!#-~]([ !#-~]*[!#-~])?') AND strlen({column}) <= {LONGEST_ID} AND NOT "
-        f"suffix({column}, '.0') "
-        f"AND CASE WHEN strlen({column}) > {longest} THEN true ELSE lower({column}) NOT IN ({blank}) END)"
-    )
+    return (f"(regexp_full_match({column}, '[!#-~]([ !#-~]*[!#-~])?') AND strlen({column}) <= {LONGEST_ID} AND NOT "
+            f"suffix({column}, '.0') "
+            f"AND CASE WHEN strlen({column}) > {longest} THEN true ELSE lower({column}) NOT IN ({blank}) END)")
 
 def _plain_time(column:str)->str:
     "SQL: a text as a TIMESTAMP in UTC; the usual form has no room for an offset, so a plain cast loses none."
@@ -148,10 +133,8 @@ def _plain_time(column:str)->str:
 def _judged(sql:str, wanted:Iterable[str], rules:EventRules, latest:datetime, numbers:bool)->tuple[str, str]:
     "SQL: the rows with their values as types, and whether one of them is not plain."
     def empty(name): return f"coalesce({name}, '') = ''" if name in wanted else "true"
-    quantity, time = (
-        "quantity" if "quantity" in wanted else "NULL::VARCHAR",
-        "timestamp" if "timestamp" in wanted else "NULL::VARCHAR",
-    )
+    quantity, time = ("quantity" if "quantity" in wanted else "NULL::VARCHAR", "timestamp" if "timestamp" in wanted
+                      else "NULL::VARCHAR")
     spelled = "event" if "event" in wanted else quoted("purchase")
     places = " ".join(f"WHEN {quoted(event)} THEN {place}" for place, event in enumerate(rules.events))
     typed = (
@@ -161,11 +144,8 @@ def _judged(sql:str, wanted:Iterable[str], rules:EventRules, latest:datetime, nu
         f"(CASE {spelled} {places} END)::UTINYINT AS e, {quantity} AS quantity, TRY_CAST({quantity} AS DOUBLE) AS q, "
         f"{time} AS timestamp, {_plain_time(time)} AS t FROM ({sql})"
     )
-    ids = (
-        "u::VARCHAR = user_id AND i::VARCHAR = item_id"
-        if numbers
-        else f"{_plain_text('user_id')} AND {_plain_text('item_id')}"
-    )
+    ids = ("u::VARCHAR = user_id AND i::VARCHAR = item_id" if numbers
+           else f"{_plain_text('user_id')} AND {_plain_text('item_id')}")
     good = (
         f"{ids} AND e IS NOT NULL AND (q > 0 AND q <= '{float(rules.max_quantity)}'::DOUBLE AND NOT contains(quantity, "
         f"'_') OR {empty('quantity')}) "
@@ -185,10 +165,8 @@ def plain_query(
     "SQL that loads one file and marks the rows that are not plain."
     typed, odd = _judged(sql, wanted, rules, latest, numbers)
     mark = odd if numbers else f"CASE WHEN {odd} THEN {ODD} END, NULL"
-    return (
-        f"INSERT INTO {'plain' if numbers else 'checked'} SELECT {number}, line, "
-        f"{'u, i, e' if numbers else 'user_id, item_id, event'}, coalesce(q, 1), t, {mark} FROM ({typed})"
-    )
+    return (f"INSERT INTO {'plain' if numbers else 'checked'} SELECT {number}, line, "
+            f"{'u, i, e' if numbers else 'user_id, item_id, event'}, coalesce(q, 1), t, {mark} FROM ({typed})")
 
 def odd_query(
     sql:str,              # the same as for `plain_query`

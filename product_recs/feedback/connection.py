@@ -58,12 +58,8 @@ def _engine(url:URL)->Engine:
         statements = ("PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
     else:
         limits = {"connect_timeout": 3, "keepalives_idle": 10, "tcp_user_timeout": 5000, "client_encoding": "utf8"}
-        engine = create_engine(
-            url,
-            pool_pre_ping=True,
-            pool_timeout=3,
-            connect_args={name: value for name, value in limits.items() if name not in url.query},
-        )
+        engine = create_engine(url, pool_pre_ping=True, pool_timeout=3,
+                               connect_args={name: value for name, value in limits.items() if name not in url.query})
         statements = ("SET lock_timeout = 5000", "SET idle_in_transaction_session_timeout = 60000")
     @event.listens_for(engine, "connect", insert=True) # before SQLAlchemy asks anything itself
     def prepare(connection, record):
@@ -76,9 +72,8 @@ def _engine(url:URL)->Engine:
     if url.get_backend_name() == "sqlite":
         @event.listens_for(engine, "begin")
         def begin(connection):
-            connection.exec_driver_sql(
-                "BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN"
-            )
+            connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("write")
+                                       else "BEGIN")
     return engine
 
 @contextmanager
@@ -101,9 +96,8 @@ def migrate(
     from alembic.runtime.migration import MigrationContext
     from alembic.script import ScriptDirectory
     config = Config()
-    config.set_main_option(
-        "script_location", str(scripts or files("product_recs") / "feedback" / "migrations").replace("%", "%%")
-    )
+    config.set_main_option("script_location",
+                           str(scripts or files("product_recs") / "feedback" / "migrations").replace("%", "%%"))
     known = ScriptDirectory.from_config(config)
     with _ALEMBIC_LOCK, _transaction(engine, write=True) as connection:
         if engine.dialect.name == "postgresql":
@@ -125,10 +119,8 @@ class Counter:
         path:Path, # the file, made where it is missing
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file, self._lock = (
-            os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600),
-            threading.Lock(),
-        )
+        self._file, self._lock = (os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600),
+                                  threading.Lock())
         with self._alone():
             if os.fstat(self._file).st_size < 8: os.ftruncate(self._file, 8)
         self._number = memoryview(mmap.mmap(self._file, 8)).cast("Q")

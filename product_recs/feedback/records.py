@@ -87,56 +87,25 @@ class Impression:
 # %% ../../nbs/feedback/records.ipynb #fbb6e444
 METADATA = MetaData()
 _NUMBER = BigInteger().with_variant(Integer, "sqlite") # SQLite numbers rows by INTEGER only
-CLOCK = Table(
-    "clock",
-    METADATA,
-    Column("id", Integer, primary_key=True, autoincrement=False),
-    Column("seq", BigInteger, nullable=False),
-    Column("at", BigInteger, nullable=False),
-)
-EVENTS = Table(
-    "events",
-    METADATA,
-    Column("seq", _NUMBER, primary_key=True, autoincrement=False),
-    Column("key", Text, nullable=False, unique=True),
-    Column("user_id", Text, nullable=False),
-    Column("item_id", Text, nullable=False),
-    Column("event", Text, nullable=False),
-    Column("quantity", Double, nullable=False),
-    Column("at", BigInteger, nullable=False),
-    Column("received_at", BigInteger, nullable=False),
-    Index("events_of_user", "user_id", "seq"),
-    Index("events_received", "received_at"),
-)
+CLOCK = Table("clock", METADATA, Column("id", Integer, primary_key=True, autoincrement=False),
+              Column("seq", BigInteger, nullable=False), Column("at", BigInteger, nullable=False))
+EVENTS = Table("events", METADATA, Column("seq", _NUMBER, primary_key=True, autoincrement=False),
+               Column("key", Text, nullable=False, unique=True), Column("user_id", Text, nullable=False),
+               Column("item_id", Text, nullable=False), Column("event", Text, nullable=False),
+               Column("quantity", Double, nullable=False), Column("at", BigInteger, nullable=False),
+               Column("received_at", BigInteger, nullable=False), Index("events_of_user", "user_id", "seq"),
+               Index("events_received", "received_at"))
 DENIED = Table("denied", METADATA, Column("user_id", Text, primary_key=True), Column("item_id", Text, primary_key=True))
-FORGOTTEN = Table(
-    "forgotten",
-    METADATA,
-    Column("user_id", Text, primary_key=True),
-    Column("at", BigInteger, nullable=False),
-    Column("seq", BigInteger, nullable=False),
-)
-AVAILABILITY = Table(
-    "availability",
-    METADATA,
-    Column("item_id", Text, primary_key=True),
-    Column("available", Boolean, nullable=False),
-    Column("at", BigInteger, nullable=False),
-    Column("seq", BigInteger, nullable=False),
-)
-IMPRESSIONS = Table(
-    "impressions",
-    METADATA,
-    Column("id", _NUMBER, primary_key=True),
-    Column("at", BigInteger, nullable=False),
-    Column("request_id", Text, nullable=False),
-    Column("user_id", Text),
-    Column("model_version", Text, nullable=False),
-    Column("source", Text, nullable=False),
-    Column("items", JSON, nullable=False),
-    Index("impressions_of_user", "user_id", "id"),
-    Index("impressions_at", "at"),
-)
+FORGOTTEN = Table("forgotten", METADATA, Column("user_id", Text, primary_key=True),
+                  Column("at", BigInteger, nullable=False), Column("seq", BigInteger, nullable=False))
+AVAILABILITY = Table("availability", METADATA, Column("item_id", Text, primary_key=True),
+                     Column("available", Boolean, nullable=False), Column("at", BigInteger, nullable=False),
+                     Column("seq", BigInteger, nullable=False))
+IMPRESSIONS = Table("impressions", METADATA, Column("id", _NUMBER, primary_key=True),
+                    Column("at", BigInteger, nullable=False), Column("request_id", Text, nullable=False),
+                    Column("user_id", Text), Column("model_version", Text, nullable=False),
+                    Column("source", Text, nullable=False), Column("items", JSON, nullable=False),
+                    Index("impressions_of_user", "user_id", "id"), Index("impressions_at", "at"))
 
 # %% ../../nbs/feedback/records.ipynb #8378c8b9
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)

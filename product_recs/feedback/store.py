@@ -24,9 +24,8 @@ from .records import (AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, IMPRESSION
 _all_ = ["FeedbackError", "StoreError", "NewEvent", "StoredEvent", "Impression"]
 
 def _row(row)->StoredEvent:
-    return StoredEvent(
-        row.seq, row.user_id, row.item_id, row.event, row.quantity, from_micros(row.at), from_micros(row.received_at)
-    )
+    return StoredEvent(row.seq, row.user_id, row.item_id, row.event, row.quantity, from_micros(row.at),
+                       from_micros(row.received_at))
 
 def _set_denied(connection:Connection, user:str, item:str, denied:bool)->None:
     connection.execute(delete(DENIED).where(DENIED.c.user_id == user, DENIED.c.item_id == item))
@@ -55,18 +54,9 @@ class _Feedback(StoreConnection):
                 statuses.append("duplicate" if new.key in known else "accepted")
                 if new.key in known: continue
                 known.add(new.key)
-                rows.append(
-                    dict(
-                        seq=number,
-                        key=new.key,
-                        user_id=new.user_id,
-                        item_id=new.item_id,
-                        event=new.event,
-                        quantity=float(new.quantity),
-                        at=to_micros(new.timestamp) if new.timestamp else now + number - seq,
-                        received_at=now,
-                    )
-                )
+                rows.append(dict(seq=number, key=new.key, user_id=new.user_id, item_id=new.item_id, event=new.event,
+                                 quantity=float(new.quantity), at=to_micros(new.timestamp) if new.timestamp
+                                 else now + number - seq, received_at=now))
             if rows: connection.execute(insert(EVENTS), rows)
             for row in rows:
                 if row["event"] in INSTRUCTIONS:
@@ -123,12 +113,8 @@ class _Training(_Feedback):
         "The interactions received up to a moment, for training; instructions are none."
         seq, last = 0, 2**62 if until is None else to_micros(until)
         while True:
-            query = (
-                select(EVENTS)
-                .where(EVENTS.c.seq > seq, EVENTS.c.received_at <= last, EVENTS.c.event.not_in(INSTRUCTIONS))
-                .order_by(EVENTS.c.seq)
-                .limit(page)
-            )
+            query = (select(EVENTS).where(EVENTS.c.seq > seq, EVENTS.c.received_at <= last,
+                                          EVENTS.c.event.not_in(INSTRUCTIONS)).order_by(EVENTS.c.seq).limit(page))
             with self.transaction("read_events") as connection: rows = connection.execute(query).all()
             yield from map(_row, rows)
             if len(rows) < page: return
@@ -145,16 +131,12 @@ class Store(_Training):
         with self.transaction("set_availability", write=True) as connection:
             seq, now = tick(connection, len(items))
             known = dict(connection.execute(select(AVAILABILITY.c.item_id, AVAILABILITY.c.available)).all())
-            changed = [
-                dict(item_id=item, available=available, at=now, seq=number)
-                for number, (item, available) in enumerate(items.items(), seq)
-                if known.get(item) is not available
-            ]
+            changed = [dict(item_id=item, available=available, at=now, seq=number)
+                       for number, (item, available) in enumerate(items.items(), seq)
+                       if known.get(item) is not available]
             if changed:
-                connection.execute(
-                    delete(AVAILABILITY).where(AVAILABILITY.c.item_id == bindparam("item")),
-                    [{"item": row["item_id"]} for row in changed],
-                )
+                connection.execute(delete(AVAILABILITY).where(AVAILABILITY.c.item_id == bindparam("item")),
+                                   [{"item": row["item_id"]} for row in changed])
                 connection.execute(insert(AVAILABILITY), changed)
         if changed: self.counter.bump()
         return len(changed)
@@ -168,17 +150,9 @@ class Store(_Training):
         impressions:Sequence[Impression],
     )->int: # how many were kept
         "Keep answers, but for those from before a user was forgotten."
-        rows = [
-            dict(
-                at=to_micros(one.at),
-                request_id=one.request_id,
-                user_id=one.user_id,
-                model_version=one.model_version,
-                source=one.source,
-                items=list(one.items),
-            )
-            for one in impressions
-        ]
+        rows = [dict(at=to_micros(one.at), request_id=one.request_id, user_id=one.user_id,
+                     model_version=one.model_version, source=one.source, items=list(one.items))
+                for one in impressions]
         if not rows: return 0
         with self.transaction("add_impressions", write=True) as connection:
             tick(connection)
@@ -192,12 +166,9 @@ class Store(_Training):
     )->list[Impression]:    # the newest first
         "Answers that were shown."
         with self.transaction("impressions") as connection:
-            return [
-                Impression(
-                    row.request_id, row.user_id, row.model_version, row.source, tuple(row.items), from_micros(row.at)
-                )
-                for row in connection.execute(select(IMPRESSIONS).order_by(IMPRESSIONS.c.id.desc()).limit(limit))
-            ]
+            return [Impression(row.request_id, row.user_id, row.model_version, row.source, tuple(row.items),
+                               from_micros(row.at))
+                    for row in connection.execute(select(IMPRESSIONS).order_by(IMPRESSIONS.c.id.desc()).limit(limit))]
 
 # %% ../../nbs/feedback/store.ipynb #6951eaa2
 def tick(
