@@ -81,7 +81,7 @@ def on_structure(
     return _csr(matrix.shape, matrix.indptr, matrix.indices, values)
 
 # %% ../../nbs/data/arrays.ipynb #7ff1b3c6
-_TYPES = {"i": "BIGINT", "u": "BIGINT", "f": "DOUBLE", "b": "BOOLEAN", "M": "TIMESTAMP"} # kind of a NumPy array -> DuckDB
+_TYPES = {"i": "BIGINT", "u": "BIGINT", "f": "DOUBLE", "b": "BOOLEAN", "M": "TIMESTAMP"} # of the kinds of NumPy
 
 def _with_gaps(values:np.ndarray)->tuple[np.ndarray, np.ndarray|None]:
     "Objects that are whole numbers or yes/no as an array of those, and where they are known; others as they are, None."
@@ -112,7 +112,7 @@ def save_table(
 def load_table(
     path:Path,
 )->dict[str, np.ndarray]: # text, and numbers or yes/no with gaps, as objects with None where unknown
-    "Read a Parquet file as columns, in the order of its rows; raises `BundleError`, or `OSError` where it may work later."
+    "Read a Parquet file as columns, in the order of its rows; raises `BundleError`, or `OSError` if only for now."
     broken = "this is not a readable Parquet file; train again or restore it from a copy"
     try:
         with database_errors(BundleError, str(path), broken), duckdb.connect() as database:

@@ -66,7 +66,7 @@ SNAPSHOTS = {"train": "validation_from", "train_validation": "test_from", "all":
 def open_features(
     path:str|Path, # folder that `build_features` wrote
 )->Features:
-    "Open a feature artifact, memory-mapped; raises `FeatureError` where there is none, `BundleError` for a damaged file."
+    "Open a feature artifact, memory-mapped; raises `FeatureError` if there is none, `BundleError` if it is damaged."
     path = resolve_path(path)
     try: facts = json.loads((path/"features.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
