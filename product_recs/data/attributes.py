@@ -69,7 +69,8 @@ def _typed(column:str, type:str)->list[tuple[str, str, str]]:
         return [("BIGINT", f"TRY_CAST({column} AS BIGINT)", f"TRY_CAST({column} AS BIGINT) IS NOT NULL"), as_text]
     if family == "decimal": # by way of its text, which is rounded once
         digits = f"length(trim(translate({text}, '.-', ''), '0'))"
-        return [("DOUBLE", f"CAST({text} AS DOUBLE)", f"{digits} <= 15"), ("VARCHAR", number_text(column, type), "true")]
+        return [("DOUBLE", f"CAST({text} AS DOUBLE)", f"{digits} <= 15"),
+                ("VARCHAR", number_text(column, type), "true")]
     if family == "float": # the shortest number that is this FLOAT
         number = f"CAST({text if type == 'FLOAT' else column} AS DOUBLE)"
         return [("DOUBLE", f"CASE WHEN isfinite({column}) THEN {number} END", "true")]
