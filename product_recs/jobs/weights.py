@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write
 from ..core.parameters import number
-from ..core.sql import parquet
+from ..core.sql import parquet, timestamp
 from ..data.snapshots import Features, Snapshot
 from ..data.tasks import PERIODS, TASKS, Task, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, find_hits, interval, paired_bootstrap
@@ -66,7 +66,7 @@ def weightings(
 def _sum_sql(parameters:dict, until:str|None)->str:
     "SQL of the decayed, weighted sum of a pair."
     worth = worth_sql(parameters["event_weights"], parameters["quantity"])
-    age = f"coalesce(epoch(TIMESTAMP '{until}' - timestamp) / 86400, 0)"
+    age = f"coalesce(epoch({timestamp(until)} - timestamp) / 86400, 0)" if until else "0"
     decay = (
         f"pow(0.5, {age} / {float(parameters['half_life_days'])})" if parameters["half_life_days"] and until else "1"
     )
@@ -92,7 +92,7 @@ def weigh(
         database.register("items", pd.DataFrame(_row_table(features.items)))
         found = database.execute(f"""SELECT u.row AS user_row, i.row AS item_row, {', '.join(f'{sql} AS {name}' for sql, name in columns.items())}
             FROM {parquet(features.interactions/'interactions.parquet')} log JOIN users u ON log.user_id = u.id JOIN items i ON log.item_id = i.id
-            WHERE {f"timestamp IS NULL OR timestamp < '{past.until}'" if past.until else 'true'} GROUP BY ALL ORDER BY ALL""").fetchnumpy()
+            WHERE {f"timestamp IS NULL OR timestamp < {timestamp(past.until)}" if past.until else 'true'} GROUP BY ALL ORDER BY ALL""").fetchnumpy()
     shape, rows = (
         past.counts.shape,
         np.repeat(np.arange(past.counts.shape[0], dtype=np.int64), np.diff(past.counts.indptr)),
