@@ -19,7 +19,7 @@ from .sources import is_blank, number_text
 
 # %% ../../nbs/data/attributes.ipynb #a77b0006
 def attribute_names(
-    found:Iterable[str],       # columns of the file
+    names:Iterable[str],       # of the columns of the file
     key:str,                   # user_id or item_id
     theirs:str,                # the column that holds it
     shown:str,                 # how messages name the file
@@ -28,7 +28,7 @@ def attribute_names(
     "The columns that are attributes; raises `IngestError`, which names the column, where one cannot be."
     seen, reserved = {name.lower(): name for name in known}, {name.lower() for name in (key, *Columns.Counted)}
     own, mend = set(), "Rename it, or leave it out."
-    for number, name in enumerate(found, 1):
+    for number, name in enumerate(names, 1):
         other = seen.setdefault(name.lower(), name)
         if not name:
             raise IngestError(f"{shown}: column {number} has no name. Name it, or leave it out (pandas: "
@@ -43,7 +43,7 @@ def attribute_names(
             what = f"{theirs!r} is the {key} already" if name.lower() == key else "the model counts that itself"
             raise IngestError(f"{shown}: {name!r} cannot be the name of an attribute: {what}. {mend}")
         own.add(name)
-    return [name for name in found if name != theirs]
+    return [name for name in names if name != theirs]
 
 # %% ../../nbs/data/attributes.ipynb #a77b0009
 def _spelled(column:str)->tuple[str, list[tuple[str, str, str]]]:

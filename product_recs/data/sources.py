@@ -46,8 +46,8 @@ def file_format(
 )->str:        # csv, parquet or json
     "The format that the ending of a name stands for; raises `IngestError` where it is not known."
     name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    found = FORMATS.get(name.suffix.lower())
-    if found and not (found == "parquet" and name != path): return found
+    format = FORMATS.get(name.suffix.lower())
+    if format and not (format == "parquet" and name != path): return format
     raise IngestError(f"{shown_path(path)}: the ending {''.join(path.suffixes) or '(none)'} is not known. "
                       f"Known are {', '.join(FORMATS)}, and .gz after all but Parquet.")
 
@@ -82,10 +82,10 @@ def _files_of(entry:str|Path)->list[Path]:
 # %% ../../nbs/data/sources.ipynb #755d644d
 def near_name(
     name:str,            # what is wanted
-    found:Iterable[str], # what is there
+    names:Iterable[str], # of the columns of a file
 )->str|None:             # the likeliest one of them
     "A column that may be meant."
-    simple = {other.lower().replace("_", "").replace(" ", ""): other for other in found}
+    simple = {other.lower().replace("_", "").replace(" ", ""): other for other in names}
     short = name.replace("_", "")
     stem = short.removesuffix("id")
     for wanted in (short, stem):
@@ -93,7 +93,7 @@ def near_name(
     return next((simple[other] for other in simple if stem in other), None)
 
 def match_columns(
-    found:Iterable[str],       # columns of the file
+    names:Iterable[str],       # columns of the file
     columns:Mapping[str, str], # ours -> the file's
     required:Iterable[str],    # ours
     optional:Iterable[str],    # ours
@@ -101,20 +101,20 @@ def match_columns(
     mapped:bool = True,        # is `columns=` the remedy? Otherwise the file's column must be renamed
 )->dict[str, str]:             # ours -> the file's, of the columns that are there
     "Find our columns in a file; raises `IngestError` where one that is needed is missing, or is there twice."
-    found, required, wanted = list(found), list(required), {}
+    names, required, wanted = list(names), list(required), {}
     for name in [*required, *optional]:
         theirs = columns.get(name, name)
-        if found.count(theirs) > 1:
-            raise IngestError(f"{shown}: there are {found.count(theirs)} columns {theirs!r}. Rename all but one of "
+        if names.count(theirs) > 1:
+            raise IngestError(f"{shown}: there are {names.count(theirs)} columns {theirs!r}. Rename all but one of "
                               "them.")
-        if theirs in found: wanted[name] = theirs
+        if theirs in names: wanted[name] = theirs
         elif name in required or name in columns:
-            guess = near_name(theirs, [other for other in found if other not in wanted.values()])
-            hint = "The first line must name the columns. " if len(found) < 2 else ""
+            guess = near_name(theirs, [other for other in names if other not in wanted.values()])
+            hint = "The first line must name the columns. " if len(names) < 2 else ""
             if guess: hint = f"Did you mean {guess!r}? "
             remedy = f"Map it with columns={{{name!r}: {guess or 'the name of your column'!r}}}."
             if not mapped: remedy = f"Rename the column of ids to {name!r}."
-            raise IngestError(f"{shown}: there is no column {theirs!r}. Found: {', '.join(found[:30])}. {hint}{remedy}")
+            raise IngestError(f"{shown}: there is no column {theirs!r}. Found: {', '.join(names[:30])}. {hint}{remedy}")
     return wanted
 
 # %% ../../nbs/data/sources.ipynb #8eb63303
@@ -251,14 +251,14 @@ def read_parquet_file(
     "Load a Parquet file; raises `IngestError` where it cannot be read or an id column can hold none."
     shown = shown_path(path)
     with database_errors(IngestError, shown, "this is not a readable Parquet file. Copy or export it again.", None):
-        found = _parquet_columns(con, path)
-    names = [name for name, *_ in found]
-    numbered = not any(name.lower() == "file_row_number" for _, name, _ in found) # DuckDB's own name for it
+        columns = _parquet_columns(con, path)
+    names = [name for name, *_ in columns]
+    numbered = not any(name.lower() == "file_row_number" for _, name, _ in columns) # DuckDB's own name for it
     line = "file_row_number + 1" if numbered else "row_number() OVER ()"
     file = parquet(path, ", file_row_number=true" if numbered else "")
     read, chosen, bad = FileRead(shown, 0, names, match(names), {}, typed=True), [f"{line} AS line"], []
     for out, theirs in read.wanted.items():
-        name, type = next(column[1:] for column in found if column[0] == theirs)
+        name, type = next(column[1:] for column in columns if column[0] == theirs)
         value = named(name) if keep_types else f"CAST({named(name)} AS VARCHAR)"
         if out in ids:
             value, read.kinds[out], wrong, reason = _id_value(name, type, shown)
@@ -340,19 +340,19 @@ def read_json_file(
     faults = _json_lines(con, path, shown, folder, encoding)
     keys = "SELECT unnest(json_keys(raw)) AS key, line FROM json_lines"
     rows = con.execute(f"SELECT key FROM ({keys}) GROUP BY key ORDER BY min(line), key").fetchall()
-    found = [key for key, in rows]
-    if not found and faults:
+    names = [key for key, in rows]
+    if not names and faults:
         line, _, text, reason = faults[0]
         raise IngestError(f"{shown}: no line holds a JSON object. First fault: line {line}, {reason}: {text[:80]!r}")
-    if not found: raise IngestError(f"{shown}: the objects have no keys.")
-    wanted, chosen, kinds = match(found), ["line"], {}
+    if not names: raise IngestError(f"{shown}: the objects have no keys.")
+    wanted, chosen, kinds = match(names), ["line"], {}
     for out, name in wanted.items():
         pointer = quoted("/" + name.replace("~", "~0").replace("/", "~1"))
         kind, value = f"json_type(raw, {pointer})", f"(raw->>{pointer})"
         if out in ids:
             kinds[out], value = _json_ids(con, out, kind, value, faults)
         chosen.append(f"{value} AS {named(out)}")
-    return FileRead(shown, load(f"SELECT {', '.join(chosen)} FROM json_lines"), found, wanted, kinds, sorted(faults))
+    return FileRead(shown, load(f"SELECT {', '.join(chosen)} FROM json_lines"), names, wanted, kinds, sorted(faults))
 
 # %% ../../nbs/data/sources.ipynb #077ca063
 def read_source(

@@ -132,8 +132,8 @@ def _unlearned(learned:int, top:int):
 
 def _counted(connection:Connection, learned:int, top:int)->Iterator:
     "Each user with such interactions: key, latest number, how many."
-    found = select(EVENTS.c.user_id, func.max(EVENTS.c.seq).label("seq"), func.count().label("events"))
-    query = found.where(_unlearned(learned, top)).group_by(EVENTS.c.user_id)
+    per_user = select(EVENTS.c.user_id, func.max(EVENTS.c.seq).label("seq"), func.count().label("events"))
+    query = per_user.where(_unlearned(learned, top)).group_by(EVENTS.c.user_id)
     return iter(connection.execute(query.execution_options(yield_per=10_000)))
 
 def _since(connection:Connection, after:int, top:int)->tuple:
@@ -147,10 +147,10 @@ def _of_users(connection:Connection, users:Sequence[str], learned:int, top:int, 
     "The newest interactions of some users, oldest first."
     place = func.row_number().over(partition_by=EVENTS.c.user_id, order_by=EVENTS.c.seq.desc()).label("place")
     ranked = select(EVENTS, place).where(EVENTS.c.user_id.in_(users), _unlearned(learned, top)).subquery()
-    found = {user: [] for user in users}
+    by_user = {user: [] for user in users}
     for row in connection.execute(select(ranked).where(ranked.c.place <= most).order_by(ranked.c.seq)):
-        found[row.user_id].append(row)
-    return found
+        by_user[row.user_id].append(row)
+    return by_user
 
 # %% ../../nbs/feedback/changes.ipynb #0154957a
 def _hold_rows(view:_View, user:str, rows:Sequence, seq:int)->UserState:
@@ -170,14 +170,14 @@ def _begin(view:_View, connection:Connection, top:int)->None:
     for row in connection.execute(select(DENIED)): rules.denied.setdefault(row.user_id, set()).add(row.item_id)
     rules.settle({*rules.denied, *rules.forgotten}, view.learned, view.revision)
     _set_items(view, connection.execute(select(AVAILABILITY).where(AVAILABILITY.c.seq <= top)).all())
-    newest, found = select(EVENTS).where(_unlearned(view.learned, top)).order_by(EVENTS.c.seq.desc()), {}
+    newest, by_user = select(EVENTS).where(_unlearned(view.learned, top)).order_by(EVENTS.c.seq.desc()), {}
     rows = connection.execute(newest.limit(view.people.most)).all()
-    for row in reversed(rows): found.setdefault(row.user_id, []).append(row)
+    for row in reversed(rows): by_user.setdefault(row.user_id, []).append(row)
     for row in _counted(connection, view.learned, top):
         view.news.note(row.user_id, row.seq)
-        rows = found.get(row.user_id, ())
-        # else the older ones of this user are not among the newest of all
-        if len(rows) == row.events: _hold_rows(view, row.user_id, rows, top)
+        rows = by_user.get(row.user_id, ())
+        if len(rows) == row.events: # else older ones of this user are not among the newest of all
+            _hold_rows(view, row.user_id, rows, top)
 
 def _recounted(view:_View, connection:Connection, top:int)->_News:
     "Who has events that are new to the model."

@@ -103,14 +103,14 @@ def migrate(
     with _ALEMBIC_LOCK, _transaction(engine, write=True) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_KEY})"))
-        found = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
-        if found and found not in {script.revision for script in known.walk_revisions()}:
+        current = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+        if current and current not in {script.revision for script in known.walk_revisions()}:
             raise StoreError(
-                f"the feedback store has version {found} of its tables, this version of product-recs knows "
+                f"the feedback store has version {current} of its tables, this version of product-recs knows "
                 f"{known.get_current_head()}; update product-recs"
             )
         config.attributes.update(connection=connection, version_table=VERSION_TABLE)
-        if found != known.get_current_head(): command.upgrade(config, "head")
+        if current != known.get_current_head(): command.upgrade(config, "head")
         return known.get_current_head()
 
 # %% ../../nbs/feedback/connection.ipynb #d59a7f32
