@@ -16,8 +16,7 @@ class Columns:
     Required = (User, Item)
     Optional = (Event, Quantity, Timestamp)
     All = Required + Optional
-    # what a model knows of each user and item besides the attributes
-    Counted = ("popularity", "first_seen", "last_seen")
+    Counted = ("popularity", "first_seen", "last_seen") # what a model knows of each user and item
 
 # %% ../../nbs/core/columns.ipynb #f744237f
 DISCOVERY, NEXT_PURCHASE = TASKS = ("discovery", "next_purchase")

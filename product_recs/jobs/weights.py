@@ -24,7 +24,7 @@ from ..core.columns import TASKS
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write
 from ..core.parameters import number
-from ..core.sql import parquet
+from ..core.sql import parquet, timestamp
 from ..data.snapshots import Features, Snapshot
 from ..data.tasks import PERIODS, Task, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, find_hits, interval, paired_bootstrap
@@ -65,7 +65,8 @@ def weightings(
 def _sum_sql(parameters:dict, until:str|None)->str:
     "SQL of the decayed, weighted sum of a pair."
     worth = worth_sql(parameters["event_weights"], parameters["quantity"])
-    age, half_life = f"coalesce(epoch(TIMESTAMP '{until}' - timestamp) / 86400, 0)", float(parameters["half_life_days"])
+    age = f"coalesce(epoch({timestamp(until)} - timestamp) / 86400, 0)" if until else "0"
+    half_life = float(parameters["half_life_days"])
     decay = f"pow(0.5, {age} / {half_life})" if half_life and until else "1"
     return f"greatest(sum({worth} * {decay}), {LEAST})::FLOAT"
 
@@ -91,7 +92,7 @@ def weigh(
                    {', '.join(f'{sql} AS {name}' for sql, name in columns.items())}
             FROM {parquet(features.interactions/'interactions.parquet')} log
             JOIN users u ON log.user_id = u.id JOIN items i ON log.item_id = i.id
-            WHERE {f"timestamp IS NULL OR timestamp < '{past.until}'" if past.until else 'true'}
+            WHERE {f"timestamp IS NULL OR timestamp < {timestamp(past.until)}" if past.until else 'true'}
             GROUP BY ALL ORDER BY ALL""").fetchnumpy()
     n_users, n_items = past.counts.shape
     rows = np.repeat(np.arange(n_users, dtype=np.int64), np.diff(past.counts.indptr))

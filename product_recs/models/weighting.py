@@ -17,6 +17,7 @@ from scipy.sparse import csr_matrix
 from ..core.errors import FeatureError
 from ..core.events import Event
 from ..core.parameters import number
+from ..core.sql import quoted
 
 # %% ../../nbs/models/weighting.ipynb #d6b25efa
 EVENT_WEIGHTS = {"view": 1.0, "cart": 2.0, "purchase": 4.0} # an event that is not named here weighs 1
@@ -40,7 +41,7 @@ def worth_sql(
     quantity:str,                      # a key of `QUANTITY`
 )->str:                                # of the columns `event` and `quantity`
     "SQL of what one interaction adds to the sum, before decay."
-    cases = "".join(f" WHEN '{event}' THEN {float(weight)}" for event, weight in event_weights.items())
+    cases = "".join(f" WHEN {quoted(event)} THEN {float(weight)}" for event, weight in event_weights.items())
     weight = f"CASE event{cases} ELSE 1 END" if cases else "1"
     return f"({weight} * {QUANTITY[quantity].sql})"
 
