@@ -19,7 +19,7 @@ from product_recs.core.paths import project_root
 from product_recs.core.errors import EvaluateError
 from product_recs.evaluation.judge import evaluate
 from product_recs.bundle.ready import ReadyModel
-from product_recs.inference import next_purchase
+from product_recs.answer.recommender import Recommender
 from product_recs.evaluation.segments import by_segment
 from product_recs.models.signals import BlendError
 from product_recs.train import train_bundle
@@ -118,7 +118,7 @@ def test_the_bundle_gives_the_scores_of_the_recommender(features, bundle):
     model = ReadyModel(bundle).prepare()
     for row in range(0, len(bundle.users), 7):
         expected = blend.score(np.array([row]))[0]
-        answer = next_purchase(model, bundle.users[row], 50)
+        answer = Recommender(model).recommend(bundle.users[row], 50, "next_purchase")
         assert answer.source == "next_purchase" and len(answer) == 50
         got = np.array([bundle.items.row(item) for item in answer.items])
         np.testing.assert_allclose(answer.scores, expected[got], atol=1e-4)
@@ -128,7 +128,7 @@ def test_the_bundle_gives_the_scores_of_the_recommender(features, bundle):
 def test_over_http(bundle, tmp_path):
     with Server(tmp_path, bundle.path.parent) as server:
         user = bundle.users[3]
-        expected = next_purchase(ReadyModel(bundle), user, 5)
+        expected = Recommender(ReadyModel(bundle)).recommend(user, 5, "next_purchase")
         status, headers, body = server.get(f"/recommend/{user}?n=5&task=next_purchase")
         assert (
             status == 200
@@ -166,7 +166,7 @@ def test_without_timestamps_training_says_why_there_is_no_blend(log, tmp_path):
     features = features_of(log.drop(columns="timestamp"), tmp_path)
     train_bundle(features, tmp_path / "models", progress=False, **QUICK)
     with pytest.raises(BlendError, match="no time split"):
-        next_purchase(ReadyModel(open_bundle(tmp_path / "models")), 1)
+        Recommender(ReadyModel(open_bundle(tmp_path / "models"))).recommend(1, task="next_purchase")
 
 
 def test_damage_is_named(bundle, tmp_path):

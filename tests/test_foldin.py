@@ -18,7 +18,8 @@ from product_recs.models.foldin import Solver, fold_in
 from product_recs.answer.person import confidence_with, person_now, score_person
 from product_recs.bundle.catalogue import SEEN
 from product_recs.bundle.ready import ReadyModel
-from product_recs.inference import recommend
+from product_recs.answer.recommender import Recommender
+from product_recs.answer.rules import Filters
 from product_recs.answer.lists import similar_items
 from product_recs.models.signals import BlendError, score_users
 from product_recs.models.als import fit_als
@@ -147,7 +148,7 @@ def test_who_has_no_news_is_answered_as_before(trained):
         np.testing.assert_array_equal(
             score_person(model, calm, "next_purchase"), score_users(model.signals, np.array([row]))[0]
         )
-    assert recommend(model, user, 5, exclude_seen=False).items == bundle.items.take(
+    assert Recommender(model).recommend(user, 5, filters=Filters(exclude_seen=False)).items == bundle.items.take(
         np.argsort(-np.where(model.candidates, score_person(model, calm), -np.inf), kind="stable")[:5]
     )
 

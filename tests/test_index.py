@@ -21,8 +21,9 @@ from product_recs.core.ids import IdTable
 from product_recs.core.events import UserState
 from product_recs.answer.rules import Filters
 from product_recs.bundle.ready import ReadyModel
-from product_recs.inference import recommend, recommend_many
-from product_recs.answer.ladder import Request, answer, prepared
+from product_recs.answer.recommender import Recommender
+from product_recs.inference import recommend_many
+from product_recs.answer.ladder import Request, answer
 from product_recs.bundle.live import LiveModel
 from product_recs.search.index import NearestItems, build_index
 from product_recs.search.exact import Searcher
@@ -95,7 +96,7 @@ def models(parts, built, tmp_path):
 def two(parts, built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     write_bundle(folder, **parts, index=built[1], index_data=built[0], version="indexed")
-    return [prepared(open_bundle(folder, "indexed"), index) for index in ("auto", "exact")]
+    return [ReadyModel(open_bundle(folder, "indexed"), index).prepare() for index in ("auto", "exact")]
 
 
 def test_the_measured_recall_is_that_of_the_answers(two, built):
@@ -103,13 +104,14 @@ def test_the_measured_recall_is_that_of_the_answers(two, built):
     assert isinstance(near.nearest, NearestItems) and isinstance(exact.nearest, Searcher)
     shares = []
     for user in range(USERS):
-        mine, right = recommend(near, user, 10), recommend(exact, user, 10)
+        mine, right = Recommender(near).recommend(user, 10), Recommender(exact).recommend(user, 10)
         assert len(mine) == 10 and mine.source == "personalised"
         scores = near.item_factors[mine.rows] @ near.user_factors[user]
         assert np.allclose(mine.scores, scores, rtol=1e-5) and mine.scores == sorted(mine.scores, reverse=True)
         shares.append(len(set(mine.items) & set(right.items)) / 10)
     assert np.mean(shares) >= 0.95 and abs(np.mean(shares) - built[1]["recall_at_10"]) < 0.02
-    assert recommend_many(near, range(50)) == recommend_many(exact, range(50))  # many are searched exactly
+    many = [recommend_many(Recommender(model), range(50)) for model in (near, exact)]
+    assert many[0] == many[1]  # many are searched exactly
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -170,7 +172,7 @@ def test_a_damaged_index_is_refused_and_the_old_model_goes_on(models, parts, bui
         (models / "current").write_text("next\n")
         result = live.reload()
         assert result.status == "refused" and words in result.error and INDEX_FILE in result.error
-        assert live.version == "indexed" and len(recommend(live.get(), 3, 10)) == 10
+        assert live.version == "indexed" and len(Recommender(live.get()).recommend(3, 10)) == 10
         for file in (models / "next").iterdir():
             file.unlink()
         (models / "next").rmdir()
@@ -181,14 +183,14 @@ def test_what_is_no_index_though_the_manifest_says_so_is_named(models, parts, bu
     write_bundle(models, **parts, index=built[1], index_data=np.frombuffer(content, np.uint8), version="rubbish")
     with pytest.raises(BundleError, match=INDEX_FILE):
         ReadyModel(open_bundle(models, "rubbish", verify=True)).prepare()
-    assert len(recommend(ReadyModel(open_bundle(models, "rubbish"), "exact"), 3, 10)) == 10
+    assert len(Recommender(ReadyModel(open_bundle(models, "rubbish"), "exact")).recommend(3, 10)) == 10
 
 
 def test_a_bundle_from_before_there_were_indexes_opens(models):
     manifest = models / "plain" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"index": {\n    "missing": "few items"\n  },\n', ""))
     bundle = open_bundle(models, "plain", verify=True)
-    assert "index" not in bundle.manifest and len(recommend(ReadyModel(bundle), 3, 10)) == 10
+    assert "index" not in bundle.manifest and len(Recommender(ReadyModel(bundle)).recommend(3, 10)) == 10
     with pytest.raises(BundleError, match="before there were any.*train with index=approximate"):
         ReadyModel(bundle, "approximate").prepare()
 
@@ -216,9 +218,12 @@ def test_threads_share_an_index(two):
     from concurrent.futures import ThreadPoolExecutor
 
     near, _ = two
-    alone = [recommend(near, user, 10, deny=range(user)) for user in range(200)]
+    def ask(user):
+        return Recommender(near).recommend(user, 10, filters=Filters(deny=range(user)))
+
+    alone = [ask(user) for user in range(200)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda user: recommend(near, user, 10, deny=range(user)), range(200))) == alone
+        assert list(pool.map(ask, range(200))) == alone
 
 
 def run(program, **more):
@@ -234,15 +239,15 @@ sys.modules["faiss"] = None  # an import of it fails, as where it is not install
 logging.basicConfig()
 from product_recs.bundle.files import open_bundle
 from product_recs.core.errors import BundleError, TrainError
-from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
+from product_recs.bundle.ready import ReadyModel; from product_recs.answer.recommender import Recommender
 from product_recs.search.index import build_index, check_index
 from product_recs.search.exact import Searcher
 bundle = open_bundle({str(models)!r}, "indexed", verify=True)
-model = Recommender(bundle).prepare()
-assert isinstance(model.nearest, Searcher) and len(recommend(model, 3, 10)) == 10
+model = ReadyModel(bundle).prepare()
+assert isinstance(model.nearest, Searcher) and len(Recommender(model).recommend(3, 10)) == 10
 found, facts = build_index(bundle.item_factors, bundle.item_factors.any(axis=1), bundle.user_factors, bundle.seen, enough=100_000)
 assert found is None and "pip install 'product-recs[index]'" in facts["missing"], facts
-for call, error in ((lambda: Recommender(bundle, "approximate").prepare(), BundleError), (lambda: check_index("approximate"), TrainError)):
+for call, error in ((lambda: ReadyModel(bundle, "approximate").prepare(), BundleError), (lambda: check_index("approximate"), TrainError)):
     try: call()
     except error as told: assert "pip install 'product-recs[index]'" in str(told)
     else: raise AssertionError
@@ -257,9 +262,9 @@ def test_processes_share_one_mapped_index(models):
     program = f"""
 import sys
 from product_recs.bundle.files import open_bundle
-from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
-model = Recommender(open_bundle({str(models)!r})).prepare()
-print([recommend(model, user, 10).items for user in range(20)], flush=True)
+from product_recs.bundle.ready import ReadyModel; from product_recs.answer.recommender import Recommender
+model = ReadyModel(open_bundle({str(models)!r})).prepare()
+print([Recommender(model).recommend(user, 10).items for user in range(20)], flush=True)
 sys.stdin.readline()
 print(*(line for line in open("/proc/self/maps") if "{INDEX_FILE}" in line), flush=True)
 """

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from scipy.sparse import csr_matrix
 
+from product_recs.bundle.ready import ReadyModel
 from product_recs.bundle.files import Bundle
 from product_recs.core.errors import ProductRecsError
 from product_recs.core.ids import IdTable
@@ -19,9 +20,10 @@ from product_recs.bundle.catalogue import Attributes, Catalogue
 from product_recs.answer.rules import Filters, best_allowed, rule_out
 from product_recs.answer.person import person_now, score_person
 from product_recs.core.errors import UnknownItem
-from product_recs.inference import next_purchase, recommend, recommend_many
+from product_recs.answer.recommender import Recommender
+from product_recs.inference import recommend_many
 from product_recs.answer.lists import popular_items, similar_items
-from product_recs.answer.ladder import SEGMENT_USERS, Request, answer, content_scores, prepared, segment_scores
+from product_recs.answer.ladder import SEGMENT_USERS, Request, answer, content_scores, segment_scores
 
 WORDS = ["tea", "coffee", "mug", None]
 NUMBERS = [0.0, 1.0, 2.5, None]
@@ -73,7 +75,7 @@ def shops(draw):
         ),
     }
     sparse = csr_matrix(seen)
-    return prepared(
+    return ReadyModel(
         Bundle(
             Path("."),
             {"version": "v", "parameters": {"regularization": 0.5, "alpha": 2.0}, "blend": BLEND},
@@ -87,7 +89,7 @@ def shops(draw):
             sparse.copy(),
             sparse * 0,
         )
-    )
+    ).prepare()
 
 
 def filters(ids):
@@ -282,19 +284,16 @@ def test_what_is_known_decides_the_rung(question):
 
 @CALM
 @given(shops(), st.integers(1, 16), st.booleans())
-def test_recommend_and_next_purchase_are_rungs_of_the_ladder(model, n, exclude):
-    rules = Filters(exclude_seen=exclude)
-    users = [model.bundle.users[row] for row in range(len(model.bundle.users))]
-    for user, row in zip(users, range(len(users))):
-        if model.user_factors[row].any():
-            assert answer(model, Request(user, n, filters=rules)) == recommend(model, user, n, exclude_seen=exclude)
-            if len(model.seen_by(row)):
-                assert answer(model, Request(user, n, "next_purchase", filters=rules)) == next_purchase(
-                    model, user, n, exclude_seen=exclude
-                )
-    many = recommend_many(model, users, n, exclude_seen=exclude)
-    assert [one.items for one in many] == [recommend(model, user, n, exclude_seen=exclude).items for user in users]
-    assert answer(model, Request(None, n)) == popular_items(model, n) == recommend(model, "nobody at all", n)
+def test_lists_of_many_are_those_of_one(model, n, exclude):
+    rules, recommender = Filters(exclude_seen=exclude), Recommender(model)
+    users = [*(model.bundle.users[row] for row in range(len(model.bundle.users))), "nobody at all"]
+    many = recommend_many(recommender, users, n, exclude_seen=exclude)
+    for user, answers in zip(users, many):
+        expected = answer(model, Request(user, n, filters=Filters(exclude_seen=None if exclude else False)))
+        assert answers.items == expected.items and answers.source == expected.source
+        assert answers.shortfall == expected.shortfall and np.allclose(answers.scores, expected.scores, atol=1e-5)
+        assert recommender.recommend(user, n, filters=rules) == answer(model, Request(user, n, filters=rules))
+    assert answer(model, Request(None, n)) == popular_items(model, n) == recommender.recommend("nobody at all", n)
 
 
 @CALM
@@ -456,8 +455,8 @@ def test_many_threads_with_different_feeds_get_what_one_gets_alone():
         )
         for user in range(60)
     ] * 5
-    alone = [answer(prepared(bundle), request) for request in asked]
-    together = prepared(bundle)
+    alone = [answer(ReadyModel(bundle).prepare(), request) for request in asked]
+    together = ReadyModel(bundle).prepare()
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(lambda request: answer(together, request), asked)) == alone
 
@@ -484,7 +483,7 @@ def test_a_segment_counts_its_own_users_and_no_small_one_is_used():
         sparse,
         sparse * 0,
     )
-    model = prepared(bundle)
+    model = ReadyModel(bundle).prepare()
     used = set()
     for age in ("young", "old", "rare", "unheard of", None):
         for town in ("Rome", "Oslo", "Bonn", None):
@@ -512,7 +511,7 @@ def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
     monkeypatch.setattr("product_recs.answer.ladder.SEGMENT_SAMPLE", 10)
     seen = np.eye(95, dtype=np.float32)
     sparse = csr_matrix(seen)
-    model = prepared(
+    model = ReadyModel(
         Bundle(
             Path("."),
             {"version": "v", "parameters": {}},
@@ -526,7 +525,7 @@ def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
             sparse,
             sparse * 0,
         )
-    )
+    ).prepare()
     assert np.flatnonzero(np.floor(segment_scores(model, {"age": "old"}))).tolist() == list(range(0, 95, 10))
 
 
@@ -543,7 +542,7 @@ def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
 def test_a_wrong_filter_is_named_on_every_rung(rules, words):
     column = np.array(["tea", "mug"], object)
     sparse = csr_matrix(np.eye(2, dtype=np.float32))
-    model = prepared(
+    model = ReadyModel(
         Bundle(
             Path("."),
             {"version": "v", "parameters": {}},
@@ -557,7 +556,7 @@ def test_a_wrong_filter_is_named_on_every_rung(rules, words):
             sparse,
             sparse * 0,
         )
-    )
+    ).prepare()
     for ask in (
         lambda: answer(model, Request(1, filters=rules)),
         lambda: answer(model, Request(None, filters=rules)),

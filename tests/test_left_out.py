@@ -18,7 +18,8 @@ from product_recs.core.errors import FeatureError
 from product_recs.features import build_features
 from product_recs.ingest import ingest
 from product_recs.bundle.ready import ReadyModel
-from product_recs.inference import recommend, recommend_all, recommend_many
+from product_recs.answer.recommender import Recommender
+from product_recs.inference import recommend_all, recommend_many
 from product_recs.train import train_bundle
 
 QUICK = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -98,7 +99,7 @@ def test_a_user_of_one_item_is_folded_in_like_a_session_of_it(shop):
         assert history["known"] and [line["item_id"] for line in history["history"]] == [10]
         many = service.post("/recommend", json={"users": [1, 40, 77]}).json()
         assert 10 not in many["results"][0]["recommendations"] and many["results"][2]["source"] == "popular"
-    assert 10 not in recommend(ReadyModel(bundle), 1).items
+    assert 10 not in Recommender(ReadyModel(bundle)).recommend(1).items
 
 
 def test_an_item_of_one_user_is_not_new_to_them_and_new_to_others(shop):
@@ -215,11 +216,11 @@ def test_no_list_of_new_things_has_an_item_of_the_user_s_own_log(
         results = service.post("/recommend", json={"users": everybody, "n": 20}).json()["results"]
         assert all(not own.get(one["user_id"], set()) & set(one["recommendations"]) for one in results)
     model = ReadyModel(bundle)
-    for user, answer in zip(everybody, recommend_many(model, everybody, 20)):
+    for user, answer in zip(everybody, recommend_many(Recommender(model), everybody, 20)):
         assert not own.get(user, set()) & set(answer.items)
     for user in everybody:
-        assert not own.get(user, set()) & set(recommend(model, user, 20).items)
-    recommend_all(bundle, folder / "all.parquet", 20, progress=False)
+        assert not own.get(user, set()) & set(Recommender(model).recommend(user, 20).items)
+    recommend_all(Recommender(ReadyModel(bundle)), folder / "all.parquet", 20, progress=False)
     lists = load_table(folder / "all.parquet")
     assert all(item not in own[user] for user, item in zip(lists["user_id"].tolist(), lists["item_id"].tolist()))
     pairs = len(log.drop_duplicates(["user_id", "item_id"]))

@@ -21,7 +21,7 @@ from product_recs.core.errors import BundleError
 from product_recs.core.files import atomic_write
 from product_recs.core.ids import IdTable
 from product_recs.bundle.ready import ReadyModel
-from product_recs.inference import recommend
+from product_recs.answer.recommender import Recommender
 from product_recs.bundle.live import LiveModel, NoModel, Reload, rollback, version_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def test_threads_that_answer_never_see_a_mixture_or_an_error(models, live):
         while not end.is_set():
             model = live.get()
             try:
-                item, version = recommend(model, 7, 1).items[0], model.bundle.version
+                item, version = Recommender(model).recommend(7, 1).items[0], model.bundle.version
             except Exception as error:
                 wrong.append(error)
                 return
@@ -141,7 +141,7 @@ def test_a_bundle_damaged_in_any_file_is_refused_and_the_old_model_answers(model
         atomic_write(models / "current", "v2\n")
     assert until(lambda: live.refused is not None)
     assert live.refused.version == "v2" and name in live.refused.error
-    assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+    assert live.version == "v1" and Recommender(live.get()).recommend(7, 1).items == [11]
     publish(models, "v1")
     assert until(lambda: live.refused is None) and live.version == "v1"
 
@@ -168,10 +168,11 @@ def test_a_copy_that_comes_after_current_is_taken_up_when_it_is_complete(models,
     assert until(lambda: live.refused is not None) and live.version == "v1"
     (models / "v2").mkdir()
     for file in sorted(path.iterdir(), key=lambda file: file.name != "manifest.json"):
-        assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+        assert live.version == "v1" and Recommender(live.get()).recommend(7, 1).items == [11]
         shutil.copy(file, models / "v2")
         time.sleep(0.03)
-    assert until(lambda: live.version == "v2") and recommend(live.get(), 7, 1).items == [12] and live.refused is None
+    assert until(lambda: live.version == "v2") and live.refused is None
+    assert Recommender(live.get()).recommend(7, 1).items == [12]
 
 
 @pytest.mark.parametrize("content", [b"", b"..", b"v9\n", b"v1\x00", b"\xff\xfe", None])
@@ -182,7 +183,7 @@ def test_whatever_stands_in_current_the_model_goes_on(models, live, content):
     else:
         atomic_write(current, content)
     assert until(lambda: live.refused is not None) and live.refused.error
-    assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+    assert live.version == "v1" and Recommender(live.get()).recommend(7, 1).items == [11]
     write(models, "v2", 12)
     current.unlink(missing_ok=True)
     publish(models, "v2")
@@ -197,7 +198,7 @@ def test_the_first_model_is_taken_up_while_waiting(tmp_path):
             live.get()
         write(tmp_path / "models", "v1", 11)
         publish(tmp_path / "models", "v1")
-        assert until(lambda: live.version == "v1") and recommend(live.get(), 7, 1).items == [11]
+        assert until(lambda: live.version == "v1") and Recommender(live.get()).recommend(7, 1).items == [11]
     finally:
         live.stop()
 
@@ -209,7 +210,7 @@ def test_a_worker_that_starts_while_current_is_broken_answers_as_the_others(mode
     live = live_model(models)
     live.start()
     try:
-        assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+        assert live.version == "v1" and Recommender(live.get()).recommend(7, 1).items == [11]
         assert live.refused.version == "v2" and "seen_data.npy" in live.refused.error
     finally:
         live.stop()
@@ -241,12 +242,13 @@ def test_short_of_open_files_for_a_moment_refuses_no_good_model(models, live):
         os.rename(models / "next", models / "current")
         assert until(lambda: results)
         assert results[0].status == "refused" and "Too many open files" in results[0].error
-        assert live.version == "v1" and recommend(live.get(), 7, 1).items == [11]
+        assert live.version == "v1" and Recommender(live.get()).recommend(7, 1).items == [11]
     finally:
         for file in held:
             os.close(file)
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert until(lambda: live.version == "v2") and live.refused is None and recommend(live.get(), 7, 1).items == [12]
+    assert until(lambda: live.version == "v2") and live.refused is None
+    assert Recommender(live.get()).recommend(7, 1).items == [12]
 
 
 def test_a_failing_preparation_is_tried_less_and_less_and_logged_once(models, caplog):
@@ -258,16 +260,16 @@ def test_a_failing_preparation_is_tried_less_and_less_and_logged_once(models, ca
     live, pauses = LiveModel(models, cannot, watch_seconds=100, retry_seconds=1000), []
     with caplog.at_level(logging.ERROR, "product_recs.live"):
         for _ in range(7):
-            live._again_at = 0  # the pause is over
+            live._schedule.again_at = 0  # the pause is over
             live._look()
-            pauses.append(live._again_at - time.monotonic())
+            pauses.append(live._schedule.again_at - time.monotonic())
             live._look()  # and now it is not
     assert [round(pause, -2) for pause in pauses] == [100, 200, 400, 800, 1000, 1000, 1000]
     assert [record.message.count("no room") for record in caplog.records] == [1]
     since = live.refused.at
     assert live.reload().status == "refused" and live.refused.at == since
     live.prepare = lambda bundle: ReadyModel(bundle).prepare()
-    assert live.reload() == Reload("reloaded", "v1") and live.refused is None and live._again_at == float("inf")
+    assert live.reload() == Reload("reloaded", "v1") and live.refused is None and live._schedule.again_at == float("inf")
 
 
 def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(models, live):
@@ -305,10 +307,11 @@ def test_a_reader_in_another_process_sees_every_version_whole(models, tmp_path):
     program = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from product_recs.bundle.ready import ReadyModel; from product_recs.inference import recommend
+from product_recs.bundle.ready import ReadyModel; from product_recs.answer.recommender import Recommender
 from product_recs.bundle.live import LiveModel
-live = LiveModel({str(models)!r}, lambda bundle: Recommender(bundle).prepare(), 0.005)
-live.listen(lambda result: print(result.status, result.version, recommend(live.get(), 7, 1).items[0], flush=True))
+live = LiveModel({str(models)!r}, lambda bundle: ReadyModel(bundle).prepare(), 0.005)
+answer = lambda: Recommender(live.get()).recommend(7, 1)
+live.listen(lambda result: print(result.status, result.version, answer().items[0], flush=True))
 live.start()
 time.sleep(60)
 """

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from product_recs.api import create_app
+from product_recs.bundle.ready import ReadyModel
 from product_recs.bundle.files import open_bundle
 from product_recs.core.errors import IngestError
 from product_recs.core.settings import Settings
@@ -22,7 +23,6 @@ from product_recs.features import build_features
 from product_recs.answer.person import person_now
 from product_recs.core.ids import key_or_none
 from product_recs.ingest import ingest, open_ledger
-from product_recs.answer.ladder import prepared
 from product_recs.feedback.records import EVENTS
 from product_recs.core.errors import FeedbackError
 from product_recs.feedback.records import NewEvent
@@ -190,7 +190,7 @@ def test_what_the_service_accepts_the_next_training_learns(tmp_path):
     with Store(url) as store:
         assert len(list(store.read_events())) == 2
         age(store)
-    model = prepared(bundle)
+    model = ReadyModel(bundle).prepare()
     ledger, second = trained(tmp_path, "second", url, events=["purchase", "wishlist"], max_quantity=5, on_error="fail")
     assert ledger.rows_rejected == 0 and ledger.rows_read == 74
     # an event that is known and has no weight of its own weighs 1, in training and in the fold-in
@@ -237,14 +237,14 @@ def test_what_was_accepted_under_other_rules_is_told_and_not_counted(tmp_path):
         _, older = trained(tmp_path, "older", events=["purchase"], max_quantity=10)  # all that is stored is new to it
         client.post("/model/reload")
         state = client.app.state.service.desk.changes.state
-        now = person_now(prepared(older), 1, state(1))
+        now = person_now(ReadyModel(older).prepare(), 1, state(1))
         assert (
             len(state(1).events) == 3
             and now.fresh
             and older.items.take(now.items) == bundle.items.take(bundle.seen[bundle.users.row(1)].indices)
         )
         np.testing.assert_allclose(now.confidence, bundle.seen[bundle.users.row(1)].data, rtol=1e-6)
-        assert len(state("anna").events) == 1 and person_now(prepared(older), "anna", state("anna")).vector is None
+        assert len(state("anna").events) == 1 and person_now(ReadyModel(older).prepare(), "anna", state("anna")).vector is None
     with duckdb.connect() as con:
         assert con.execute(
             f"SELECT count(*) FROM '{tmp_path}/strict/interactions.parquet' WHERE event <> 'purchase' OR quantity > 10"

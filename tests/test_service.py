@@ -21,8 +21,9 @@ from test_api import Server, problem
 from test_openapi import train
 from test_store import new_database, postgres, until  # noqa: F401
 
+from product_recs.bundle.ready import ReadyModel
 from product_recs.bundle.files import current_version, open_bundle, publish
-from product_recs.answer.ladder import Request, answer, prepared
+from product_recs.answer.ladder import Request, answer
 from product_recs.bundle.live import rollback
 from product_recs.web.security import add_key
 from product_recs.api import create_app
@@ -342,7 +343,7 @@ def test_metrics_add_up_both_workers(shop):
 
 
 def in_process(models_dir, version, users, n=10):
-    model = prepared(open_bundle(models_dir, version))
+    model = ReadyModel(open_bundle(models_dir, version)).prepare()
     return {user: answer(model, Request(user, n)).items for user in users}
 
 

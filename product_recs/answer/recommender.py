@@ -28,6 +28,7 @@ class NoFeedback:
     "What the recommender is told where there is no feedback store: nothing has changed."
     shelf = Availability(frozenset(), frozenset(), 0)
     def state(self, user:int|str)->UserState: return UNCHANGED
+    def look(self, user:int|str)->UserState: return UNCHANGED
     def availability(self)->Availability: return self.shelf
 
 NO_FEEDBACK = NoFeedback()
@@ -112,10 +113,12 @@ def open_recommender(
     models_dir:str|Path,     # folder of bundles
     database_url:str="",     # of the feedback store; empty: none
     index:str="auto",        # how one user's items are searched: auto | exact | approximate
-    events_in_memory:int=100_000, # those of further users are read when they are asked for
+    *,
+    version:str|None=None,   # of the bundle; None: the live one
+    events_in_memory:int=100_000, # the events of further users are read when they ask
 )->Iterator[Recommender]:
     "The live model with what happened since; a `BundleError` where no model can be opened."
-    bundle = open_bundle(resolve_path(models_dir))
+    bundle = open_bundle(resolve_path(models_dir), version)
     learned_until = bundle.manifest["data"].get("feedback_until")
     with ExitStack() as closing:
         changes = _open_changes(database_url, learned_until, events_in_memory, closing) if database_url else None

@@ -73,6 +73,13 @@ def _inside(values:np.ndarray, name:str, ends:dict)->np.ndarray:
 
 def _plain(value): return value.astype(object) if isinstance(value, np.datetime64) else value
 
+def _codes(values:np.ndarray)->tuple[np.ndarray, dict]:
+    "A code for each row, -1 where nothing is known, and the code of each value."
+    if values.dtype.kind == "M": values = values.astype("datetime64[us]").astype(object) # NaT becomes None
+    codes:dict = {}
+    number = lambda value: -1 if value is None or value != value else codes.setdefault(value, len(codes))
+    return np.fromiter(map(number, values.tolist()), np.int32, len(values)), codes
+
 # %% ../../nbs/bundle/catalogue.ipynb #f9923084
 class Attributes:
     "The columns of a table, each coded when it is first asked for."
@@ -90,38 +97,24 @@ class Attributes:
         name:str,         # of a column
         rule:str="where", # the rule that asks
     )->str:
-        "What a column holds; an error names the columns that there are."
+        "What a column holds; a `ProductRecsError` names the columns that there are."
         if name not in self.kinds:
-            raise ProductRecsError(
-                f"{rule}: there is no column {name!a} to filter by; there are "
-                f"{', '.join(map(ascii, self.kinds)) or 'none'}"
-            )
+            known = ", ".join(map(ascii, self.kinds)) or "none"
+            raise ProductRecsError(f"{rule}: there is no column {name!a} to filter by; there are {known}")
         return self.kinds[name]
 
     def coded(self,
         name:str,                    # of a column
     )->tuple[np.ndarray, dict]:      # (n,) int32, -1 where unknown; value -> code
         "A column as codes."
-        if name not in self._coded:
-            values = self.columns[name]
-            if values.dtype.kind == "M": values = values.astype("datetime64[us]").astype(object) # NaT becomes None
-            codes:dict = {}
-            of_value = np.fromiter(
-                (
-                    -1 if value is None or value != value else codes.setdefault(value, len(codes))
-                    for value in values.tolist()
-                ),
-                np.int32,
-                len(values),
-            )
-            self._coded[name] = of_value, codes
+        if name not in self._coded: self._coded[name] = _codes(self.columns[name])
         return self._coded[name]
 
     def match(self,
         name:str,             # of a column
         wanted:Iterable|dict, # values, or a range {"min": x, "max": y}, both ends included
     )->np.ndarray:            # (n,) bool; False where unknown
-        "Which rows have a wanted value."
+        "Which rows have a wanted value; a `ProductRecsError` where the column holds no such values."
         kind = self.kind(name)
         if kind == UNKNOWN: return np.zeros(len(self.columns[name]), bool)
         ranged = isinstance(wanted, Mapping)

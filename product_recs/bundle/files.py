@@ -49,11 +49,29 @@ def _sha256(path:Path)->str:
 
 def _libraries()->dict[str, str]:
     "Versions of what had a hand in the model."
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in ("product-recs", "numpy", "scipy", "implicit", "duckdb"):
-        try: found[name] = package_version(name)
+        try: versions[name] = package_version(name)
         except PackageNotFoundError: pass
-    return found
+    return versions
+
+def _hash_of(factors:dict[str, np.ndarray])->str:
+    "Eight letters that change with the factors."
+    return hashlib.sha256(factors["item_factors"].tobytes() + factors["user_factors"].tobytes()).hexdigest()[:8]
+
+def _files_of(folder:Path)->dict[str, dict]:
+    "Size and hash of each file."
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+
+def _check_shapes(user_factors, item_factors, seen_shape, n_users:int, n_items:int, where:str="bundle")->None:
+    "The parts of a model belong together only if their shapes do."
+    factors = item_factors.shape[-1]
+    expected = {"user_factors": (n_users, factors), "item_factors": (n_items, factors), "seen": (n_users, n_items)}
+    shapes = {"user_factors": user_factors.shape, "item_factors": item_factors.shape, "seen": tuple(seen_shape)}
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            needed = f"but {n_users} users and {n_items} items need {shape}"
+            raise BundleError(f"{where}: {name} has shape {shapes[name]}, {needed}")
 
 # %% ../../nbs/bundle/files.ipynb #d1a13986
 def write_bundle(
@@ -63,88 +81,48 @@ def write_bundle(
     item_factors:np.ndarray,          # (n_items, f)
     seen:csr_matrix,                  # (n_users, n_items) the matrix that was trained on
     users:IdTable, items:IdTable,     # external ids of the rows
-    user_columns:dict[str, np.ndarray], item_columns:dict[str, np.ndarray], # popularity, first_seen, last_seen, attributes
+    user_columns:dict[str, np.ndarray], # popularity, first_seen, last_seen, attributes
+    item_columns:dict[str, np.ndarray], # likewise
     algorithm:str, parameters:dict,   # how the factors were made
     data:dict,                        # fingerprint and span of the interactions
     metrics:dict,                     # what is known of the model's quality so far
     counts:csr_matrix|None=None,      # structure of `seen`: interactions of each pair; None: not kept
     age_days:csr_matrix|None=None,    # structure of `seen`: days from the pair's last one to the end of the data
     blend:dict|None=None,             # weights for the next purchase, or {"missing": why there are none}
-    cold_items:Path|None=None,        # Parquet file of the items without interactions, sorted by `item_id`; None: there are none
+    cold_items:Path|None=None,        # Parquet file of items without interactions, sorted by `item_id`; None: none
     cold_users:Path|None=None,        # likewise of the users
     index:dict|None=None,             # of the items: facts, or {"missing": why there is none}
     index_data:np.ndarray|None=None,  # the index itself, uint8; None: there is none
     left_out:LeftOut=NO_LEFT_OUT,     # pairs that the minimum counts kept away from the training
     version:str|None=None,            # default: UTC time and a hash of the factors
 )->Path:                              # models_dir/<version>, complete and not yet live
-    "Write a whole bundle; `publish` makes it live."
-    arrays = {
-        "user_factors": np.ascontiguousarray(user_factors, np.float32),
-        "item_factors": np.ascontiguousarray(item_factors, np.float32),
-    }
-    _check_shapes(arrays["user_factors"], arrays["item_factors"], seen.shape, len(users), len(items))
+    "Write a whole bundle, which `publish` makes live; a `BundleError` where it is there already or does not fit."
+    factors = {name: np.ascontiguousarray(array, np.float32)
+               for name, array in {"user_factors": user_factors, "item_factors": item_factors}.items()}
+    _check_shapes(*factors.values(), seen.shape, len(users), len(items))
     created = datetime.now(timezone.utc)
-    version = (
-        version
-        or f"{created:%Y%m%dT%H%M%S.%f}-{hashlib.sha256(arrays['item_factors'].tobytes() + arrays['user_factors'].tobytes()).hexdigest()[:8]}"
-    )
+    version = version or f"{created:%Y%m%dT%H%M%S.%f}-{_hash_of(factors)}"
     path = Path(models_dir)/_valid_version(version)
     if path.exists(): raise BundleError(f"{path}: a bundle of this version is there already")
     with atomic_folder(path) as folder:
-        for name, array in arrays.items(): np.save(folder/f"{name}.npy", array, allow_pickle=False)
+        for name, array in factors.items(): np.save(folder/f"{name}.npy", array, allow_pickle=False)
         save_csr(folder, "seen", seen.astype(np.float32, copy=False))
         for name, matrix in {"seen_counts": counts, "seen_age_days": age_days}.items():
             if matrix is not None: np.save(folder/f"{name}.npy", matrix_values(matrix, seen, name), allow_pickle=False)
         save_table(folder/"users.parquet", {"user_id": users.ids, **user_columns})
         save_table(folder/"items.parquet", {"item_id": items.ids, **item_columns})
-        cold = {
-            f"cold_{name}": file
-            for name, file in {"items": cold_items, "users": cold_users}.items()
-            if file is not None
-        }
-        for name, file in cold.items(): shutil.copyfile(file, folder/f"{name}.parquet")
+        for name, file in {"cold_items": cold_items, "cold_users": cold_users}.items():
+            if file is not None: shutil.copyfile(file, folder/f"{name}.parquet")
         if index_data is not None: index_data.tofile(folder/INDEX_FILE)
         save_left_out(folder, left_out)
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())
-        }
-        manifest = {
-            "format": FORMAT,
-            "version": version,
-            "created_at": created.isoformat(timespec="seconds"),
-            "algorithm": algorithm,
-            "parameters": parameters,
-            "data": data,
-            "shape": {
-                "users": len(users),
-                "items": len(items),
-                "factors": user_factors.shape[1],
-                "seen": int(seen.nnz),
-                "left_out": len(left_out),
-            },
-            "dtype": "float32",
-            "libraries": _libraries(),
-            "metrics": metrics,
-            "blend": blend,
-            "index": index,
-            "files": files,
-        }
+        shape = {"users": len(users), "items": len(items), "factors": user_factors.shape[1], "seen": int(seen.nnz),
+                 "left_out": len(left_out)}
+        manifest = {"format": FORMAT, "version": version, "created_at": created.isoformat(timespec="seconds"),
+                    "algorithm": algorithm, "parameters": parameters, "data": data, "shape": shape, "dtype": "float32",
+                    "libraries": _libraries(), "metrics": metrics, "blend": blend, "index": index,
+                    "files": _files_of(folder)}
         (folder/"manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
     return path
-
-def _check_shapes(user_factors, item_factors, seen_shape, n_users:int, n_items:int, where:str="bundle")->None:
-    "The parts of a model belong together only if their shapes do."
-    expected = {
-        "user_factors": (n_users, item_factors.shape[-1]),
-        "item_factors": (n_items, item_factors.shape[-1]),
-        "seen": (n_users, n_items),
-    }
-    found = {"user_factors": user_factors.shape, "item_factors": item_factors.shape, "seen": tuple(seen_shape)}
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise BundleError(
-                f"{where}: {name} has shape {found[name]}, but {n_users} users and {n_items} items need {shape}"
-            )
 
 # %% ../../nbs/bundle/files.ipynb #500f0056
 @dataclass(frozen=True)
@@ -191,17 +169,15 @@ def _missing(manifest:dict)->str|None:
 def read_manifest(
     path:Path, # folder of a bundle
 )->dict:
-    "The manifest of a bundle; refused where its format is unknown or where it is another program's."
+    "The manifest of a bundle; a `BundleError` where its format is unknown or where it is another program's."
     try: manifest = json.loads((path/"manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"{path/'manifest.json'}: the file is missing, so this is no complete bundle") from None
     except ValueError as error: raise BundleError(f"{path/'manifest.json'}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise BundleError(
-            f"{path / 'manifest.json'}: bundle format "
-            f"{manifest.get('format') if isinstance(manifest, dict) else '?'!r}, this version reads {FORMAT}; update "
-            f"product-recs or train again"
-        )
+        number = manifest.get("format") if isinstance(manifest, dict) else "?"
+        known = f"this version reads {FORMAT}; update product-recs or train again"
+        raise BundleError(f"{path/'manifest.json'}: bundle format {number!r}, {known}")
     if missing := _missing(manifest):
         raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}")
     return manifest
@@ -211,33 +187,31 @@ def verify_files(
     path:Path,         # folder of a bundle
     hashes:bool=True,  # read every byte; False compares sizes only
 )->dict:               # the manifest
-    "Compare each file with the manifest; the first mismatch is an error that names it."
+    "Compare each file with the manifest; the first mismatch is a `BundleError` that names it."
     manifest = read_manifest(path)
     for name, expected in manifest["files"].items():
         file = path/name
         if not file.is_file(): raise BundleError(f"{file}: the file is missing; train again or restore it from a copy")
         if (size := file.stat().st_size) != expected["bytes"]:
-            raise BundleError(
-                f"{file}: {size:,} bytes, the manifest says {expected['bytes']:,}; the copy is incomplete"
-            )
+            sizes = f"{size:,} bytes, the manifest says {expected['bytes']:,}"
+            raise BundleError(f"{file}: {sizes}; the copy is incomplete")
         if hashes and _sha256(file) != expected["sha256"]:
-            raise BundleError(
-                f"{file}: its content does not have the sha256 of the manifest; the file was changed or damaged"
-            )
+            what = "its content does not have the sha256 of the manifest; the file was changed or damaged"
+            raise BundleError(f"{file}: {what}")
     return manifest
 
+# %% ../../nbs/bundle/files.ipynb #a8f03932
 def open_bundle(
     models_dir:Path,
     version:str|None=None, # None: the one that `current` names
     verify:bool=False,     # also compare the hashes
 )->Bundle:
-    "Open a bundle after checking its files, shapes and types."
+    "Open a bundle after checking its files, shapes and types; a `BundleError` names the file and the mismatch."
     models_dir = Path(models_dir)
     version = version or current_version(models_dir)
     if version is None:
-        raise BundleError(
-            f"{models_dir}: no model is live there (there is no file `current`); train one with `product-recs run`"
-        )
+        reason = "no model is live there (there is no file `current`); train one with `product-recs run`"
+        raise BundleError(f"{models_dir}: {reason}")
     path = models_dir/_valid_version(version)
     manifest = verify_files(path, hashes=verify)
     user_factors, item_factors = load_array(path/"user_factors.npy"), load_array(path/"item_factors.npy")
@@ -248,16 +222,9 @@ def open_bundle(
             raise BundleError(f"{path/name}.npy: {array.ndim}-dimensional {array.dtype}, expected a float32 matrix")
     seen = load_csr(path, "seen", shape)
     _check_shapes(user_factors, item_factors, seen.shape, *shape, where=str(path))
+    ids = IdTable(users.pop("user_id")), IdTable(items.pop("item_id"))
     return Bundle(
-        path,
-        manifest,
-        user_factors,
-        item_factors,
-        seen,
-        IdTable(users.pop("user_id")),
-        IdTable(items.pop("item_id")),
-        users,
-        items,
+        path, manifest, user_factors, item_factors, seen, *ids, users, items,
         *(_optional(path, name, seen, manifest) for name in ("seen_counts", "seen_age_days")),
         *(_cold(path, name, manifest) for name in ("items", "users")),
         load_left_out(path, shape[1]) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
@@ -277,7 +244,7 @@ def _optional(path:Path, name:str, seen:csr_matrix, manifest:dict)->csr_matrix|N
 def current_version(
     models_dir:Path,
 )->str|None: # None where nothing is live
-    "Name of the live version."
+    "Name of the live version; a `BundleError` where `current` holds no name."
     try: name = (Path(models_dir)/"current").read_text(encoding="utf-8").strip()
     except (FileNotFoundError, NotADirectoryError): return None
     except UnicodeDecodeError as error:
@@ -297,21 +264,21 @@ def previous_versions(
     "Versions that were live before the one that is."
     try: names = (Path(models_dir)/"previous").read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError): return []
-    live, there = live_version(models_dir), set(list_versions(models_dir))
-    return [name for name in names if name != live and name in there]
+    live, present = live_version(models_dir), set(list_versions(models_dir))
+    return [name for name in names if name != live and name in present]
 
 def publish(
     models_dir:Path,
     version:str,       # a complete bundle in `models_dir`
-    previous:list[str]|None=None, # what to go back to from there, latest first; None: the version that was live, and its own
+    previous:list[str]|None=None, # to go back to, latest first; None: the version that was live, and those before it
 )->None:
-    "Make a version the live one, after comparing its files with its manifest."
+    "Make a version the live one; a `BundleError` where its files are not those of its manifest."
     models_dir = Path(models_dir)
     verify_files(models_dir/_valid_version(version))
     live, before = live_version(models_dir), previous_versions(models_dir)
     if previous is None: previous = before if live in (None, version) else [live, *before]
-    if kept := [name for name in previous if name != version][:10]:
-        atomic_write(models_dir/"previous", "\n".join(kept) + "\n")
+    if remembered := [name for name in previous if name != version][:10]:
+        atomic_write(models_dir/"previous", "\n".join(remembered) + "\n")
     else: (models_dir/"previous").unlink(missing_ok=True)
     atomic_write(models_dir/"current", version + "\n")
 

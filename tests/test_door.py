@@ -1,0 +1,161 @@
+"""One door: the service over HTTP, the command line and the batch give one list to one user at one moment."""
+
+import json
+import subprocess
+import sys
+
+import duckdb
+import numpy as np
+import pytest
+from scipy.sparse import csr_matrix
+from test_api import ROOT, Server
+
+from product_recs.answer.recommender import open_recommender
+from product_recs.bundle.checkerboard import publish_checkerboard
+from product_recs.core.ids import IdTable
+from product_recs.data.arrays import save_table
+from product_recs.data.left_out import LeftOut
+from product_recs.inference import recommend_all, recommend_many
+from product_recs.jobs.cli import main
+from product_recs.models.signals import SIGNALS, BlendWeights
+
+N = 60  # users, and items 101 to 160; the even ones are tea, the odd ones coffee
+TRAINED, LEFT_OUT, COLD = range(1, N + 1), 501, 700
+EVERYBODY = [*range(1, N + 1, 19), 2, 3, 4, 5, 6, LEFT_OUT, COLD, 999, "nobody", "guest"]
+ITEMS = [101, 102, 900, 905]  # the last two are in the products file only
+WEIGHTS = dict(zip(SIGNALS, (0.5, -0.2, 0.3, 1.0, 0.7, 0.9, -0.4, 0.2)))
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    "A model with histories, a blend, cold items and users, and a user whom the minimum counts left out."
+    folder = tmp_path_factory.mktemp("door")
+    kinds = np.array(["coffee", "tea"] * (N // 2), object)
+    cold_items, cold_users = folder / "cold_items.parquet", folder / "cold_users.parquet"
+    save_table(cold_items, {"item_id": np.array([900, 905]), "category": np.array(["tea", "coffee"], object)})
+    save_table(cold_users, {"user_id": np.array([COLD]), "age": np.array(["young"], object)})
+    pairs = csr_matrix(([1.0, 2.0], ([0, 0], [2, N])), shape=(1, N + 1), dtype=np.float32)
+    draw = np.random.default_rng(1)
+
+    def ages(seen):
+        ages = seen.copy()
+        ages.data = draw.integers(0, 90, seen.nnz).astype(np.float32)
+        return ages
+
+    def counts(seen):
+        counts = seen.copy()
+        counts.data = draw.integers(1, 5, seen.nnz).astype(np.float32)
+        return counts
+
+    publish_checkerboard(
+        folder / "models",
+        N,
+        item_columns={"category": kinds, "price": np.arange(float(N))},
+        user_columns={"age": np.array(["old", "young"] * (N // 2), object)},
+        counts=counts,
+        age_days=ages,
+        blend=BlendWeights(WEIGHTS, -2.0, 30.0, 30.0, {}).to_json(),
+        cold_items=cold_items,
+        cold_users=cold_users,
+        left_out=LeftOut(N, IdTable([LEFT_OUT]), IdTable([905]), pairs, pairs.copy(), pairs * 0),
+    )
+    with Server(folder, folder / "models") as server:
+        yield folder, server
+
+
+def over_http(server, n):
+    lists = {}
+    for user in EVERYBODY:
+        for task in ("discovery", "next_purchase"):
+            status, headers, body = server.get(f"/recommend/{user}?n={n}&task={task}&detail=true")
+            assert status == 200, body
+            scores = [item["score"] for item in body["items"]]
+            lists[user, task] = body["source"], body["recommendations"], scores, body["shortfall"]
+    for item in ITEMS:
+        status, _, body = server.get(f"/similar/{item}?n={n}&detail=true")
+        assert status == 200, body
+        lists["similar", item] = body["source"], body["similar"]
+    return lists
+
+
+def on_the_command_line(capsys, n):
+    def ask(*words):
+        assert main([*words, "-n", str(n), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    lists = {}
+    for user in EVERYBODY:
+        for task in ("discovery", "next_purchase"):
+            answer = ask("recommend", str(user), "--task", task)
+            lists[user, task] = tuple(answer[name] for name in ("source", "recommendations", "scores", "shortfall"))
+    for item in ITEMS:
+        answer = ask("similar", str(item))
+        lists["similar", item] = answer["source"], answer["recommendations"]
+    return lists
+
+
+def compare(folder, server, capsys, n):
+    "The lists, which are the same from each side."
+    served, asked = over_http(server, n), on_the_command_line(capsys, n)
+    assert served.keys() == asked.keys()
+    for question, (source, items, *more) in served.items():
+        assert (source, items) == asked[question][:2], question
+        if more:
+            assert np.allclose(more[0], asked[question][2], atol=1e-5) and more[1] == asked[question][3], question
+    with open_recommender(folder / "models", f"sqlite:///{folder}/feedback.db") as recommender:
+        for user, answer in zip(EVERYBODY, recommend_many(recommender, EVERYBODY, n)):
+            source, items, scores, shortfall = served[user, "discovery"]
+            assert (answer.source, answer.items, answer.shortfall) == (source, items, shortfall), user
+            assert np.allclose(answer.scores, scores, atol=1e-5), user
+        recommend_all(recommender, folder / "lists.parquet", n, block=16, progress=False)
+    query = f"SELECT user_id, list(item_id ORDER BY rank) FROM read_parquet('{folder}/lists.parquet') GROUP BY 1"
+    written = dict(duckdb.connect().execute(query).fetchall())
+    assert written.keys() == set(TRAINED)
+    for user in set(EVERYBODY) & set(TRAINED):
+        assert written[user] == served[user, "discovery"][1], user
+    return served
+
+
+@pytest.mark.parametrize("n", [5, 45])  # 45: more than a user has left
+def test_every_door_gives_the_same_list(shop, capsys, monkeypatch, n):
+    folder, server = shop
+    monkeypatch.setenv("PRODUCT_RECS_MODELS_DIR", str(folder / "models"))
+    monkeypatch.setenv("PRODUCT_RECS_DATABASE_URL", f"sqlite:///{folder}/feedback.db")
+    before = compare(folder, server, capsys, n)
+    sources = {source for source, *_ in before.values()}
+    if n == 5:  # nobody has told anything yet
+        assert sources == {"personalised", "next_purchase", "session", "segment", "popular", "similar", "content"}
+        assert before[LEFT_OUT, "discovery"][0] == "session" and before[COLD, "discovery"][0] == "segment"
+    events = [
+        {"user_id": 1, "item_id": 101, "event": "deny"},
+        {"user_id": 2, "item_id": 101},
+        {"user_id": 2, "item_id": 103},
+        {"user_id": 3, "item_id": 900},
+        {"user_id": LEFT_OUT, "item_id": 104},
+        {"user_id": COLD, "item_id": 106},
+        {"user_id": 999, "item_id": 900},
+        {"user_id": "guest", "item_id": 102},
+    ]
+    assert server.ask("POST", "/events", {"events": events})[0] == 200
+    availability = [{"item_id": item, "available": False} for item in (102, 105, 107)]
+    assert server.ask("POST", "/availability", {"items": availability})[0] == 200
+    assert server.ask("DELETE", "/users/4")[0] == 200
+    after = compare(folder, server, capsys, n)
+    assert all(not {102, 105, 107} & set(answer[1]) for answer in after.values())
+    assert 101 not in after[1, "discovery"][1] and after[4, "discovery"][0] == "popular"
+    assert {101, 103}.isdisjoint(after[2, "discovery"][1]) and after[999, "discovery"][0] == "content"
+    assert after["guest", "discovery"][0] == after[COLD, "discovery"][0] == "session"
+    changed = [question for question in after if after[question] != before[question]]
+    assert n != 5 or len(changed) > 20
+
+
+def test_the_installed_command_does_too(shop, monkeypatch):
+    folder, server = shop
+    environment = {"PRODUCT_RECS_MODELS_DIR": str(folder / "models"), "PYTHONPATH": str(ROOT)}
+    environment["PRODUCT_RECS_DATABASE_URL"] = f"sqlite:///{folder}/feedback.db"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    program = "import sys; from product_recs.jobs.cli import main; sys.exit(main())"
+    words = [sys.executable, "-c", program, "recommend", "2", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, cwd=folder)
+    assert json.loads(done.stdout)["recommendations"] == server.get("/recommend/2")[2]["recommendations"]
