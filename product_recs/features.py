@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import duckdb
 import numpy as np
@@ -44,52 +45,56 @@ def _moment(name:str, given:str|date)->datetime:
         return moment.to_pydatetime(warn=False)
     except (ValueError, OverflowError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise FeatureError(
-            f"{name}={given!r}: must be a date such as 2026-06-01 or a time such as 2026-06-01T12:00:00Z ({reason})"
-        ) from None
+        raise FeatureError(f"{name}={given!r}: must be a date such as 2026-06-01 or a time such as "
+                           f"2026-06-01T12:00:00Z ({reason})") from None
 
 def choose_split(
     database:duckdb.DuckDBPyConnection, # with a view `interactions`
-    validation_from:str|date="",        # date or time, UTC where it names no zone; "" for the day at 80 % of the interactions
-    test_from:str|date="",              # likewise at 90 %
-)->dict[str, str]:                      # starts, validation_from, test_from, ends as ISO; empty where the log has no timestamps
-    "The moments that part training, validation and test."
-    starts, ends, at_80, at_90 = database.execute("""WITH days AS (SELECT date_trunc('day', timestamp)::TIMESTAMP AS day, count(*) AS rows, min(timestamp) AS starts, max(timestamp) AS ends
-            FROM interactions WHERE timestamp IS NOT NULL GROUP BY 1), happened AS (SELECT *, sum(rows) OVER (ORDER BY
-            day) AS until, sum(rows) OVER () AS total FROM days)
-        SELECT min(starts), max(ends), min(day) FILTER (until >= total * 0.8::DOUBLE), min(day) FILTER (until >= total
-        * 0.9::DOUBLE) FROM happened""").fetchone()
+    validation_from:str|date="",        # date or time, UTC where it names no zone; "": the day at 80 % of the rows
+    test_from:str|date="",              # likewise; "": the day at 90 %
+)->dict[str, str]:                      # starts, validation_from, test_from, ends as ISO; empty without timestamps
+    "The moments that part training, validation and test; raises `FeatureError` where they cannot lie in this order."
+    starts, ends, at_80, at_90 = database.execute("""WITH
+        days AS (SELECT date_trunc('day', timestamp)::TIMESTAMP AS day, count(*) AS rows,
+            min(timestamp) AS starts, max(timestamp) AS ends FROM interactions WHERE timestamp IS NOT NULL GROUP BY 1),
+        sums AS (SELECT *, sum(rows) OVER (ORDER BY day) AS until, sum(rows) OVER () AS total FROM days)
+        SELECT min(starts), max(ends), min(day) FILTER (until >= total * 0.8::DOUBLE),
+            min(day) FILTER (until >= total * 0.9::DOUBLE) FROM sums""").fetchone()
+    given = {"validation_from": validation_from, "test_from": test_from}
+    given = {name: moment for name, moment in given.items() if moment}
     if starts is None:
-        if validation_from or test_from:
-            raise FeatureError("validation_from and test_from need timestamps, and these interactions have none")
+        if given: raise FeatureError("validation_from and test_from need timestamps, and these interactions have none")
         return {}
-    given = {
-        name: _moment(name, text)
-        for name, text in (("validation_from", validation_from), ("test_from", test_from))
-        if text
-    }
+    given = {name: _moment(name, moment) for name, moment in given.items()}
     split = {"starts": starts, "validation_from": at_80, "test_from": at_90, "ends": ends} | given
-    if test_from and not validation_from and split["validation_from"] >= split["test_from"]:
+    if "test_from" in given and "validation_from" not in given and split["validation_from"] >= split["test_from"]:
         split["validation_from"] = starts + (split["test_from"] - starts) * 0.9
     if not starts < split["validation_from"] < split["test_from"] <= ends:
-        if given:
-            says = lambda name: (
-                f"{name}={split[name].isoformat(' ')}" + ("" if name in given else " (chosen, since none was given)")
-            )
-            between = f"between {starts.isoformat(' ')} and {ends.isoformat(' ')}"
-            raise FeatureError(f"{says('validation_from')} and {says('test_from')} must lie in this order {between}")
-        return {}
+        if not given: return {}
+        chosen = lambda name: "" if name in given else " (chosen, since none was given)"
+        dates = " and ".join(f"{name}={split[name].isoformat(' ')}{chosen(name)}"
+                             for name in ("validation_from", "test_from"))
+        raise FeatureError(f"{dates} must lie in this order between {starts.isoformat(' ')} and {ends.isoformat(' ')}")
     return {name: moment.isoformat() for name, moment in split.items()}
 
 # %% ../nbs/02_features.ipynb #7772acb6
 UNTIMED = -2**63 # the time of a row without a timestamp: before every moment
+BLOCK = 1 << 18  # rows looked at together: they stay in the cache of the processor
+
+class _Log(NamedTuple):
+    "The interactions, one row each, sorted by user and item."
+    user: np.ndarray  # int32, row number of the id
+    item: np.ndarray  # int32, likewise
+    worth: np.ndarray # float64, before decay
+    time: np.ndarray  # int64, microseconds since 1970; UNTIMED
+
+    def part(self, first:int, end:int)->"_Log": return _Log(*(column[first:end] for column in self))
 
 def _number_ids(database, key:str, table:str)->None:
     "Table `table`: the ids of the log in order, numbered, with the first and the last time they were seen."
     database.execute(f"""CREATE TABLE {table} AS SELECT (row_number() OVER (ORDER BY {key}) - 1)::INTEGER AS row,
-        {key}, first_seen, last_seen
-        FROM (SELECT {key}, min(timestamp) AS first_seen, max(timestamp) AS last_seen FROM interactions GROUP BY
-        {key})""")
+        {key}, first_seen, last_seen FROM
+        (SELECT {key}, min(timestamp) AS first_seen, max(timestamp) AS last_seen FROM interactions GROUP BY {key})""")
 
 def _coded(database, key:str, table:str)->tuple[str, np.ndarray|None]:
     "SQL of an id as a whole number, and the sorted ids that turn it into a row number (None: it is one)."
@@ -112,28 +117,22 @@ def _row_numbers(values:np.ndarray, ids:np.ndarray|None)->np.ndarray:
     return table[values]
 
 # %% ../nbs/02_features.ipynb #7162c1fc
-def _read_log(database, parameters:dict)->tuple[np.ndarray, ...]:
-    """Row number of the user and the item, worth before decay and time in microseconds of each interaction, sorted by
-    user and item."""
-    (user, users), (item, items) = (
-        _coded(database, *side) for side in (("user_id", "log_users"), ("item_id", "log_items"))
-    )
-    found = database.execute(f"""SELECT {user} AS user, {item} AS item,
+def _read_log(database, parameters:dict)->_Log:
+    "The log of the view `interactions`."
+    user, users = _coded(database, "user_id", "log_users")
+    item, items = _coded(database, "item_id", "log_items")
+    columns = database.execute(f"""SELECT {user} AS user, {item} AS item,
         {worth_sql(parameters["event_weights"], parameters["quantity"])}::DOUBLE AS worth,
         coalesce(epoch_us(timestamp), {UNTIMED + 1} - 1) AS time FROM interactions""").fetchnumpy()
-    user, item, worth, time = (
-        _row_numbers(found.pop("user"), users),
-        _row_numbers(found.pop("item"), items),
-        found["worth"],
-        found["time"],
-    )
-    def turned(first): # whether two rows stand in the wrong order
-        u, i = user[first:first + BLOCK + 1], item[first:first + BLOCK + 1]
+    user, item = _row_numbers(columns.pop("user"), users), _row_numbers(columns.pop("item"), items)
+    log = _Log(user, item, columns["worth"], columns["time"])
+    def unsorted(first):
+        u, i, *_ = log.part(first, first + BLOCK + 1)
         return ((u[1:] < u[:-1]) | ((u[1:] == u[:-1]) & (i[1:] < i[:-1]))).any()
-    if any(turned(first) for first in range(0, len(user), BLOCK)): # another program wrote the file
-        order = np.lexsort((worth, time, item, user))
-        user, item, worth, time = (column[order] for column in (user, item, worth, time))
-    return user, item, worth, time
+    if any(unsorted(first) for first in range(0, len(user), BLOCK)): # another program wrote the file
+        order = np.lexsort((log.worth, log.time, item, user))
+        log = _Log(*(column[order] for column in log))
+    return log
 
 # %% ../nbs/02_features.ipynb #7dd653dd
 def _micros(moment:str)->int: return int(np.datetime64(moment, "us").astype(np.int64))
@@ -141,83 +140,86 @@ def _micros(moment:str)->int: return int(np.datetime64(moment, "us").astype(np.i
 def _counts(chosen:np.ndarray|None, starts:np.ndarray, rows:int)->np.ndarray:
     "How many rows of each pair are chosen (None: all), as float32."
     borders = np.append(starts, rows)
-    return np.diff(
-        borders if chosen is None else np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]
-    ).astype(np.float32)
+    if chosen is not None: borders = np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]
+    return np.diff(borders).astype(np.float32)
 
-def _snapshot(log:tuple, starts:np.ndarray, until:str|None, ends:int, half_life:float)->dict[str, np.ndarray]:
-    """Sum of the worth, number of the rows and age in days of each pair, over the rows known before `until` (None: all,
-    up to `ends`)."""
-    _, _, worth, time = log
+def _snapshot(log:_Log, starts:np.ndarray, until:str|None, ends:int, half_life:float)->dict[str, np.ndarray]:
+    "Sum of the worth, number of rows and age in days of each pair, of what was known before `until`; None: at `ends`."
+    worth, time = log.worth, log.time
     moment = _micros(until) if until else ends
     known = time < moment if until else None
     when = np.where(time == UNTIMED, moment, time) if (time == UNTIMED).any() else time # a row without a time has age 0
     # what is not known yet is taken out below
     if half_life: worth = worth * np.exp2(np.minimum(when - moment, 0) / (half_life * 86_400e6))
     if until: worth, when = worth * known, np.where(known, when, UNTIMED)
-    return {
-        "confidence": np.maximum(np.add.reduceat(worth, starts), LEAST).astype(np.float32),
-        "counts": _counts(known, starts, len(time)),
-        "age_days": ((moment - np.maximum.reduceat(when, starts)) / 86_400e6).astype(np.float32),
-    }
+    return {"confidence": np.maximum(np.add.reduceat(worth, starts), LEAST).astype(np.float32),
+            "counts": _counts(known, starts, len(time)),
+            "age_days": ((moment - np.maximum.reduceat(when, starts)) / 86_400e6).astype(np.float32)}
 
-BLOCK = 1 << 18 # rows looked at together: they stay in the cache of the processor
+# %% ../nbs/02_features.ipynb #a6ee8874
+def _pair_end(user:np.ndarray, item:np.ndarray, row:int, step:int=1024)->int:
+    "The first row from `row` on that belongs to another pair than the row before."
+    for start in range(row, len(user), step):
+        part = slice(start, start + step)
+        other = (user[part] != user[row - 1]) | (item[part] != item[row - 1])
+        if other.any(): return start + int(other.argmax())
+    return len(user)
 
 def _borders(user:np.ndarray, item:np.ndarray)->list[int]:
     "Row numbers that part the log into blocks, never inside a pair."
     borders, rows = [0], len(user)
-    while (end := borders[-1] + BLOCK) < rows:
-        while (
-            end < rows
-            and not (new := (user[end : end + 1024] != user[end - 1]) | (item[end : end + 1024] != item[end - 1])).any()
-        ):
-            end += 1024
-        if end < rows: borders.append(end + int(new.argmax()))
-        else: break
-    return [*borders, rows]
+    while borders[-1] + BLOCK < rows: borders.append(_pair_end(user, item, borders[-1] + BLOCK))
+    return borders if borders[-1] == rows else [*borders, rows]
 
-def _starts(log:tuple, first:int, end:int)->np.ndarray:
+def _starts(log:_Log, first:int, end:int)->np.ndarray:
     "Where the pairs of a block begin, counted from `first`."
-    user, item = (column[first:end] for column in log[:2])
+    user, item, *_ = log.part(first, end)
     return np.append(0, np.flatnonzero((user[1:] != user[:-1]) | (item[1:] != item[:-1])) + 1).astype(np.int32)
 
-def _by_blocks(pool:ThreadPoolExecutor, log:tuple, blocks:list, summed:Callable, room:dict[str, np.ndarray])->dict[str, np.ndarray]:
-    """User, item and what `summed` finds of each pair whose `counts` are not 0; in the arrays of `room`, which the next
-    call writes over."""
-    def one(block):
-        first, end, starts = block
-        part = tuple(column[first:end] for column in log)
-        found = summed(part, starts)
-        kept = np.flatnonzero(found["counts"])
-        if len(kept) < len(starts): found, starts = {name: values[kept] for name, values in found.items()}, starts[kept]
-        return found | {"user": part[0][starts], "item": part[1][starts]}
-    size = 0
-    for found in pool.map(one, blocks): # in their order
-        before, size = size, size + len(found["user"])
-        for name, values in found.items():
-            if name not in room: room[name] = np.empty(len(log[0]), values.dtype)
-            room[name][before:size] = values
-    return {name: room[name][:size] for name in found}
+class _Pairs:
+    "The pairs of a log, summed in whatever way; the arrays of a result are written over by the next call."
+    def __init__(self, pool:ThreadPoolExecutor, log:_Log):
+        borders = _borders(log.user, log.item)
+        starts = pool.map(lambda first, end: _starts(log, first, end), borders, borders[1:])
+        self.log, self.pool, self.blocks, self.room = log, pool, list(zip(borders, borders[1:], starts)), {}
 
+    def summed(self,
+        values:Callable, # part of the log, where its pairs start -> name -> value of each pair, `counts` among them
+    )->dict[str, np.ndarray]:
+        "User, item and the values of each pair whose `counts` are not 0."
+        def of_block(block):
+            first, end, starts = block
+            part = self.log.part(first, end)
+            pairs = values(part, starts)
+            filled = np.flatnonzero(pairs["counts"])
+            if len(filled) < len(starts):
+                pairs, starts = {name: column[filled] for name, column in pairs.items()}, starts[filled]
+            return pairs | {"user": part.user[starts], "item": part.item[starts]}
+        size = 0
+        for pairs in self.pool.map(of_block, self.blocks): # in their order
+            first, size = size, size + len(pairs["user"])
+            for name, column in pairs.items():
+                if name not in self.room: self.room[name] = np.empty(len(self.log.user), column.dtype)
+                self.room[name][first:size] = column
+        return {name: self.room[name][:size] for name in pairs}
+
+# %% ../nbs/02_features.ipynb #53fcac87
 def _enough(user:np.ndarray, item:np.ndarray, parameters:dict)->np.ndarray|slice:
     "Which pairs are left: items with enough users first, then users with enough of these items."
-    kept = slice(None)
+    left = slice(None)
     for side, least in ((item, parameters["min_item_users"]), (user, parameters["min_user_items"])):
-        if least > 1:
-            kept = (np.bincount(side[kept], minlength=side.max(initial=0) + 1) >= least)[side] & (
-                True if isinstance(kept, slice) else kept
-            )
-    return kept
+        if least < 2: continue
+        enough = (np.bincount(side[left], minlength=side.max(initial=0) + 1) >= least)[side]
+        left = enough if isinstance(left, slice) else enough & left
+    return left
 
 # %% ../nbs/02_features.ipynb #c1057336
 def _csr(pairs:dict[str, np.ndarray], value:str, shape:tuple[int, int])->csr_matrix:
     "Pairs sorted by row and column as CSR, without another sort."
     indptr = np.searchsorted(pairs["user"], np.arange(shape[0] + 1, dtype=pairs["user"].dtype))
     index = np.int32 if len(pairs["user"]) < 2**31 else np.int64
-    return csr_matrix(
-        (pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False), indptr.astype(index)),
-        shape=shape,
-    )
+    values = pairs[value].astype(np.float32, copy=False), pairs["item"].astype(index, copy=False), indptr.astype(index)
+    return csr_matrix(values, shape=shape)
 
 # %% ../nbs/02_features.ipynb #5a2d759c
 def _checked(parameters:dict)->dict:
@@ -228,17 +230,15 @@ def _checked(parameters:dict)->dict:
             raise FeatureError(f"{name}={parameters[name]!r}: must be one of {', '.join(known)}")
     for name in ("min_user_items", "min_item_users"):
         parameters[name] = number(name, parameters[name], 1, 2**31 - 1, whole=True, error=FeatureError)
-    days = parameters["half_life_days"] = number(
-        "half_life_days", parameters["half_life_days"], 0, 1e6, error=FeatureError
-    )
+    days = number("half_life_days", parameters["half_life_days"], 0, 1e6, error=FeatureError)
     if 0 < days < 1e-4:
         raise FeatureError(f"half_life_days={days!r}: must be 0, for no decay, or at least 0.0001, some seconds")
-    return parameters
+    return parameters | {"half_life_days": days}
 
 # %% ../nbs/02_features.ipynb #b3f97f15
-def _id_table(database, key:str, kept:np.ndarray, popularity:np.ndarray, attributes:Path, out:Path)->None:
-    "The Parquet file of the ids with the row numbers `kept`: popularity, span and the attributes."
-    database.register("kept", {"row": kept, "popularity": popularity})
+def _id_table(database, key:str, rows:np.ndarray, popularity:np.ndarray, attributes:Path, out:Path)->None:
+    "The Parquet file of the ids with these row numbers: popularity, span and the attributes."
+    database.register("chosen", {"row": rows, "popularity": popularity})
     extra, join = "", ""
     if attributes.exists():
         names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {parquet(attributes)}").fetchall()]
@@ -246,20 +246,100 @@ def _id_table(database, key:str, kept:np.ndarray, popularity:np.ndarray, attribu
             raise FeatureError(f"{attributes}: the model counts {', '.join(sorted(taken))} itself; run 01_ingest again")
         extra = "".join(f", a.{named(name)}" for name in names if name != key)
         join = f"LEFT JOIN {parquet(attributes)} a ON a.{key} = t.{key}"
-    database.execute(f"""COPY (SELECT t.{key}, k.popularity, t.first_seen, t.last_seen{extra} FROM log_{out.stem} t
-        JOIN kept k ON k.row = t.row {join} ORDER BY t.row) TO {file_name(out)} (FORMAT parquet)""")
-    database.unregister("kept")
+    database.execute(f"""COPY (SELECT t.{key}, c.popularity, t.first_seen, t.last_seen{extra} FROM log_{out.stem} t
+        JOIN chosen c ON c.row = t.row {join} ORDER BY t.row) TO {file_name(out)} (FORMAT parquet)""")
+    database.unregister("chosen")
     if attributes.exists(): _cold_rows(database, key, attributes, out)
 
 def _cold_rows(database, key:str, attributes:Path, table:Path)->None:
-    """The rows of the attributes that the id table does not have, beside it as `cold_users.parquet` or
-    `cold_items.parquet`; no file where there are none."""
+    "Write the rows of the attributes that the id table lacks as `cold_users` or `cold_items`, if there are any."
     cold = f"{parquet(attributes)} a ANTI JOIN {parquet(table)} USING ({key})"
     if not database.execute(f"SELECT count(*) FROM {cold}").fetchall()[0][0]: return
     out = file_name(table.with_name(f"cold_{table.name}"))
     database.execute(f"COPY (SELECT a.* FROM {cold} ORDER BY {key}) TO {out} (FORMAT parquet, ROW_GROUP_SIZE 10240)")
 
-# %% ../nbs/02_features.ipynb #bca7ac55
+# %% ../nbs/02_features.ipynb #40bfaefc
+def _write_ids(database, column:np.ndarray, key:str, attributes:Path, out:Path)->np.ndarray:
+    "Write the id table of one side; row number in the log -> row number in the matrices, -1 for who has left."
+    (known,), = database.execute(f"SELECT count(*) FROM log_{out.stem}").fetchall()
+    popularity, step = np.zeros(known, np.int32), max(BLOCK, known)
+    for first in range(0, len(column), step):
+        popularity += np.bincount(column[first:first + step], minlength=known).astype(np.int32)
+    left = np.flatnonzero(popularity).astype(np.int32)
+    _id_table(database, key, left, popularity[left], attributes, out)
+    rows = np.full(known, -1, np.int32)
+    rows[left] = np.arange(len(left), dtype=np.int32)
+    return rows
+
+def _write_id_tables(database, folder:Path, interactions:Path, pairs:dict, parameters:dict)->dict[str, np.ndarray]:
+    "Both id tables, from the pairs that are left at the end; see `_write_ids`."
+    if not len(pairs["user"]):
+        raise FeatureError(f"no pair is left with min_user_items={parameters['min_user_items']} and "
+                           f"min_item_users={parameters['min_item_users']}; lower them")
+    files = {"user": "users.parquet", "item": "products.parquet"}
+    return {side: _write_ids(database, pairs[side], f"{side}_id", interactions/file, folder/f"{side}s.parquet")
+            for side, file in files.items()}
+
+def _numbered(pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray])->dict[str, np.ndarray]:
+    "The pairs with the row numbers of the matrices; the same arrays where nobody has left."
+    return pairs | {side: row[pairs[side]] for side, row in rows.items() if row[-1] != len(row) - 1}
+
+def _write_targets(folder:Path, pairs:_Pairs, split:dict, rows:dict[str, np.ndarray], shape:tuple[int, int])->None:
+    "What happened in the validation and the test period."
+    for name, start, end in (("validation", "validation_from", "test_from"), ("test", "test_from", "")):
+        since, before = (_micros(split[moment]) if split and moment else 2**63 - 1 for moment in (start, end))
+        def counted(part, starts, since=since, before=before):
+            return {"counts": _counts((part.time >= since) & (part.time < before), starts, len(part.time))}
+        targets = _numbered(pairs.summed(counted), rows)
+        left = (targets["user"] >= 0) & (targets["item"] >= 0)
+        save_csr(folder, name, _csr({value: column[left] for value, column in targets.items()}, "counts", shape))
+
+# %% ../nbs/02_features.ipynb #6f32d634
+def _left_out(database, pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray], known:int)->LeftOut:
+    "The pairs that the minimum counts keep away from the training, by the numbers of the log."
+    if not len(pairs["user"]): return NO_LEFT_OUT
+    ids = {side: database.execute(f"SELECT {side}_id AS id FROM log_{side}s ORDER BY row").fetchnumpy()["id"]
+           for side in ("user", "item")}
+    users, user = np.unique(pairs["user"], return_inverse=True)
+    column = rows["item"][pairs["item"]].astype(np.int64)
+    items = np.unique(pairs["item"][column < 0])
+    column = np.where(column < 0, known + np.searchsorted(items, pairs["item"]), column)
+    order = np.lexsort((column, user))
+    values = ("confidence", "counts", "age_days")
+    pairs = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32),
+             **{name: pairs[name][order] for name in values}}
+    shape = len(users), known + len(items)
+    matrices = (_csr(pairs, name, shape) for name in values)
+    return LeftOut(known, IdTable(ids["user"][users]), IdTable(ids["item"][items]), *matrices)
+
+# %% ../nbs/02_features.ipynb #2ba59bb4
+def _write_matrices(database, folder:Path, interactions:Path, split:dict,
+                    parameters:dict)->tuple[tuple[int, int], float|None]:
+    "Id tables, snapshots and targets as files; the shape, and the mean total of a user where BM25 needs it."
+    for key, table in (("user_id", "log_users"), ("item_id", "log_items")): _number_ids(database, key, table)
+    log, half_life = _read_log(database, parameters), parameters["half_life_days"]
+    ends = max(int(log.time.max()), 0) # of the log, also where it is too short for a split; 0 without times
+    with ThreadPoolExecutor(os.cpu_count()) as pool: # NumPy releases the interpreter lock while it works
+        pairs, mean_total = _Pairs(pool, log), None
+        for name in ("all", "train_validation", "train"):
+            until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
+            every = pairs.summed(lambda part, starts, until=until: _snapshot(part, starts, until, ends, half_life))
+            enough = _enough(every["user"], every["item"], parameters)
+            known = {value: column[enough] for value, column in every.items()}
+            if name == "all":
+                rows = _write_id_tables(database, folder, interactions, known, parameters)
+                shape = tuple(int(row.max()) + 1 for row in rows.values())
+                if not isinstance(enough, slice):
+                    gone = {value: column[~enough] for value, column in every.items()}
+                    save_left_out(folder, _left_out(database, gone, rows, shape[1]))
+            sums = _csr(_numbered(known, rows), "confidence", shape)
+            if name == "all" and parameters["weighting"] == "bm25": mean_total = mean_user_total(sums)
+            save_csr(folder, f"{name}_confidence", weighted(sums, parameters["weighting"]))
+            for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", known[value])
+        _write_targets(folder, pairs, split, rows, shape)
+    return shape, mean_total
+
+# %% ../nbs/02_features.ipynb #9cb1fb88
 def build_features(
     interactions:str|Path,          # folder that `ingest` wrote
     out:str|Path,                   # folder to write
@@ -274,137 +354,42 @@ def build_features(
     test_from:str="",               # ISO date; "": the day at 90 %
     memory_limit:str="2GB",         # of DuckDB; beyond it, it spills to disk
 )->Features:
-    "Turn ingested interactions into the feature artifact in `out`."
-    parameters = _checked(dict(event_weights=EVENT_WEIGHTS if event_weights is None else event_weights, quantity=quantity, half_life_days=half_life_days,
-        weighting=weighting, min_user_items=min_user_items, min_item_users=min_item_users, validation_from=str(validation_from), test_from=str(test_from)))
+    "Turn ingested interactions into the feature artifact in `out`; raises `FeatureError` where that fails."
+    parameters = _checked(dict(
+        event_weights=EVENT_WEIGHTS if event_weights is None else event_weights, quantity=quantity,
+        half_life_days=half_life_days, weighting=weighting, min_user_items=min_user_items,
+        min_item_users=min_item_users, validation_from=str(validation_from), test_from=str(test_from)))
     interactions, out = resolve_path(interactions), resolve_path(out)
     log = interactions/"interactions.parquet"
     if not log.exists(): raise FeatureError(f"{log}: the file is missing; run 01_ingest first")
-    failed = "the features stopped at a fault of this program, not of your data. Its log has the details at the level DEBUG."
-    with atomic_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent) as spill, \
-         database_errors(FeatureError, str(log), failed, memory_limit), temporary_database(memory_limit, spill, FeatureError) as database:
+    failed = ("the features stopped at a fault of this program, not of your data. Its log has the details at the level "
+              "DEBUG.")
+    with (atomic_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent) as spill,
+          database_errors(FeatureError, str(log), failed, memory_limit),
+          temporary_database(memory_limit, spill, FeatureError) as database):
         database.execute(f"CREATE VIEW interactions AS SELECT * FROM {parquet(log)}")
         split = choose_split(database, parameters["validation_from"], parameters["test_from"])
         shape, mean_total = _write_matrices(database, folder, interactions, split, parameters)
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
-        (folder/"features.json").write_text(json.dumps({"parameters": parameters, "split": split, "fingerprint": ledger["fingerprint"], "feedback_until": ledger.get("feedback_until"),
-            "rules": ledger.get("rules", {}), "interactions": str(interactions), "mean_total": mean_total, "users": shape[0], "items": shape[1]}, indent=2) + "\n", encoding="utf-8")
+        facts = {"parameters": parameters, "split": split, "fingerprint": ledger["fingerprint"],
+                 "feedback_until": ledger.get("feedback_until"), "rules": ledger.get("rules", {}),
+                 "interactions": str(interactions), "mean_total": mean_total, "users": shape[0], "items": shape[1]}
+        (folder/"features.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return open_features(out)
-
-# %% ../nbs/02_features.ipynb #40bfaefc
-def _write_matrices(database, folder:Path, interactions:Path, split:dict, parameters:dict)->tuple[tuple[int, int], float|None]:
-    """Id tables, snapshots and targets, as files in `folder`; returns the shape, and the mean total of a user where
-    BM25 needs it."""
-    for key, table in (("user_id", "log_users"), ("item_id", "log_items")): _number_ids(database, key, table)
-    log, room = _read_log(database, parameters), {}
-    ends = max(int(log[3].max()), 0) # of the log, also where it is too short for a split; 0 without times
-    with ThreadPoolExecutor(os.cpu_count()) as pool: # NumPy lets go of the interpreter while it works
-        borders = _borders(*log[:2])
-        blocks = list(
-            zip(borders, borders[1:], pool.map(lambda first, end: _starts(log, first, end), borders, borders[1:]))
-        )
-        for name in ("all", "train_validation", "train"):
-            until = split.get(SNAPSHOTS[name]) if SNAPSHOTS[name] else None
-            found = _by_blocks(
-                pool,
-                log,
-                blocks,
-                lambda part, starts, until=until: _snapshot(part, starts, until, ends, parameters["half_life_days"]),
-                room,
-            )
-            kept = _enough(found["user"], found["item"], parameters)
-            every, found = found, {value: column[kept] for value, column in found.items()}
-            if name == "all":
-                if not len(found["user"]):
-                    raise FeatureError(
-                        f"no pair is left with min_user_items={parameters['min_user_items']} and "
-                        f"min_item_users={parameters['min_item_users']}; lower them"
-                    )
-                rows = {
-                    side: _write_ids(
-                        database,
-                        found[side],
-                        f"{side}_id",
-                        interactions / f"{attributes}.parquet",
-                        folder / f"{side}s.parquet",
-                    )
-                    for side, attributes in (("user", "users"), ("item", "products"))
-                }
-                shape = tuple(int(row.max()) + 1 for row in rows.values())
-                if not isinstance(kept, slice):
-                    gone = {value: column[~kept] for value, column in every.items()}
-                    save_left_out(folder, _left_out(database, gone, rows, shape[1]))
-            sums = _csr(_numbered(found, rows), "confidence", shape)
-            if name == "all": mean_total = mean_user_total(sums) if parameters["weighting"] == "bm25" else None
-            save_csr(folder, f"{name}_confidence", weighted(sums, parameters["weighting"]))
-            for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", found[value])
-        for name, start, end in (("validation", "validation_from", "test_from"), ("test", "test_from", "")):
-            since, before = (_micros(split[moment]) if split and moment else 2**63 - 1 for moment in (start, end))
-            found = _by_blocks(
-                pool,
-                log,
-                blocks,
-                lambda part, starts, since=since, before=before: {
-                    "counts": _counts((part[3] >= since) & (part[3] < before), starts, len(part[3]))
-                },
-                room,
-            )
-            found = _numbered(found, rows)
-            kept = (found["user"] >= 0) & (found["item"] >= 0)
-            save_csr(folder, name, _csr({value: column[kept] for value, column in found.items()}, "counts", shape))
-    return shape, mean_total
-
-def _numbered(pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray])->dict[str, np.ndarray]:
-    "The pairs with the row numbers of the matrices; the same arrays where nobody has left."
-    return pairs | {side: row[pairs[side]] for side, row in rows.items() if row[-1] != len(row) - 1}
-
-def _write_ids(database, column:np.ndarray, key:str, attributes:Path, out:Path)->np.ndarray:
-    "Write the id table of one side; row number in the log -> row number in the matrices, -1 for who has left."
-    (known,), = database.execute(f"SELECT count(*) FROM log_{out.stem}").fetchall()
-    popularity, step = np.zeros(known, np.int32), max(BLOCK, known)
-    for first in range(0, len(column), step):
-        popularity += np.bincount(column[first:first + step], minlength=known).astype(np.int32)
-    left = np.flatnonzero(popularity).astype(np.int32)
-    _id_table(database, key, left, popularity[left], attributes, out)
-    rows = np.full(known, -1, np.int32)
-    rows[left] = np.arange(len(left), dtype=np.int32)
-    return rows
-
-# %% ../nbs/02_features.ipynb #6f32d634
-def _left_out(database, pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray], known:int)->LeftOut:
-    "The pairs that the minimum counts keep away from the training, by the numbers of the log."
-    if not len(pairs["user"]): return NO_LEFT_OUT
-    ids = {side: database.execute(f"SELECT {side}_id AS id FROM log_{side}s ORDER BY row").fetchnumpy()["id"]
-           for side in ("user", "item")}
-    users, user = np.unique(pairs["user"], return_inverse=True)
-    column = rows["item"][pairs["item"]].astype(np.int64)
-    items = np.unique(pairs["item"][column < 0])
-    column = np.where(column < 0, known + np.searchsorted(items, pairs["item"]), column)
-    order = np.lexsort((column, user))
-    values = ("confidence", "counts", "age_days")
-    found = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32)} | {
-        name: pairs[name][order] for name in values
-    }
-    shape = len(users), known + len(items)
-    matrices = (_csr(found, name, shape) for name in values)
-    return LeftOut(known, IdTable(ids["user"][users]), IdTable(ids["item"][items]), *matrices)
 
 # %% ../nbs/02_features.ipynb #3f8d95a6
 def ensure_features(
     run:str="sample", # name of the folder in data/processed
     **parameters,     # of `build_features`; none: whatever is there will do
 )->Features:
-    "Features of a run, built first where they are missing or out of date."
+    "Features of a run, built first where they are missing or out of date; raises `FeatureError` or `IngestError`."
     interactions = ensure_ingested(run)
     out = resolve_path(f"data/processed/{run}")/"features"
     with locked(out.with_name(".features.lock")):
-        try: there = open_features(out)
-        except FeatureError: there = None
+        try: features = open_features(out)
+        except FeatureError: features = None
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
-        fresh = there and (there.fingerprint, there.feedback_until, there.rules) == (
-            ledger["fingerprint"],
-            ledger.get("feedback_until"),
-            ledger.get("rules", {}),
-        )
-        if fresh and all(there.parameters[name] == value for name, value in parameters.items()): return there
+        now = ledger["fingerprint"], ledger.get("feedback_until"), ledger.get("rules", {})
+        if features and (features.fingerprint, features.feedback_until, features.rules) == now:
+            if all(features.parameters[name] == value for name, value in parameters.items()): return features
         return build_features(interactions, out, **parameters)

@@ -70,6 +70,19 @@ def test_the_feedback_store_needs_only_what_the_service_has():
     )
 
 
+@pytest.mark.parametrize("module", ["train", "features", "ingest", "evaluate"])
+def test_a_training_without_feedback_brings_no_database(module):
+    "The store and SQLAlchemy cost time and memory; they are imported where feedback or a database is read."
+    program = f"import sys, product_recs.{module}; print(*sys.modules, sep='\\n')"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
+    )
+    modules = run.stdout.split()
+    assert f"product_recs.{module}" in modules
+    assert [m for m in modules if m.split(".")[0] in ("sqlalchemy", "alembic", "psycopg")] == []
+    assert [m for m in modules if m.startswith("product_recs.feedback")] == []
+
+
 def test_importing_the_service_does_no_work(tmp_path):
     program = "import threading, product_recs.api, os; print(threading.active_count(), os.listdir('.'))"
     environment = {

@@ -351,8 +351,8 @@ def test_a_silent_database_delays_one_request_only(postgres_url, opened):
     store, other = opened(Store(postgres_url)), opened(Store(postgres_url))
     store.add_events([NewEvent(1, 101)])
     changes = opened(Changes(store, poll=0.05).start())
-    waits, ask = [], changes._ask
-    changes._ask = lambda: (waits.append(changes.wait), ask())[1]
+    waits, ask = [], changes._follower.ask
+    changes._follower.ask = lambda: (waits.append(changes.wait), ask())[1]
     with other.transaction("hold", write=True) as connection:
         connection.execute(text("LOCK TABLE clock IN ACCESS EXCLUSIVE MODE"))
         store.counter.bump()  # as after a commit
@@ -388,11 +388,11 @@ def test_a_backup_is_noticed(tmp_path, opened):
     store.add_events([NewEvent(1, 102), NewEvent(2, 103)])
     changes = opened(Changes(store, wait=30, poll=0.05).start())
     assert len(changes.state(1).events) == 2
-    changes.store = Store(f"sqlite:///{tmp_path}/restored.db")
+    changes._follower.store = Store(f"sqlite:///{tmp_path}/restored.db")
     (tmp_path / "restored.db").write_bytes(backup)
     until(lambda: len(changes.state(1).events) == 1)
     assert changes.state(2).events == ()
-    changes.store.close()
+    changes._follower.store.close()
 
 
 NEXT = """

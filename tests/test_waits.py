@@ -103,7 +103,7 @@ def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgr
     other = opened(Store(address).open())
     app = create_app(settings_of(models, address))
     service = app.state.service
-    service.desk.changes.wait, service.desk.changes.poll = 5, 60
+    service.desk.changes.wait, service.desk.changes._follower.poll = 5, 60
 
     async def ask(client, done, method, path, body):
         answer = await client.request(method, path, json=body)
@@ -329,8 +329,8 @@ def test_a_view_with_a_limit_knows_what_one_without_knows(url, opened, most, see
             changes.use(until_now)
         for user in chance.sample(users, 3):
             changes.state(user)
-        people = changes._view.people
-        assert people.size == sum(max(1, len(person.received)) for person in people.kept.values()) <= most
+        people = changes._follower.memory.view.people
+        assert people.size == sum(max(1, len(person.received)) for person in people.by_key.values()) <= most
         if chance.random() < 0.3:
             truth = Changes(store, until_now, wait=60, most=10**6).start()
             truth.close()
@@ -368,10 +368,10 @@ def test_who_did_nothing_costs_the_database_nothing(tmp_path, opened, monkeypatc
         assert len(changes.state("busy 3").events) == 10
     assert asked == ["events of users"]
     assert (
-        changes._view.people.size <= 100
+        changes._follower.memory.view.people.size <= 100
         and len(asyncio.run(all_states(changes, [f"busy {number}" for number in range(50)]))[0].events) == 10
     )
-    assert asked == ["events of users"] * 2 and changes._view.people.size <= 100
+    assert asked == ["events of users"] * 2 and changes._follower.memory.view.people.size <= 100
 
 
 def test_who_asked_last_stays_in_memory(tmp_path, opened):  # noqa: F811
@@ -383,7 +383,7 @@ def test_who_asked_last_stays_in_memory(tmp_path, opened):  # noqa: F811
     changes.state("a")
     store.add_events([NewEvent("j", 101), NewEvent("k", 101)])
     changes.state("k")
-    kept = {*changes._view.people.kept}
+    kept = {*changes._follower.memory.view.people.by_key}
     assert {"a", "i", "j", "k"} <= kept and "b" not in kept and changes.state("b").events
 
 
@@ -397,13 +397,13 @@ def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, op
     store.forget("gone")
     changes = opened(Changes(store, wait=60, poll=3600, most=3).start())
     changes.state("b")
-    assert "a" not in changes._view.people.kept
-    changes.store = Store(f"sqlite:///{tmp_path}/feedback.db/none.db")
+    assert "a" not in changes._follower.memory.view.people.by_key
+    changes._follower.store = Store(f"sqlite:///{tmp_path}/feedback.db/none.db")
     for known in (changes.state("a"), asyncio.run(changes.states(["a"]))[0]):
         assert known.events == () and known.denied == {"9"} and changes.stale and "open" in changes.error
     assert changes.state("gone").forgotten and len(changes.state("b").events) == 1 and changes.failures == 1
-    changes.store, changes.poll = store, 0.01
-    changes._wake.set()
+    changes._follower.store, changes._follower.poll = store, 0.01
+    changes._follower.ask()
     until(lambda: not changes.stale)
     assert [event.item_id for event in changes.state("a").events] == ["2", "3", "4"] and changes.state("a").denied == {
         "9"

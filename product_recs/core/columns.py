@@ -16,5 +16,4 @@ class Columns:
     Required = (User, Item)
     Optional = (Event, Quantity, Timestamp)
     All = Required + Optional
-    # what a model knows of each user and item besides the attributes
-    Counted = ("popularity", "first_seen", "last_seen")
+    Counted = ("popularity", "first_seen", "last_seen") # what a model knows of each user and item

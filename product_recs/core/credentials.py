@@ -55,20 +55,21 @@ class CredentialError(ProductRecsError):
 
 MADE = "PRODUCT_RECS_SECRET_" # variables that `by_reference` makes
 
-def _held_by(reference:str)->str:
+def _content(reference:str)->str:
     "What a variable or a file holds."
     kind, where = reference.split(":", 1)
     if kind == "env":
-        if (held := os.environ.get(where, "").strip()): return held
+        if (content := os.environ.get(where, "").strip()): return content
         lost = "; a run set it for a URL with a password, and took it away at its end. Give the URL again"
         hint = lost if where.startswith(MADE) else ", or it is empty. Set it to the database URL"
         raise CredentialError(f"{reference}: there is no environment variable {where}{hint}.")
-    try: held = resolve_path(where).read_text(encoding="utf-8-sig").strip()
+    try: content = resolve_path(where).read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise CredentialError(f"{reference}: {resolve_path(where)} cannot be read ({reason}).") from None
-    if not held: raise CredentialError(f"{reference}: {resolve_path(where)} is empty. Write the database URL into it.")
-    return held
+    if not content:
+        raise CredentialError(f"{reference}: {resolve_path(where)} is empty. Write the database URL into it.")
+    return content
 
 def is_reference(
     value, # of a parameter
@@ -80,13 +81,13 @@ def resolve(
     value,         # of a parameter: a reference, or anything else
     url:bool=True, # a reference must hold a URL
 ):
-    "What a reference stands for; anything else comes back as it is."
+    "What a reference stands for, or the value itself; raises `CredentialError` where a reference leads nowhere."
     if is_reference(value):
-        held = _held_by(value)
-        if url and ("://" not in held or "\n" in held):
+        content = _content(value)
+        if url and ("://" not in content or "\n" in content):
             raise CredentialError(f"{value} must hold one line with a database URL, such as "
                                   "postgresql://user:password@host/shop.")
-        return held
+        return content
     if isinstance(value, str) and re.search(r":\*\*\*@|=\*\*\*(?:&|$)", value) and masked(value) == value:
         raise CredentialError(f"{value}: the password was not kept. Give it again, by reference: "
                               "env:NAME or file:PATH.")
@@ -96,8 +97,8 @@ def resolve(
 def parse_url(
     text:str, # a database URL
 ):            # sqlalchemy.engine.URL
-    "Parse a URL; the error quotes nothing of it."
-    from sqlalchemy.engine import make_url
+    "Parse a URL; raises `CredentialError`, which quotes nothing of it, where that is impossible."
+    from sqlalchemy.engine import make_url # late for its cost: a training from files needs no database
     from sqlalchemy.exc import ArgumentError
     encode = "In a password write %40 for @, %3A for :, %2F for /, %3F for ? and %25 for %."
     try: url = make_url(text.strip())
@@ -152,8 +153,9 @@ def password_note(
 def by_reference(
     parameters:dict, # name -> value, as given
 )->Iterator[dict]:   # the same, with references for values that hold a password
-    "Keep passwords in environment variables while the block runs."
-    kept, given = [], dict(parameters)
+    """Keep passwords in environment variables while the block runs; raises `CredentialError` for a password in a
+    parameter that takes none."""
+    variables, given = [], dict(parameters)
     secret = {name: value for name, value in parameters.items()
               if not is_reference(value) and masked_parameters(value) != value}
     for name, value in secret.items():
@@ -162,8 +164,8 @@ def by_reference(
     try:
         for name, value in secret.items():
             number = next(number for number in range(1, 10_000) if f"{MADE}{number}" not in os.environ)
-            kept.append(f"{MADE}{number}")
-            os.environ[kept[-1]], given[name] = value, f"env:{kept[-1]}"
+            variables.append(f"{MADE}{number}")
+            os.environ[variables[-1]], given[name] = value, f"env:{variables[-1]}"
         yield given
     finally:
-        for variable in kept: os.environ.pop(variable, None)
+        for variable in variables: os.environ.pop(variable, None)

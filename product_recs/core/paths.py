@@ -13,12 +13,12 @@ from pathlib import Path
 def project_root()->Path: # absolute
     "`PRODUCT_RECS_ROOT`, else the nearest folder upwards with this project's settings.ini, else the working directory."
     if root := os.environ.get("PRODUCT_RECS_ROOT"): return Path(root).resolve()
-    here = Path.cwd()
-    for folder in (here, *here.parents):
+    working_directory = Path.cwd()
+    for folder in (working_directory, *working_directory.parents):
         settings = folder/"settings.ini"
         if settings.is_file() and "lib_path = product_recs" in settings.read_text(encoding="utf-8", errors="replace"):
             return folder
-    return here
+    return working_directory
 
 def resolve_path(
     path:str|Path, # absolute, `~`, or relative to the project root

@@ -23,25 +23,21 @@ class Settings(BaseSettings):
     default_n: int = Field(10, ge=1, description="recommendations when the request names no n")
     max_n: int = Field(100, ge=1, description="most recommendations that one request may ask for")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="least severe log line")
-    database_url: str = Field(
-        "sqlite:///data/feedback.db",
-        description="feedback store, a SQLAlchemy URL; a SQLite path is relative to the project root; empty: none",
-    )
+    database_url: str = Field("sqlite:///data/feedback.db",
+        description="feedback store, a SQLAlchemy URL; a SQLite path is relative to the project root; empty: none")
     impressions: float = Field(1.0, ge=0, le=1, description="share of the answers that the store keeps as impressions")
-    auth: Literal["auto", "on", "off"] = Field("auto", 
+    auth: Literal["auto", "on", "off"] = Field("auto",
         description="are API keys required? auto: yes, unless `product-recs serve` has bound a loopback address")
-    allowed_hosts: list[str] = Field(
-        [],
-        description="without API keys: names to answer to beside localhost and loopback addresses, as JSON; [\"*\"]: all",
-    )
+    allowed_hosts: list[str] = Field([],
+        description="without API keys: names to answer to beside localhost and loopback addresses, as JSON; "
+                    "[\"*\"]: all")
     root_path: str = Field("", pattern=r"^(/[A-Za-z0-9._~-]+)*$",
         description="path under which a proxy shows the service, such as /shop")
     forwarded_allow_ips: list[str] = Field(["127.0.0.1", "::1"],
         description="proxies whose X-Forwarded-For and X-Forwarded-Proto are believed, addresses or networks, as JSON")
     api_keys_file: Path = Field(Path("api_keys.json"), description="hashed API keys; relative to the project root")
-    rate_limit: float = Field(
-        0, ge=0, description="requests a second for each key, in all workers together; 0: no limit"
-    )
+    rate_limit: float = Field(0, ge=0,
+        description="requests a second for each key, in all workers together; 0: no limit")
     max_body_bytes: int = Field(1_000_000, ge=1000, description="largest request body")
     max_batch: int = Field(1000, ge=1, description="most events or users in one request")
     cors_origins: list[str] = Field([], description="web origins that may call the service from a browser, as JSON")
@@ -49,7 +45,6 @@ class Settings(BaseSettings):
     events_in_memory: int = Field(100_000, ge=1,
         description="events that the model has not learned, as many as each worker keeps; the store has the others")
     watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model")
-    index: Literal["auto", "exact", "approximate"] = Field(
-        "auto", description="how items are searched: auto takes the model's index where that is worth it"
-    )
+    index: Literal["auto", "exact", "approximate"] = Field("auto",
+        description="how items are searched: auto takes the model's index where that is worth it")
     workers: int = Field(1, ge=1, description="processes that serve")

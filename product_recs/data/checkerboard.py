@@ -60,19 +60,5 @@ def features_of(
     later = csr_matrix(np.asarray(future, np.float32))
     users, items = (IdTable(np.arange(1, size + 1)) for size in later.shape)
     split = {"starts": "2026-01-01", "validation_from": "2026-01-20", "test_from": "2026-02-01", "ends": "2026-03-01"}
-    return Features(
-        users,
-        items,
-        known,
-        known,
-        known,
-        later,
-        later,
-        split,
-        parameters={},
-        fingerprint="toy",
-        user_columns={},
-        item_columns={},
-        path=Path(),
-        interactions=Path(),
-    )
+    return Features(users, items, known, known, known, later, later, split, parameters={}, fingerprint="toy",
+                    user_columns={}, item_columns={}, path=Path(), interactions=Path())

@@ -31,16 +31,15 @@ def is_database(
 
 def _database(text:str):
     "The engine, its URL, and how messages name it."
-    from sqlalchemy import create_engine
+    from sqlalchemy import create_engine # late for its cost: most sources are files
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError
     url = parse_url(text)
     try:
         if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
             path = resolve_path(url.database)
             if not path.is_file():
-                raise IngestError(
-                    f"{path}: there is no such SQLite database. Check the path; it counts from {project_root()}"
-                )
+                raise IngestError(f"{path}: there is no such SQLite database. Check the path; it counts from "
+                                  f"{project_root()}")
             url = url.set(database=str(path))
         return create_engine(url), url, shown_url(url)
     except (ArgumentError, NoSuchModuleError, ImportError) as error:
@@ -49,14 +48,8 @@ def _database(text:str):
 
 def _plain(value):
     "A database value as a text that the validation understands."
-    if (
-        isinstance(value, (float, int))
-        and not isinstance(value, bool)
-        and value == value
-        and abs(value) < 1e15
-        and value == int(value)
-    ):
-        return int(value)
+    is_number = isinstance(value, (float, int)) and not isinstance(value, bool)
+    if is_number and abs(value) < 1e15 and value == int(value): return int(value)
     if hasattr(value, "isoformat"): return value.isoformat()
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
@@ -70,8 +63,7 @@ def _decimal(value:Decimal)->str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 def _id(value)->tuple[int|str|None, str|None]:
-    """An id as it is written to the file, and whether it is a number or a text (None: it is blank); a ValueError says
-    why it is none."""
+    "An id as the file has it, and `number` or `text` (None: it is blank); a ValueError says why it is none."
     if type(value) is int: return value, "number"
     if isinstance(value, (bytes, memoryview)):
         try: value = bytes(value).decode()
@@ -86,32 +78,37 @@ def _id(value)->tuple[int|str|None, str|None]:
 # %% ../../nbs/data/database.ipynb #8977a2bd
 Faults = list[tuple[int, str, str, str]] # line, column, value, reason
 
-def _batch(rows:list, line:int, at:list[int], ids:Mapping[int, str], kinds:dict[str, set], faults:Faults)->Iterator[list]:
-    "The rows of a batch as the file has them; a row whose id is none becomes a fault."
-    for number, row in enumerate(rows, line + 1):
-        values = dict(enumerate(row))
-        try:
-            for position, name in ids.items():
-                values[position], kind = _id(row[position])
-                if kind: kinds[name].add(kind)
-        except ValueError as error: faults.append((number, name, str(row[position])[:200], str(error)))
-        else: yield [number, *(values[column] if column in ids else _plain(row[column]) for column in at)]
+class _Answer:
+    "The rows of a query on their way into a file."
+    def __init__(self, names:list[str], wanted:Mapping[str, str], ids:Iterable[str]):
+        self.places = [names.index(name) for name in wanted.values()] # of the columns in the answer
+        self.ids = {names.index(wanted[name]): name for name in ids if name in wanted}
+        self.kinds, self.faults, self.rows = {name: set() for name in self.ids.values()}, [], 0
 
-def _fetch(result, wanted:Mapping[str, str], ids:Iterable[str], names:list[str], staged:Path, label:str, progress:bool)->tuple[dict, Faults]:
-    "Write the wanted columns of a result to a file; the kinds of the ids, and the rows without one."
-    at, places = (
-        [names.index(name) for name in wanted.values()],
-        {names.index(wanted[name]): name for name in ids if name in wanted},
-    )
-    seen, faults, line = {name: set() for name in places.values()}, [], 0
-    with open(staged, "w", encoding="utf-8", newline="") as out, \
-         tqdm(desc=label, unit=" rows", delay=2, leave=False, disable=not progress) as bar:
-        out = csv.writer(out)
-        for batch in result.partitions(BATCH):
-            out.writerows(_batch(batch, line, at, places, seen, faults))
-            line += len(batch)
-            bar.update(len(batch))
-    return {name: "mixed" if len(kinds) > 1 else next(iter(kinds), "number") for name, kinds in seen.items()}, faults
+    def lines(self, batch:list)->Iterator[list]:
+        "The rows of a batch as the file has them; a row whose id is none becomes a fault."
+        for number, row in enumerate(batch, self.rows + 1):
+            values = dict(enumerate(row))
+            try:
+                for place, name in self.ids.items():
+                    values[place], kind = _id(row[place])
+                    if kind: self.kinds[name].add(kind)
+            except ValueError as error: self.faults.append((number, name, str(row[place])[:200], str(error)))
+            else: yield [number, *(values[at] if at in self.ids else _plain(row[at]) for at in self.places)]
+        self.rows += len(batch)
+
+    def write(self, result, staged:Path, label:str, progress:bool)->None:
+        "Write all batches of a result."
+        with (open(staged, "w", encoding="utf-8", newline="") as file,
+              tqdm(desc=label, unit=" rows", delay=2, leave=False, disable=not progress) as bar):
+            out = csv.writer(file)
+            for batch in result.partitions(BATCH):
+                out.writerows(self.lines(batch))
+                bar.update(len(batch))
+
+    def kind(self, name:str)->str: # number, text or mixed
+        kinds = self.kinds[name]
+        return "mixed" if len(kinds) > 1 else next(iter(kinds), "number")
 
 # %% ../../nbs/data/database.ipynb #8977a2be
 def fetch_query(
@@ -121,11 +118,11 @@ def fetch_query(
     ids:Iterable[str],                 # output columns that hold ids
     staged:Path,                       # the file to write: CSV without a header, number of the row first
     progress:bool = True,              # show a bar
-)->tuple[str, list[str], dict, dict, Faults]: # URL without its password, all columns, output column -> the answer's, id column -> kind, rows without an id
-    "Write the answer of a query to a file."
+)->tuple[str, list[str], dict, dict, Faults]: # the masked URL, all columns, `match`'s result, id column -> kind, faults
+    "Write the answer of a query to a file; raises `IngestError` or `CredentialError`, without a password."
     if not query.strip():
         raise IngestError('A database needs a query: pass query="select user_id, item_id, ... from ...".')
-    from sqlalchemy import text
+    from sqlalchemy import text # late for its cost: most sources are files
     engine, parsed, shown = _database(url)
     try:
         with closing(engine.connect().execution_options(stream_results=True, yield_per=BATCH)) as connection:
@@ -133,11 +130,12 @@ def fetch_query(
             if not result.returns_rows: raise IngestError(f"{shown}: the query gives no rows back. Pass a SELECT.")
             names = list(result.keys())
             wanted = match(names)
-            kinds, faults = _fetch(result, wanted, ids, names, staged, shown, progress)
+            answer = _Answer(names, wanted, ids)
+            answer.write(result, staged, shown, progress)
     except IngestError: raise
     except Exception as error: # of any driver; what it says may quote the URL
         reason = (str(getattr(error, "orig", None) or error).strip() or type(error).__name__).splitlines()[0]
         raise IngestError(f"{shown}: the database refused: {without_secrets(reason, parsed)}. "
                           f"Query: {masked(' '.join(query.split()))[:200]}") from None
     finally: engine.dispose()
-    return shown, names, wanted, kinds, faults
+    return shown, names, wanted, {name: answer.kind(name) for name in answer.kinds}, answer.faults

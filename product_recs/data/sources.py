@@ -35,19 +35,19 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".psv": "csv", ".txt": "csv", ".parquet
            ".jsonl": "json", ".ndjson": "json", ".json": "json"}
 
 def shown_path(
-    path:Path # absolute
-)->str:       # relative to the project root where it lies below it
+    path:Path, # absolute
+)->str:        # relative to the project root where it lies below it
     "How messages and ledgers name a file: in UTF-8, whatever the locale of the machine."
     path = path.relative_to(project_root()) if path.is_relative_to(project_root()) else path
     return os.fsencode(path).decode(errors="backslashreplace")
 
 def file_format(
-    path:Path # any path
-)->str:       # csv, parquet or json
-    "The format that the ending of a name stands for."
+    path:Path, # any path
+)->str:        # csv, parquet or json
+    "The format that the ending of a name stands for; raises `IngestError` where it is not known."
     name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    found = FORMATS.get(name.suffix.lower())
-    if found and not (found == "parquet" and name != path): return found
+    format = FORMATS.get(name.suffix.lower())
+    if format and not (format == "parquet" and name != path): return format
     raise IngestError(f"{shown_path(path)}: the ending {''.join(path.suffixes) or '(none)'} is not known. "
                       f"Known are {', '.join(FORMATS)}, and .gz after all but Parquet.")
 
@@ -55,78 +55,66 @@ def file_format(
 def find_files(
     source:str|Path|Iterable[str|Path], # path, pattern, or several of them; relative to the project root
 )->list[Path]:                          # absolute, in the order given; those of a pattern sorted by name
-    "The files of a source."
+    "The files of a source; raises `IngestError` where there is none, or one of an unknown format."
     if isinstance(source, (str, Path)): source = [source]
-    files = []
-    for entry in source:
-        if is_database(entry):
-            raise IngestError(f"{masked(entry)} in a list: a database stands alone, as the only source.")
-        try: path = resolve_path(entry)
-        except (OSError, RuntimeError):
-            raise IngestError(f"{entry}: cannot be read (a link that leads back to itself). Check the path.") from None
-        if path.is_dir():
-            raise IngestError(f"{shown_path(path)} is a folder. Name its files, for example {shown_path(path)}/*.csv")
-        if path.exists() or path.is_symlink(): found = [path]
-        else: found = sorted(file for name in glob.glob(str(path), recursive=True) if not (file := Path(name)).is_dir())
-        if not found and glob.has_magic(str(path)):
-            raise IngestError(f"No file matches {shown_path(path)}. Check the pattern; it counts from {project_root()}")
-        if not found:
-            raise IngestError(
-                f"{shown_path(path)}: there is no such file. Check the path; it counts from {project_root()}"
-            )
-        files += found
+    files = [file for entry in source for file in _files_of(entry)]
     if not files: raise IngestError("No source is named. Pass a path, a pattern or a database URL.")
     for file in files: file_format(file)
     return list(dict.fromkeys(files))
 
+def _files_of(entry:str|Path)->list[Path]:
+    "The files of one path or pattern."
+    if is_database(entry):
+        raise IngestError(f"{masked(entry)} in a list: a database stands alone, as the only source.")
+    try: path = resolve_path(entry)
+    except (OSError, RuntimeError):
+        raise IngestError(f"{entry}: cannot be read (a link that leads back to itself). Check the path.") from None
+    if path.is_dir():
+        raise IngestError(f"{shown_path(path)} is a folder. Name its files, for example {shown_path(path)}/*.csv")
+    if path.exists() or path.is_symlink(): return [path]
+    files = sorted(file for name in glob.glob(str(path), recursive=True) if not (file := Path(name)).is_dir())
+    if not files and glob.has_magic(str(path)):
+        raise IngestError(f"No file matches {shown_path(path)}. Check the pattern; it counts from {project_root()}")
+    if not files:
+        raise IngestError(f"{shown_path(path)}: there is no such file. Check the path; it counts from {project_root()}")
+    return files
+
 # %% ../../nbs/data/sources.ipynb #755d644d
 def near_name(
-    name:str,             # what is wanted
-    found:Iterable[str],  # what is there
-)->str|None:              # the likeliest one of them
+    name:str,            # what is wanted
+    names:Iterable[str], # of the columns of a file
+)->str|None:             # the likeliest one of them
     "A column that may be meant."
-    simple = {other.lower().replace("_", "").replace(" ", ""): other for other in found}
+    simple = {other.lower().replace("_", "").replace(" ", ""): other for other in names}
     short = name.replace("_", "")
-    close = get_close_matches(short, simple, n=1, cutoff=0.6) or get_close_matches(
-        short.removesuffix("id"), simple, n=1, cutoff=0.6
-    )
-    close = close or [other for other in simple if short.removesuffix("id") in other]
-    return simple[close[0]] if close else None
+    stem = short.removesuffix("id")
+    for wanted in (short, stem):
+        if close := get_close_matches(wanted, simple, n=1, cutoff=0.6): return simple[close[0]]
+    return next((simple[other] for other in simple if stem in other), None)
 
 def match_columns(
-    found:Iterable[str],       # columns of the file
+    names:Iterable[str],       # columns of the file
     columns:Mapping[str, str], # ours -> the file's
     required:Iterable[str],    # ours
     optional:Iterable[str],    # ours
     shown:str,                 # how messages name the file
-    mapped:bool = True,        # whether `columns=` is the remedy; otherwise the file's column must be renamed
+    mapped:bool = True,        # is `columns=` the remedy? Otherwise the file's column must be renamed
 )->dict[str, str]:             # ours -> the file's, of the columns that are there
-    "Find our columns in a file."
-    found, required, wanted = list(found), list(required), {}
+    "Find our columns in a file; raises `IngestError` where one that is needed is missing, or is there twice."
+    names, required, wanted = list(names), list(required), {}
     for name in [*required, *optional]:
         theirs = columns.get(name, name)
-        if found.count(theirs) > 1:
-            raise IngestError(
-                f"{shown}: there are {found.count(theirs)} columns {theirs!r}. Rename all but one of them."
-            )
-        if theirs in found: wanted[name] = theirs
+        if names.count(theirs) > 1:
+            raise IngestError(f"{shown}: there are {names.count(theirs)} columns {theirs!r}. Rename all but one of "
+                              "them.")
+        if theirs in names: wanted[name] = theirs
         elif name in required or name in columns:
-            guess = near_name(theirs, [other for other in found if other not in wanted.values()])
-            raise IngestError(
-                f"{shown}: there is no column {theirs!r}. Found: {', '.join(found[:30])}. "
-                + (
-                    f"Did you mean {guess!r}? "
-                    if guess
-                    else "The first line must name the columns. "
-                    if len(found) < 2
-                    else ""
-                )
-                + (
-                    f"Map it with columns={{{name!r}: {guess or 'the name of your column'!r}}}."
-                    if mapped
-                    else f"Rename the column of ids to {name!r}."
-                )
-            )
+            guess = near_name(theirs, [other for other in names if other not in wanted.values()])
+            hint = "The first line must name the columns. " if len(names) < 2 else ""
+            if guess: hint = f"Did you mean {guess!r}? "
+            remedy = f"Map it with columns={{{name!r}: {guess or 'the name of your column'!r}}}."
+            if not mapped: remedy = f"Rename the column of ids to {name!r}."
+            raise IngestError(f"{shown}: there is no column {theirs!r}. Found: {', '.join(names[:30])}. {hint}{remedy}")
     return wanted
 
 # %% ../../nbs/data/sources.ipynb #8eb63303
@@ -136,44 +124,40 @@ class FileRead:
     shown: str            # its name in messages
     rows: int             # loaded; faults not counted
     columns: list[str]    # all that the file has
-    wanted: dict[str, str]# output column -> the file's column
+    wanted: dict[str, str] # output column -> the file's column
     kinds: dict[str, str] # id column -> detect, number, text or mixed
     faults: list[tuple[int, str, str, str]] = field(default_factory=list) # line, column, value, reason
     size: int = 0         # bytes
     changed: int = 0      # modification time in nanoseconds
     typed: bool = False   # its columns have types of their own; otherwise all is text
-    again: str = ""       # SELECT line, columns...: the rows once more, where they were loaded without their lines
+    again: str = ""       # SELECT line, columns...: the rows once more, if they were loaded without their lines
 
 def is_blank(
-    expression:str # SQL, VARCHAR
-)->str:            # SQL, BOOLEAN
+    expression:str, # SQL, VARCHAR
+)->str:             # SQL, BOOLEAN
     "SQL that is true where a text stands for no value."
     return f"coalesce(regexp_full_match({expression}, '(?i)[ \\t]*({'|'.join(BLANK_IDS)})[ \\t]*'), true)"
 
 # %% ../../nbs/data/sources.ipynb #fa5998d9
 def inexact(
-    number:str,# SQL, a number
-    type:str,  # its DuckDB type
-)->str:        # SQL, BOOLEAN
+    number:str, # SQL, a number
+    type:str,   # its DuckDB type
+)->str:         # SQL, BOOLEAN
     "SQL that is true where a number may stand for its neighbour."
     return f"(abs({number}) >= {EXACT[type]} AND NOT isnan({number}))" if type in EXACT else "false"
 
 def number_text(
-    number:str,# SQL, a number
-    type:str,  # its DuckDB type
-)->str:        # SQL, VARCHAR
+    number:str, # SQL, a number
+    type:str,   # its DuckDB type
+)->str:         # SQL, VARCHAR
     "SQL that writes 12.0 and 12 as the same id; what is `inexact` stays what it is."
     text = f"CAST({number} AS VARCHAR)"
     if type in EXACT:
-        return (
-            f"CASE WHEN abs({number}) < {EXACT[type]} AND {number} = floor({number}) THEN CAST(CAST({number} AS "
-            f"BIGINT) AS VARCHAR) ELSE {text} END"
-        )
+        is_whole = f"abs({number}) < {EXACT[type]} AND {number} = floor({number})"
+        return f"CASE WHEN {is_whole} THEN CAST(CAST({number} AS BIGINT) AS VARCHAR) ELSE {text} END"
     if not type.startswith("DECIMAL"): return text
-    return (
-        f"CASE WHEN {number} = 0 THEN '0' WHEN contains({text}, '.') THEN rtrim(rtrim({text}, '0'), '.') ELSE {text} "
-        f"END"
-    )
+    short = f"CASE WHEN contains({text}, '.') THEN rtrim(rtrim({text}, '0'), '.') ELSE {text} END"
+    return f"CASE WHEN {number} = 0 THEN '0' ELSE {short} END"
 
 # %% ../../nbs/data/sources.ipynb #2d23703c
 def run_query(
@@ -183,18 +167,9 @@ def run_query(
     progress:bool = True,          # show a bar when it takes long
 )->list:                           # the rows of the answer
     "Run one statement with a progress bar."
-    with (
-        ThreadPoolExecutor(1) as pool,
-        tqdm(
-            total=100,
-            desc=label,
-            unit="%",
-            delay=2,
-            leave=False,
-            disable=not progress,
-            bar_format="{desc}: {percentage:.0f} % {bar} {elapsed}",
-        ) as bar,
-    ):
+    bar = tqdm(total=100, desc=label, unit="%", delay=2, leave=False, disable=not progress,
+               bar_format="{desc}: {percentage:.0f} % {bar} {elapsed}")
+    with ThreadPoolExecutor(1) as pool, bar:
         job = pool.submit(lambda: con.execute(sql).fetchall())
         try:
             while not wait([job], timeout=0.25).done: bar.update(max(0.0, min(con.query_progress(), 100.0) - bar.n))
@@ -204,22 +179,22 @@ def run_query(
         return job.result()
 
 # %% ../../nbs/data/sources.ipynb #4f7fe140
-def _faults(path:Path, limit:int = 1_000_000)->list[tuple[int, str, str, str]]:
+def _faults(path:Path)->list[tuple[int, str, str, str]]:
     "The faults that the careful reader wrote."
     with open(path, encoding="utf-8", newline="") as file:
         return [(int(line), "", value, reason) for line, value, reason in csv.reader(file)]
 
 def read_csv_file(
-    path:Path,                                # an existing file
-    load:Callable[..., int],                  # takes SELECT line, columns... (and, where its lines are NULL, the same with lines); gives the number of rows
-    match:Callable[[list[str]], dict],        # columns of the file -> output column: the file's column
-    guarded:Iterable[str],                    # output columns that never hold a line break
-    folder:Path,                              # for temporary files
-    delimiter:str = "",                       # one character; "" finds it
-    encoding:str = "utf-8",                   # of the file
-    progress:bool = True,                     # show bars
+    path:Path,                         # an existing file
+    load:Callable[..., int],           # SELECT line, columns..., and the same with lines if they are NULL -> rows
+    match:Callable[[list[str]], dict], # columns of the file -> output column: the file's column
+    guarded:Iterable[str],             # output columns that never hold a line break
+    folder:Path,                       # for temporary files
+    delimiter:str = "",                # one character; "" finds it
+    encoding:str = "utf-8",            # of the file
+    progress:bool = True,              # show bars
 )->FileRead:
-    "Load a CSV file."
+    "Load a CSV file; raises `IngestError` where it is none."
     shown = shown_path(path)
     source = open_csv(path, shown, folder, delimiter, encoding)
     wanted = match(list(source.names))
@@ -232,38 +207,35 @@ def read_csv_file(
         except duckdb.Error: read.rows = -1 # the careful way will say what is wrong
         if read.rows == lines - 1: return read
     read.again = ""
-    kept, faults = careful_files(source, wanted, guarded, folder, progress)
-    read.rows, read.faults = load(staged_query(kept, wanted)), _faults(faults)
+    records, faults = careful_files(source, wanted, guarded, folder, progress)
+    read.rows, read.faults = load(staged_query(records, wanted)), _faults(faults)
     return read
 
 # %% ../../nbs/data/sources.ipynb #1226e53f
 def _parquet_columns(con, path:Path)->list[tuple[str, str, str]]:
     "Of each column of a Parquet file: its name, its name in DuckDB and its type."
     parts = con.execute(f"SELECT name, num_children FROM parquet_schema({one_file(path)})").fetchall()
-    def end(at): # of the part of a nested column
-        for _ in range(parts[at][1] or 0): at = end(at + 1)
-        return at
-    names, at = [], 1
-    while at < len(parts): names, at = [*names, parts[at][0]], end(at) + 1
+    def after(place): # the part that follows this one and the parts nested in it
+        children, place = parts[place][1] or 0, place + 1
+        for _ in range(children): place = after(place)
+        return place
+    names, place = [], 1
+    while place < len(parts): names, place = [*names, parts[place][0]], after(place)
     types = con.execute(f"DESCRIBE SELECT * FROM {parquet(path)}").fetchall()
-    return [(names[at] if at < len(names) else name, name, type) for at, (name, type, *_) in enumerate(types)]
+    return [(names[number] if number < len(names) else name, name, type)
+            for number, (name, type, *_) in enumerate(types)]
 
 def _id_value(name:str, type:str, shown:str)->tuple[str, str, str, str]:
     "SQL of an id column as text, its kind, where it holds no id, and why."
     family = type_family(type)
     if type == "BLOB":
-        return (
-            f"TRY(decode({named(name)}))",
-            "text",
-            f"{named(name)} IS NOT NULL AND TRY(decode({named(name)})) IS NULL",
-            NO_ID,
-        )
+        return (f"TRY(decode({named(name)}))", "text",
+                f"{named(name)} IS NOT NULL AND TRY(decode({named(name)})) IS NULL", NO_ID)
     if family == "text": return f"CAST({named(name)} AS VARCHAR)", "text", "false", ""
     if family in ("integer", "decimal", "float"):
         return number_text(named(name), type), "number", inexact(named(name), type), INEXACT
-    raise IngestError(
-        f"{shown}: column {name!r} holds {type[:60]}, and an id is a whole number or a text. Write it as one of these."
-    )
+    raise IngestError(f"{shown}: column {name!r} holds {type[:60]}, and an id is a whole number or a text. Write it as "
+                      "one of these.")
 
 # %% ../../nbs/data/sources.ipynb #1226e540
 MOST_FAULTS = 1_000_000 # of ids of one column; they are held in memory
@@ -276,28 +248,24 @@ def read_parquet_file(
     con:duckdb.DuckDBPyConnection,     # for looking at the file
     keep_types:bool = False,           # leave columns other than ids as they are; otherwise all become VARCHAR
 )->FileRead:
-    "Load a Parquet file."
+    "Load a Parquet file; raises `IngestError` where it cannot be read or an id column can hold none."
     shown = shown_path(path)
     with database_errors(IngestError, shown, "this is not a readable Parquet file. Copy or export it again.", None):
-        found = _parquet_columns(con, path)
-    names = [name for name, *_ in found]
-    numbered = not any(name.lower() == "file_row_number" for _, name, _ in found) # DuckDB's own name for it
-    line, file = (
-        ("file_row_number + 1", parquet(path, ", file_row_number=true"))
-        if numbered
-        else ("row_number() OVER ()", parquet(path))
-    )
+        columns = _parquet_columns(con, path)
+    names = [name for name, *_ in columns]
+    numbered = not any(name.lower() == "file_row_number" for _, name, _ in columns) # DuckDB's own name for it
+    line = "file_row_number + 1" if numbered else "row_number() OVER ()"
+    file = parquet(path, ", file_row_number=true" if numbered else "")
     read, chosen, bad = FileRead(shown, 0, names, match(names), {}, typed=True), [f"{line} AS line"], []
     for out, theirs in read.wanted.items():
-        name, type = next(column[1:] for column in found if column[0] == theirs)
+        name, type = next(column[1:] for column in columns if column[0] == theirs)
         value = named(name) if keep_types else f"CAST({named(name)} AS VARCHAR)"
         if out in ids:
             value, read.kinds[out], wrong, reason = _id_value(name, type, shown)
             if wrong != "false": bad.append((out, name, type, wrong, reason))
         chosen.append(f"{value} AS {named(out)}")
-    with database_errors(
-        IngestError, shown, "this Parquet file cannot be read to its end. Copy or export it again.", None
-    ):
+    cut_short = "this Parquet file cannot be read to its end. Copy or export it again."
+    with database_errors(IngestError, shown, cut_short, None):
         where = "WHERE" if numbered else "QUALIFY" # the rows are numbered before any is left out
         for column in bad:
             read.faults += _no_ids(con, shown, line, file, where, [fault[0] for fault in read.faults], *column)
@@ -305,25 +273,22 @@ def read_parquet_file(
         read.rows = load(f"SELECT {', '.join(chosen)} FROM {file}" + (f" {where} {good}" if bad else ""))
     return read
 
-def _no_ids(con, shown:str, line:str, file:str, where:str, known:list[int], out:str, name:str, type:str, wrong:str, reason:str)->list[tuple]:
+def _no_ids(con, shown:str, line:str, file:str, where:str, known:list[int], out:str, name:str, type:str, wrong:str,
+            reason:str)->list[tuple]:
     "The rows of a Parquet file whose id is none, but for those that are `known` already."
-    value = f"left(CAST({named(name)} AS VARCHAR), 200)"
-    found = con.execute(
-        f"SELECT {line}, {quoted(out)}, {value}, {quoted(reason)} FROM {file} {where} {wrong} LIMIT {MOST_FAULTS + 1}"
-    ).fetchall()
-    known = set(known)
-    if len(found) <= MOST_FAULTS: return [fault for fault in found if fault[0] not in known]
+    value, known = f"left(CAST({named(name)} AS VARCHAR), 200)", set(known)
+    faults = con.execute(f"SELECT {line}, {quoted(out)}, {value}, {quoted(reason)} FROM {file} {where} {wrong} "
+                         f"LIMIT {MOST_FAULTS + 1}").fetchall()
+    if len(faults) <= MOST_FAULTS: return [fault for fault in faults if fault[0] not in known]
     raise IngestError(f"{shown}: in column {name!r} ({type}) more than {MOST_FAULTS:,} values are no ids: {reason}. "
                       "Write the ids as whole numbers (BIGINT) or as text.")
 
 # %% ../../nbs/data/sources.ipynb #236fe355
 def _json_lines(con, path:Path, shown:str, folder:Path, encoding:str)->list:
     "Fill the table `json_lines` (line, raw); return the faults."
-    recoded = known_encoding(encoding) not in ("utf-8", "utf-8-sig", "ascii")
-    if recoded:
-        raise IngestError(
-            f"{shown}: JSON lines are UTF-8 by definition; encoding={encoding!r} is for CSV. Convert the file."
-        )
+    if known_encoding(encoding) not in ("utf-8", "utf-8-sig", "ascii"):
+        raise IngestError(f"{shown}: JSON lines are UTF-8 by definition; encoding={encoding!r} is for CSV. Convert the "
+                          "file.")
     with file_errors(shown): first = next((text for _, text, _ in read_lines(path) if text.strip()), "")
     if not first: raise IngestError(f"{shown}: the file is empty.")
     if first.lstrip().startswith("["):
@@ -336,9 +301,8 @@ def _json_lines(con, path:Path, shown:str, folder:Path, encoding:str)->list:
             elif text.strip(): out.writerow([number, text])
     con.execute(f"CREATE OR REPLACE TEMP TABLE json_lines AS {staged_query(staged, ['raw'])}")
     broken = "NOT json_valid(raw) OR json_type(raw) <> 'OBJECT'"
-    faults += con.execute(
-        f"SELECT line, '', left(raw, 200), 'not a JSON object' FROM json_lines WHERE {broken}"
-    ).fetchall()
+    faults += con.execute(f"SELECT line, '', left(raw, 200), 'not a JSON object' FROM json_lines "
+                          f"WHERE {broken}").fetchall()
     con.execute(f"DELETE FROM json_lines WHERE {broken}")
     return faults
 
@@ -350,18 +314,14 @@ def _json_ids(con, out:str, kind:str, value:str, faults:list)->tuple[str, str]:
     # more digits than 64 bits hold are a DOUBLE to DuckDB, which still has them all
     whole = f"regexp_full_match({value}, '-?[0-9]+')"
     double = f"TRY_CAST({value} AS DOUBLE)"
-    for bad, reason in (
-        (f"{kind} IN ('OBJECT', 'ARRAY', 'BOOLEAN')", NO_ID),
-        (f"{kind} = 'DOUBLE' AND NOT {whole} AND {inexact(double, 'DOUBLE')}", INEXACT),
-    ):
-        faults += con.execute(
-            f"SELECT line, {quoted(out)}, left({value}, 200), {quoted(reason)} FROM json_lines WHERE {bad}"
-        ).fetchall()
+    for bad, reason in ((f"{kind} IN ('OBJECT', 'ARRAY', 'BOOLEAN')", NO_ID),
+                        (f"{kind} = 'DOUBLE' AND NOT {whole} AND {inexact(double, 'DOUBLE')}", INEXACT)):
+        faults += con.execute(f"SELECT line, {quoted(out)}, left({value}, 200), {quoted(reason)} FROM json_lines "
+                              f"WHERE {bad}").fetchall()
         con.execute(f"DELETE FROM json_lines WHERE {bad}")
-    number, text = con.execute(
-        f"SELECT count(*) FILTER ({kind} IN {NUMBERS}), count(*) FILTER ({kind} = 'VARCHAR' AND NOT {is_blank(value)}) "
-        f"FROM json_lines"
-    ).fetchone()
+    is_text = f"{kind} = 'VARCHAR' AND NOT {is_blank(value)}"
+    number, text = con.execute(f"SELECT count(*) FILTER ({kind} IN {NUMBERS}), count(*) FILTER ({is_text}) "
+                               "FROM json_lines").fetchone()
     text_of = f"CASE WHEN {kind} = 'DOUBLE' AND NOT {whole} THEN {number_text(double, 'DOUBLE')} ELSE {value} END"
     return "mixed" if number and text else "text" if text else "number", text_of
 
@@ -375,38 +335,31 @@ def read_json_file(
     folder:Path,                       # for temporary files
     encoding:str = "utf-8",            # only UTF-8 is JSON
 )->FileRead:
-    "Load a file of JSON lines."
+    "Load a file of JSON lines; raises `IngestError` where there are none."
     shown = shown_path(path)
     faults = _json_lines(con, path, shown, folder, encoding)
-    found = [
-        name
-        for (name,) in con.execute(
-            "SELECT key FROM (SELECT unnest(json_keys(raw)) AS key, line FROM json_lines) GROUP BY key ORDER BY "
-            "min(line), key"
-        ).fetchall()
-    ]
-    if not found:
-        raise IngestError(
-            f"{shown}: no line holds a JSON object. First fault: line {faults[0][0]}, {faults[0][3]}: "
-            f"{faults[0][2][:80]!r}"
-            if faults
-            else f"{shown}: the objects have no keys."
-        )
-    wanted, chosen, kinds = match(found), ["line"], {}
+    keys = "SELECT unnest(json_keys(raw)) AS key, line FROM json_lines"
+    rows = con.execute(f"SELECT key FROM ({keys}) GROUP BY key ORDER BY min(line), key").fetchall()
+    names = [key for key, in rows]
+    if not names and faults:
+        line, _, text, reason = faults[0]
+        raise IngestError(f"{shown}: no line holds a JSON object. First fault: line {line}, {reason}: {text[:80]!r}")
+    if not names: raise IngestError(f"{shown}: the objects have no keys.")
+    wanted, chosen, kinds = match(names), ["line"], {}
     for out, name in wanted.items():
         pointer = quoted("/" + name.replace("~", "~0").replace("/", "~1"))
         kind, value = f"json_type(raw, {pointer})", f"(raw->>{pointer})"
         if out in ids:
             kinds[out], value = _json_ids(con, out, kind, value, faults)
         chosen.append(f"{value} AS {named(out)}")
-    return FileRead(shown, load(f"SELECT {', '.join(chosen)} FROM json_lines"), found, wanted, kinds, sorted(faults))
+    return FileRead(shown, load(f"SELECT {', '.join(chosen)} FROM json_lines"), names, wanted, kinds, sorted(faults))
 
 # %% ../../nbs/data/sources.ipynb #077ca063
 def read_source(
     source:str|Path|Iterable,          # path, pattern, several of them, a database URL, or a reference to one
     query:str,                         # for a database; or a reference to a query
-    load:Callable[..., int],           # number of the file, query (and, where its lines are NULL, the same with lines) -> rows
-    match:Callable[[list[str], str], dict], # columns and name of the file -> output column: the file's column
+    load:Callable[..., int],           # number of the file, query, and the same with lines if they are NULL -> rows
+    match:Callable[[list[str], str], dict], # columns and name of a file -> output column: the file's column
     ids:Iterable[str],                 # output columns that hold ids
     guarded:Iterable[str],             # output columns that never hold a line break
     con:duckdb.DuckDBPyConnection,     # for looking at files
@@ -414,32 +367,29 @@ def read_source(
     *, delimiter:str = "", encoding:str = "utf-8", keep_types:bool = False, progress:bool = True,
     each:Callable[[FileRead], None] = lambda read: None, # called after each file
 )->list[FileRead]:
-    "Load all files of a source, one after the other."
+    "Load all files of a source, one after the other; raises `IngestError` or `CredentialError`."
     source, query = resolve(source), resolve(query, url=False)
     if is_database(source):
         staged = folder/"query.csv"
-        shown, names, wanted, kinds, faults = fetch_query(
-            source, query, lambda names: match(names, "the query"), ids, staged, progress
-        )
+        answer = fetch_query(source, query, lambda names: match(names, "the query"), ids, staged, progress)
+        shown, names, wanted, kinds, faults = answer
         read = FileRead(shown, load(0, staged_query(staged, wanted)), names, wanted, kinds, faults)
         each(read)
         return [read]
     if query:
-        raise IngestError(
-            f"query= is for a database URL such as sqlite:///shop.db; the source is {masked(str(source))}."
-        )
+        raise IngestError("query= is for a database URL such as sqlite:///shop.db; the source is "
+                          f"{masked(str(source))}.")
     reads = []
     for number, path in enumerate(find_files(source)):
         shown = shown_path(path)
         with file_errors(shown), open(path, "rb"): before = path.stat()
-        here, columns = partial(load, number), lambda names, shown=shown: match(names, shown)
+        load_file, columns = partial(load, number), lambda names, shown=shown: match(names, shown)
         form = file_format(path)
-        with database_errors(
-            IngestError, shown, "its rows cannot be read. Export the file again, or in another format.", None
-        ):
-            if form == "parquet": read = read_parquet_file(path, here, columns, ids, con, keep_types)
-            elif form == "json": read = read_json_file(path, here, columns, ids, con, folder, encoding)
-            else: read = read_csv_file(path, here, columns, guarded, folder, delimiter, encoding, progress)
+        unreadable = "its rows cannot be read. Export the file again, or in another format."
+        with database_errors(IngestError, shown, unreadable, None):
+            if form == "parquet": read = read_parquet_file(path, load_file, columns, ids, con, keep_types)
+            elif form == "json": read = read_json_file(path, load_file, columns, ids, con, folder, encoding)
+            else: read = read_csv_file(path, load_file, columns, guarded, folder, delimiter, encoding, progress)
         with file_errors(shown): after = path.stat()
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise IngestError(f"{shown} changed while it was being read. Wait until it is complete, then ingest again.")

@@ -19,32 +19,28 @@ from ..core.errors import IngestError, StoreError
 from ..core.ids import key_sql, number_or_text
 from ..core.paths import project_root
 from ..core.settings import Settings
-from ..feedback.connection import store_url
-from ..feedback.store import Store
+from ..core.sql import file_name, parquet
 
 # %% ../../nbs/data/stored.ipynb #7acd788a
 def feedback_url(
     feedback:str, # a URL, `env:NAME` or `file:PATH` with one, or `settings`
 )->str:           # a URL
-    "The URL that the parameter `feedback` stands for."
+    "The URL that the parameter `feedback` stands for; raises `IngestError` or `CredentialError` where it is none."
+    from product_recs.feedback.connection import store_url # late for its cost: SQLAlchemy, for feedback only
     if feedback == "settings":
         if url := Settings().database_url: return url
-        raise IngestError(
-            'feedback="settings": the setting PRODUCT_RECS_DATABASE_URL is empty, so the service keeps no feedback.'
-        )
+        raise IngestError('feedback="settings": the setting PRODUCT_RECS_DATABASE_URL is empty, so the service keeps '
+                          "no feedback.")
     url = resolve(feedback)
     if "://" not in url:
-        raise IngestError(
-            'feedback= must be a database URL such as sqlite:///data/feedback.db, env:NAME or file:PATH with one, '
-            '"settings", or "" for none.'
-        )
+        raise IngestError("feedback= must be a database URL such as sqlite:///data/feedback.db, env:NAME or file:PATH "
+                          'with one, "settings", or "" for none.')
     parse_url(url)
     try: where = store_url(url)
     except StoreError as error: raise IngestError(f"feedback=: {error}") from None
     if where.get_backend_name() == "sqlite" and not Path(where.database).exists():
-        raise IngestError(
-            f"{where.database}: there is no such feedback store. Check the path; it counts from {project_root()}"
-        )
+        raise IngestError(f"{where.database}: there is no such feedback store. Check the path; it counts from "
+                          f"{project_root()}")
     return url
 
 # %% ../../nbs/data/stored.ipynb #01cce18a
@@ -62,18 +58,18 @@ def stage_feedback(
     feedback:str, # see `feedback_url`
     folder:Path,  # for the file
 )->Feedback:
-    "Write the events of a store up to now into a file."
+    "Write the events of a store up to now into a file; raises `IngestError` where the store cannot be read."
+    from product_recs.feedback.store import Store # late for its cost: SQLAlchemy, for feedback only
     rows, kinds, staged = 0, {name: set() for name in Columns.Required}, folder/"feedback.csv"
     try:
         with Store(feedback_url(feedback)) as store, open(staged, "w", encoding="utf-8", newline="") as file:
-            until, out = store.cut(), csv.writer(file)
-            forgotten = store.forgotten()
+            until, forgotten, out = store.cut(), store.forgotten(), csv.writer(file)
             for event in store.read_events(until):
-                out.writerow(
-                    [event.seq, event.user_id, event.item_id, event.event, event.quantity, event.timestamp.isoformat()]
-                )
-                for name, found in kinds.items():
-                    found.add("text" if isinstance(number_or_text(getattr(event, name)), str) else "number")
+                moment = event.timestamp.isoformat()
+                out.writerow([event.seq, event.user_id, event.item_id, event.event, event.quantity, moment])
+                for name, of_column in kinds.items():
+                    is_text = isinstance(number_or_text(getattr(event, name)), str)
+                    of_column.add("text" if is_text else "number")
                 rows += 1
     except StoreError as error: raise IngestError(str(error)) from None
     return Feedback(store.shown, until, rows, kinds, forgotten, staged)
@@ -98,14 +94,12 @@ def drop_forgotten_people(
     interactions:Path,             # Parquet file of the interactions that were kept
 )->int:                            # rows that were dropped
     "Take forgotten users who have no interactions out of the users file."
-    table, log = (f"""read_parquet('{str(path).replace("'", "''")}')""" for path in (users, interactions))
     wished = f"{key_sql('CAST(user_id AS VARCHAR)')} IN (SELECT id FROM forgotten)"
-    gone = f"{wished} AND user_id NOT IN (SELECT user_id FROM {log})"
-    dropped, = con.execute(f"SELECT count(*) FROM {table} WHERE {gone}").fetchone()
+    gone = f"{wished} AND user_id NOT IN (SELECT user_id FROM {parquet(interactions)})"
+    dropped, = con.execute(f"SELECT count(*) FROM {parquet(users)} WHERE {gone}").fetchone()
     if dropped:
-        kept = users.with_suffix(".kept")
-        con.execute(
-            f"""COPY (SELECT * FROM {table} WHERE NOT ({gone}) ORDER BY user_id) TO '{str(kept).replace("'", "''")}' (FORMAT parquet)"""
-        )
-        kept.replace(users)
+        rest = users.with_suffix(".rest")
+        con.execute(f"COPY (SELECT * FROM {parquet(users)} WHERE NOT ({gone}) ORDER BY user_id) TO {file_name(rest)} "
+                    "(FORMAT parquet)")
+        rest.replace(users)
     return dropped

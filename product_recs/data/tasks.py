@@ -15,22 +15,19 @@ from ..core.errors import EvaluateError, NothingToJudge
 from .snapshots import Features, Snapshot
 
 # %% ../../nbs/data/tasks.ipynb #df24d282
-TASKS = {"discovery": True, "next_purchase": False}  # name -> is what the user had left out?
-# what is judged by -> the snapshot that ends where it begins
-PERIODS = {"test": "train_validation", "validation": "train"}
+TASKS = {"discovery": True, "next_purchase": False} # name -> is what the user had left out?
+PERIODS = {"test": "train_validation", "validation": "train"} # what is judged by -> the snapshot that ends before it
 
 def past_and_future(
     features:Features,
     period:str="test", # test | validation (to choose parameters)
 )->tuple[Snapshot, csr_matrix, str]: # the past, (n_users, n_items) interactions of the future, ISO date of the split
-    "The snapshot to learn from and the interactions to judge by."
+    "The snapshot to learn from and the interactions to judge by; raises `EvaluateError` where there is no split."
     if period not in PERIODS: raise EvaluateError(f"period must be one of {', '.join(PERIODS)}, not {period!r}")
     if not features.split:
-        raise EvaluateError(
-            "These interactions cannot be split by time: they have no timestamps, or all lie within one day. "
-            "Name the column of the time for 01_ingest. A random split is not offered: it lets a model learn from the "
-            "future."
-        )
+        raise EvaluateError("These interactions cannot be split by time: they have no timestamps, or all lie within "
+                            "one day. Name the column of the time for 01_ingest. A random split is not offered: it "
+                            "lets a model learn from the future.")
     return getattr(features, PERIODS[period]), getattr(features, period), features.split[f"{period}_from"]
 
 # %% ../../nbs/data/tasks.ipynb #79c1f9fe
@@ -51,23 +48,20 @@ def make_task(
     max_users:int=0,    # 0: all
     seed:int=0,         # of the sample of users
 )->Task:
-    "Choose users and targets by the rules above."
+    "Choose users and targets by the rules above; raises `NothingToJudge` where no user can be judged."
     if name not in TASKS: raise EvaluateError(f"task must be one of {', '.join(TASKS)}, not {name!r}")
     seen = (past.counts > 0).astype(np.float32)
     targets = (future > 0).astype(np.float32)
     targets.data *= np.bincount(seen.indices, minlength=seen.shape[1])[targets.indices] > 0
     if TASKS[name]: targets = csr_matrix(targets - targets.multiply(seen))
     targets.eliminate_zeros()
-    here, known, judged = (np.diff(m.indptr) > 0 for m in (future, seen, targets))
+    active, known, judged = (np.diff(matrix.indptr) > 0 for matrix in (future, seen, targets))
     rows = np.flatnonzero(known & judged)
-    left_out = {
-        "without a past": int((here & ~known).sum()),
-        "without a relevant item": int((here & known & ~judged).sum()),
-    }
+    left_out = {"without a past": int((active & ~known).sum()),
+                "without a relevant item": int((active & known & ~judged).sum())}
     if not len(rows):
-        raise NothingToJudge(
-            f"{name}: no user has both a past and a relevant item after the split; choose another split date"
-        )
+        raise NothingToJudge(f"{name}: no user has both a past and a relevant item after the split; choose another "
+                             "split date")
     if 0 < max_users < len(rows): rows = np.sort(np.random.default_rng(seed).choice(rows, max_users, replace=False))
     return Task(name, rows, targets[rows], TASKS[name], left_out)
 

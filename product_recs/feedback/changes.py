@@ -62,19 +62,19 @@ class _Person:
 
 class _People:
     "Users with their events, by key; at most so many events."
-    def __init__(self, most:int): self.most, self.size, self.kept = most, 0, {}
+    def __init__(self, most:int): self.most, self.size, self.by_key = most, 0, {}
 
     def hold(self, user:str, person:_Person)->None:
-        before = self.kept.get(user)
+        before = self.by_key.get(user)
         self.size += max(1, len(person.received)) - (max(1, len(before.received)) if before else 0)
-        self.kept[user] = person
+        self.by_key[user] = person
 
     def evict(self)->None:
-        "Let those go who have not asked for the longest time, a tenth at once."
+        "Drop those who have not asked for the longest time, a tenth at once."
         if self.size <= self.most: return
-        for user in sorted(self.kept, key=lambda user: self.kept[user].asked)[:-1]:
+        for user in sorted(self.by_key, key=lambda user: self.by_key[user].asked)[:-1]:
             if self.size <= self.most - self.most//10: return
-            self.size -= max(1, len(self.kept.pop(user).received))
+            self.size -= max(1, len(self.by_key.pop(user).received))
 
 class _Rules:
     "What must hold also while the database is away: who wants to be forgotten, and what is denied."
@@ -98,7 +98,7 @@ class _View:
 
     def look(self, user:str)->UserState|None: # None: it must be read
         "What a request is told of a user."
-        if (person := self.people.kept.get(user)) is not None:
+        if (person := self.people.by_key.get(user)) is not None:
             person.asked = next(_TURNS)
             return person.state
         return None if self.news.latest(user) else self.rules.of(user)
@@ -116,7 +116,7 @@ class _View:
         view.top, view.news, view.items, view.availability = self.top, self.news, self.items, self.availability
         view.rules.denied, view.rules.forgotten = self.rules.denied, self.rules.forgotten
         view.rules.settle({*self.rules.denied, *self.rules.forgotten}, learned, view.revision)
-        for user, person in self.people.kept.items():
+        for user, person in self.people.by_key.items():
             first = bisect_right(person.received, learned)
             view.hold(user, person.state.events[first:], person.received[first:], person.seq, person.asked)
         return view
@@ -132,8 +132,8 @@ def _unlearned(learned:int, top:int):
 
 def _counted(connection:Connection, learned:int, top:int)->Iterator:
     "Each user with such interactions: key, latest number, how many."
-    found = select(EVENTS.c.user_id, func.max(EVENTS.c.seq).label("seq"), func.count().label("events"))
-    query = found.where(_unlearned(learned, top)).group_by(EVENTS.c.user_id)
+    per_user = select(EVENTS.c.user_id, func.max(EVENTS.c.seq).label("seq"), func.count().label("events"))
+    query = per_user.where(_unlearned(learned, top)).group_by(EVENTS.c.user_id)
     return iter(connection.execute(query.execution_options(yield_per=10_000)))
 
 def _since(connection:Connection, after:int, top:int)->tuple:
@@ -147,10 +147,10 @@ def _of_users(connection:Connection, users:Sequence[str], learned:int, top:int, 
     "The newest interactions of some users, oldest first."
     place = func.row_number().over(partition_by=EVENTS.c.user_id, order_by=EVENTS.c.seq.desc()).label("place")
     ranked = select(EVENTS, place).where(EVENTS.c.user_id.in_(users), _unlearned(learned, top)).subquery()
-    found = {user: [] for user in users}
+    by_user = {user: [] for user in users}
     for row in connection.execute(select(ranked).where(ranked.c.place <= most).order_by(ranked.c.seq)):
-        found[row.user_id].append(row)
-    return found
+        by_user[row.user_id].append(row)
+    return by_user
 
 # %% ../../nbs/feedback/changes.ipynb #0154957a
 def _hold_rows(view:_View, user:str, rows:Sequence, seq:int)->UserState:
@@ -159,8 +159,8 @@ def _hold_rows(view:_View, user:str, rows:Sequence, seq:int)->UserState:
 def _set_items(view:_View, rows:Sequence)->None:
     if not rows: return
     view.items = view.items | {row.item_id: row.available for row in rows}
-    there = frozenset(item for item, available in view.items.items() if available)
-    view.availability = Availability(frozenset(view.items) - there, there, view.revision)
+    available = frozenset(item for item, is_available in view.items.items() if is_available)
+    view.availability = Availability(frozenset(view.items) - available, available, view.revision)
 
 def _begin(view:_View, connection:Connection, top:int)->None:
     "Read everything anew."
@@ -170,14 +170,14 @@ def _begin(view:_View, connection:Connection, top:int)->None:
     for row in connection.execute(select(DENIED)): rules.denied.setdefault(row.user_id, set()).add(row.item_id)
     rules.settle({*rules.denied, *rules.forgotten}, view.learned, view.revision)
     _set_items(view, connection.execute(select(AVAILABILITY).where(AVAILABILITY.c.seq <= top)).all())
-    newest, found = select(EVENTS).where(_unlearned(view.learned, top)).order_by(EVENTS.c.seq.desc()), {}
+    newest, by_user = select(EVENTS).where(_unlearned(view.learned, top)).order_by(EVENTS.c.seq.desc()), {}
     rows = connection.execute(newest.limit(view.people.most)).all()
-    for row in reversed(rows): found.setdefault(row.user_id, []).append(row)
+    for row in reversed(rows): by_user.setdefault(row.user_id, []).append(row)
     for row in _counted(connection, view.learned, top):
         view.news.note(row.user_id, row.seq)
-        rows = found.get(row.user_id, ())
-        # else the older ones of this user are not among the newest of all
-        if len(rows) == row.events: _hold_rows(view, row.user_id, rows, top)
+        rows = by_user.get(row.user_id, ())
+        if len(rows) == row.events: # else older ones of this user are not among the newest of all
+            _hold_rows(view, row.user_id, rows, top)
 
 def _recounted(view:_View, connection:Connection, top:int)->_News:
     "Who has events that are new to the model."
@@ -208,7 +208,7 @@ def _apply(view:_View, forgotten:Sequence, items:Sequence, events:Sequence, top:
 
 def _extend(view:_View, user:str, rows:Sequence, top:int)->None:
     "Add new events to those in memory, where these are complete."
-    person = view.people.kept.get(user)
+    person = view.people.by_key.get(user)
     if person is None and rows and view.news.latest(user) == 0: person = _Person(UNCHANGED, array("q"), 0)
     if person is not None:
         added = [row for row in rows if row.seq > person.seq]
@@ -216,50 +216,98 @@ def _extend(view:_View, user:str, rows:Sequence, top:int)->None:
         view.hold(user, (*person.state.events, *map(_event, added)), received, max(person.seq, top))
     if rows: view.news.note(user, rows[-1].seq)
 
-# %% ../../nbs/feedback/changes.ipynb #fba8da7a
-_log = logging.getLogger("product_recs.changes")
-
+# %% ../../nbs/feedback/changes.ipynb #3bd56ee2
 def learned_micros(
     until:datetime|str|None, # a manifest's data.feedback_until
 )->int:                      # microseconds since 1970; -1 where the model knows nothing of the store
     "The moment up to which a model has learned from the store."
     return -1 if until is None or until == "" else to_micros(until)
 
+class _Memory:
+    "The view of a store, and how it is read; for threads."
+    def __init__(self, learned:int, most:int):
+        self.view, self._anew, self._recount = _View(learned, most), False, False
+        self._reading = threading.Lock()  # while the changes are read
+        self._changing = threading.Lock() # while the view changes
+
+    def use(self, learned:int)->bool: # is the model an older one, so that everything is read again?
+        "Another model is served."
+        with self._reading, self._changing:
+            older = learned < self.view.learned
+            self.view, self._anew, self._recount = self.view.advanced(learned), self._anew or older, True
+        return older
+
+    def read(self, store:Store)->None:
+        "Read what is new."
+        with self._reading, store.transaction("changes") as connection:
+            top, view = connection.execute(select(CLOCK.c.seq)).scalar_one(), self.view
+            # the first time, an older model, a store from a backup, or more news than are kept
+            if self._anew or view.top < 0 or not 0 <= top - view.top <= view.people.most:
+                view = _View(view.learned, view.people.most, view.revision)
+                _begin(view, connection, top)
+                with self._changing: self.view = view
+            else:
+                changes = _since(connection, view.top, top) if top != view.top else None
+                news = _recounted(view, connection, top) if self._recount else view.news
+                with self._changing:
+                    view.news = news
+                    if changes: _apply(view, *changes, top)
+            self._anew = self._recount = False
+
+    def load(self, store:Store, users:Sequence[str], chunk:int=1000)->Iterator[dict[str, UserState]]:
+        "Read the events of users, so many at once; without those who did something meanwhile."
+        view = self.view
+        for start in range(0, len(users), chunk):
+            with store.transaction("events of users") as connection:
+                top = connection.execute(select(CLOCK.c.seq)).scalar_one()
+                rows = _of_users(connection, users[start:start + chunk], view.learned, top, view.people.most)
+            with self._changing:
+                if self.view is not view: return
+                complete = {user: of_user for user, of_user in rows.items() if view.news.latest(user) <= top}
+                states = {user: _hold_rows(view, user, of_user, top) for user, of_user in complete.items()}
+                view.people.evict()
+            yield states
+
+# %% ../../nbs/feedback/changes.ipynb #01e8b0a2
+_log = logging.getLogger("product_recs.changes")
+
 class _Follower:
-    "A thread that reads again and again, and at once where a request asks for it."
-    def __init__(self, store:Store, wait:float, poll:float):
-        self.store, self.wait, self.poll = store, wait, poll
+    "A thread that keeps a memory up to date with a store."
+    def __init__(self, store:Store, memory:_Memory, poll:float):
+        self.store, self.memory, self.poll = store, memory, poll
         self.stale, self.error, self.failures = True, None, 0
         self._counter, self._seen, self._next_reading = None, -1, Future()
         self._wake, self._stop, self._thread = threading.Event(), False, None
 
-    def start(self,
-        timeout:float=10.0, # seconds for the first reading
-    ):
-        "Begin to follow the store; a store that is down is no error."
+    behind = property(lambda self: not self.stale and self._counter.value != self._seen)
+
+    def start(self, timeout:float)->None:
         first = self._next_reading
         self._thread = threading.Thread(target=self._run, name="feedback changes", daemon=True)
         self._thread.start()
         wait([first], timeout)
-        return self
 
     def close(self)->None:
-        "End the thread; what is known stays."
         self._stop = True
         self._wake.set()
         if self._thread: self._thread.join(10)
 
-    def _ask(self)->Future:
+    def ask(self)->Future:
         "Done when a reading that begins after this call has ended."
         asked = self._next_reading # before the thread is woken, which then begins it
         self._wake.set()
         return asked
 
-    def _failed(self, error:Exception|str)->None:
+    def failed(self, error:Exception|str)->None:
         reason = str(error) if isinstance(error, (str, StoreError)) else f"{type(error).__name__}: {error}"
         if self.error is None: _log.warning("answering without the newest feedback: %s", reason)
         self.failures += not self.stale
         self.stale, self.error = True, reason
+
+    def use(self, learned:int, timeout:float)->None:
+        "Another model is served; an older one has more events to read, which is waited for."
+        older, asked = self.memory.use(learned), self.ask()
+        if older and self._thread and not wait([asked], timeout).done: self.failed(_TOO_LATE)
 
     def _run(self)->None:
         while not self._stop:
@@ -269,104 +317,58 @@ class _Follower:
             try:
                 if self._counter is None: self._counter = self.store.counter
                 count = self._counter.value # before the reading: a commit after it moves the counter again
-                self._read()
+                self.memory.read(self.store)
                 if self.error is not None: _log.info("the feedback store can be read again")
                 self._seen, self.stale, self.error = count, False, None
-            except Exception as error: self._failed(error) # whatever happens, it is tried again
+            except Exception as error: self.failed(error) # whatever happens, it is tried again
             if awaited: asked.set_result(None)
             if not self._stop: self._wake.wait(self.poll)
 
-# %% ../../nbs/feedback/changes.ipynb #f994e0a2
-class _Reader(_Follower):
-    "The view, and how it is read; for threads."
-    def __init__(self, store:Store, learned_until:datetime|str|None, wait:float, poll:float, most:int):
-        super().__init__(store, wait, poll)
-        self._view, self._anew, self._recount = _View(learned_micros(learned_until), most), False, False
-        self._reading = threading.Lock()  # while the thread reads the store
-        self._changing = threading.Lock() # while the view changes
+# %% ../../nbs/feedback/changes.ipynb #4298e10d
+_TRIES = 3
+_TOO_LATE, _TOO_FAST = "it did not answer in time", "it changes faster than it can be read"
 
-    def use(self,
-        learned_until:datetime|str|None, # of the model that is served now
-        timeout:float=10.0,              # seconds for reading again, where the model is an older one
-    )->None:
-        "Another model is served."
-        learned = learned_micros(learned_until)
-        with self._reading, self._changing:
-            back = learned < self._view.learned
-            self._view, self._anew, self._recount = self._view.advanced(learned), self._anew or back, True
-        asked = self._ask()
-        if back and self._thread and not wait([asked], timeout).done: self._failed("it did not answer in time")
+class _Question:
+    "The users of one request."
+    def __init__(self, users:Sequence[int|str], follower:_Follower):
+        self.keys, self._follower, self._tries = [key_or_none(user) for user in users], follower, 0
+        self.states = {key: follower.memory.view.look(key) for key in self.keys if key is not None}
 
-    def _read(self)->None:
-        with self._reading, self.store.transaction("changes") as connection:
-            top, view = connection.execute(select(CLOCK.c.seq)).scalar_one(), self._view
-            # the first time, an older model, a store from a backup, or more news than are kept
-            if self._anew or view.top < 0 or not 0 <= top - view.top <= view.people.most:
-                view = _View(view.learned, view.people.most, view.revision)
-                _begin(view, connection, top)
-                with self._changing: self._view = view
-            else:
-                found = _since(connection, view.top, top) if top != view.top else None
-                news = _recounted(view, connection, top) if self._recount else view.news
-                with self._changing:
-                    view.news = news
-                    if found: _apply(view, *found, top)
-            self._anew = self._recount = False
+    def missing(self)->list[str]:
+        "Keys of the users who are to be read now; none after some tries, or while the view is behind."
+        if self._follower.stale or self._tries == _TRIES: return []
+        self._tries += 1
+        return self._unknown()
 
-    def _load(self, users:Sequence[str], chunk:int=1000)->dict[str, UserState]:
-        "Users whose events are read now; without those who did something meanwhile, and none where it fails."
-        view, states = self._view, {}
+    def load(self, keys:Sequence[str])->dict[str, UserState]:
+        "Users whose events are read now; a failure makes the view stale."
+        states = {}
         try:
-            for start in range(0, len(users), chunk):
-                with self.store.transaction("events of users") as connection:
-                    top = connection.execute(select(CLOCK.c.seq)).scalar_one()
-                    found = _of_users(connection, users[start:start + chunk], view.learned, top, view.people.most)
-                with self._changing:
-                    if self._view is not view: break
-                    known = {user: rows for user, rows in found.items() if view.news.latest(user) <= top}
-                    states |= {user: _hold_rows(view, user, rows, top) for user, rows in known.items()}
-                    view.people.evict()
-        except Exception as error: self._failed(error)
+            for part in self._follower.memory.load(self._follower.store, keys): states |= part
+        except Exception as error: self._follower.failed(error)
         return states
 
-# %% ../../nbs/feedback/changes.ipynb #abf833c9
-_TRIES = 3
+    async def load_in_time(self, keys:Sequence[str], timeout:float)->dict[str, UserState]:
+        "The same in a thread, while the loop goes on."
+        loop = asyncio.get_running_loop()
+        return await _in_time(loop.run_in_executor(None, self.load, keys), timeout, self._follower) or {}
 
-class _Memory(_Reader):
-    "What is there without waiting."
-    @property
-    def behind(self)->bool:
-        "Has something changed that the thread has not read, though it could?"
-        return not self.stale and self._counter.value != self._seen
+    def answer(self)->list[UserState]:
+        if self._unknown() and not self._follower.stale: self._follower.failed(_TOO_FAST)
+        rules = self._follower.memory.view.rules
+        return [UNCHANGED if key is None else self.states[key] or rules.of(key) for key in self.keys]
 
-    @property
-    def shelf(self)->Availability:
-        "What was said about items, as it is in memory."
-        return self._view.availability
+    def _unknown(self)->list[str]: return [key for key, state in self.states.items() if state is None]
 
-    def look(self,
-        user:int|str,   # as somebody wrote it
-    )->UserState|None:  # `UNCHANGED` for most; its revision grows with each change; None: it must be read
-        "What is known of a user beyond the model, as it is in memory."
-        return UNCHANGED if (key := key_or_none(user)) is None else self._view.look(key)
+async def _in_time(reading:asyncio.Future, timeout:float, follower:_Follower):
+    "The result of a reading; None where it takes too long."
+    done, _ = await asyncio.wait([reading], timeout=timeout)
+    if done: return reading.result()
+    follower.failed(_TOO_LATE)
 
-    def _look_all(self, keys:Sequence[str|None])->dict[str, UserState|None]:
-        return {key: self._view.look(key) for key in keys if key is not None}
-
-    def _missing(self, states:dict)->list[str]:
-        return [] if self.stale else [key for key, state in states.items() if state is None]
-
-    def _told(self, keys:Sequence[str|None], states:dict)->list[UserState]:
-        "In the order asked; of somebody whose events could not be read, the rules."
-        if self._missing(states): self._failed("it changes faster than it can be read")
-        return [UNCHANGED if key is None else states[key] or self._view.rules.of(key) for key in keys]
-
-# %% ../../nbs/feedback/changes.ipynb #bb02b011
-class Changes(_Memory):
+# %% ../../nbs/feedback/changes.ipynb #9264155a
+class Changes:
     "What the users of one worker did since its model was trained, kept up to date by a thread."
-    stale: bool      # is the view behind?
-    error: str|None  # why
-    failures: int    # how often it fell behind
     def __init__(self,
         store:Store,
         learned_until:datetime|str|None=None, # the model's data.feedback_until; None: all that is stored is new to it
@@ -374,43 +376,53 @@ class Changes(_Memory):
         poll:float=1.0,                       # seconds between two questions to the database
         most:int=100_000,                     # events in memory
     ):
-        super().__init__(store, learned_until, wait, poll, most)
+        self.wait = wait
+        self._follower = _Follower(store, _Memory(learned_micros(learned_until), most), poll)
+
+    stale = property(lambda self: self._follower.stale, doc="Is the view behind?")
+    error = property(lambda self: self._follower.error, doc="Why the view is behind; None: it is not.")
+    failures = property(lambda self: self._follower.failures, doc="How often the view fell behind.")
+    behind = property(lambda self: self._follower.behind, doc="Are there changes that the thread could have read?")
+    shelf = property(lambda self: self._follower.memory.view.availability, doc="The items' `Availability` in memory.")
+
+    def start(self, timeout:float=10.0)->"Changes": # after so many seconds for the first reading
+        "Begin to follow the store; a store that is down is no error."
+        self._follower.start(timeout)
+        return self
+
+    def close(self)->None:
+        "End the thread; what is known stays."
+        self._follower.close()
+
+    def use(self, learned_until:datetime|str|None, timeout:float=10.0)->None:
+        "Another model is served, with this `feedback_until`; wait so many seconds where it is an older one."
+        self._follower.use(learned_micros(learned_until), timeout)
+
+    def look(self, user:int|str)->UserState|None: # `UNCHANGED` for most; None: it must be read
+        "What is known of a user beyond the model, as it is in memory; the revision grows with each change."
+        return UNCHANGED if (key := key_or_none(user)) is None else self._follower.memory.view.look(key)
 
     async def catch_up(self)->None:
         "Wait for the thread where it is behind; the loop goes on."
-        if self.behind: await self._in_time(asyncio.wrap_future(self._ask()))
+        if self.behind: await _in_time(asyncio.wrap_future(self._follower.ask()), self.wait, self._follower)
 
-    async def states(self,
-        users:Sequence[int|str],
-    )->list[UserState]: # as of the last `catch_up`, or newer
+    async def states(self, users:Sequence[int|str])->list[UserState]: # as of the last `catch_up`, or newer
         "What is known of users beyond the model; what is not in memory is read in a thread."
-        keys = [key_or_none(user) for user in users]
-        states, loop = self._look_all(keys), asyncio.get_running_loop()
-        for _ in range(_TRIES):
-            if not (missing := self._missing(states)): break
-            states |= await self._in_time(loop.run_in_executor(None, self._load, missing)) or {}
-        return self._told(keys, states)
+        question = _Question(users, self._follower)
+        while keys := question.missing(): question.states |= await question.load_in_time(keys, self.wait)
+        return question.answer()
 
-    async def _in_time(self, reading:asyncio.Future):
-        done, _ = await asyncio.wait([reading], timeout=self.wait)
-        if done: return reading.result()
-        self._failed("it did not answer in time")
-
-    def state(self,
-        user:int|str, # as somebody wrote it
-    )->UserState:
+    def state(self, user:int|str)->UserState:
         "What is known of a user now, for a thread of one's own: it waits and reads itself."
-        self._wait()
-        keys = [key_or_none(user)]
-        states = self._look_all(keys)
-        for _ in range(_TRIES):
-            if missing := self._missing(states): states |= self._load(missing)
-        return self._told(keys, states)[0]
+        self._catch_up()
+        question = _Question([user], self._follower)
+        while keys := question.missing(): question.states |= question.load(keys)
+        return question.answer()[0]
 
     def availability(self)->Availability:
         "What was said about items until now, for a thread of one's own."
-        self._wait()
+        self._catch_up()
         return self.shelf
 
-    def _wait(self)->None:
-        if self.behind and not wait([self._ask()], self.wait).done: self._failed("it did not answer in time")
+    def _catch_up(self)->None:
+        if self.behind and not wait([self._follower.ask()], self.wait).done: self._follower.failed(_TOO_LATE)

@@ -48,9 +48,8 @@ class ImpressionLog:
         if self.share < 1 and random.random() >= self.share: return
         if len(self._waiting) >= self.limit: self.dropped += 1
         else:
-            self._waiting.append(
-                (time.time_ns() // 1000, request_id, key_or_none(user_id), model_version, source, items)
-            )
+            now = time.time_ns() // 1000
+            self._waiting.append((now, request_id, key_or_none(user_id), model_version, source, items))
 
     def close(self)->None:
         "Write what waits, once; what cannot be written is dropped and counted."
@@ -68,13 +67,9 @@ class ImpressionLog:
         "Write one batch; False where there is none or it failed and waits again."
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.batch))]
         if not batch: return False
-        try:
-            self.written += self.store.add_impressions(
-                [
-                    Impression(request, user, version, source, tuple(items), from_micros(at))
-                    for at, request, user, version, source, items in batch
-                ]
-            )
+        shown = [Impression(request, user, version, source, tuple(items), from_micros(at))
+                 for at, request, user, version, source, items in batch]
+        try: self.written += self.store.add_impressions(shown)
         except StoreError:
             self._waiting.extendleft(reversed(batch))
             return False

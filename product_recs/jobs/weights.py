@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write
 from ..core.parameters import number
-from ..core.sql import parquet
+from ..core.sql import parquet, timestamp
 from ..data.snapshots import Features, Snapshot
 from ..data.tasks import PERIODS, TASKS, Task, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, find_hits, interval, paired_bootstrap
@@ -64,8 +64,10 @@ def weightings(
 def _sum_sql(parameters:dict, until:str|None)->str:
     "SQL of the decayed, weighted sum of a pair."
     worth = worth_sql(parameters["event_weights"], parameters["quantity"])
-    age, half_life = f"coalesce(epoch(TIMESTAMP '{until}' - timestamp) / 86400, 0)", float(parameters["half_life_days"])
-    decay = f"pow(0.5, {age} / {half_life})" if half_life and until else "1"
+    half_life, decay = float(parameters["half_life_days"]), "1"
+    if half_life and until:
+        age = f"coalesce(epoch({timestamp(until)} - timestamp) / 86400, 0)"
+        decay = f"pow(0.5, {age} / {half_life})"
     return f"greatest(sum({worth} * {decay}), {LEAST})::FLOAT"
 
 def _row_table(ids)->dict:
@@ -90,7 +92,7 @@ def weigh(
                    {', '.join(f'{sql} AS {name}' for sql, name in columns.items())}
             FROM {parquet(features.interactions/'interactions.parquet')} log
             JOIN users u ON log.user_id = u.id JOIN items i ON log.item_id = i.id
-            WHERE {f"timestamp IS NULL OR timestamp < '{past.until}'" if past.until else 'true'}
+            WHERE {f"timestamp IS NULL OR timestamp < {timestamp(past.until)}" if past.until else 'true'}
             GROUP BY ALL ORDER BY ALL""").fetchnumpy()
     n_users, n_items = past.counts.shape
     rows = np.repeat(np.arange(n_users, dtype=np.int64), np.diff(past.counts.indptr))
