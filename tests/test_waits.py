@@ -22,7 +22,7 @@ from test_store import new_database, opened, postgres, until, url  # noqa: F401
 from product_recs.api import create_app
 from product_recs.data.arrays import save_table
 from product_recs.feedback.changes import Changes
-from product_recs.bundle.cold import ColdTable
+from product_recs.bundle import cold
 from product_recs.core.settings import Settings
 from product_recs.core.events import UNCHANGED
 from product_recs.bundle.live import Reload
@@ -166,7 +166,7 @@ class OnTheLoop:
         self.thread = threading.get_ident()
         for owner, name in (
             (Store, "transaction"),
-            (ColdTable, "_ask"),
+            (cold._File, "ask"),
             (duckdb, "connect"),
             (threading.Condition, "wait"),
         ):
