@@ -17,7 +17,7 @@ from sqlalchemy import text
 from support import new_database, publish_board, until
 
 from product_recs.api import create_app
-from product_recs.bundle.cold import ColdTable
+from product_recs.bundle import cold
 from product_recs.bundle.live import Reload
 from product_recs.core.events import UNCHANGED
 from product_recs.core.settings import Settings
@@ -162,7 +162,7 @@ class OnTheLoop:
         self.thread = threading.get_ident()
         for owner, name in (
             (Store, "transaction"),
-            (ColdTable, "_ask"),
+            (cold._File, "ask"),
             (duckdb, "connect"),
             (threading.Condition, "wait"),
         ):

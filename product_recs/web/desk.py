@@ -53,6 +53,11 @@ class StateView:
         "What is known of a user beyond the model, as it is in memory."
         return self.changes.look(user) if self.changes else UNCHANGED
 
+    @property
+    def behind(self)->bool:
+        "Has something changed that is not in memory yet, though it can be read?"
+        return self.changes is not None and self.changes.behind
+
     async def catch_up(self)->None:
         "Wait a moment for what users did a moment ago."
         if self.changes: await self.changes.catch_up()

@@ -60,7 +60,7 @@ class Service:
     async def catch_up(self, feedback:bool=True)->None:
         "What comes before an answer: a model where there is none yet, and what users did a moment ago."
         if self.live.version is None: await run_in_threadpool(self.live.look)
-        if feedback: await self.desk.view.catch_up()
+        if feedback and self.desk.view.behind: await self.desk.view.catch_up()
 
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
