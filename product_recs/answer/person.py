@@ -131,10 +131,6 @@ def score_person(
     if task != "next_purchase": raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
     signals = model.signals
     return score_histories(
-        signals,
-        person.vector[None],
-        np.zeros(len(person.items), np.int64),
-        person.items,
-        person.counts,
-        person.age_days,
+        signals, person.vector[None], np.zeros(len(person.items), np.int64), person.items, person.counts,
+        person.age_days
     )[0]

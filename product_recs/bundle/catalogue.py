@@ -38,11 +38,9 @@ def _time(value)->np.datetime64:
     return np.datetime64(value.astimezone(timezone.utc).replace(tzinfo=None) if value.tzinfo else value, "us")
 
 _FITS = {
-    TEXT: lambda value: isinstance(value, str),
-    YES_NO: lambda value: isinstance(value, (bool, np.bool_)),
+    TEXT: lambda value: isinstance(value, str), YES_NO: lambda value: isinstance(value, (bool, np.bool_)),
     NUMBER: lambda value: isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value == value,
-    TIME: lambda value: isinstance(value, (str, date)),
-    UNKNOWN: lambda value: value.__hash__ is not None,
+    TIME: lambda value: isinstance(value, (str, date)), UNKNOWN: lambda value: value.__hash__ is not None
 }
 
 # %% ../../nbs/bundle/catalogue.ipynb #b8c4ab9e

@@ -45,16 +45,9 @@ def publish_checkerboard(
         name: value(seen) if callable(value) else value for name, value in more.items()
     }
     path = write_bundle(
-        folder,
-        user_factors=factors,
-        item_factors=item_factors,
-        seen=seen,
-        users=IdTable(user_ids),
-        items=IdTable(item_ids),
-        user_columns=dict(user_columns or {}),
-        item_columns=columns | dict(item_columns or {}),
-        parameters={"factors": 2, "regularization": 0.1, "alpha": 1.0} | dict(parameters or {}),
-        **given,
+        folder, user_factors=factors, item_factors=item_factors, seen=seen, users=IdTable(user_ids),
+        items=IdTable(item_ids), user_columns=dict(user_columns or {}), item_columns=columns | dict(item_columns or {}),
+        parameters={"factors": 2, "regularization": 0.1, "alpha": 1.0} | dict(parameters or {}), **given
     )
     publish(folder, path.name)
     return path.name

@@ -20,10 +20,7 @@ from ..core.sql import named, parquet
 # %% ../../nbs/bundle/cold.ipynb #70f390be
 _log = logging.getLogger("product_recs.cold")
 _UNREADABLE = (
-    duckdb.IOException,
-    duckdb.InvalidInputException,
-    duckdb.SerializationException,
-    duckdb.OutOfMemoryException,
+    duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException, duckdb.OutOfMemoryException
 )
 
 class _File:

@@ -47,15 +47,10 @@ def weightings(
     make = lambda weights, quantity="ignore", days=0, last="none": dict(
         event_weights=weights, quantity=quantity, half_life_days=days, weighting=last)
     candidates = {
-        PLAIN: make({}),
-        "binary": make({}, last="binary"),
-        "log of counts": make({}, last="log1p"),
-        "BM25 of counts": make({}, last="bm25"),
-        "event weights": make(events),
-        "log of event weights": make(events, last="log1p"),
-        "BM25 of event weights": make(events, last="bm25"),
-        "quantity": make(events, "none"),
-        "log of quantity": make(events, "log1p"),
+        PLAIN: make({}), "binary": make({}, last="binary"), "log of counts": make({}, last="log1p"),
+        "BM25 of counts": make({}, last="bm25"), "event weights": make(events),
+        "log of event weights": make(events, last="log1p"), "BM25 of event weights": make(events, last="bm25"),
+        "quantity": make(events, "none"), "log of quantity": make(events, "log1p")
     }
     for days in half_lives:
         candidates[f"half-life {days:g} d"] = make(events, days=days)

@@ -96,14 +96,9 @@ def learn_weights(
         fits.append((unit.half_life_days, *fit_logistic(signal_table(signals, task.rows[place], items), taken)))
     half_life, weights, intercept, loss = min(fits, key=lambda fit: fit[-1])
     facts = {
-        "users": len(task.rows),
-        "pairs": len(items),
-        "taken": int(taken.sum()),
-        "loss": round(loss, 6),
-        "seed": seed,
-        "from": features.split["validation_from"],
-        "until": features.split["test_from"],
-        "losses": {f"{fit[0]:g} days": round(fit[-1], 6) for fit in fits},
+        "users": len(task.rows), "pairs": len(items), "taken": int(taken.sum()), "loss": round(loss, 6), "seed": seed,
+        "from": features.split["validation_from"], "until": features.split["test_from"],
+        "losses": {f"{fit[0]:g} days": round(fit[-1], 6) for fit in fits}
     }
     return BlendWeights(dict(zip(SIGNALS, map(float, weights))), intercept, half_life,
                         float(popularity_half_life_days), facts)

@@ -31,9 +31,8 @@ class Transform(NamedTuple):
     of: Callable[[float], float]
 
 QUANTITY = {
-    "ignore": Transform("1", lambda quantity: 1.0),
-    "none": Transform("quantity", float),
-    "log1p": Transform("ln(1 + quantity)", np.log1p),
+    "ignore": Transform("1", lambda quantity: 1.0), "none": Transform("quantity", float),
+    "log1p": Transform("ln(1 + quantity)", np.log1p)
 }
 
 def worth_sql(

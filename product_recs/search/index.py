@@ -187,18 +187,10 @@ def _judged(search:NearestItems, recall:float, looks:int, exact_looks:int, wante
         return _none(f"an index was built and dropped: with {search.probes} of {cells.nlist} cells "
                      f"{why_not['why_not']}")
     facts = {
-        "file": INDEX_FILE,
-        "library": "faiss",
-        "version": search.faiss.__version__,
-        "parameters": {"cells": cells.nlist, "probes": search.probes, "seed": seed},
-        "items": cells.ntotal,
-        "recall_at_10": round(recall, 4),
-        "wanted": wanted,
-        "built_seconds": round(seconds, 2),
-        "looks_at": looks,
-        "exact_looks_at": exact_looks,
-        "auto": not why_not,
-        **why_not,
+        "file": INDEX_FILE, "library": "faiss", "version": search.faiss.__version__,
+        "parameters": {"cells": cells.nlist, "probes": search.probes, "seed": seed}, "items": cells.ntotal,
+        "recall_at_10": round(recall, 4), "wanted": wanted, "built_seconds": round(seconds, 2), "looks_at": looks,
+        "exact_looks_at": exact_looks, "auto": not why_not, **why_not
     }
     return search.faiss.serialize_index(cells), facts
 

@@ -70,16 +70,10 @@ def explained(
     row, scored = model.bundle.items.row(item), score_request(model, request)
     place = why_not(model, scored.person, row, scored.ruled_out, scored.scores)
     facts = {
-        "user_id": request.user,
-        "item_id": item,
-        "title": title_of(model, row),
-        "source": scored.source,
-        "model_version": model.bundle.version,
-        "rule": place.rule,
+        "user_id": request.user, "item_id": item, "title": title_of(model, row), "source": scored.source,
+        "model_version": model.bundle.version, "rule": place.rule,
         "recommended": place.rule is None and place.rank is not None and place.rank <= request.n,
-        "rank": place.rank if place.rule is None else None,
-        "candidates": place.candidates,
-        "score": plain(place.score),
+        "rank": place.rank if place.rule is None else None, "candidates": place.candidates, "score": plain(place.score)
     }
     if scored.person.vector is None: return facts | {"why": [], "other": 0.0, "signals": {}}
     explanation = why(model, scored.person, row, request.task)

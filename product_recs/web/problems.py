@@ -108,14 +108,10 @@ async def known_problem(http_request:Request, error:ProductRecsError)->JSONRespo
 # %% ../../nbs/web/problems.ipynb #100856c9
 _EXAMPLES = {
     400: "the body is not readable as JSON: expected value at line 1 column 1",
-    401: "an API key is needed: Authorization: Bearer KEY",
-    403: "this key may read only",
-    404: "there is no item 999 in the model",
-    413: "the body is larger than 1,000,000 bytes",
-    415: "the body must be application/json",
-    422: "n: Input should be greater than or equal to 1",
-    429: "more than 100 requests a second",
-    503: "no model is live",
+    401: "an API key is needed: Authorization: Bearer KEY", 403: "this key may read only",
+    404: "there is no item 999 in the model", 413: "the body is larger than 1,000,000 bytes",
+    415: "the body must be application/json", 422: "n: Input should be greater than or equal to 1",
+    429: "more than 100 requests a second", 503: "no model is live"
 }
 _ALWAYS = (401, 403, 429) # what stands before every route answers these
 
