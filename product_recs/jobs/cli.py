@@ -8,6 +8,7 @@ __all__ = ['app', 'keys', 'ModelsDir', 'HowMany', 'AsJson', 'Quiet', 'Pairs', 'F
 # %% ../../nbs/jobs/cli.ipynb #91931c76
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -35,8 +36,8 @@ def _yaml(text:str, where:str):
     except yaml.YAMLError as error:
         # its own text quotes the line, and the line may hold a password
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "not valid"
-        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ProductRecsError(f"{where}{at}: not readable as YAML: {problem}") from None
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ProductRecsError(f"{where}{place}: not readable as YAML: {problem}") from None
 
 def read_parameters(
     files:str|Sequence[str]=(),          # YAML files of names and values; a later one overrides
@@ -55,6 +56,8 @@ def read_parameters(
     return parameters | {name: "" if value == "" else _yaml(value, f"-p {name}") for name, value in pairs}
 
 # %% ../../nbs/jobs/cli.ipynb #a5d41f2a
+_OPTION = re.compile("--?[A-Za-z][A-Za-z-]*")
+
 def _join_pairs(words:Sequence[str])->Iterator[str]:
     "A command line in which each `-p NAME VALUE` has become `-p NAME=VALUE`."
     rest = list(words)
@@ -62,9 +65,11 @@ def _join_pairs(words:Sequence[str])->Iterator[str]:
         word = rest.pop(0)
         yield word
         if word == "--": yield from rest; return
-        if word in ("-p", "--parameter") and len(rest) > 1 and "=" not in rest[0]:
-            name, value = rest.pop(0), rest.pop(0)
-            yield f"{name}={value}"
+        pair = rest[:2]
+        if word not in ("-p", "--parameter") or len(pair) < 2 or "=" in pair[0]: continue
+        if not any(map(_OPTION.fullmatch, pair)):
+            yield "=".join(pair)
+            del rest[:2]
 
 def _pair(text:str)->tuple[str, str]:
     "Name and value of `NAME=VALUE`."
@@ -102,7 +107,8 @@ def _verb(
     group:typer.Typer=app,
 )->Callable:
     "Decorator: a verb of the command."
-    return group.command(name, epilog=f"example: product-recs {example}", context_settings=_PLAIN["context_settings"])
+    given = {"epilog": f"example: product-recs {example}", "context_settings": _PLAIN["context_settings"]}
+    return lambda function: group.command(name, short_help=function.__doc__, **given)(function)
 
 def _show_version(wanted:bool)->None:
     from product_recs import __version__
@@ -390,6 +396,7 @@ def main(
     words = [*_join_pairs(sys.argv[1:] if arguments is None else arguments)]
     try:
         result = app(words, prog_name="product-recs", standalone_mode=False)
+        if result == 130: raise KeyboardInterrupt # which Typer has caught
         if isinstance(result, int): return result # of --help, --version and the like
         if result: print(result, flush=True)
         return 0
