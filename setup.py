@@ -19,7 +19,7 @@ def requirements(*jobs: str) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    "Of a C file, as `core.compiled` compares it with what a library says it was built from."
+    "Of a C file, as `core.kernels.compiled` compares it with what a library says it was built from."
     return f"0x{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}ULL"
 
 

@@ -5,8 +5,8 @@ all.
     FOLDER] [--write]
     python benchmarks/training.py --scale [--write]
 
-The arms: `rotated` (product_recs.solver), `implicit`, and where .venv-bench has them `irspack` (CG, its default) and
-Spark MLlib:
+The arms: `rotated` (product_recs.models.solver), `implicit`, and where .venv-bench has them `irspack`
+(CG, its default) and Spark MLlib:
 `python3 -m venv .venv-bench && .venv-bench/bin/pip install irspack threadpoolctl pyspark pandas`. Every fit is a
 process of its own;
 BLAS has one thread in each, the row solvers have all cores. Data: the groceries (`make data`; the last two months are

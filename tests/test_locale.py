@@ -199,9 +199,9 @@ def test_every_kind_of_source_is_the_same_in_every_locale(tmp_path, place):
         0
     ].endswith("straße")
 
-    command = [sys.executable, "-m", "product_recs.cli", "recommend", "ann", "--models-dir", "out/models"]
+    command = ["recommend", "ann", "--models-dir", "out/models"]
     said = subprocess.run(
-        [sys.executable, "-c", "from product_recs.jobs.cli import main; raise SystemExit(main())", *command[3:]],
+        [sys.executable, "-c", "from product_recs.jobs.cli import main; raise SystemExit(main())", *command],
         cwd=tmp_path / "there",
         env=environment,
         capture_output=True,

@@ -23,7 +23,7 @@ class Recommendations:
     "Items for one user, or items like one item; best first."
     items: list              # external ids, the customer's own `int` or `str`
     scores: list             # a float for each item; comparable inside one list only
-    # the rung that answered: `personalised`, `next_purchase`, `popular`; `similar` for items like an item
+    # the rung of the ladder that answered; `similar` for items like an item, `new` for the newest
     source: str
     shortfall: str|None=None # why there are fewer than asked; None when there are not
     rows: list|None=None     # row of each item in the model

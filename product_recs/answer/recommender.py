@@ -20,15 +20,14 @@ from ..bundle.ready import ReadyModel
 from ..core.errors import StoreError
 from ..core.events import UNCHANGED, Event, UserState
 from ..core.paths import resolve_path
-from ..feedback.changes import Availability, Changes
+from ..feedback.changes import NOTHING_CHANGED, Availability, Changes
 from ..feedback.store import Store
 
 # %% ../../nbs/answer/recommender.ipynb #4e488420
 class NoFeedback:
     "What the recommender is told where there is no feedback store: nothing has changed."
-    shelf = Availability(frozenset(), frozenset(), 0)
+    shelf = NOTHING_CHANGED
     def state(self, user:int|str)->UserState: return UNCHANGED
-    def look(self, user:int|str)->UserState: return UNCHANGED
     def availability(self)->Availability: return self.shelf
 
 NO_FEEDBACK = NoFeedback()

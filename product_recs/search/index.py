@@ -231,7 +231,7 @@ def build_index(
     return _judged(search, recall, looks, exact_looks, wanted, seed, seconds, forced)
 
 # %% ../../nbs/search/index.ipynb #f5763c03
-_log = logging.getLogger("product_recs.nearest")
+_log = logging.getLogger("product_recs.index")
 
 def open_index(
     folder:Path,      # of a bundle
