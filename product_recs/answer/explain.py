@@ -13,6 +13,7 @@ import numpy as np
 
 from .person import Person, score_person
 from ..bundle.ready import ReadyModel
+from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from ..core.errors import ProductRecsError
 from ..models.signals import SIGNALS, pair_signals
 
@@ -38,11 +39,11 @@ def why(
     model:ReadyModel,
     person:Person,
     item:int,             # row
-    task:str="discovery", # discovery | next_purchase
+    task:str=DISCOVERY, # discovery | next_purchase
 )->Explanation:
     """Why this item has this score for this person; a `ProductRecsError` where the person has no score, a `BlendError`
     where a next purchase is asked of a bundle without a blend."""
-    if task not in ("discovery", "next_purchase"):
+    if task not in TASKS:
         raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
     if person.vector is None:
         raise ProductRecsError("there is no score to explain for somebody of whom the model knows nothing")
@@ -51,7 +52,7 @@ def why(
     added = solver.alpha*person.confidence.astype(np.float64)*(solver.item_factors[person.items] @ toward)
     affinity = float(target @ person.vector)
     order = np.lexsort((person.items, -added))
-    signals = _signals(model, person, item) if task == "next_purchase" else None
+    signals = _signals(model, person, item) if task == NEXT_PURCHASE else None
     score, other = affinity if signals is None else sum(signals.values()), affinity - float(added.sum())
     return Explanation(score, affinity, person.items[order], added[order], other, signals)
 

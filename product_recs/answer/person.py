@@ -13,7 +13,7 @@ import numpy as np
 
 from ..bundle.files import Bundle
 from ..bundle.ready import ReadyModel
-from ..core.columns import Columns
+from ..core.columns import DISCOVERY, NEXT_PURCHASE, Columns
 from ..core.errors import ProductRecsError
 from ..core.events import UNCHANGED, Event, UserState
 from ..data.left_out import NOTHING_HAD, Had
@@ -123,12 +123,12 @@ def _placed(merged:np.ndarray, items:np.ndarray, values:np.ndarray)->np.ndarray:
 def score_person(
     model:ReadyModel,
     person:Person,
-    task:str="discovery", # discovery | next_purchase
-)->np.ndarray:            # (n_items,) float32, a fresh array
+    task:str=DISCOVERY, # discovery | next_purchase
+)->np.ndarray:          # (n_items,) float32, a fresh array
     "A score for every item; a `BlendError` where the bundle has no blend."
     if person.vector is None: raise ProductRecsError("there are no scores for somebody of whom the model knows nothing")
-    if task == "discovery": return model.item_factors @ person.vector
-    if task != "next_purchase": raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
+    if task == DISCOVERY: return model.item_factors @ person.vector
+    if task != NEXT_PURCHASE: raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
     signals = model.signals
     return score_histories(
         signals, person.vector[None], np.zeros(len(person.items), np.int64), person.items, person.counts,

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..bundle.files import current_version, read_manifest
+from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from ..core.errors import EvaluateError
 from ..core.paths import resolve_path
 from ..data.snapshots import Features, open_features
@@ -108,9 +109,9 @@ def _makers(version:str, label:str, manifest:dict, features:Features, folder:Pat
                             "fitted again; train it anew")
     own = bundle_features(manifest, features, folder)
     als = ALS(**{name: manifest["parameters"][name] for name in _ALS_NAMES})
-    if not _has_blend(manifest): return [Refitted(f"{label} (ALS)", als, own, features, ("discovery", "next_purchase"))]
-    return [Refitted(f"{label} (ALS)", als, own, features, ("discovery",)),
-            Refitted(f"{label} (blend)", Blend(own, als=als), own, features, ("next_purchase",))]
+    if not _has_blend(manifest): return [Refitted(f"{label} (ALS)", als, own, features, TASKS)]
+    return [Refitted(f"{label} (ALS)", als, own, features, (DISCOVERY,)),
+            Refitted(f"{label} (blend)", Blend(own, als=als), own, features, (NEXT_PURCHASE,))]
 
 def _has_blend(manifest:dict)->bool:
     "Whether a bundle answers next purchase with a blend."
