@@ -269,14 +269,14 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
     con.execute(f"""COPY (SELECT {id} AS {key}{attributes} FROM {name} JOIN {name}_ids USING (file, line) WHERE {good}
         QUALIFY row_number() OVER (PARTITION BY {id} ORDER BY file DESC, line DESC) = 1 ORDER BY 1) TO
         {file_name(target)} (FORMAT parquet)""")
-    kept, = con.execute(f"SELECT count(*) FROM {parquet(target)}").fetchone()
+    written, = con.execute(f"SELECT count(*) FROM {parquet(target)}").fetchone()
     rows, rejected = (sum(file[what] for file in ledger.files if file["role"] == name)
                       for what in ("rows_read", "rows_rejected"))
-    ledger.tables[name] = dict(rows_read=rows, rows_kept=kept, rows_rejected=rejected,
-                               duplicates_merged=rows - rejected - kept)
-    if rows - rejected - kept:
+    ledger.tables[name] = dict(rows_read=rows, rows_kept=written, rows_rejected=rejected,
+                               duplicates_merged=rows - rejected - written)
+    if rows - rejected - written:
         ledger.warnings.append(
-            f"{name}: {rows - rejected - kept:,} rows repeat a {key}; the last row of each was kept."
+            f"{name}: {rows - rejected - written:,} rows repeat a {key}; the last row of each was kept."
         )
 
 # %% ../nbs/01_ingest.ipynb #53583b56

@@ -173,7 +173,7 @@ def check_words(
     given:Mapping,    # column -> value; None: not known
     rule:str,         # what the error calls it
 )->None:
-    "An error that names the first column that the table does not have, or whose kind the value is not."
+    "Raises `ProductRecsError` for the first column that the table does not have, or whose kind the value is not."
     for name, value in given.items():
         if name in Columns.Counted:
             raise ProductRecsError(f"{rule}: {name!a} is counted by the model and cannot be told")

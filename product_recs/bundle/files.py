@@ -317,6 +317,6 @@ def remove_bundle(
     models_dir:Path,
     version:str, # any but the live one
 )->None:
-    "Delete a bundle that is not live."
+    "Delete a bundle; raises `BundleError` for the live one."
     if version == live_version(models_dir): raise BundleError(f"{version} is live; publish another version first")
     shutil.rmtree(Path(models_dir)/_valid_version(version))

@@ -33,10 +33,10 @@ _QUERY = re.compile(r"""([A-Za-z][\w+.-]*:/[^\s'"<>?]*\?)([^\s'"<>]+)""")
 _QUERY_OF_ALL = re.compile(r"([A-Za-z][\w+.-]*:/[^?]*\?)(.+)", re.DOTALL)
 _CONNINFO = re.compile(r"(?i)\b(password|passwd|pwd|sslpassword)(\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&;,)'\"]+)")
 
-def _masked_query(found:re.Match)->str:
+def _masked_query(match:re.Match)->str:
     "The query of a URL with stars for the values that may be secret."
     shown = lambda pair: pair[0] if pair[1].lower() in _SHOWN else f"{pair[1]}={STARS}"
-    return found[1] + re.sub(r"([^?&;=]+)=([^&;]*)", shown, found[2])
+    return match[1] + re.sub(r"([^?&;=]+)=([^&;]*)", shown, match[2])
 
 # %% ../../nbs/core/credentials.ipynb #a22adc20
 def masked(

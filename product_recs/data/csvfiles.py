@@ -171,7 +171,7 @@ def _join(text:str, pull, put_back, width:int, delimiter:str, guarded:Iterable[i
         if item[2] or (width > 1 and alone is not None and len(alone) == width): break
         text += "\n" + item[1]
         fields, fault = parse_line(text, delimiter)
-    if fields is not None and len(fields) == width and not any("\n" in fields[at] for at in guarded):
+    if fields is not None and len(fields) == width and not any("\n" in fields[place] for place in guarded):
         return fields, None
     put_back(reversed(ahead))
     return None, UNCLOSED

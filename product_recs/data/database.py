@@ -94,7 +94,7 @@ class _Answer:
                     values[place], kind = _id(row[place])
                     if kind: self.kinds[name].add(kind)
             except ValueError as error: self.faults.append((number, name, str(row[place])[:200], str(error)))
-            else: yield [number, *(values[at] if at in self.ids else _plain(row[at]) for at in self.places)]
+            else: yield [number, *(values[place] if place in self.ids else _plain(row[place]) for place in self.places)]
         self.rows += len(batch)
 
     def write(self, result, staged:Path, label:str, progress:bool)->None:

@@ -234,7 +234,7 @@ def bootstrap_means(
     resamples:int=1000,   # number of draws of n users
     seed:int=0,
 )->np.ndarray:            # (resamples,) or (resamples, c)
-    "Mean of each resample of the users; the same seed and n draw the same users."
+    "Mean of each resample of the users, the same draws for the same seed and n; raises `ValueError` without users."
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     if not n: raise ValueError("no users to draw from")
@@ -271,7 +271,7 @@ def paired_bootstrap(
     seed:int=0,
     level:float=0.95,
 )->Comparison:
-    "Compare two models on the same users."
+    "Compare two models on the same users; raises `ValueError` where they are not the same, or none."
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape: raise ValueError(f"both need the same users: {a.shape} and {b.shape}")
     means = bootstrap_means(a - b, resamples, seed)

@@ -43,7 +43,7 @@ def read_parameters(
     files:str|Sequence[str]=(),          # YAML files of names and values; a later one overrides
     pairs:Sequence[tuple[str, str]]=(),  # name and value, as `-p` gives them
 )->dict:
-    "Parameters of a run: the files', overridden by the pairs."
+    "Parameters of a run: the files', overridden by the pairs; raises `ProductRecsError` where they cannot be read."
     parameters = {}
     for file in [files] if isinstance(files, str) else files:
         path = resolve_path(file)

@@ -44,13 +44,13 @@ class BlendWeights:
 
 # %% ../../nbs/models/signals.ipynb #2581257f
 def read_weights(
-    found:dict|None, # the section `blend` of a manifest, or what `to_json` gave
+    section:dict|None, # the section `blend` of a manifest, or what `to_json` gave
 )->BlendWeights:
     "Weights from a manifest; raises `BlendError`, which says why there are none."
-    if not found: raise BlendError("this model was made without a blend; train again with `blend` true")
-    if "missing" in found: raise BlendError(f"this model has no blend: {found['missing']}")
+    if not section: raise BlendError("this model was made without a blend; train again with `blend` true")
+    if "missing" in section: raise BlendError(f"this model has no blend: {section['missing']}")
     try:
-        blend = BlendWeights(**found)
+        blend = BlendWeights(**section)
         fine = (set(blend.weights) == set(SIGNALS) and np.isfinite([*blend.vector(), blend.intercept]).all()
                 and min(blend.half_life_days, blend.popularity_half_life_days) > 0)
     except (TypeError, ValueError, AttributeError, KeyError): fine = False

@@ -37,7 +37,7 @@ def aligned_zeros(
 def eigenbasis(
     gram:np.ndarray, # (f, f) symmetric, positive semidefinite
 )->tuple[np.ndarray, np.ndarray]: # (f,) eigenvalues above 0, ascending, and (f, f), one eigenvector a column
-    "The basis in which a Gram matrix is a diagonal."
+    "The basis in which a Gram matrix is a diagonal; raises `TrainError` where the factors became infinite."
     if not np.isfinite(gram).all():
         raise TrainError("the factors became infinite; raise the regularization, or lower alpha")
     values, vectors = np.linalg.eigh(gram)

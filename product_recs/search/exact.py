@@ -173,7 +173,7 @@ class Searcher:
         closed:np.ndarray|None=None, # rows of items that nobody gets
         threads:int=1,               # 0: all cores
     )->tuple[np.ndarray, np.ndarray]: # items (m, n) int32, -1: none is left; scores (m, n) float32, there -inf
-        "The best `n` items of each user, best first; of equal scores the lower row number."
+        "The best `n` items of each user, of equal scores the lower row; raises `ValueError` where shapes do not fit."
         users = np.ascontiguousarray(user_factors, np.float32)
         if exclude is not None and not isinstance(exclude, tuple): exclude = exclude.indptr, exclude.indices
         if users.ndim != 2 or users.shape[1] != self.item_factors.shape[1]:
