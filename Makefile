@@ -73,7 +73,7 @@ test: .venv/.kernels
 	@$(BIN)/python tools/check_export.py
 	@$(BIN)/python tools/check_notebooks.py
 	@$(BIN)/python tools/make_readme.py --check
-	@$(BIN)/ruff check product_recs tools tests benchmarks setup.py
+	@$(BIN)/ruff check product_recs nbs tools tests benchmarks setup.py
 	@$(BIN)/lint-imports --no-cache > /dev/null 2>&1 || $(BIN)/lint-imports --no-cache
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/pytest -q tests

@@ -8,7 +8,7 @@ import duckdb
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
-from test_api import ROOT, Server
+from support import ROOT, Server
 
 from product_recs.answer.recommender import open_recommender
 from product_recs.bundle.checkerboard import publish_checkerboard
