@@ -18,7 +18,8 @@ from ..bundle.files import current_version, read_manifest
 from ..core.errors import EvaluateError
 from ..core.paths import resolve_path
 from ..data.snapshots import Features, open_features
-from ..evaluation.judge import METRIC_NAMES, Evaluation, evaluate
+from ..evaluation.judge import Evaluation, evaluate
+from ..evaluation.metrics import METRIC_NAMES
 from ..features import build_features
 from ..models.als import ALS
 from ..models.blend import Blend
