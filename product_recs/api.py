@@ -31,6 +31,7 @@ from .core.kernels import one_blas_thread
 from .core.settings import Settings
 from .web.details import explained, ranked, ranked_new
 from .web.events import add_feedback
+from .web.headers import Header
 from .web.items import add_items
 from .web.monitor import workers_folder
 from .web.people import add_people
@@ -45,8 +46,8 @@ from .web.service import FastPath, Service
 # %% ../nbs/06_api.ipynb #9a6cfed0
 def _headers(version:str, source:str, shortfall:str|None=None)->dict[str, str]:
     "What every list says of itself: the model, the rung, and why it is short."
-    headers = {"X-Model-Version": version, "X-Recommendation-Source": source}
-    if shortfall: headers["X-Recommendation-Shortfall"] = shortfall.encode("ascii", "replace").decode()
+    headers = {Header.Model: version, Header.Source: source}
+    if shortfall: headers[Header.Shortfall] = shortfall.encode("ascii", "replace").decode()
     return headers
 
 def respond(
@@ -216,7 +217,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
     async def is_ready():
         version = live.get().bundle.version
         return JSONResponse({"status": "ready", "model_version": version, "store": desk.state()},
-                            headers={"X-Model-Version": version})
+                            headers={Header.Model: version})
 
     @app.get("/model", tags=["operation"], summary="Which model answers, and how it was trained",
              responses=documented("The manifest without its list of files.", 503))
@@ -225,7 +226,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
         facts = {name: plain(value) for name, value in bundle.manifest.items() if name != "files"}
         if refused: refused = {"version": refused.version, "error": refused.error, "at": plain(refused.at)}
         facts |= {"loaded_at": plain(live.loaded_at), "refused": refused, "store": desk.state()}
-        return JSONResponse(facts, headers={"X-Model-Version": bundle.version})
+        return JSONResponse(facts, headers={Header.Model: bundle.version})
 
     @app.post("/model/reload", response_model=ReloadAnswer, tags=["operation"], summary="Look for a new model now",
               responses=documented("What became of it; other workers look by themselves.", 503, model=False))
@@ -275,7 +276,7 @@ def _add_layers(app:FastAPI, service:Service)->None:
 # %% ../nbs/06_api.ipynb #213d2d35
 _DESCRIPTION = (
     "Top-N recommendations from a trained model and from what users did since. Whoever asks is answered: a stranger "
-    "gets what is popular, and the header X-Recommendation-Source says so;\nan item that was ruled out is never "
+    f"gets what is popular, and the header {Header.Source} says so;\nan item that was ruled out is never "
     "returned. Errors are problem documents (RFC 9457). Ids are what your own data has: a number stays a number, a "
     "text stays a text.")
 _HANDLERS = {HTTPException: http_problem, RequestValidationError: parameter_problem, StoreError: _store_away,

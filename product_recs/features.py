@@ -31,7 +31,7 @@ from .data.arrays import save_csr
 from .data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
 from .data.snapshots import SNAPSHOTS, Features, open_features
 from .ingest import ensure_ingested
-from .models.weighting import (EVENT_WEIGHTS, LEAST, QUANTITY, WEIGHTING, checked_event_weights,
+from .models.weighting import (BM25, EVENT_WEIGHTS, LEAST, QUANTITY, WEIGHTING, checked_event_weights,
                                            mean_user_total, weighted, worth_sql)
 
 # %% ../nbs/02_features.ipynb #88205719
@@ -373,7 +373,8 @@ def build_features(
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
         facts = {"parameters": parameters, "split": split, "fingerprint": ledger["fingerprint"],
                  "feedback_until": ledger.get("feedback_until"), "rules": ledger.get("rules", {}),
-                 "interactions": str(interactions), "mean_total": mean_total, "users": shape[0], "items": shape[1]}
+                 "interactions": str(interactions), "mean_total": mean_total,
+                 "bm25": BM25 if parameters["weighting"] == "bm25" else None, "users": shape[0], "items": shape[1]}
         (folder/"features.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return open_features(out)
 
@@ -391,5 +392,7 @@ def ensure_features(
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
         now = ledger["fingerprint"], ledger.get("feedback_until"), ledger.get("rules", {})
         if features and (features.fingerprint, features.feedback_until, features.rules) == now:
-            if all(features.parameters[name] == value for name, value in parameters.items()): return features
+            constants = BM25 if features.parameters["weighting"] == "bm25" else None
+            same = all(features.parameters[name] == value for name, value in parameters.items())
+            if same and features.bm25 == constants: return features
         return build_features(interactions, out, **parameters)

@@ -58,7 +58,7 @@ def train_bundle(
         model.item_factors, candidates, model.user_factors, known.confidence, index=index,
         seed=model.parameters["seed"], num_threads=num_threads, progress=parameters.get("progress", True),
     )
-    mean_total = {"mean_total": features.mean_total} if features.mean_total else {}
+    bm25 = {"mean_total": features.mean_total, "bm25": features.bm25} if features.bm25 else {}
     path = write_bundle(
         resolve_path(models_dir),
         algorithm="als",
@@ -73,7 +73,7 @@ def train_bundle(
         item_columns=features.item_columns,
         parameters={**model.parameters, "features": features.parameters, "ingest": features.rules},
         data={"run": run, "fingerprint": features.fingerprint, "feedback_until": features.feedback_until,
-              **features.split, **mean_total},
+              **features.split, **bm25},
         metrics={"loss": model.losses[-1][1] if model.losses else None, "fit_seconds": round(model.seconds, 3)},
         blend=weights,
         cold_items=features.cold_items,

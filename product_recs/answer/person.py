@@ -36,16 +36,17 @@ def confidence_with(
     features = bundle.manifest["parameters"].get("features", {})
     added = worth([event for _, event in new], features.get("event_weights", {}), features.get("quantity", "ignore"))
     weighting, popularity = features.get("weighting", "none"), bundle.item_columns["popularity"]
-    mean_total = bundle.manifest["data"].get("mean_total") if weighting == "bm25" else None
+    data = bundle.manifest["data"] if weighting == "bm25" else {}
+    mean_total, constants = data.get("mean_total"), data.get("bm25", {})
     rare = lambda rows: rarity(popularity[rows], len(bundle.users)) if weighting == "bm25" else None
     before = left_out.items if row is None else items
     merged, place = _merge(before, np.array([item for item, _ in new], np.int64))
     sums = np.zeros(len(merged))
     sums[np.searchsorted(merged, before)] = (
-        left_out.sums if row is None else unweigh(confidence, weighting, rare(items), mean_total)
+        left_out.sums if row is None else unweigh(confidence, weighting, rare(items), mean_total, **constants)
     )
     np.add.at(sums, place, added)
-    return merged, weigh_user(sums, weighting, rare(merged), mean_total)
+    return merged, weigh_user(sums, weighting, rare(merged), mean_total, **constants)
 
 def _merge(items:np.ndarray, new:np.ndarray)->tuple[np.ndarray, np.ndarray]:
     "All items once, ascending, and the place of each new one among them."

@@ -48,6 +48,7 @@ class Features:
     path: Path                 # of this artifact
     interactions: Path         # folder of the ingested interactions
     mean_total: float|None=None      # mean sum of a user in `all` before BM25, for later events; None: other weighting
+    bm25: dict|None=None             # k1 and b that the confidences were made with; None: other weighting
     feedback_until: str|None=None    # UTC; what the feedback store received until then is in the interactions
     cold_items: Path|None=None       # rows of the products file without a row in the matrices; None: there are none
     cold_users: Path|None=None       # likewise of the users file
@@ -83,7 +84,7 @@ def open_features(
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
     cold = {name: path/f"{name}.parquet" for name in ("cold_items", "cold_users")}
     given = {name: facts[name] for name in ("split", "parameters", "fingerprint")}
-    given |= {name: facts[name] for name in ("mean_total", "feedback_until", "rules") if name in facts}
+    given |= {name: facts[name] for name in ("mean_total", "bm25", "feedback_until", "rules") if name in facts}
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots, **given,
                     validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape),
                     user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),

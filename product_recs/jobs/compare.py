@@ -19,7 +19,8 @@ from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from ..core.errors import EvaluateError
 from ..core.paths import resolve_path
 from ..data.snapshots import Features, open_features
-from ..evaluation.judge import METRIC_NAMES, Evaluation, evaluate
+from ..evaluation.judge import Evaluation, evaluate
+from ..evaluation.metrics import METRIC_NAMES
 from ..features import build_features
 from ..models.als import ALS
 from ..models.blend import Blend

@@ -30,6 +30,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..core.errors import BundleError, ProductRecsError, UnknownItem
+from .headers import Header, raw
 
 # %% ../../nbs/web/problems.ipynb #9d15f835
 class Problem(BaseModel):
@@ -122,12 +123,12 @@ def documented(
 )->dict:             # for `responses=` of a route
     "What /docs says of the headers and of the problem documents of a route."
     def header(text:str)->dict: return {"description": text, "schema": {"type": "string"}}
-    headers = {"X-Request-ID": header("the request's id in the log")}
+    headers = {Header.Request: header("the request's id in the log")}
     if model:
-        headers |= {"X-Model-Version": header("version of the model that answered"),
-                    "X-Recommendation-Source": header("the rung that answered"),
-                    "X-Recommendation-Shortfall": header("only where there are fewer than n: why"),
-                    "X-Feedback-Stale": header("only where the newest feedback could not be read: true")}
+        headers |= {Header.Model: header("version of the model that answered"),
+                    Header.Source: header("the rung that answered"),
+                    Header.Shortfall: header("only where there are fewer than n: why"),
+                    Header.Stale: header("only where the newest feedback could not be read: true")}
     schema, responses = Problem.model_json_schema(), {200: {"description": description, "headers": headers}}
     for status in sorted({*statuses, *_ALWAYS}):
         example = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status,
@@ -186,6 +187,8 @@ def path_id(
     return unquote(scope["raw_path"].split(b"?")[0].split(b"/")[place].decode("latin-1"))
 
 # %% ../../nbs/web/problems.ipynb #2a74eea5
+_MODEL, _SOURCE, _REQUEST = (raw(name) for name in (Header.Model, Header.Source, Header.Request))
+
 class RequestLog:
     "ASGI middleware: request id, one log line, and a 500 document for what nobody caught."
     def __init__(self,
@@ -207,9 +210,9 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 line["status"] = message["status"]
                 for name, value in message["headers"]:
-                    if name == b"x-model-version": line["model_version"] = value.decode()
-                    elif name == b"x-recommendation-source": line["source"] = value.decode()
-                message["headers"] = [*message["headers"], (b"x-request-id", id)]
+                    if name == _MODEL: line["model_version"] = value.decode()
+                    elif name == _SOURCE: line["source"] = value.decode()
+                message["headers"] = [*message["headers"], (_REQUEST, id)]
             elif scope["method"] == "HEAD": message = {**message, "body": b""}
             await send(message)
 

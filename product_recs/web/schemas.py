@@ -24,6 +24,7 @@ from ..core.errors import FeedbackError, ProductRecsError
 from ..core.events import INSTRUCTIONS, Event, EventRules, refusal
 from ..core.ids import LONGEST_ID, IdError, IdTable, id_key, number_or_text
 from ..feedback.records import NewEvent
+from .headers import Header
 
 # %% ../../nbs/web/schemas.ipynb #9ff2ee3d
 def plain(
@@ -220,8 +221,8 @@ class RankedItem(BaseModel):
     reasons: list[Reason] = Field([], description="the past items that speak most for it")
 
 class _Detail(BaseModel):
-    source: str = Field(description="the rung that answered, as in the header X-Recommendation-Source")
-    model_version: str = Field(description="as in the header X-Model-Version")
+    source: str = Field(description=f"the rung that answered, as in the header {Header.Source}")
+    model_version: str = Field(description=f"as in the header {Header.Model}")
     shortfall: str | None = Field(description="why there are fewer than n; null when there are not")
     items: list[RankedItem]
 

@@ -34,6 +34,7 @@ from ..core.errors import ProductRecsError
 from ..core.files import locked
 from ..core.paths import resolve_path
 from ..core.settings import Settings
+from .headers import Header
 from .problems import problem
 
 # %% ../../nbs/web/security.ipynb #cd6566cf
@@ -282,8 +283,7 @@ def _client(scope:dict)->str:
     return ":".join(host.split(":")[:4]) + "::/64" if ":" in host else host
 
 _SENT = ["Authorization", "X-API-Key", "Content-Type", "X-Request-ID"]
-_GIVEN = ["X-Model-Version", "X-Recommendation-Source", "X-Recommendation-Shortfall", "X-Feedback-Stale",
-          "X-Request-ID", "Retry-After"]
+_GIVEN = [Header.Model, Header.Source, Header.Shortfall, Header.Stale, Header.Request, "Retry-After"]
 
 def _with_origins(app, origins:list[str])->CORSMiddleware:
     "The application as pages of these origins may ask it."

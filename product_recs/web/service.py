@@ -20,6 +20,7 @@ from ..core.settings import Settings
 from ..feedback.changes import Availability
 from .cache import Kept, KeptAnswers, question_of
 from .desk import FeedbackDesk
+from .headers import Header, raw
 from .monitor import Metrics
 
 # %% ../../nbs/web/service.ipynb #307de7c8
@@ -84,6 +85,8 @@ class Service:
         self.desk.shown(scope["request_id"], user, model.bundle.version, source, items)
 
 # %% ../../nbs/web/service.ipynb #a1925333
+_STALE = raw(Header.Stale)
+
 class FastPath:
     "ASGI layer that sends kept answers, and passes everything else on."
     def __init__(self,
@@ -101,7 +104,7 @@ class FastPath:
 
         async def send_on(message):
             if message["type"] == "http.response.start" and service.desk.stale:
-                message["headers"] = [*message["headers"], (b"x-feedback-stale", b"true")]
+                message["headers"] = [*message["headers"], (_STALE, b"true")]
             await send(message)
 
         if kept is None: return await self.app(scope, receive, send_on)
