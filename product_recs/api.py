@@ -93,8 +93,9 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         user = as_id(model.bundle.users, path_id(http_request.scope, -1))
         state, = await view.states([user])
         request = recommender.request(user, n, task, state=state, shelf=shelf)
-        if recommender.reads_files(request): recommendations = await run_in_threadpool(recommender.answer, request)
-        else: recommendations = recommender.answer(request)
+        person, answer = recommender.person(request), recommender.answer
+        if recommender.reads_files(request, person): recommendations = await run_in_threadpool(answer, request, person)
+        else: recommendations = answer(request, person)
         response = respond(model, recommendations, {"user_id": user, "recommendations": recommendations.items}, detail)
         service.keep(http_request.scope, model, request, shelf, recommendations, response)
         return response
@@ -126,14 +127,15 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
                     for user, state in zip(users, await view.states(users))]
 
         def response()->Response:
-            results = [result(model, user, recommendations, body.detail)
-                       for user, recommendations in zip(users, recommender.answer_all(requests))]
+            lists = recommender.answer_all(requests) if person is None else [recommender.answer(requests[0], person)]
+            results = [result(model, user, recommendations, body.detail) for user, recommendations in zip(users, lists)]
             for facts in results:
                 service.shown(http_request.scope, model, facts["user_id"], facts["source"],
                               facts["recommendations"], facts["shortfall"] is not None)
             rungs = ",".join(dict.fromkeys(facts["source"] for facts in results))
             return JSONResponse({"results": results}, headers=_headers(model.bundle.version, rungs))
-        quick = len(requests) == 1 and not recommender.reads_files(requests[0])
+        person = recommender.person(requests[0]) if len(requests) == 1 else None
+        quick = person is not None and not recommender.reads_files(requests[0], person)
         return response() if quick else await run_in_threadpool(response)
 
 # %% ../nbs/06_api.ipynb #e85f25c2

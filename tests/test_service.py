@@ -11,8 +11,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from scipy.sparse import csr_matrix
 from support import Server, new_database, problem, train, until
 
 from product_recs.answer.ladder import Request, answer
@@ -23,6 +25,8 @@ from product_recs.bundle.live import rollback
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.ids import IdTable
 from product_recs.core.settings import Settings
+from product_recs.data.arrays import save_table
+from product_recs.data.left_out import LeftOut
 from product_recs.models.foldin import Solver
 from product_recs.web.security import add_key
 
@@ -517,18 +521,33 @@ def test_keys_open_what_their_scope_says_in_every_worker(tmp_path, trained):
     assert current_version(server.models) == trained[1]
 
 
-def test_a_request_looks_its_user_up_once_and_folds_in_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_request_looks_its_user_up_once_and_folds_in_once(tmp_path, monkeypatch, cold):
     "From the path to the list with reasons: one look-up of the user, one solve, also for somebody with news."
-    version = publish_checkerboard(tmp_path)
-    settings = Settings(models_dir=tmp_path, auth="off", log_level="ERROR", database_url=f"sqlite:///{tmp_path}/f.db")
+    more = {}
+    if cold:  # rows of people and things without interactions, and somebody whom the minimum counts left out
+        save_table(tmp_path / "people.parquet", {"user_id": np.array([60]), "town": np.array(["Rome"], object)})
+        save_table(tmp_path / "things.parquet", {"item_id": np.array([900]), "title": np.array(["new"], object)})
+        one = csr_matrix(([1.0], ([0], [2])), shape=(1, 13), dtype=np.float32)
+        more = {
+            "cold_users": tmp_path / "people.parquet",
+            "cold_items": tmp_path / "things.parquet",
+            "left_out": LeftOut(12, IdTable([77]), IdTable([901]), one, one, one * 0),
+            "counts": lambda seen: seen,
+            "age_days": lambda seen: seen * 0,
+        }
+    version = publish_checkerboard(tmp_path / "models", **more)
+    settings = Settings(
+        models_dir=tmp_path / "models", auth="off", log_level="ERROR", database_url=f"sqlite:///{tmp_path}/f.db"
+    )
     with TestClient(create_app(settings), base_url="http://localhost") as client:
         service, calls = client.app.state.service, []
-        users = service.live.get().bundle.users
+        bundle = service.live.get().bundle
+        names = {id(bundle.users): "row", id(bundle.left_out.users): "left out"}
         row, solve = IdTable.row, Solver.solve
 
         def counted_row(table, user):
-            if table is users:
-                calls.append("row")
+            calls.extend([names[id(table)]] if id(table) in names else [])
             return row(table, user)
 
         def counted_solve(solver, *history):
@@ -539,14 +558,17 @@ def test_a_request_looks_its_user_up_once_and_folds_in_once(tmp_path, monkeypatc
         monkeypatch.setattr(Solver, "solve", counted_solve)
         assert client.post("/events", json={"user_id": 1, "item_id": 102}).json()["accepted"] == 1
         for path, expected in (
-            ("/recommend/1", ["row", "solve"]),
-            ("/recommend/1?detail=true", ["row", "solve"]),
-            ("/recommend/1?detail=true", []),  # this answer is kept
-            ("/recommend/2?detail=true", ["row"]),  # nothing is new of this user
-            ("/recommend/nobody?detail=true", ["row"]),
+            ("/recommend/1", {"row": 1, "solve": 1}),
+            ("/recommend/1?detail=true", {"row": 1, "solve": 1}),
+            ("/recommend/1?detail=true", {}),  # this answer is kept
+            ("/recommend/2?detail=true", {"row": 1}),  # nothing is new of this user
+            ("/recommend/nobody?detail=true", {"row": 1}),
+            ("/recommend/60", {"row": 1}),
+            ("/recommend/77", {"row": 1, "solve": 1} if cold else {"row": 1}),
         ):
             calls.clear()
             answer = client.get(path)
             assert answer.status_code == 200 and answer.headers["x-model-version"] == version
-            assert sorted(calls) == expected, path
+            counts = Counter(calls)
+            assert counts.pop("left out", 0) <= 1 and counts == expected, path
         assert client.get("/recommend/1?detail=true").json()["items"][0]["reasons"]

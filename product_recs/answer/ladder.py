@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEGMENT_USERS', 'SEGMENT_SAMPLE', 'UNLIKE', 'Request', 'content_weights', 'content_scores', 'segment',
-           'segment_scores', 'described', 'reads_files', 'check_words', 'Scored', 'score_request', 'answer',
-           'similar_by_content', 'new_for']
+           'segment_scores', 'person_of', 'described', 'reads_files', 'check_words', 'Scored', 'score_request',
+           'answer', 'similar_by_content', 'new_for']
 
 # %% ../../nbs/answer/ladder.ipynb #e2171af4
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,6 @@ from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS, Columns
 from ..core.errors import ProductRecsError
 from ..core.events import UNCHANGED, Event, UserState
 from ..core.ids import id_key
-from ..data.left_out import NOTHING_HAD, Had
 
 # %% ../../nbs/answer/ladder.ipynb #c41b08b3
 @dataclass(frozen=True)
@@ -127,14 +126,22 @@ def _count_segment(model:ReadyModel, attributes:Mapping)->np.ndarray|None:
     return _then_popular(model, np.bincount(items, minlength=len(model.popularity)))
 
 # %% ../../nbs/answer/ladder.ipynb #606c82c5
+def person_of(
+    model:ReadyModel,
+    request:Request,
+)->Person:
+    "The user of a request as of now; a `BlendError` where a next purchase is asked of a bundle without a blend."
+    if request.task == NEXT_PURCHASE: _ = model.signals # this is an error whoever asks
+    return person_now(model, request.user, request.state, request.session)
+
 def described(
     model:ReadyModel,
     request:Request,
-    person:Person|None=None, # of the request; None: looked up here
+    person:Person, # of the request
 )->Request: # the same one where nothing is added
     "The request with all that is known of new items and of a user without interactions."
     bundle, state, user, new_items = model.bundle, request.state, request.user, {}
-    row, left_out = _place_of(model, request) if person is None else (person.row, person.left_out)
+    row, left_out = person.row, person.left_out
     for event in counted(model, user, state, request.session):
         if event.item_id in new_items or bundle.items.row(event.item_id) is not None: continue
         words, given = bundle.cold_items.get(event.item_id), request.new_items.get(event.item_id)
@@ -149,23 +156,17 @@ def described(
     if new_items == request.new_items and attributes is request.attributes: return request
     return replace(request, new_items=new_items, attributes=attributes)
 
-def _place_of(model:ReadyModel, request:Request)->tuple[int|None, Had]:
-    "Row of the user, and what the minimum counts kept away from the training; nothing of a guest or a forgotten one."
-    if request.user is None or request.state.forgotten: return None, NOTHING_HAD
-    return model.bundle.users.row(request.user), model.bundle.left_out.of(request.user)
-
 def reads_files(
     model:ReadyModel,
     request:Request,
+    person:Person, # of the request
 )->bool: # False: `described` would give the same request
     "Must cold rows be read for an answer? This looks at the model only and takes microseconds."
-    bundle, user, events = model.bundle, request.user, (*request.state.events, *request.session)
+    bundle = model.bundle
     if request.new_items: return True
-    has_items, has_users = bundle.cold_items.path is not None, bundle.cold_users.path is not None
-    if has_items and any(bundle.items.row(event.item_id) is None for event in events): return True
-    if user is None: return False
-    if has_items and not request.state.forgotten and bundle.left_out.of(user).others: return True
-    return has_users and bundle.users.row(user) is None
+    if bundle.cold_items.path is not None and (person.unknown or person.left_out.others): return True
+    is_new = request.user is not None and not request.state.forgotten and person.row is None
+    return bundle.cold_users.path is not None and is_new
 
 # %% ../../nbs/answer/ladder.ipynb #7fa4aa4a
 def check_words(
@@ -216,24 +217,23 @@ def _own_attributes(model:ReadyModel, row:int)->dict:
     }
 
 # %% ../../nbs/answer/ladder.ipynb #86b16fac
-def _start(model:ReadyModel, request:Request)->tuple[Person, str, list]:
-    "The user as of now, the rung if it is one with factors, and the rules."
-    if request.task == NEXT_PURCHASE: _ = model.signals # without a blend this is an error, whoever asks
-    person = person_now(model, request.user, request.state, request.session)
+def _start(model:ReadyModel, request:Request, person:Person)->tuple[str, list]:
+    "The rung of the user if it is one with factors, and the rules."
     trained = person.row is not None and model.user_factors[person.row].any()
     source = "session" if not trained else NEXT_PURCHASE if request.task == NEXT_PURCHASE else "personalised"
     filters, exclude_seen = request.filters, request.filters.exclude_seen
     if exclude_seen is None: exclude_seen = request.task == DISCOVERY
     seen = [(SEEN, person.seen)] if exclude_seen else []
     denied, unavailable, available = request.state.denied, request.unavailable, request.available
-    return person, source, rule_out(model.catalogue, filters, seen, denied, unavailable, available)
+    return source, rule_out(model.catalogue, filters, seen, denied, unavailable, available)
 
 def score_request(
     model:ReadyModel,
     request:Request,
 )->Scored:
     "Scores and rules for one request, from the first rung that has something to say; a `BlendError` as of `answer`."
-    person, source, ruled_out = _start(model, request)
+    person = person_of(model, request)
+    source, ruled_out = _start(model, request, person)
     if person.vector is not None: scores = score_person(model, person, request.task)
     else: source, scores = _descend(model, request, person)
     return Scored(source, scores, ruled_out, person)
@@ -241,9 +241,11 @@ def score_request(
 def answer(
     model:ReadyModel,
     request:Request,
+    person:Person|None=None, # of the request, where it was made already
 )->Recommendations: # exactly `n` items, or a `shortfall`; with the `person`
     "The best items for one request; a `BlendError` where a next purchase is asked of a bundle without a blend."
-    person, source, ruled_out = _start(model, request)
+    person = person_of(model, request) if person is None else person
+    source, ruled_out = _start(model, request, person)
     if person.vector is not None and request.task == DISCOVERY:
         return search_list(model, person.vector, request.n, source, ruled_out, request.filters, person)
     if person.vector is not None: scores = score_person(model, person, request.task)

@@ -16,7 +16,7 @@ from ..bundle.ready import ReadyModel
 from ..core.columns import DISCOVERY, NEXT_PURCHASE, Columns
 from ..core.errors import ProductRecsError
 from ..core.events import UNCHANGED, Event, UserState
-from ..data.left_out import NOTHING_HAD, Had
+from ..data.left_out import NO_HISTORY, LeftOutHistory
 from ..models.signals import score_histories
 from ..models.weighting import rarity, unweigh, weigh_user, worth
 
@@ -25,7 +25,7 @@ def confidence_with(
     bundle:Bundle,
     row:int|None,           # of the user in the bundle; None: nobody that it knows
     events:Sequence[Event], # newer than the bundle
-    left_out:Had=NOTHING_HAD, # of somebody without a row: what the minimum counts left out
+    left_out:LeftOutHistory=NO_HISTORY, # of somebody without a row: what the minimum counts left out
 )->tuple[np.ndarray, np.ndarray]: # (k,) rows of items, ascending, and (k,) float32 confidences
     "A user's whole history with its confidences: what training found, and what came since and training would learn."
     span = slice(0, 0) if row is None else slice(bundle.seen.indptr[row], bundle.seen.indptr[row + 1])
@@ -65,7 +65,7 @@ class Person:
     row: int|None = None        # in the bundle; None: not there, or forgotten
     fresh: bool = False         # was the vector solved just now?
     unknown: int = 0            # new events on items that the model does not know
-    left_out: Had = NOTHING_HAD # what the minimum counts kept away from the training
+    left_out: LeftOutHistory = NO_HISTORY # what the minimum counts kept away from the training
 
     @property
     def seen(self)->np.ndarray: # (k,)
@@ -93,8 +93,8 @@ def person_now(
     "One user as of now; without news, the trained factors and no solve."
     bundle = model.bundle
     row = None if user is None or state.forgotten else bundle.users.row(user)
-    left_out = NOTHING_HAD if state.forgotten else bundle.left_out.of(user)
-    extra = left_out if row is None else NOTHING_HAD # who was trained is what training found, and no more
+    left_out = NO_HISTORY if state.forgotten else bundle.left_out.of(user)
+    extra = left_out if row is None else NO_HISTORY # who was trained is what training found, and no more
     items, confidence, counts, age_days = model.histories.of(row)
     if row is None:
         items = extra.items

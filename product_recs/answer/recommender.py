@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from .ladder import Request, answer, reads_files, similar_by_content
+from .ladder import Request, answer, person_of, reads_files, similar_by_content
 from .lists import Recommendations, popular_items, similar_items
+from .person import Person
 from .rules import NO_FILTERS, Filters
 from ..bundle.catalogue import read_value
 from ..bundle.files import open_bundle
@@ -59,13 +60,20 @@ class Recommender:
         facts = {"available": shelf.available, "unavailable": shelf.unavailable, "new_items": new_items}
         return Request(user, n, task, tuple(session), filters, state, attributes=attributes, **facts)
 
-    def reads_files(self, request:Request)->bool:
-        "Will `answer` read files, which takes milliseconds? A server then answers in a thread."
-        return reads_files(self.model, request)
+    def person(self, request:Request)->Person:
+        "The user of a request as of now; a `BlendError` as of `answer`."
+        return person_of(self.model, request)
 
-    def answer(self, request:Request)->Recommendations:
+    def reads_files(self, request:Request, person:Person)->bool:
+        "Will `answer` read files, which takes milliseconds? A server then answers in a thread."
+        return reads_files(self.model, request, person)
+
+    def answer(self,
+        request:Request,
+        person:Person|None=None, # of the request, where `person` was asked before
+    )->Recommendations:
         "The best items of one request; a `BlendError` where a next purchase is asked of a bundle without a blend."
-        return answer(self.model, request)
+        return answer(self.model, request, person)
 
     def answer_all(self, requests:Sequence[Request])->list[Recommendations]:
         "The best items of each request, one after the other."

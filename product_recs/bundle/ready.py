@@ -25,7 +25,7 @@ from ..search.index import NearestItems, open_index
 class Memo:
     "Results by key, up to a number of bytes; safe to share between threads."
     def __init__(self,
-        most_bytes:int, # of the kept arrays
+        most_bytes:int, # of the kept arrays and their keys
     ):
         self.most_bytes, self._results, self._bytes, self._lock = most_bytes, {}, 0, threading.Lock()
 
@@ -39,7 +39,8 @@ class Memo:
         result = self._results.get(key, ...)
         if result is not ...: return result
         result = make()
-        size = 64 if result is None else result.nbytes
+        # a key of nested tuples takes a few times the room of its text
+        size = 200 + 4*len(repr(key)) + (0 if result is None else result.nbytes)
         with self._lock:
             if self._bytes + size > self.most_bytes: self._results, self._bytes = {}, 0
             self._results[key], self._bytes = result, self._bytes + size

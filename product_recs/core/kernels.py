@@ -23,7 +23,7 @@ from .paths import resolve_path
 @contextmanager
 def one_blas_thread()->Iterator[None]:
     "Hold BLAS to one thread inside the block; every other thread pool is left alone."
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits # late for its cost, which the command line need not pay
     with threadpool_limits(limits=1, user_api="blas"): yield
 
 # %% ../../nbs/core/kernels.ipynb #9c60fec6

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 
 import duckdb
@@ -33,11 +33,12 @@ def named(
     return '"' + name.replace('"', '""') + '"'
 
 def timestamp(
-    moment:datetime|str, # UTC; with a time zone it is dropped, a text is ISO-8601
+    moment:datetime|str, # without a time zone in UTC; a text is ISO-8601
 )->str:                  # an SQL literal
     "A moment for SQL."
     moment = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-    return f"TIMESTAMP '{moment.replace(tzinfo=None)}'"
+    if moment.tzinfo is not None: moment = moment.astimezone(timezone.utc).replace(tzinfo=None)
+    return f"TIMESTAMP '{moment}'"
 
 def double(
     value:float, # any number, infinity included

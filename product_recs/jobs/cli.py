@@ -26,7 +26,7 @@ from ..core.text import visible
 # %% ../../nbs/jobs/cli.ipynb #579b5d66
 def _yaml(text:str, where:str):
     "YAML of which dates stay text; an error names `where`."
-    import yaml
+    import yaml # late: the serving image has none
     class Loader(yaml.SafeLoader): pass
     Loader.yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -70,6 +70,17 @@ def _join_pairs(words:Sequence[str])->Iterator[str]:
         if not any(map(_OPTION.fullmatch, pair)):
             yield "=".join(pair)
             del rest[:2]
+
+_WITH_VALUE = ("-n", "--task", "--models-dir") # options of `recommend` and `similar` that take a value
+
+def _id_last(words:Sequence[str])->list[str]:
+    "A command line in which the id of `recommend` or `similar` may be a negative number: it is no option then."
+    words = list(words)
+    if words[:1] not in (["recommend"], ["similar"]) or "--" in words: return words
+    for place in range(1, len(words)):
+        if re.fullmatch(r"-\d+", words[place]) and words[place - 1] not in _WITH_VALUE:
+            return [*words[:place], *words[place + 1:], "--", words[place]]
+    return words
 
 def _pair(text:str)->tuple[str, str]:
     "Name and value of `NAME=VALUE`."
@@ -377,6 +388,10 @@ def _remove_key(name:Annotated[str, typer.Argument(help="whose key it is")], fil
     return f"Key {name} is removed; services refuse it within a second"
 
 # %% ../../nbs/jobs/cli.ipynb #3fe5bd60
+# as --help lists them: what a newcomer does first comes first
+_ORDER = ("run", "tune", "evaluate", "recommend", "similar", "serve", "models", "rollback", "data")
+app.registered_commands.sort(key=lambda command: _ORDER.index(command.name))
+
 def _lines_of(error:Exception)->list[str]|None: # None: it is none of those that a message explains
     "What to say of an error."
     if isinstance(error, ProductRecsError): return [masked(str(error))]
@@ -393,7 +408,7 @@ def main(
     "The command `product-recs`."
     for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
-    words = [*_join_pairs(sys.argv[1:] if arguments is None else arguments)]
+    words = _id_last([*_join_pairs(sys.argv[1:] if arguments is None else arguments)])
     try:
         result = app(words, prog_name="product-recs", standalone_mode=False)
         if result == 130: raise KeyboardInterrupt # which Typer has caught

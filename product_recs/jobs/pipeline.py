@@ -9,6 +9,7 @@ __all__ = ['STEPS', 'TUNE_STEPS', 'JobError', 'step_notebook', 'declared_paramet
 # %% ../../nbs/jobs/pipeline.ipynb #f91395ef
 import ast
 import difflib
+import fcntl
 import json
 import shutil
 import sys
@@ -160,7 +161,6 @@ def _metrics(reports:Path)->dict:
 # %% ../../nbs/jobs/pipeline.ipynb #d59ff5cb
 def _claim(reports:Path):
     "The open lock file of a run; held until it is closed, refused where another run holds it."
-    import fcntl
     try:
         reports.mkdir(parents=True, exist_ok=True)
         lock = open(reports/".lock", "w", encoding="utf-8")

@@ -8,6 +8,7 @@ __all__ = ['SPACE', 'ALS_NAMES', 'IMPLICIT_DEFAULTS', 'PROJECT_DEFAULTS', 'power
            'open_study', 'finished', 'search', 'best_parameters', 'on_test', 'tuned_sentence']
 
 # %% ../../nbs/jobs/tune.ipynb #83d65e7c
+import fcntl
 import hashlib
 import json
 import math
@@ -246,7 +247,6 @@ _PASSING_PERCENT = 66.0  # of the complete trials are above the line below which
 @contextmanager
 def _alone(file:Path)->Iterator[None]:
     "Refuse to search in a file in which another process is searching."
-    import fcntl
     with open(file.with_name(f".{file.name}.lock"), "w", encoding="utf-8") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -18,7 +18,7 @@ from ..bundle.ready import ReadyModel
 from ..core.errors import BundleError
 from ..core.events import INSTRUCTIONS, UserState
 from ..core.ids import id_key
-from ..data.left_out import NOTHING_HAD, Had
+from ..data.left_out import NO_HISTORY, LeftOutHistory
 from ..feedback.changes import learned_micros
 from ..feedback.records import StoredEvent, to_micros
 from .desk import FeedbackDesk
@@ -36,8 +36,8 @@ def history(
 )->dict:                      # as `History`
     "What the service knows of a user."
     row = model.bundle.users.row(user) if model else None
-    left_out = NOTHING_HAD if model is None or state.forgotten else model.bundle.left_out.of(user)
-    known = not state.forgotten and (row is not None or left_out is not NOTHING_HAD)
+    left_out = NO_HISTORY if model is None or state.forgotten else model.bundle.left_out.of(user)
+    known = not state.forgotten and (row is not None or left_out is not NO_HISTORY)
     learned = _learned(model, row, left_out) if known else lambda event: False
     items = model and model.bundle.items
     lines = [{"item_id": as_id(items, event.item_id), **item_words(model, event.item_id), "event": event.event,
@@ -46,7 +46,7 @@ def history(
     if known and len(lines) < limit: lines += _trained(model, row, left_out, limit - len(lines))
     return {"user_id": user, "known": known, "forgotten": state.forgotten, "history": lines}
 
-def _learned(model:ReadyModel, row:int|None, left_out:Had)->Callable[[StoredEvent], bool]:
+def _learned(model:ReadyModel, row:int|None, left_out:LeftOutHistory)->Callable[[StoredEvent], bool]:
     "A test for the events that are part of what the bundle has of a user."
     until = learned_micros(model.bundle.manifest["data"].get("feedback_until"))
     others = {str(item) for item in left_out.others}
@@ -55,7 +55,7 @@ def _learned(model:ReadyModel, row:int|None, left_out:Had)->Callable[[StoredEven
     return lambda event: (event.event not in INSTRUCTIONS and known(event.item_id)
                           and to_micros(event.received_at) <= until and model.bundle.rules.counts(event))
 
-def _trained(model:ReadyModel, row:int|None, left_out:Had, limit:int)->list[dict]:
+def _trained(model:ReadyModel, row:int|None, left_out:LeftOutHistory, limit:int)->list[dict]:
     "What the bundle has of a user, learned from or left out: the most recent first, then the most frequent."
     bundle, ends = model.bundle, model.bundle.manifest["data"].get("ends")
     if row is None: items, counts, age_days = left_out.items, left_out.counts, left_out.age_days
