@@ -8,6 +8,7 @@ import http.client
 import json
 import socket
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -674,6 +675,22 @@ def test_clients_that_never_finish_hold_nobody_up(server):
         for connection in slow:
             connection.close()
     assert whole(server)
+
+
+def test_a_body_in_many_parts_is_no_long_head(server):
+    "`BoundedHttp.on_body` begins the count of unfinished bytes anew, and hands the body on."
+    events = [{"user_id": 1, "item_id": 101, "key": f"part-{number}-{'x' * 90}"} for number in range(900)]
+    body = json.dumps({"events": events}).encode()
+    assert len(body) > 100_000  # more than a head may have
+    head = f"POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n")
+        for start in range(0, len(body), 4096):
+            connection.sendall(body[start : start + 4096])
+            time.sleep(0.001)
+        answer = http.client.HTTPResponse(connection, method="POST")
+        answer.begin()
+        assert answer.status == 200 and json.loads(answer.read())["accepted"] == len(events)
 
 
 def test_one_connection_keeps_its_order(server):

