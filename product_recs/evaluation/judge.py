@@ -81,7 +81,7 @@ class Evaluation:
     table: pd.DataFrame         # task, model, metric, k, value, low, high, users, seed, split
     tasks: dict[str, Task]
     hits: dict[tuple, Hits]     # (task, model) -> hits of its users, in the order of the task's rows
-    found: dict[tuple, np.ndarray] # (task, model) -> item of each hit, user by user, best first
+    hit_items: dict[tuple, np.ndarray] # (task, model) -> item of each hit, user by user, best first
     shown: dict[tuple, np.ndarray] # (task, model, k) -> times each item was shown
     seconds: pd.DataFrame       # model, fit, and a column per task
     facts: dict                 # seed, split, period, users, candidates, cold shares, left out
@@ -149,7 +149,7 @@ def evaluate(
              "catalogue": future.shape[1], "candidates": int(models[0].candidates.sum()), **cold_shares(past, future),
              "users": {name: len(task.rows) for name, task in work.items()},
              "left_out": {name: task.left_out for name, task in work.items()}}
-    return Evaluation(table, work, judged.hits, judged.found, judged.shown, pd.DataFrame(judged.seconds), facts)
+    return Evaluation(table, work, judged.hits, judged.hit_items, judged.shown, pd.DataFrame(judged.seconds), facts)
 
 # %% ../../nbs/evaluation/judge.ipynb #c1c17a9d
 def _cut_offs(k)->list[int]:
@@ -166,7 +166,7 @@ class _Judged(NamedTuple):
     "What is known so far; see `Evaluation`."
     rows: list
     hits: dict
-    found: dict
+    hit_items: dict
     shown: dict
     seconds: list
 
@@ -181,7 +181,7 @@ def _judge(model:Model, past:Snapshot, work:dict, k:list[int], categories:np.nda
         items, _ = top_lists(model, task.rows, k[-1], task.exclude_seen, block, advance)
         spent[name] = perf_counter() - start
         hits = judged.hits[name, model.name] = _hits(items, task.targets)
-        judged.found[name, model.name] = items[hits.hits]
+        judged.hit_items[name, model.name] = items[hits.hits]
         shown = {cut: exposure(items, cut, len(model.candidates)) for cut in k}
         judged.shown.update({(name, model.name, cut): times for cut, times in shown.items()})
         lists = _list_figures(items, k, model, categories, seed)

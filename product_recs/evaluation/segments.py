@@ -101,7 +101,7 @@ def _band_recall(evaluation:Evaluation, task:str, model:str, bands:np.ndarray, k
     recalls, first = [], place < k
     for band in range(len(BANDS)):
         wanted = np.bincount(wanted_by[bands[targets.indices] == band], minlength=len(hits))
-        hit = np.bincount(user[first & (bands[evaluation.found[task, model]] == band)], minlength=len(hits))
+        hit = np.bincount(user[first & (bands[evaluation.hit_items[task, model]] == band)], minlength=len(hits))
         recalls.append(hit[wanted > 0]/wanted[wanted > 0])
     return recalls
 
