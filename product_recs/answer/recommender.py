@@ -57,8 +57,8 @@ class Recommender:
         "All that is asked, and all that the feedback knows of it; a `ProductRecsError` names what is wrong."
         if state is None: state = UNCHANGED if user is None else self.changes.state(user)
         shelf = self.changes.availability() if shelf is None else shelf
-        facts = {"available": shelf.available, "unavailable": shelf.unavailable, "new_items": new_items}
-        return Request(user, n, task, tuple(session), filters, state, attributes=attributes, **facts)
+        return Request(user, n, task, tuple(session), filters, state, shelf.available, shelf.unavailable, attributes,
+                       new_items)
 
     def person(self, request:Request)->Person:
         "The user of a request as of now; a `BlendError` as of `answer`."
@@ -68,10 +68,7 @@ class Recommender:
         "Will `answer` read files, which takes milliseconds? A server then answers in a thread."
         return reads_files(self.model, request, person)
 
-    def answer(self,
-        request:Request,
-        person:Person|None=None, # of the request, where `person` was asked before
-    )->Recommendations:
+    def answer(self, request:Request, person:Person|None=None)->Recommendations: # the person where it is made already
         "The best items of one request; a `BlendError` where a next purchase is asked of a bundle without a blend."
         return answer(self.model, request, person)
 
