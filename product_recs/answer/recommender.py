@@ -56,9 +56,9 @@ class Recommender:
     )->Request:
         "All that is asked, and all that the feedback knows of it; a `ProductRecsError` names what is wrong."
         if state is None: state = UNCHANGED if user is None else self.changes.state(user)
-        shelf = self.changes.availability() if shelf is None else shelf
-        return Request(user, n, task, tuple(session), filters, state, shelf.available, shelf.unavailable, attributes,
-                       new_items)
+        if shelf is None: shelf = self.changes.availability()
+        items = shelf.available, shelf.unavailable
+        return Request(user, n, task, tuple(session), filters, state, *items, attributes, new_items)
 
     def person(self, request:Request)->Person:
         "The user of a request as of now; a `BlendError` as of `answer`."
@@ -74,8 +74,7 @@ class Recommender:
 
     def answer_all(self, requests:Sequence[Request])->list[Recommendations]:
         "The best items of each request, one after the other."
-        return [self.answer(request) for request in requests]
-
+        return list(map(self.answer, requests))
     def recommend(self, user:int|str|None, n:int=10, task:str="discovery", **more)->Recommendations:
         "The list of one user: `request` and `answer` in one."
         return self.answer(self.request(user, n, task, **more))
