@@ -124,6 +124,15 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
   }}</div><details><summary>traceback</summary>{{ super() }}</details>{% endblock %}
 """
 
+_NOTEBOOK_LINK = re.compile(r"\[([^\]]+)\]\(((?:[\w.-]+/)*)([\w-]+)\.ipynb(?:#[^)]*)?\)")
+
+def _links_of_a_page(text:str)->str:
+    "Markdown whose links lead to pages of the same run; a link to a notebook without a page becomes its words."
+    def link(match:re.Match)->str:
+        words, folder, name = match.groups()
+        return f"[{words}]({name}.html)" if not folder and re.match(r"0[1-5]_", name) else words
+    return _NOTEBOOK_LINK.sub(link, text)
+
 def to_html(
     notebook:Path,           # an executed notebook
     html:Path,               # the page to write
@@ -134,6 +143,8 @@ def to_html(
     loader = DictLoader({"report.html.j2": _TEMPLATE})
     exporter = HTMLExporter(template_file="report.html.j2", extra_loaders=[loader], embed_images=True)
     cleaned = _clean(nbformat.read(notebook, as_version=4))
+    for cell in cleaned.cells:
+        if cell.cell_type == "markdown": cell.source = _links_of_a_page(cell.source)
     resources = {"metadata": {"name": title}, "page_style": STYLE + _NOTEBOOK_STYLE, "navigation": navigation,
                  "content_policy": CONTENT_POLICY}
     body, _ = exporter.from_notebook_node(cleaned, resources=resources)
