@@ -24,10 +24,8 @@ def digest(path: Path) -> str:
 
 
 # The row solves of the trainer and the search for the best items: plain C without Python.h, loaded with ctypes, so one
-# build serves every
-# Python. Optional: where there is no compiler, the installation goes on and NumPy does the same. Never -march=native:
-# the code asks the
-# CPU when it runs.
+# build serves every Python. Optional: where there is no compiler, the installation goes on and NumPy does the same.
+# Never -march=native: the code asks the CPU when it runs.
 kernels = [
     Extension(
         f"product_recs.{name}",

@@ -97,8 +97,8 @@ _NOTEBOOK_STYLE = """
   .jp-RenderedHTMLCommon th { white-space: normal; max-width: none; }
 .jp-RenderedHTMLCommon h1, .jp-RenderedHTMLCommon h2 { border: 0; } .jp-InputPrompt, .jp-OutputPrompt { display:
   none; } .jp-OutputArea-child { display: block; }
-.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: #f8fafc; } .anchor-link { display:
-  none; }
+.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: #f8fafc; }
+.anchor-link { display: none; }
 .jp-OutputArea-output { overflow-x: auto; padding-left: 0; }
 """
 
