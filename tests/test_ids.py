@@ -230,7 +230,7 @@ def test_values_of_a_database_that_are_no_ids(tmp_path):
     ] and good == ["10", "10", "10", "café"]
 
 
-def test_ids_of_the_types_of_postgresql(postgres, tmp_path):  # noqa: F811
+def test_ids_of_the_types_of_postgresql(postgres, tmp_path):
     url = new_database(postgres)
     engine = create_engine(url)
     uuid = "6f0a5f0e-0000-4000-8000-000000000001"

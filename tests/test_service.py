@@ -476,7 +476,7 @@ def refused_then_counted(server, stop, start):
     assert [line["item_id"] for line in one(server, "/users/7201/history")["history"]] == [before[1][0], 101]
 
 
-def test_a_stopped_postgresql_is_survived(tmp_path, trained, postgres):  # noqa: F811
+def test_a_stopped_postgresql_is_survived(tmp_path, trained, postgres):
     with serving(tmp_path, trained, new_database(postgres)) as server:
         refused_then_counted(server, postgres.stop, postgres.start)
 

@@ -38,7 +38,7 @@ def models(tmp_path):
     return tmp_path / "models"
 
 
-def settings_of(models, url, **more):  # noqa: F811
+def settings_of(models, url, **more):
     return Settings(models_dir=models, database_url=url, auth="off", log_level="ERROR", impressions=0, **more)
 
 
@@ -93,7 +93,7 @@ ROUTES = [
 ]
 
 
-def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgres, opened, record_property):  # noqa: F811
+def test_a_request_that_waits_for_a_slow_database_holds_up_nobody(models, postgres, opened, record_property):
     "Each route waits for an event that was accepted a moment ago; meanwhile the loop goes on; then the event counts."
     address = new_database(postgres)
     other = opened(Store(address).open())
@@ -196,7 +196,7 @@ class OnTheLoop:
 
 
 @pytest.mark.parametrize("limit", [1, 100_000])
-def test_no_route_reads_or_waits_on_the_loop(tmp_path, monkeypatch, opened, limit):  # noqa: F811
+def test_no_route_reads_or_waits_on_the_loop(tmp_path, monkeypatch, opened, limit):
     "Users with events in memory and not, guests, items that only a file knows, keys, the page: all of it."
     models = tmp_path / "models"
     save_table(
@@ -296,7 +296,7 @@ def test_the_file_of_keys_is_read_in_a_thread(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 7, 40, 100_000])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_view_with_a_limit_knows_what_one_without_knows(url, opened, most, seed):  # noqa: F811
+def test_a_view_with_a_limit_knows_what_one_without_knows(url, opened, most, seed):
     """Events, denials, wishes, new models, rollbacks, a thread that was away: whatever is in memory, each user is told
     the same."""
     chance, store = random.Random(seed), opened(Store(url))
@@ -347,7 +347,7 @@ async def all_states(changes, users):
     return await changes.states(users)
 
 
-def test_who_did_nothing_costs_the_database_nothing(tmp_path, opened, monkeypatch):  # noqa: F811
+def test_who_did_nothing_costs_the_database_nothing(tmp_path, opened, monkeypatch):
     "And who did something costs one question, once."
     store = opened(Store(f"sqlite:///{tmp_path}/feedback.db"))
     store.add_events([NewEvent(f"busy {number % 50}", number) for number in range(500)])
@@ -369,7 +369,7 @@ def test_who_did_nothing_costs_the_database_nothing(tmp_path, opened, monkeypatc
     assert asked == ["events of users"] * 2 and changes._follower.memory.view.people.size <= 100
 
 
-def test_who_asked_last_stays_in_memory(tmp_path, opened):  # noqa: F811
+def test_who_asked_last_stays_in_memory(tmp_path, opened):
     store = opened(Store(f"sqlite:///{tmp_path}/feedback.db"))
     changes = opened(Changes(store, wait=60, poll=3600, most=10).start())
     for user in "abcdefghi":
@@ -382,7 +382,7 @@ def test_who_asked_last_stays_in_memory(tmp_path, opened):  # noqa: F811
     assert {"a", "i", "j", "k"} <= kept and "b" not in kept and changes.state("b").events
 
 
-def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, opened):  # noqa: F811
+def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, opened):
     """A user whose events are not in memory: what is denied stays denied, who is forgotten stays so, and the answer
     says that it is stale."""
     store = opened(Store(f"sqlite:///{tmp_path}/feedback.db"))

@@ -72,7 +72,7 @@ DATABASES = {
 
 
 @pytest.mark.parametrize("kind", DATABASES)
-def test_a_database_that_cannot_be_used(tmp_path, postgres, caplog, kind):  # noqa: F811
+def test_a_database_that_cannot_be_used(tmp_path, postgres, caplog, kind):
     make, reason = DATABASES[kind]
     goes_on_and_says_why(tmp_path, make(postgres), reason, caplog)
 
@@ -126,7 +126,7 @@ def goes_on_and_says_why(folder, address, reason, caplog):
         service.stop()
 
 
-def test_a_database_that_only_refuses_to_write_is_read(tmp_path, postgres):  # noqa: F811
+def test_a_database_that_only_refuses_to_write_is_read(tmp_path, postgres):
     "What was stored before counts; a new event is refused, not lost."
     address = new_database(postgres)
     with Store(address) as store:
@@ -139,7 +139,7 @@ def test_a_database_that_only_refuses_to_write_is_read(tmp_path, postgres):  # n
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
-def test_a_client_that_asks_for_another_encoding_gets_text_all_the_same(postgres, encoding):  # noqa: F811
+def test_a_client_that_asks_for_another_encoding_gets_text_all_the_same(postgres, encoding):
     "PGCLIENTENCODING stands in many a profile."
     program = """
 import sys
