@@ -12,25 +12,30 @@ import json
 import platform
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version as package_version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from .cold import NO_COLD, ColdTable
-from ..core.errors import BundleError
+from ..core.columns import DISCOVERY, TASKS
+from ..core.errors import BundleError, NoModelForTask, ProductRecsError
 from ..core.events import EventRules
 from ..core.files import atomic_folder, atomic_write
 from ..core.ids import IdTable
-from ..data.arrays import load_array, load_csr, load_table, matrix_values, on_structure, save_csr, save_table
+from ..data.arrays import csr_of, load_array, load_csr, load_table, matrix_values, on_structure, save_csr, save_table
 from ..data.left_out import NO_LEFT_OUT, LeftOut, load_left_out, save_left_out
+from ..data.snapshots import Snapshot
+from ..models.all import from_recipe, recipe
+from ..models.interface import Model
 
 # %% ../../nbs/bundle/files.ipynb #29b1c0b0
-FORMAT = 1 # of the bundle; a reader refuses a newer one
+FORMAT = 2 # of the bundle; a reader refuses any other
 
 def _is_version(name:str)->bool:
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None and name not in ("current", "previous")
@@ -54,74 +59,90 @@ def _libraries()->dict[str, str]:
         except PackageNotFoundError: pass
     return versions
 
-def _hash_of(factors:dict[str, np.ndarray])->str:
-    "Eight letters that change with the factors."
-    return hashlib.sha256(factors["item_factors"].tobytes() + factors["user_factors"].tobytes()).hexdigest()[:8]
-
 def _files_of(folder:Path)->dict[str, dict]:
     "Size and hash of each file."
     return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
 
-def _check_shapes(user_factors, item_factors, seen_shape, n_users:int, n_items:int, where:str="bundle")->None:
-    "The parts of a model belong together only if their shapes do."
-    factors = item_factors.shape[-1]
-    expected = {"user_factors": (n_users, factors), "item_factors": (n_items, factors), "seen": (n_users, n_items)}
-    shapes = {"user_factors": user_factors.shape, "item_factors": item_factors.shape, "seen": tuple(seen_shape)}
-    for name, shape in expected.items():
-        if shapes[name] != shape:
-            needed = f"but {n_users} users and {n_items} items need {shape}"
-            raise BundleError(f"{where}: {name} has shape {shapes[name]}, {needed}")
+# %% ../../nbs/bundle/files.ipynb #ad1974f0
+def _keys_of(models:Mapping[str, Model|str])->dict[int, tuple[str, Model]]:
+    "A key for each model and each part, those of one name told apart; parts come before what is made of them."
+    keys = {}
+    def add(model):
+        for part in model.parts: add(part)
+        if id(model) in keys: return
+        name = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")[:60] or "model"
+        taken = [key for key, _ in keys.values()]
+        keys[id(model)] = next(key for key in (name, *(f"{name}-{k}" for k in range(2, 1000))) if key not in taken), model
+    for model in models.values():
+        if not isinstance(model, str): add(model)
+    return keys
+
+def _save_models(folder:Path, models:Mapping[str, Model|str])->dict:
+    "Write the arrays of all models; their sections of the manifest."
+    keys, parts = _keys_of(models), {}
+    for key, model in keys.values():
+        arrays = {name: f"{key}.{name}.npy" for name in model.to_arrays()}
+        for name, array in model.to_arrays().items(): np.save(folder/arrays[name], array, allow_pickle=False)
+        made = recipe(model)
+        parts[key] = {"name": model.name, "kind": made["kind"], "parameters": made["parameters"], "arrays": arrays,
+                      "parts": [keys[id(part)][0] for part in model.parts]}
+    return {"models": {task: {"missing": model} if isinstance(model, str) else
+                             {"name": model.name, "part": keys[id(model)][0]} for task, model in models.items()},
+            "parts": parts}
 
 # %% ../../nbs/bundle/files.ipynb #d1a13986
 def write_bundle(
     models_dir:Path,
     *,
-    user_factors:np.ndarray,          # (n_users, f)
-    item_factors:np.ndarray,          # (n_items, f)
-    seen:csr_matrix,                  # (n_users, n_items) the matrix that was trained on
+    models:Mapping[str, Model|str],   # task -> its model, fitted on `snapshot`, or why there is none
+    snapshot:Snapshot,                # what was learned from
     users:IdTable, items:IdTable,     # external ids of the rows
     user_columns:dict[str, np.ndarray], # popularity, first_seen, last_seen, attributes
     item_columns:dict[str, np.ndarray], # likewise
-    algorithm:str, parameters:dict,   # how the factors were made
+    parameters:dict,                  # of the features and the ingest
     data:dict,                        # fingerprint and span of the interactions
-    metrics:dict,                     # what is known of the model's quality so far
-    counts:csr_matrix|None=None,      # structure of `seen`: interactions of each pair; None: not kept
-    age_days:csr_matrix|None=None,    # structure of `seen`: days from the pair's last one to the end of the data
-    blend:dict|None=None,             # weights for the next purchase, or {"missing": why there are none}
+    metrics:dict,                     # what is known of the quality so far
     cold_items:Path|None=None,        # Parquet file of items without interactions, sorted by `item_id`; None: none
     cold_users:Path|None=None,        # likewise of the users
     index:dict|None=None,             # of the items: facts with the name of the `file`, or {"missing": why none}
     index_data:np.ndarray|None=None,  # the index itself, uint8; None: there is none
     left_out:LeftOut=NO_LEFT_OUT,     # pairs that the minimum counts kept away from the training
-    version:str|None=None,            # default: UTC time and a hash of the factors
+    version:str|None=None,            # default: UTC time and a hash of what was learned
 )->Path:                              # models_dir/<version>, complete and not yet live
     "Write a whole bundle, which `publish` makes live; a `BundleError` where it is there already or does not fit."
-    factors = {name: np.ascontiguousarray(array, np.float32)
-               for name, array in {"user_factors": user_factors, "item_factors": item_factors}.items()}
-    _check_shapes(*factors.values(), seen.shape, len(users), len(items))
+    seen = snapshot.confidence
+    if seen.shape != (len(users), len(items)):
+        raise BundleError(f"the matrix has shape {seen.shape}, but {len(users)} users and {len(items)} items need "
+                          f"{(len(users), len(items))}")
     created = datetime.now(timezone.utc)
-    version = version or f"{created:%Y%m%dT%H%M%S.%f}-{_hash_of(factors)}"
+    version = version or f"{created:%Y%m%dT%H%M%S.%f}-{_hash_of(models)}"
     path = Path(models_dir)/_valid_version(version)
     if path.exists(): raise BundleError(f"{path}: a bundle of this version is there already")
     with atomic_folder(path) as folder:
-        for name, array in factors.items(): np.save(folder/f"{name}.npy", array, allow_pickle=False)
+        sections = _save_models(folder, models)
         save_csr(folder, "seen", seen.astype(np.float32, copy=False))
-        for name, matrix in {"seen_counts": counts, "seen_age_days": age_days}.items():
-            if matrix is not None: np.save(folder/f"{name}.npy", matrix_values(matrix, seen, name), allow_pickle=False)
+        for name, matrix in {"seen_counts": snapshot.counts, "seen_age_days": snapshot.age_days}.items():
+            np.save(folder/f"{name}.npy", matrix_values(matrix, seen, name), allow_pickle=False)
         save_table(folder/"users.parquet", {"user_id": users.ids, **user_columns})
         save_table(folder/"items.parquet", {"item_id": items.ids, **item_columns})
         for name, file in {"cold_items": cold_items, "cold_users": cold_users}.items():
             if file is not None: shutil.copyfile(file, folder/f"{name}.parquet")
         if index_data is not None: index_data.tofile(folder/index["file"])
         save_left_out(folder, left_out)
-        shape = {"users": len(users), "items": len(items), "factors": user_factors.shape[1], "seen": int(seen.nnz),
-                 "left_out": len(left_out)}
+        shape = {"users": len(users), "items": len(items), "seen": int(seen.nnz), "left_out": len(left_out)}
         manifest = {"format": FORMAT, "version": version, "created_at": created.isoformat(timespec="seconds"),
-                    "algorithm": algorithm, "parameters": parameters, "data": data, "shape": shape, "dtype": "float32",
-                    "libraries": _libraries(), "metrics": metrics, "blend": blend, "index": index,
-                    "files": _files_of(folder)}
+                    **sections, "parameters": parameters, "data": data, "shape": shape, "libraries": _libraries(),
+                    "metrics": metrics, "index": index, "files": _files_of(folder)}
         (folder/"manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
     return path
+
+def _hash_of(models:Mapping[str, Model|str])->str:
+    "Eight letters that change with what was learned."
+    digest = hashlib.sha256()
+    for key, model in _keys_of(models).values():
+        digest.update(json.dumps([key, recipe(model)], sort_keys=True, default=str).encode())
+        for array in model.to_arrays().values(): digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:8]
 
 # %% ../../nbs/bundle/files.ipynb #500f0056
 @dataclass(frozen=True)
@@ -129,15 +150,12 @@ class Bundle:
     "An open bundle; its arrays are read-only and memory-mapped."
     path: Path
     manifest: dict
-    user_factors: np.ndarray            # (n_users, f) float32
-    item_factors: np.ndarray            # (n_items, f) float32
-    seen: csr_matrix                    # (n_users, n_items) float32, what training used
+    models: dict[str, Model]            # task -> what answers it; a task without a model is not in it
+    snapshot: Snapshot                  # what the models learned from
     users: IdTable
     items: IdTable
     user_columns: dict[str, np.ndarray] # popularity, first_seen, last_seen, attributes
     item_columns: dict[str, np.ndarray] # likewise, and what the products file told
-    counts: csr_matrix|None = None      # structure of `seen`: interactions of each pair; None in a bundle without them
-    age_days: csr_matrix|None = None    # structure of `seen`: days from the pair's last one to the end of the data
     cold_items: ColdTable = NO_COLD     # what the products file tells of items without interactions
     cold_users: ColdTable = NO_COLD     # what the users file tells of users without interactions
     left_out: LeftOut = NO_LEFT_OUT     # what users had and training did not see
@@ -147,13 +165,22 @@ class Bundle:
         "Name of the model version."
         return self.manifest["version"]
 
+    def model(self,
+        task:str=DISCOVERY, # discovery | next_purchase
+    )->Model:
+        "What answers a task; a `NoModelForTask` says why nothing does."
+        if task in self.models: return self.models[task]
+        if task not in TASKS: raise ProductRecsError(f"task={task!r}: must be {' or '.join(TASKS)}")
+        why = self.manifest["models"].get(task, {}).get("missing", "it was trained without one")
+        raise NoModelForTask(f"this bundle has no model for {task}: {why}")
+
     @cached_property
     def rules(self)->EventRules:
         "Which events a training by the rules of this model learns."
         return EventRules(**self.manifest["parameters"].get("ingest", {}))
 
-_PARTS = {**dict.fromkeys(("version", "created_at", "algorithm"), str),
-          **dict.fromkeys(("parameters", "data", "shape", "metrics", "files"), dict)}
+_PARTS = {**dict.fromkeys(("version", "created_at"), str),
+          **dict.fromkeys(("models", "parts", "parameters", "data", "shape", "metrics", "files"), dict)}
 
 def _missing(manifest:dict)->str|None:
     "The first part of a manifest that is not what `write_bundle` wrote."
@@ -165,6 +192,14 @@ def _missing(manifest:dict)->str|None:
         if not fits or Path(name).name != name: return f"`files` has no size and sha256 of {name!r}"
     return None
 
+def _remedy(manifest:Any, number:Any)->str:
+    "What to do about a bundle of another format."
+    if type(number) is not int or number > FORMAT: return "update product-recs, or train again"
+    data = manifest.get("data")
+    run = data.get("run") if isinstance(data, dict) else None
+    named = f" --name {run}" if isinstance(run, str) and run else ""
+    return f"train it anew with `product-recs run{named}` and the parameters of that run"
+
 def read_manifest(
     path:Path, # folder of a bundle
 )->dict:
@@ -175,8 +210,8 @@ def read_manifest(
     except ValueError as error: raise BundleError(f"{path/'manifest.json'}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         number = manifest.get("format") if isinstance(manifest, dict) else "?"
-        known = f"this version reads {FORMAT}; update product-recs or train again"
-        raise BundleError(f"{path/'manifest.json'}: bundle format {number!r}, {known}")
+        raise BundleError(f"{path/'manifest.json'}: bundle format {number!r}, this version reads {FORMAT}; "
+                          f"{_remedy(manifest, number)}")
     if missing := _missing(manifest):
         raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}")
     return manifest
@@ -213,31 +248,42 @@ def open_bundle(
         raise BundleError(f"{models_dir}: {reason}")
     path = models_dir/_valid_version(version)
     manifest = verify_files(path, hashes=verify)
-    user_factors, item_factors = load_array(path/"user_factors.npy"), load_array(path/"item_factors.npy")
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
-    shape = (len(users["user_id"]), len(items["item_id"]))
-    for name, array in {"user_factors": user_factors, "item_factors": item_factors}.items():
-        if array.dtype != np.float32 or array.ndim != 2:
-            raise BundleError(f"{path/name}.npy: {array.ndim}-dimensional {array.dtype}, expected a float32 matrix")
-    seen = load_csr(path, "seen", shape)
-    _check_shapes(user_factors, item_factors, seen.shape, *shape, where=str(path))
+    seen = load_csr(path, "seen", (len(users["user_id"]), len(items["item_id"])))
     ids = IdTable(users.pop("user_id")), IdTable(items.pop("item_id"))
+    others = (on_structure(path/f"seen_{name}.npy", seen) for name in ("counts", "age_days"))
+    # plain arrays over the mapped memory: slicing them is cheaper than slicing a memmap
+    plain = (csr_of(matrix.shape, *map(np.asarray, (matrix.indptr, matrix.indices, matrix.data)))
+             for matrix in (seen, *others))
+    snapshot = Snapshot(None, *plain, buyers=items["popularity"])
     return Bundle(
-        path, manifest, user_factors, item_factors, seen, *ids, users, items,
-        *(_optional(path, name, seen, manifest) for name in ("seen_counts", "seen_age_days")),
+        path, manifest, _open_models(path, manifest, snapshot), snapshot, *ids, users, items,
         *(_cold(path, name, manifest) for name in ("items", "users")),
-        load_left_out(path, shape[1]) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
+        load_left_out(path, len(ids[1])) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
     )
+
+def _open_models(path:Path, manifest:dict, snapshot:Snapshot)->dict[str, Model]:
+    "The model of each task; parts that are shared are opened once."
+    opened = {}
+    for key, made in manifest["parts"].items(): # parts come before what is made of them
+        try:
+            parts = [opened[part] for part in made["parts"]]
+            arrays = {name: load_array(path/file) for name, file in made["arrays"].items()}
+            opened[key] = from_recipe(made, parts).from_arrays(arrays, snapshot, parts)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path/'manifest.json'}: part {key!r} is not whole ({error!r}); train again") from None
+        except (ValueError, ProductRecsError) as error:
+            if isinstance(error, BundleError): raise
+            raise BundleError(f"{path}: model {key!r}: {error}; train again or restore it from a copy") from None
+    tasks = {task: section.get("part") for task, section in manifest["models"].items() if "part" in section}
+    if any(key not in opened for key in tasks.values()):
+        raise BundleError(f"{path/'manifest.json'}: a task names a model that is not there; train again")
+    return {task: opened[key] for task, key in tasks.items()}
 
 def _cold(path:Path, name:str, manifest:dict)->ColdTable:
     "The cold items or users; empty where the bundle has no such file."
     file = f"cold_{name}.parquet"
     return ColdTable(path/file, f"{name[:-1]}_id") if file in manifest["files"] else NO_COLD
-
-def _optional(path:Path, name:str, seen:csr_matrix, manifest:dict)->csr_matrix|None:
-    "A matrix on the structure of `seen`; None where the bundle does not have it."
-    if f"{name}.npy" not in manifest["files"]: return None
-    return on_structure(path/f"{name}.npy", seen)
 
 # %% ../../nbs/bundle/files.ipynb #aa14508c
 def current_version(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ProductRecsError', 'IngestError', 'FeatureError', 'TrainError', 'BundleError', 'EvaluateError', 'NothingToJudge',
-           'StoreError', 'NoStoreError', 'FeedbackError', 'UnknownItem']
+           'NoModelForTask', 'StoreError', 'NoStoreError', 'FeedbackError', 'UnknownItem']
 
 # %% ../../nbs/core/errors.ipynb #2e41923f
 class ProductRecsError(Exception):
@@ -29,6 +29,9 @@ class EvaluateError(ProductRecsError):
 
 class NothingToJudge(EvaluateError):
     "No user has a past and a later interaction, so this log cannot tell whether a model is good."
+
+class NoModelForTask(ProductRecsError):
+    "The bundle answers another task only; the message says why."
 
 # %% ../../nbs/core/errors.ipynb #341f4753
 class StoreError(ProductRecsError):

@@ -10,7 +10,8 @@ import numpy as np
 
 from ..core.errors import TrainError
 from ..core.kernels import implicit_module, one_blas_thread
-from .als import FactorModel, int32_matrix
+from .als import int32_matrix
+from .factors import FactorModel
 
 # %% ../../nbs/models/bpr.ipynb #bb98e137
 class BPR(FactorModel):
@@ -26,19 +27,19 @@ class BPR(FactorModel):
         num_threads:int=1,      # 0: all cores, faster and no longer the same twice
         progress:bool=False,    # show a progress bar
     ):
-        self.parameters = dict(factors=factors, learning_rate=learning_rate, regularization=regularization,
-                               iterations=iterations)
-        for name, value in self.parameters.items():
-            if not value > 0: raise ValueError(f"{name} must be above 0, not {value}")
-        self.seed, self.num_threads, self.progress = seed, num_threads, progress
+        super().__init__(factors=factors, learning_rate=learning_rate, regularization=regularization,
+                         iterations=iterations, seed=seed, num_threads=num_threads)
+        for name in ("factors", "learning_rate", "regularization", "iterations"):
+            if not self.parameters[name] > 0: raise ValueError(f"{name} must be above 0, not {self.parameters[name]}")
+        self.progress = progress
 
     def _fit(self, snapshot):
+        given = {"random_state" if name == "seed" else name: value for name, value in self.parameters.items()}
         # before BLAS is held: it loads a BLAS of its own
-        model = implicit_module("cpu.bpr").BayesianPersonalizedRanking(
-            **self.parameters, random_state=self.seed, num_threads=self.num_threads
-        )
+        model = implicit_module("cpu.bpr").BayesianPersonalizedRanking(**given)
         with one_blas_thread(): model.fit(int32_matrix(snapshot.confidence), show_progress=self.progress)
-        self.user_factors, self.item_factors = model.user_factors, model.item_factors # the last column: the item's bias
-        if not (np.isfinite(self.user_factors).all() and np.isfinite(self.item_factors).all()):
+        if not (np.isfinite(model.user_factors).all() and np.isfinite(model.item_factors).all()):
             raise TrainError("BPR: the factors became infinite; lower "
                              f"learning_rate={self.parameters['learning_rate']}")
+        # the last column: the item's bias
+        self.set_arrays(user_factors=model.user_factors, item_factors=model.item_factors)

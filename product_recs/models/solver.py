@@ -296,6 +296,9 @@ def solve_rows(
     gram:np.ndarray|None=None, # (f, f) float64, the product of the transposed `fixed` with itself; None: made here
     num_threads:int=0,    # 0: all cores
     native:bool|None=None, # the compiled kernels; None: where they were built
+    *,
+    unobserved_weight:float=1.0, # of an untaken cell
+    nu:float=0.0,         # frequency-scaled regularization, as of `row_regularization`
 )->np.ndarray:            # (m, f) float32
     "The rows' exact vectors, to the precision of float32."
     f, side, threads = fixed.shape[1], Side(confidence), num_threads or os.cpu_count() or 1
@@ -305,8 +308,9 @@ def solve_rows(
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         base[:f], basis = eigenbasis(gram_of(fixed, pool) if gram is None else gram)
         _rotate(turned[:, :f], basis, pool)
-        reg = row_regularization(regularization, side.counts, 0)
-        _solver(native, threads)(side, turned, solved, base, reg, alpha, 1.0, 10*f, SHORTEST)
+        base *= np.float32(unobserved_weight)
+        reg = row_regularization(regularization, side.counts, len(fixed), unobserved_weight, nu)
+        _solver(native, threads)(side, turned, solved, base, reg, alpha, unobserved_weight, 10*f, SHORTEST)
         _rotate(solved[:, :f], np.ascontiguousarray(basis.T, np.float32), pool)
     return np.ascontiguousarray(solved[:, :f])
 

@@ -9,7 +9,9 @@ __all__ = ['LowPass']
 import numpy as np
 from scipy.sparse import csr_matrix, diags
 
-from .als import FactorModel
+from ..data.snapshots import Histories
+from .factors import FactorModel
+from .interface import Contributions
 
 # %% ../../nbs/models/spectral.ipynb #f2dbb164
 class LowPass(FactorModel):
@@ -23,19 +25,28 @@ class LowPass(FactorModel):
     ):
         if factors < 1 or passes < 1:
             raise ValueError(f"factors and passes must be 1 or more, not {factors} and {passes}")
-        self.factors, self.passes, self.seed = factors, passes, seed
+        super().__init__(factors=factors, passes=passes, seed=seed)
 
     def _fit(self, snapshot):
-        self._seen = csr_matrix(snapshot.counts > 0, dtype=np.float32)
-        user_root, item_root = (np.sqrt(np.maximum(np.asarray(self._seen.sum(axis), np.float32).ravel(), 1))
+        seen = csr_matrix(snapshot.counts > 0, dtype=np.float32)
+        user_root, item_root = (np.sqrt(np.maximum(np.asarray(seen.sum(axis), np.float32).ravel(), 1))
                                 for axis in (1, 0))
-        scaled = csr_matrix(diags(1/user_root) @ self._seen @ diags(1/item_root))
-        patterns = _right_singular(scaled, self.factors, self.passes, self.seed)
-        self._into, self.item_factors = patterns/item_root[:, None], patterns*item_root[:, None]
+        scaled = csr_matrix(diags(1/user_root) @ seen @ diags(1/item_root))
+        patterns = _right_singular(scaled, **self.parameters)
+        self.set_arrays(into=patterns/item_root[:, None], item_factors=patterns*item_root[:, None])
 
-    def vectors(self, rows:np.ndarray)->np.ndarray:
+    kept = ("into", "item_factors")
+
+    def fold_in(self, histories:Histories)->np.ndarray: # (m, f) float32
         "What the user's items have of each pattern."
-        return self._seen[rows] @ self._into
+        return histories.matrix(np.ones(len(histories.items), np.float32), len(self.candidates)) @ self.into
+
+    def users(self, rows:np.ndarray)->np.ndarray: return self.fold_in(self.snapshot.histories(rows))
+
+    def contributions(self, history:Histories, item:int)->Contributions:
+        "What each past item has of the patterns of this one."
+        parts = self.into[history.items].astype(np.float64) @ self.item_factors[item].astype(np.float64)
+        return Contributions(float(parts.sum()), history.items, parts, {})
 
 # %% ../../nbs/models/spectral.ipynb #babfa939
 def _right_singular(matrix:csr_matrix, factors:int, passes:int, seed:int)->np.ndarray:
