@@ -44,9 +44,9 @@ from .web.security import Guard, auth_required, describe_keys
 from .web.service import FastPath, Service
 
 # %% ../nbs/06_api.ipynb #9a6cfed0
-def _headers(version:str, source:str, shortfall:str|None=None)->dict[str, str]:
-    "What every list says of itself: the model, the rung, and why it is short."
-    headers = {Header.Model: version, Header.Source: source}
+def _headers(version:str, source:str, model:str, shortfall:str|None=None)->dict[str, str]:
+    "What every list says of itself: the bundle, the rung, the model, and why it is short."
+    headers = {Header.Version: version, Header.Source: source, Header.Model: model}
     if shortfall: headers[Header.Shortfall] = shortfall.encode("ascii", "replace").decode()
     return headers
 
@@ -62,7 +62,7 @@ def respond(
         body = body | {"source": source, "model_version": version, "shortfall": shortfall,
                        "items": ranked(model, recommendations)}
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    return Response(content, media_type="application/json", headers=_headers(version, source, shortfall))
+    return Response(content, media_type="application/json", headers=_headers(version, source, recommendations.model, shortfall))
 
 # %% ../nbs/06_api.ipynb #d7b4b1fc
 def _default_n(settings:Settings)->int: return min(settings.default_n, settings.max_n)
@@ -132,8 +132,9 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
             for facts in results:
                 service.shown(http_request.scope, model, facts["user_id"], facts["source"],
                               facts["recommendations"], facts["shortfall"] is not None)
-            rungs = ",".join(dict.fromkeys(facts["source"] for facts in results))
-            return JSONResponse({"results": results}, headers=_headers(model.bundle.version, rungs))
+            rungs, models = (",".join(dict.fromkeys(names)) for names in ((one.source for one in lists),
+                                                                          (one.model for one in lists)))
+            return JSONResponse({"results": results}, headers=_headers(model.bundle.version, rungs, models))
         person = recommender.person(requests[0]) if len(requests) == 1 else None
         quick = person is not None and not recommender.reads_files(requests[0], person)
         return response() if quick else await run_in_threadpool(response)
@@ -178,7 +179,7 @@ def _add_others(app:FastAPI, service:Service)->None:
         state, = await view.states([user])
         request = recommender.request(user, n_default, task, state=state, shelf=view.shelf)
         facts = await run_in_threadpool(explained, model, request, item)
-        return JSONResponse(facts, headers=_headers(model.bundle.version, facts["source"]))
+        return JSONResponse(facts, headers=_headers(model.bundle.version, facts["source"], facts["model"]))
 
 # %% ../nbs/06_api.ipynb #10951deb
 def _add_new(app:FastAPI, service:Service)->None:
@@ -203,7 +204,7 @@ def _add_new(app:FastAPI, service:Service)->None:
         facts = {"user_id": user, "recommendations": recommendations.items, "source": source,
                  "model_version": version, "shortfall": shortfall}
         if detail: facts["items"] = await run_in_threadpool(ranked_new, model, recommendations)
-        return JSONResponse(facts, headers=_headers(version, source, shortfall))
+        return JSONResponse(facts, headers=_headers(version, source, recommendations.model, shortfall))
 
 # %% ../nbs/06_api.ipynb #080fb30a
 def _add_operations(app:FastAPI, service:Service)->None:
@@ -219,7 +220,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
     async def is_ready():
         version = live.get().bundle.version
         return JSONResponse({"status": "ready", "model_version": version, "store": desk.state()},
-                            headers={Header.Model: version})
+                            headers={Header.Version: version})
 
     @app.get("/model", tags=["operation"], summary="Which model answers, and how it was trained",
              responses=documented("The manifest without its list of files.", 503))
@@ -228,7 +229,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
         facts = {name: plain(value) for name, value in bundle.manifest.items() if name != "files"}
         if refused: refused = {"version": refused.version, "error": refused.error, "at": plain(refused.at)}
         facts |= {"loaded_at": plain(live.loaded_at), "refused": refused, "store": desk.state()}
-        return JSONResponse(facts, headers={Header.Model: bundle.version})
+        return JSONResponse(facts, headers={Header.Version: bundle.version})
 
     @app.post("/model/reload", response_model=ReloadAnswer, tags=["operation"], summary="Look for a new model now",
               responses=documented("What became of it; other workers look by themselves.", 503, model=False))

@@ -15,11 +15,13 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
+from .answer.ladder import rung_of
 from .answer.lists import Recommendations, checked_n
 from .answer.recommender import NO_FEEDBACK, Recommender
-from .answer.rules import NO_FILTERS, Filters
+from .answer.rules import Filters
 from .bundle.files import Bundle
 from .bundle.ready import ReadyModel
+from .core.columns import DISCOVERY
 from .core.errors import ProductRecsError
 from .core.events import UNCHANGED, UserState
 from .core.sql import database_errors, file_name, utf8_name
@@ -29,15 +31,21 @@ BLOCK = 4096 # users that are searched together
 
 def top_rows(
     model:ReadyModel,
-    rows:np.ndarray,            # (m,) rows of users with factors, one block
+    rows:np.ndarray,            # (m,) rows of users whom the model knows, one block
     n:int,
+    task:str=DISCOVERY,         # discovery | next_purchase
     exclude_seen:bool=True,     # leave out what each user has interacted with
     closed:np.ndarray|None=None, # rows of items that nobody may get; None: those that the bundle knows of
 )->tuple[np.ndarray, np.ndarray]: # item rows (m, n), -1 where none is left; scores (m, n)
     "Best items of a block of users, with all cores."
-    seen = model.bundle.seen[rows] if exclude_seen else None
-    closed = model.catalogue.blocked if closed is None else closed
-    return model.searcher.top(model.user_factors[rows], n, seen, closed, threads=0)
+    asked, closed = model.bundle.model(task), model.catalogue.blocked if closed is None else closed
+    step = max(1, min(len(rows), 8_000_000//max(1, len(asked.candidates)))) if asked.dense else max(1, len(rows))
+    found = []
+    for start in range(0, len(rows), step):
+        part = rows[start:start + step]
+        seen = model.snapshot.confidence[part] if exclude_seen else None
+        found.append(asked.top(asked.users(part), n, seen, closed, threads=0))
+    return tuple(map(np.concatenate, zip(*found)))
 
 # %% ../nbs/05_inference.ipynb #cdc39f8b
 class _Block:
@@ -47,26 +55,33 @@ class _Block:
         users:Sequence,     # external ids, known to the model or not
         rows:np.ndarray,    # (m,) their rows, -1 for a user whom the model does not know
         n:int,
-        exclude_seen:bool,
+        task:str,
+        exclude_seen:bool|None,
     ):
-        self.recommender, self.users, self.n, model = recommender, users, n, recommender.model
-        self.filters = NO_FILTERS if exclude_seen else Filters(exclude_seen=False)
+        self.recommender, self.users, self.n, self.task, model = recommender, users, n, task, recommender.model
+        self.filters = Filters(exclude_seen=exclude_seen)
+        if exclude_seen is None: exclude_seen = task == DISCOVERY
+        asked = model.bundle.model(task)
+        self.made_by = rung_of(asked, task, True), asked.name
         self.shelf, self.states = recommender.changes.shelf, _states(recommender, users)
-        width, factors = min(n, len(model.bundle.items)), model.user_factors
+        width = min(n, len(model.bundle.items))
         news = np.array([bool(state.events or state.denied or state.forgotten) for state in self.states], bool)
         trained = (rows >= 0) & ~news
-        trained[trained] = factors[rows[trained]].any(axis=1)
+        trained[trained] = np.diff(model.snapshot.histories(rows[trained]).indptr) > 0
+        if trained.any(): trained[trained] = asked.knows(asked.users(rows[trained]))
         self.together = np.flatnonzero(trained)
         self.items, self.scores = np.full((len(users), width), -1, np.int32), np.zeros((len(users), width), np.float32)
         if not len(self.together): return
         closed = [part for _, part in model.catalogue.not_for_sale(self.shelf.unavailable, self.shelf.available)]
-        best = top_rows(model, rows[self.together], width, exclude_seen, np.unique(np.concatenate(closed)))
+        closed = np.unique(np.concatenate(closed))
+        best = top_rows(model, rows[self.together], width, task, exclude_seen, closed)
         self.items[self.together], self.scores[self.together] = best
 
     def ask(self, place:int)->Recommendations:
         "The list of one of them, by the ladder."
         state, shelf = self.states[place], self.shelf
-        request = self.recommender.request(self.users[place], self.n, filters=self.filters, state=state, shelf=shelf)
+        request = self.recommender.request(self.users[place], self.n, self.task, filters=self.filters, state=state,
+                                           shelf=shelf)
         return self.recommender.answer(request)
 
 def _states(recommender:Recommender, users:Sequence)->list[UserState]:
@@ -81,8 +96,9 @@ def recommend_many(
     recommender:Recommender,
     users:Iterable,         # external ids, known or not
     n:int=10,               # how many items each
+    task:str=DISCOVERY,     # discovery | next_purchase
     *,
-    exclude_seen:bool=True, # leave out what each user has interacted with
+    exclude_seen:bool|None=None, # leave out what each user has interacted with; None: as the task has it
 )->list[Recommendations]:   # in the order of `users`
     "The best `n` items for each of many users, as `Recommender.recommend` gives them one by one."
     users, n, answers, bundle = list(users), checked_n(n), [], recommender.model.bundle
@@ -90,11 +106,11 @@ def recommend_many(
     for start in range(0, len(users), BLOCK):
         part = users[start:start + BLOCK]
         known = np.array([-1 if (row := bundle.users.row(user)) is None else row for user in part], np.int64)
-        block = _Block(recommender, part, known, n, exclude_seen)
+        block = _Block(recommender, part, known, n, task, exclude_seen)
         whole = {place for place in block.together.tolist() if (block.items[place] >= 0).sum() == n}
         for place, (rows, scores) in enumerate(zip(block.items, block.scores)):
             answers.append(block.ask(place) if place not in whole else Recommendations(
-                bundle.items.take(rows), scores.tolist(), "personalised", rows=rows.tolist()))
+                bundle.items.take(rows), scores.tolist(), *block.made_by, rows=rows.tolist()))
     return answers
 
 # %% ../nbs/05_inference.ipynb #4993806b
@@ -128,8 +144,9 @@ def recommend_all(
     recommender:Recommender,
     out:Path,               # the Parquet file: user_id, rank, item_id, score
     n:int=10,               # items for each user
+    task:str=DISCOVERY,     # discovery | next_purchase
     *,
-    exclude_seen:bool=True, # leave out what each user has interacted with
+    exclude_seen:bool|None=None, # leave out what each user has interacted with; None: as the task has it
     block:int=BLOCK,        # users searched together
     progress:bool=True,     # show a progress bar
 )->int:                     # rows written
@@ -145,7 +162,8 @@ def recommend_all(
         for start in _bar(starts, progress):
             rows = np.arange(start, min(start + starts.step, len(bundle.users)))
             users = bundle.users.ids[rows]
-            written += _append(database, bundle, users, _Block(recommender, users.tolist(), rows, n, exclude_seen))
+            best = _Block(recommender, users.tolist(), rows, n, task, exclude_seen)
+            written += _append(database, bundle, users, best)
         whole = Path(folder)/"lists.parquet"
         database.execute(f"COPY lists TO {file_name(whole)} (FORMAT parquet, COMPRESSION zstd)")
         with open(whole, "rb") as file: os.fsync(file.fileno())

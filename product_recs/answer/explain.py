@@ -11,58 +11,54 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .person import Person, score_person
+from .person import Person, habit_of, score_person
 from ..bundle.ready import ReadyModel
-from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from ..core.errors import ProductRecsError
-from ..models.signals import SIGNALS, pair_signals
+from ..models.signals import OWN
 
 # %% ../../nbs/answer/explain.ipynb #d441045e
 @dataclass(frozen=True)
 class Explanation:
     "What a score is made of."
     score: float               # of the task
-    affinity: float            # inner product of the person and the item; the score itself for discovery
+    affinity: float            # what the past items add up to; the score itself for a model without signals
     items: np.ndarray          # (k,) rows of past items, the one that adds most first
     contributions: np.ndarray  # (k,) float64, what each adds to the affinity
-    other: float               # affinity minus their sum: rounding, or what training left unsolved in an older bundle
-    # next purchase: the intercept and each signal in log odds, which sum to the score; None for discovery
-    signals: dict[str, float]|None = None
+    other: float               # affinity minus their sum: rounding, and what is the same for all items
+    # what the score is the sum of, `taste` being the affinity; empty: the affinity is all
+    signals: dict[str, float]
+    habit: str|None = None     # how often and when last the person had the item itself
 
     def share(self)->np.ndarray: # (k,)
         "Contributions as parts of all that speaks for the item; those that speak against it are below zero."
         total = self.contributions[self.contributions > 0].sum()
         return self.contributions/total if total > 0 else np.zeros(len(self.contributions))
 
+    @property
+    def own(self)->float:
+        "What the habit adds: that the person had the item itself."
+        return sum(self.signals.get(name, 0.0) for name in OWN)
+
 # %% ../../nbs/answer/explain.ipynb #ba286ed7
 def why(
     model:ReadyModel,
     person:Person,
-    item:int,             # row
-    task:str=DISCOVERY, # discovery | next_purchase
+    item:int,              # row
+    score:float|None=None, # of the item, where it is known; None: what the parts add up to
 )->Explanation:
-    """Why this item has this score for this person; a `ProductRecsError` where the person has no score, a `BlendError`
-    where a next purchase is asked of a bundle without a blend."""
-    if task not in TASKS:
-        raise ProductRecsError(f"task={task!r}: must be discovery or next_purchase")
-    if person.vector is None:
+    "Why this item has this score for this person and task; a `ProductRecsError` where the person has no score."
+    if person.representation is None:
         raise ProductRecsError("there is no score to explain for somebody of whom the model knows nothing")
-    solver, target = model.solver, model.item_factors[item].astype(np.float64)
-    toward = solver.apply(person.items, person.confidence, target)
-    added = solver.alpha*person.confidence.astype(np.float64)*(solver.item_factors[person.items] @ toward)
-    affinity = float(target @ person.vector)
-    order = np.lexsort((person.items, -added))
-    signals = _signals(model, person, item) if task == NEXT_PURCHASE else None
-    score, other = affinity if signals is None else sum(signals.values()), affinity - float(added.sum())
-    return Explanation(score, affinity, person.items[order], added[order], other, signals)
-
-def _signals(model:ReadyModel, person:Person, item:int)->dict[str, float]:
-    "Intercept and signals of one item for one person, in log odds."
-    signals = model.signals
-    history = np.zeros(len(person.items), np.int64), person.items, person.counts, person.age_days
-    values = pair_signals(signals, person.vector[None], np.zeros(1, np.int64), np.array([item]), history)[0]
-    table = values*signals.blend.vector()
-    return {"intercept": signals.blend.intercept, **dict(zip(SIGNALS, map(float, table)))}
+    found = model.model(person.task).contributions(person.history, item)
+    order, total = np.lexsort((found.items, -found.parts)), float(found.parts.sum())
+    rounding = 0.0 if score is None else score - found.score
+    affinity = total + found.signals.get("average_taste", 0.0) + rounding
+    signals = {name: value for name, value in found.signals.items() if name != "average_taste"}
+    if len(found.items) or "average_taste" in found.signals:
+        # a score that is nothing but the sum of the past needs no name for it
+        if found.signals: signals = {"taste": affinity} | signals
+    return Explanation(found.score + rounding, affinity, found.items[order], found.parts[order], affinity - total,
+                       signals, habit_of(model, person, item))
 
 # %% ../../nbs/answer/explain.ipynb #8c0ffee5
 @dataclass(frozen=True)

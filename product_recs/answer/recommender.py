@@ -61,7 +61,7 @@ class Recommender:
         return Request(user, n, task, tuple(session), filters, state, *items, attributes, new_items)
 
     def person(self, request:Request)->Person:
-        "The user of a request as of now; a `BlendError` as of `answer`."
+        "The user of a request as of now; a `NoModelForTask` as of `answer`."
         return person_of(self.model, request)
 
     def reads_files(self, request:Request, person:Person)->bool:
@@ -69,7 +69,7 @@ class Recommender:
         return reads_files(self.model, request, person)
 
     def answer(self, request:Request, person:Person|None=None)->Recommendations: # the person where it is made already
-        "The best items of one request; a `BlendError` where a next purchase is asked of a bundle without a blend."
+        "The best items of one request; a `NoModelForTask` where the bundle does not answer the task."
         return answer(self.model, request, person)
 
     def answer_all(self, requests:Sequence[Request])->list[Recommendations]:

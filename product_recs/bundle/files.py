@@ -30,7 +30,7 @@ from ..core.files import atomic_folder, atomic_write
 from ..core.ids import IdTable
 from ..data.arrays import csr_of, load_array, load_csr, load_table, matrix_values, on_structure, save_csr, save_table
 from ..data.left_out import NO_LEFT_OUT, LeftOut, load_left_out, save_left_out
-from ..data.snapshots import Snapshot
+from ..data.snapshots import NOBODY, Histories, Snapshot
 from ..models.all import from_recipe, recipe
 from ..models.interface import Model
 
@@ -173,6 +173,12 @@ class Bundle:
         if task not in TASKS: raise ProductRecsError(f"task={task!r}: must be {' or '.join(TASKS)}")
         why = self.manifest["models"].get(task, {}).get("missing", "it was trained without one")
         raise NoModelForTask(f"this bundle has no model for {task}: {why}")
+
+    def history(self,
+        row:int|None, # of a user; None: somebody whom the bundle does not know
+    )->Histories:     # of one user
+        "What a user had when the models were trained."
+        return NOBODY if row is None else self.snapshot.histories(np.array([row]))
 
     @cached_property
     def rules(self)->EventRules:

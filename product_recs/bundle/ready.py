@@ -15,7 +15,7 @@ import numpy as np
 from .catalogue import Attributes, Catalogue
 from .files import Bundle
 from ..core.columns import DISCOVERY, Columns
-from ..data.snapshots import NOBODY, Histories
+from ..data.snapshots import Histories
 from ..models.factors import FactorModel
 from ..models.interface import Model
 from ..search.index import open_index
@@ -101,14 +101,6 @@ class ReadyModel:
         return self.answering[task] if task in self.answering else self.bundle.model(task)
 
     user_attributes, titles = cached_property(_user_attributes), cached_property(_titles)
-
-    def seen_by(self, row:int|None)->np.ndarray: # row of a user, None: not in the model; rows of items
-        "What a user had interacted with when the model was trained."
-        return self.histories(row).items
-
-    def histories(self, row:int|None)->Histories:
-        "The history of one user; an empty one of somebody whom the model does not know."
-        return NOBODY if row is None else self.snapshot.histories(np.array([row]))
 
     def prepare(self)->"ReadyModel": # itself
         "Compute now what the first requests would; a `BundleError` where the bundle cannot answer at all."

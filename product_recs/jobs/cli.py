@@ -178,7 +178,8 @@ def _list_text(recommender, answer, as_json:bool, head:str, **facts)->str:
         return json.dumps({**facts, **answered, "shortfall": answer.shortfall, "model": bundle.version})
     note = f"\n  {answer.shortfall}" if answer.shortfall else ""
     lines = _named(bundle, answer.rows, score=answer.scores)
-    return f"{visible(head)} ({answer.source}, model {bundle.version})\n{lines}{note}"
+    made_by = answer.source if answer.model == answer.source else f"{answer.source} by {answer.model}"
+    return f"{visible(head)} ({made_by}, model {bundle.version})\n{lines}{note}"
 
 # %% ../../nbs/jobs/cli.ipynb #94f7ac6f
 def _open_recommender(models_dir:str|None):
@@ -207,8 +208,9 @@ def _recommend(
         what = "Next purchases of" if task == "next_purchase" else "Recommended for"
         text, person = _list_text(recommender, answer, as_json, f"{what} {user}", user_id=user), answer.person
         if as_json or not len(person.items): return text
-        order = (-person.confidence).argsort(kind="stable")[:5]
-        strongest = _named(bundle, person.items[order], confidence=person.confidence[order])
+        confidence = person.history.confidence
+        order = (-confidence).argsort(kind="stable")[:5]
+        strongest = _named(bundle, person.items[order], confidence=confidence[order])
         return f"{visible(str(user))} has had {len(person.items):,} items; strongest\n{strongest}\n\n{text}"
 
 @_verb("similar", "similar 101 -n 5")

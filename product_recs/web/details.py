@@ -13,6 +13,7 @@ from ..answer.ladder import Request, score_request
 from ..answer.lists import Recommendations
 from ..answer.person import Person
 from ..bundle.ready import ReadyModel
+from ..core.columns import NEXT_PURCHASE
 from .schemas import plain
 
 # %% ../../nbs/web/details.ipynb #3208ec07
@@ -33,11 +34,18 @@ def _line(rank:int, item:int|str, score:float, columns:Mapping, reasons:list[dic
     return {"rank": rank, "item_id": item, "score": float(score), "title": None if title is None else str(title),
             "attributes": attributes, "reasons": reasons}
 
-def _reasons(model:ReadyModel, person:Person, row:int, most:int=3)->list[dict]:
-    "The past items that speak most for one."
-    explanation = why(model, person, row)
-    return [{"item_id": model.bundle.items[past], "title": title_of(model, past), "contribution": float(part)}
-            for past, part in zip(explanation.items[:most], explanation.contributions) if part > 0 and past != row]
+def _reasons(model:ReadyModel, person:Person, row:int, score:float, most:int=3)->list[dict]:
+    "What speaks most for an item: past items, and for a next purchase the habit of the item itself."
+    explanation, reasons = why(model, person, row, score), []
+    if person.task == NEXT_PURCHASE and explanation.habit is not None:
+        own = explanation.own + float(explanation.contributions[explanation.items == row].sum())
+        reasons.append((own, row, explanation.habit))
+    reasons += [(float(part), past, None)
+                for past, part in zip(explanation.items[:most + 1].tolist(), explanation.contributions)
+                if part > 0 and past != row]
+    reasons.sort(key=lambda reason: -reason[0])
+    return [{"item_id": model.bundle.items[past], "title": title_of(model, past), "contribution": part, "habit": habit}
+            for part, past, habit in reasons[:most]]
 
 def ranked(
     model:ReadyModel,
@@ -45,9 +53,9 @@ def ranked(
 )->list[dict]:                       # as `RankedItem`
     "Each item of a list with its rank, score, title, attributes and, for a person, reasons."
     person, columns = recommendations.person, model.bundle.item_columns
-    explained = person is not None and person.vector is not None and len(recommendations) <= REASONED
+    explained = person is not None and person.representation is not None and len(recommendations) <= REASONED
     return [_line(rank, item, score, {name: values[row] for name, values in columns.items()},
-                  _reasons(model, person, row) if explained else [])
+                  _reasons(model, person, row, score) if explained else [])
             for rank, (item, row, score) in enumerate(zip(recommendations.items, recommendations.rows,
                                                           recommendations.scores), 1)]
 
@@ -66,19 +74,19 @@ def explained(
     item:int|str, # external id of an item of the model
     most:int=10,  # past items that are listed
 )->dict:          # as `ExplainAnswer`
-    "Why an item has its place in a user's list; raises `BlendError` where the task needs a blend that is not there."
+    "Why an item has its place in a user's list; raises `NoModelForTask` where the bundle does not answer it."
     row, scored = model.bundle.items.row(item), score_request(model, request)
     place = why_not(model, scored.person, row, scored.ruled_out, scored.scores)
     facts = {
         "user_id": request.user, "item_id": item, "title": title_of(model, row), "source": scored.source,
-        "model_version": model.bundle.version, "rule": place.rule,
+        "model": scored.model, "model_version": model.bundle.version, "rule": place.rule,
         "recommended": place.rule is None and place.rank is not None and place.rank <= request.n,
         "rank": place.rank if place.rule is None else None, "candidates": place.candidates, "score": plain(place.score)
     }
-    if scored.person.vector is None: return facts | {"why": [], "other": 0.0, "signals": {}}
-    explanation = why(model, scored.person, row, request.task)
+    if scored.person.representation is None: return facts | {"why": [], "other": 0.0, "signals": {}, "habit": None}
+    explanation = why(model, scored.person, row, place.score)
     listed = [{"item_id": model.bundle.items[past], "title": title_of(model, past), "contribution": float(part),
                "share": float(share)}
               for past, part, share in zip(explanation.items[:most], explanation.contributions, explanation.share())]
     other = float(explanation.affinity - explanation.contributions[:most].sum())
-    return facts | {"why": listed, "other": other, "signals": explanation.signals or {}}
+    return facts | {"why": listed, "other": other, "signals": explanation.signals, "habit": explanation.habit}

@@ -8,7 +8,8 @@ __all__ = ['Header', 'raw']
 # %% ../../nbs/web/headers.ipynb #d1dadaad
 class Header:
     "Names of headers."
-    Model = "X-Model-Version"                # the bundle that answered
+    Version = "X-Model-Version"              # the bundle that answered
+    Model = "X-Recommendation-Model"         # the model in it that answered, or the rung where none was asked
     Source = "X-Recommendation-Source"       # the rung of the ladder that answered
     Shortfall = "X-Recommendation-Shortfall" # only where there are fewer items than asked: why
     Stale = "X-Feedback-Stale"               # only where the newest feedback could not be read: true

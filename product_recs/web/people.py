@@ -50,7 +50,7 @@ def _learned(model:ReadyModel, row:int|None, left_out:LeftOutHistory)->Callable[
     "A test for the events that are part of what the bundle has of a user."
     until = learned_micros(model.bundle.manifest["data"].get("feedback_until"))
     others = {str(item) for item in left_out.others}
-    rows = {*(left_out.items if row is None else model.seen_by(row)).tolist()}
+    rows = {*(left_out.items if row is None else model.bundle.history(row).items).tolist()}
     known = lambda item: model.bundle.items.row(item) in rows or id_key(item) in others
     return lambda event: (event.event not in INSTRUCTIONS and known(event.item_id)
                           and to_micros(event.received_at) <= until and model.bundle.rules.counts(event))
@@ -60,15 +60,14 @@ def _trained(model:ReadyModel, row:int|None, left_out:LeftOutHistory, limit:int)
     bundle, ends = model.bundle, model.bundle.manifest["data"].get("ends")
     if row is None: items, counts, age_days = left_out.items, left_out.counts, left_out.age_days
     else:
-        items, confidence, counts, age_days = model.histories.of(row)
-        counts = confidence if counts is None else counts
-        age_days = np.zeros(len(items)) if age_days is None else age_days
+        had = bundle.history(row)
+        items, counts, age_days = had.items, had.counts, had.age_days
     ids = [*bundle.items.take(items), *left_out.others]
     counts, age_days = np.append(counts, left_out.other_counts), np.append(age_days, left_out.other_age_days)
 
     def last(days:float)->str|None:
         "Time of the last interaction, where the bundle knows it."
-        if not ends or bundle.age_days is None: return None
+        if not ends: return None
         return str(np.datetime64(ends, "s") - np.timedelta64(round(float(days)*86400), "s"))
     return [{"item_id": ids[place], **item_words(model, ids[place]), "event": None,
              "interactions": float(counts[place]), "last": last(age_days[place]), "origin": "model"}

@@ -125,8 +125,9 @@ def documented(
     def header(text:str)->dict: return {"description": text, "schema": {"type": "string"}}
     headers = {Header.Request: header("the request's id in the log")}
     if model:
-        headers |= {Header.Model: header("version of the model that answered"),
+        headers |= {Header.Version: header("version of the model that answered"),
                     Header.Source: header("the rung that answered"),
+                    Header.Model: header("the model that answered, or the rung where none was asked"),
                     Header.Shortfall: header("only where there are fewer than n: why"),
                     Header.Stale: header("only where the newest feedback could not be read: true")}
     schema, responses = Problem.model_json_schema(), {200: {"description": description, "headers": headers}}
@@ -187,7 +188,7 @@ def path_id(
     return unquote(scope["raw_path"].split(b"?")[0].split(b"/")[place].decode("latin-1"))
 
 # %% ../../nbs/web/problems.ipynb #2a74eea5
-_MODEL, _SOURCE, _REQUEST = (raw(name) for name in (Header.Model, Header.Source, Header.Request))
+_MODEL, _SOURCE, _REQUEST = (raw(name) for name in (Header.Version, Header.Source, Header.Request))
 
 class RequestLog:
     "ASGI middleware: request id, one log line, and a 500 document for what nobody caught."

@@ -201,18 +201,20 @@ class RecommendationList(BaseModel):
     recommendations: list[int | str] = Field(description="item ids, best first")
 
 class Reason(BaseModel):
-    "One past item that speaks for a recommendation."
+    "One past item that speaks for a recommendation, or the habit of buying the item itself."
     item_id: int | str
     title: str | None
     contribution: float = Field(description="part of the score")
+    habit: str | None = Field(None, description="for a next purchase of something that the user had: how often, and "
+                                                "when last, such as `22 times, last on 29 Dec`")
 
 class RankedItem(BaseModel):
     "One item of a detailed answer."
     rank: int = Field(description="1 is the best")
     item_id: int | str
     score: float = Field(
-        description="comparable inside one answer only; for source `popular` the number of users, for `similar` the "
-                    "cosine, for `next_purchase` log odds"
+        description="comparable inside one answer only; what it means depends on the model: an inner product, a sum of "
+                    "similarities, log odds, a number of users"
     )
     title: str | None = Field(description="null where the products file has none")
     attributes: dict[str, Any] = Field(
@@ -222,7 +224,7 @@ class RankedItem(BaseModel):
 
 class _Detail(BaseModel):
     source: str = Field(description=f"the rung that answered, as in the header {Header.Source}")
-    model_version: str = Field(description=f"as in the header {Header.Model}")
+    model_version: str = Field(description=f"as in the header {Header.Version}")
     shortfall: str | None = Field(description="why there are fewer than n; null when there are not")
     items: list[RankedItem]
 
@@ -316,8 +318,11 @@ class UserSample(BaseModel):
     users: list[int | str]
     total: int
 
-class ReasonShare(Reason):
-    "A reason with its share of the score."
+class ReasonShare(BaseModel):
+    "One past item with its share of the score."
+    item_id: int | str
+    title: str | None
+    contribution: float = Field(description="part of the score, or of the signal `taste` where there are signals")
     share: float | None = Field(description="of the sum of what speaks for the item")
 
 class ExplainAnswer(BaseModel):
@@ -326,15 +331,18 @@ class ExplainAnswer(BaseModel):
     item_id: int | str
     title: str | None
     source: str
+    model: str = Field(description=f"as in the header {Header.Model}")
     model_version: str
     recommended: bool = Field(description="would it be among the default number of recommendations?")
     rank: int | None = Field(description="its place among all candidates, 1 is the best; null where a rule removed it")
     candidates: int = Field(description="items that were ranked")
     score: float | None
     rule: str | None = Field(description="the rule that removed it, such as `already seen`")
-    why: list[ReasonShare] = Field(description="past items by their part of the score; with `other` they add up to it")
-    other: float = Field(description="what the past items that are not listed add")
-    signals: dict[str, float] = Field({}, description="for next_purchase: what each signal adds to the log odds")
+    why: list[ReasonShare] = Field(description="past items by their part of the score; with `other` they add up to "
+                                               "it, or to the signal `taste` where there are signals")
+    other: float = Field(description="what the past items that are not listed add, and what is the same for all items")
+    signals: dict[str, float] = Field({}, description="of a model with more than taste: what the score is the sum of")
+    habit: str | None = Field(None, description="how often and when last the user had the item itself")
 
 class AvailabilityItem(_Strict):
     "Can an item be bought?"
