@@ -49,7 +49,7 @@ def top_rows(
 
 # %% ../nbs/05_inference.ipynb #cdc39f8b
 class _Block:
-    "Users who are searched together, but for those of whom more than the trained factors counts."
+    "Users who are searched together, but for those of whom something is new."
     def __init__(self,
         recommender:Recommender,
         users:Sequence,     # external ids, known to the model or not

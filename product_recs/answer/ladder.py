@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .lists import UNLIKE, Recommendations, checked_n, make_list, search_list
+from .lists import UNLIKE, Recommendations, checked_n, made_by_rung, make_list, search_list
 from .person import Person, counted, person_now, score_person
 from .rules import NO_FILTERS, Filters, rule_out
 from ..bundle.catalogue import SEEN, TEXT, YES_NO, Attributes, read_value, rows_of
@@ -192,7 +192,7 @@ class Scored:
     person: Person        # the user as of now
 
 def _descend(model:ReadyModel, request:Request, person:Person)->tuple[str, np.ndarray]:
-    "Rung and scores for somebody without factors."
+    "Rung and scores for somebody of whom the model knows nothing."
     request = described(model, request, person)
     events = counted(model, request.user, request.state, request.session) if person.unknown else ()
     unknown = [*(event.item_id for event in events), *person.left_out.others]
@@ -247,7 +247,7 @@ def score_request(
     if person.representation is not None:
         return Scored(source, model.model(request.task).name, score_person(model, person), ruled_out, person)
     source, scores = _descend(model, request, person)
-    return Scored(source, source, scores, ruled_out, person)
+    return Scored(source, made_by_rung(source), scores, ruled_out, person)
 
 def answer(
     model:ReadyModel,

@@ -224,12 +224,13 @@ class RankedItem(BaseModel):
 
 class _Detail(BaseModel):
     source: str = Field(description=f"the rung that answered, as in the header {Header.Source}")
+    model: str = Field(description=f"what made the list, as in the header {Header.Model}")
     model_version: str = Field(description=f"as in the header {Header.Version}")
     shortfall: str | None = Field(description="why there are fewer than n; null when there are not")
     items: list[RankedItem]
 
 class DetailedRecommendationList(RecommendationList, _Detail):
-    "The answer to `detail=true`: exactly these six keys."
+    "The answer to `detail=true`: exactly these seven keys."
     model_config = ConfigDict(json_schema_extra={"examples": []})
 
 class SimilarList(BaseModel):
@@ -239,7 +240,7 @@ class SimilarList(BaseModel):
     similar: list[int | str] = Field(description="item ids, most similar first")
 
 class DetailedSimilarList(SimilarList, _Detail):
-    "The answer to `detail=true`: exactly these six keys."
+    "The answer to `detail=true`: exactly these seven keys."
     model_config = ConfigDict(json_schema_extra={"examples": []})
 
 # %% ../../nbs/web/schemas.ipynb #2734bcab
@@ -248,6 +249,7 @@ class UserResult(BaseModel):
     user_id: int | str | None = Field(description="null for a guest")
     recommendations: list[int | str]
     source: str
+    model: str
     model_version: str
     shortfall: str | None
     items: list[RankedItem] | None = Field(None, description="with detail only")

@@ -13,7 +13,7 @@ const RUNGS = [
   ["session", "This visit", "There is no history to learn from, so what is in the basket decides."],
   ["content", "Alike", "Nothing is known of these items' buyers, so their kind decides."],
   ["segment", "Group", "What is popular with people of the same group, or in the same category."],
-  ["popular", "Popular", "Nothing is known of this person yet, so this is what most people take."],
+  ["popular", "Popular", "What most people take: the model knows nothing nearer to this person."],
 ];
 const NEXT = "What this person most likely takes next: taste and habit together, own items included.";
 const wordsOf = source => source === "next_purchase" ? NEXT : (RUNGS.find(([name]) => name === source) ?? [])[2] ?? `Answered by “${source}”.`;
@@ -305,7 +305,7 @@ function showRung(answer, milliseconds) {
   const on = answer.source === "next_purchase" ? "personalised" : answer.source;
   $("ladder").replaceChildren(...RUNGS.map(([name, short]) => h("li", name === on ? {class: "on", "aria-current": "step"} : {}, name === on && answer.source === "next_purchase" ? "Next purchase" : short)));
   $("rung-words").textContent = wordsOf(answer.source);
-  $("answered").textContent = `${plural(answer.items.length, "item")} in ${Math.max(1, Math.round(milliseconds))} ms`;
+  $("answered").textContent = `${plural(answer.items.length, "item")} in ${Math.max(1, Math.round(milliseconds))} ms${answer.model && answer.model !== answer.source ? `, by ${answer.model}` : ""}`;
   $("rung").hidden = false;
   $("lead").textContent = state.who === null && !state.basket.size ? "Nothing is known of a guest. Put something into the basket and the list follows." : state.who === null ? "Known only by what is in the basket." : $("lead").textContent;
 }
@@ -357,6 +357,7 @@ function reason(item) {
   const own = because.find(one => keyOf(one.item_id) === keyOf(item.item_id));
   if (state.answer?.source === "next_purchase") {
     const had = state.history?.history.find(one => keyOf(one.item_id) === keyOf(item.item_id));
+    if (own?.habit) return h("p", {class: "reason"}, `You had it ${own.habit}`);
     if (own || had) return h("p", {class: "reason"}, "You had it before", had?.interactions > 1 && `, ${number.format(Math.round(had.interactions))} times`);
   }
   const [first, second] = because.filter(one => one !== own);
@@ -562,6 +563,7 @@ async function explain(item, section) {
     const found = await ask(`explain/${part(state.who)}/${part(item.item_id)}?task=${state.task}`);
     const signals = signalRows(found.signals);
     body(section, verdict(found), h("p", {class: "muted small"}, wordsOf(found.source)),
+      found.habit && h("p", {class: "small"}, `This person had it ${found.habit}.`),
       signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)),
       found.why?.length > 0 && h("div", {}, h("h4", {class: "small muted"}, signals.length ? "Where the taste comes from" : "What speaks for it, from the past"), bars(whyRows(found))));
   } catch (error) { body(section, failed(error) ? h("p", {class: "muted"}, "Not known for now.") : fault(error, () => explain(item, section))); }
