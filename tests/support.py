@@ -20,7 +20,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from product_recs.bundle.checkerboard import model_by_hand
-from product_recs.bundle.files import publish, write_bundle
+from product_recs.bundle.files import Bundle, publish, write_bundle
+from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.ids import IdTable
 from product_recs.data.snapshots import Snapshot
@@ -82,6 +83,21 @@ def only_the_jobs(root):
             if at >= first or cell.cell_type == "markdown" or at in exported
         ]
         nbformat.write(notebook, path)
+
+
+def ready_in_memory(models, snapshot, users, items, user_columns, item_columns, **more):
+    "A model in use of fitted models by task, without files."
+    manifest = {"version": "v", "data": {}, "parameters": {}, "models": {}, "parts": {}}
+    bundle = Bundle(Path("."), manifest, models, snapshot, users, items, user_columns, item_columns, **more)
+    return ReadyModel(bundle).prepare()
+
+
+def ready_by_hand(user_factors, item_factors, seen, user_columns, item_columns):
+    "A model in use of factors, ids counted from 0."
+    snapshot = Snapshot(None, seen, seen, seen * 0, item_columns["popularity"])
+    users, items = (IdTable(range(size)) for size in seen.shape)
+    by_hand = {DISCOVERY: model_by_hand(user_factors, item_factors, snapshot)}
+    return ready_in_memory(by_hand, snapshot, users, items, user_columns, item_columns)
 
 
 def features_of_log(log, folder, **parameters):

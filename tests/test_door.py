@@ -54,7 +54,7 @@ def shop(tmp_path_factory):
         user_columns={"age": np.array(["old", "young"] * (N // 2), object)},
         counts=counts,
         age_days=ages,
-        blend=BlendWeights(WEIGHTS, -2.0, 30.0, 30.0, {}).to_json(),
+        habits=BlendWeights(WEIGHTS, -2.0, 30.0, 30.0, {}),
         cold_items=cold_items,
         cold_users=cold_users,
         left_out=LeftOut(N, IdTable([LEFT_OUT]), IdTable([905]), pairs, pairs.copy(), pairs * 0),
