@@ -132,7 +132,9 @@ def strangers(model, m: int = 25) -> Histories:
     items = np.concatenate(had).astype(np.int32)
     values = (rng.uniform(0.2, 3, len(items)), rng.integers(1, 9, len(items)), rng.integers(0, 90, len(items)))
     return Histories(
-        np.concatenate([[0], np.cumsum([len(own) for own in had])]), items, *(value.astype(np.float32) for value in values)
+        np.concatenate([[0], np.cumsum([len(own) for own in had])]),
+        items,
+        *(value.astype(np.float32) for value in values),
     )
 
 
@@ -181,6 +183,11 @@ def test_users_one_at_a_time_get_what_a_block_gets(fitted, name):
         assert items[0].tolist() == lists[0][place].tolist(), row
         assert np.allclose(best[0], lists[1][place], rtol=1e-5, atol=1e-6)
         assert np.allclose(model.scores(one)[0], scores[place], rtol=1e-5, atol=1e-5)
+    for n, forbidden in ((400, own), (400, None), (3, None)):  # more than there are; whatever they have
+        items = model.top(model.users(rows[:40]), n, None if forbidden is None else forbidden[:40])[0]
+        for place, row in enumerate(rows[:40]):
+            one = None if forbidden is None else forbidden[place]
+            assert np.array_equal(model.top(model.users(np.array([row])), n, one)[0][0], items[place]), (n, row)
 
 
 @folding
@@ -213,7 +220,9 @@ def test_the_best_are_the_best_of_all_scores(fitted, name, n):
         assert np.array_equal(found[0] < 0, wanted[0] < 0) and np.array_equal(np.isneginf(found[1]), found[0] < 0)
         same_lists(found, wanted, scores)
         assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in found[0])
-    assert not (np.isin(found[0], closed)).any() and not own[np.nonzero(found[0] >= 0)[0], found[0][found[0] >= 0]].any()
+    assert (
+        not (np.isin(found[0], closed)).any() and not own[np.nonzero(found[0] >= 0)[0], found[0][found[0] >= 0]].any()
+    )
     free = model.top(block, n)
     same_lists(free, top_n(scores.copy(), n, candidates=model.candidates), scores)
     assert not (free[0] == len(model.candidates) - 1).any()  # nobody ever had it
@@ -280,8 +289,11 @@ def test_eight_threads_get_what_one_gets(fitted, name):
     fresh = from_recipe(recipe(model), model.parts).from_arrays(model.to_arrays(), model.snapshot, model.parts)
 
     def ask(row):  # the first ones meet everything that is made when it is first needed
-        users = fresh.users(np.array([row]))
-        return fresh.top(users, N)[0][0].tolist(), fresh.similarities(int(row)).tolist(), fresh.scores(users)[0].tolist()
+        users, history = fresh.users(np.array([row])), model.snapshot.histories(np.array([row]))
+        found = [fresh.top(users, N)[0][0], fresh.similarities(int(row)), fresh.scores(users)[0]]
+        if name not in NO_FOLD_IN:
+            found += [fresh.scores(fresh.fold_in(history))[0], fresh.contributions(history, 3).parts]
+        return [array.tolist() for array in found]
 
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(ask, rows))
@@ -316,9 +328,7 @@ def test_arrays_that_do_not_fit_are_refused(fitted, name):
     for key, array in arrays.items():
         for wrong in (array[:-1], np.concatenate([array, array[-1:]]), array[..., None]):
             with pytest.raises(ValueError):
-                from_recipe(recipe(model), model.parts).from_arrays(
-                    arrays | {key: wrong}, model.snapshot, model.parts
-                )
+                from_recipe(recipe(model), model.parts).from_arrays(arrays | {key: wrong}, model.snapshot, model.parts)
 
 
 @every
