@@ -200,7 +200,8 @@ def test_strangers_one_at_a_time_get_what_a_block_gets(fitted, name):
     one_by_one = [model.top(model.fold_in(one_of(had, place)), N) for place in range(len(had))]
     same_lists(tuple(np.concatenate(parts) for parts in zip(*one_by_one, strict=True)), lists, scores)
     nobody = model.fold_in(NOBODY)
-    assert model.scores(nobody).shape == (1, len(model.candidates)) and not (model.personal and model.knows(nobody)[0])
+    assert model.scores(nobody).shape == (1, len(model.candidates)) and not model.knows(nobody)[0]
+    assert model.knows(block).tolist() == [True] * (len(had) - 2) + [False] * 2  # nothing, and nothing with a past
 
 
 @pytest.mark.parametrize("n", [1, N, 400])

@@ -23,8 +23,8 @@ from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from .spectral import LowPass
 
 # %% ../../nbs/models/all.ipynb #1a872c2b
-KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, ItemCosine, ItemBM25, ItemGraph, LowPass,
-                                          EASE, BPR, WeightedALS, ScaledALS, ALS, HabitBlend, ScoreBlend)}
+KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, ItemCosine, ItemBM25, ItemGraph,
+                                          LowPass, EASE, BPR, WeightedALS, ScaledALS, ALS, HabitBlend, ScoreBlend)}
 
 def all_models(
     als:Mapping|None=None,   # parameters of `fit_als`, for ALS and its kin; None: the defaults
@@ -94,8 +94,8 @@ def _matching(name:str, known:Sequence[str], others:Sequence[str]=())->str:
     by_lower = {each.lower(): each for each in known}
     if isinstance(name, str) and name.lower() in by_lower: return by_lower[name.lower()]
     near = difflib.get_close_matches(str(name).lower(), by_lower, 1)
-    raise ProductRecsError(f"models: there is no model {name!r}{f'; did you mean {by_lower[near[0]]!r}?' if near else '.'} "
-                           f"There are: {', '.join([*others, *known])}")
+    meant = f"; did you mean {by_lower[near[0]]!r}?" if near else "."
+    raise ProductRecsError(f"models: there is no model {name!r}{meant} There are: {', '.join([*others, *known])}")
 
 def named(
     name:str,                # such as "EASE", "weighted ALS + item graph", "0.7 ALS + 0.3 EASE + habits"

@@ -230,7 +230,9 @@ class _Regression(Model):
         columns, people = np.flatnonzero(self.candidates), np.flatnonzero(np.diff(snapshot.counts.indptr))
         seen, regularization = seen_of(snapshot, columns, people), self.parameters["regularization"]
         if len(columns) <= len(people): self.regressions = ByItems(columns, _regress_all(seen, regularization))
-        else: self.regressions = ByUsers(columns, people, seen, *_regress_by_users(seen, regularization), regularization)
+        else:
+            inverse, gain = _regress_by_users(seen, regularization)
+            self.regressions = ByUsers(columns, people, seen, inverse, gain, regularization)
 
     def to_arrays(self)->dict[str, np.ndarray]:
         "The weights, or the inverse and the gains."
@@ -305,7 +307,7 @@ class ByItems:
 
     def __init__(self, columns:np.ndarray, weights:np.ndarray):
         if weights.shape != (len(columns),)*2 or weights.dtype != np.float32:
-            raise ValueError(f"weights of shape {weights.shape} of {weights.dtype} for {len(columns)} items with a past")
+            raise ValueError(f"weights of shape {weights.shape} of {weights.dtype} for {len(columns)} items")
         self.columns, self.weights, self.work = columns, np.asarray(weights), 20*len(columns)
 
     def represent(self, ones:csr_matrix)->Regressed: return Regressed(ones, None)
