@@ -32,6 +32,7 @@ from tqdm import tqdm
 from product_recs.core.errors import ProductRecsError
 from product_recs.data.snapshots import Snapshot
 from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval
+from product_recs.models.all import fit_sharing
 from product_recs.models.als import ALS, WeightedALS
 from product_recs.models.baselines import Popularity
 from product_recs.models.blend import ScoreBlend
@@ -146,10 +147,10 @@ def all_models(options: argparse.Namespace) -> dict:
     }
 
 
-def judge(model: Model, train: Snapshot, targets: csr_matrix) -> dict:
-    "Fit, rank and measure one model."
+def judge(model: Model, train: Snapshot, targets: csr_matrix, fitted: dict) -> dict:
+    "Fit, rank and measure one model; its parts are fitted once for all rows of the table."
     started = time.perf_counter()
-    model.fit(train)
+    model = fit_sharing(model, train, fitted)
     seconds = time.perf_counter() - started
     rows = np.flatnonzero(np.diff(targets.indptr))
     with tqdm(total=len(rows), desc=model.name, unit=" lists", mininterval=1, leave=False) as bar:
@@ -265,20 +266,18 @@ def main() -> None:
     sizes, published = (*train.shape, train.nnz, targets.nnz), shape == GOWALLA and not options.validate
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
-    snapshot, results, left_out, fit_alone = snapshot_of(train), [], [], {}
+    snapshot, results, left_out, fit_alone, fitted = snapshot_of(train), [], [], {}, {}
     for name in (bar := tqdm(names, unit="model")):
         bar.set_postfix_str(name)
         model, parameters = models[name]
         try:
-            result = judge(model, snapshot, targets)
+            result = judge(model, snapshot, targets, fitted)
         except ProductRecsError as error:
             left_out.append(f"{name} is left out: {error}")
             bar.write(left_out[-1], file=sys.stderr)
             continue
-        fit_alone[model] = result["train_seconds"]
-        result["train_seconds"] += sum(
-            fit_alone.get(part, 0.0) for part in getattr(model, "models", [])
-        )  # fitted for a row above
+        fit_alone[model.name] = result["train_seconds"]
+        result["train_seconds"] += sum(fit_alone.get(part.name, 0.0) for part in model.parts)  # fitted for a row above
         results.append({**result, "parameters": parameters})
         bar.write(
             f"{name:14s} Recall@20 {result['recall']:.4f}  NDCG@20 {result['ndcg']:.4f}  "

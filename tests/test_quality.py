@@ -57,8 +57,8 @@ def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
         "weighted ALS",
         "low-pass",
         "EASE",
-        "blend of weighted ALS + item graph + low-pass",
-        "blend of weighted ALS + item graph + low-pass + EASE",
+        "0.46 weighted ALS + 0.43 item graph + 0.11 low-pass",
+        "0.4 weighted ALS + 0.11 item graph + 0.17 low-pass + 0.32 EASE",
     ):
         assert results[name]["recall"] == pytest.approx(best), name
     assert results["popularity"]["ndcg"] < results["EASE"]["ndcg"]

@@ -23,8 +23,8 @@ from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from .spectral import LowPass
 
 # %% ../../nbs/models/all.ipynb #1a872c2b
-KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, ItemCosine, ItemBM25, ItemGraph, LowPass,
-                                          EASE, BPR, WeightedALS, ScaledALS, ALS, HabitBlend, ScoreBlend)}
+KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, ItemCosine, ItemBM25, ItemGraph,
+                                          LowPass, EASE, BPR, WeightedALS, ScaledALS, ALS, HabitBlend, ScoreBlend)}
 
 def all_models(
     als:Mapping|None=None,   # parameters of `fit_als`, for ALS and its kin; None: the defaults
@@ -71,23 +71,47 @@ def fit_sharing(
     return fitted[key]
 
 # %% ../../nbs/models/all.ipynb #79618626
+_WEIGHT = re.compile(r"(?:(\d+\.?\d*|\.\d+)\s+)?(.*)")
+
+def _read(name:str)->tuple[list[str], list[float], bool]:
+    "The names in a name, their weights, and whether habits come on top."
+    words = [word.strip() for word in str(name).split("+")]
+    if "" in words: raise ProductRecsError(f"model {name!r}: there is no name {'beside a +' if words[1:] else 'in it'}")
+    habits = words[-1].lower() == "habits"
+    read = [_WEIGHT.fullmatch(word).groups() for word in (words[:-1] if habits else words)]
+    if not read: raise ProductRecsError(f"model {name!r}: habits go with another model, such as 'ALS + habits'")
+    if any(part.lower() == "habits" for _, part in read):
+        raise ProductRecsError(f"model {name!r}: 'habits' stands at the end, once and without a weight")
+    if 0 < sum(weight is None for weight, _ in read) < len(read):
+        raise ProductRecsError(f"model {name!r}: give a weight to each model, or to none")
+    weights = [float(weight or 1) for weight, _ in read]
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise ProductRecsError(f"model {name!r}: a weight must be above 0; or leave the model out")
+    return [part for _, part in read], weights, habits
+
+def _matching(name:str, known:Sequence[str], others:Sequence[str]=())->str:
+    "The name that is meant; the message for another one tells these, and the nearest."
+    by_lower = {each.lower(): each for each in known}
+    if isinstance(name, str) and name.lower() in by_lower: return by_lower[name.lower()]
+    near = difflib.get_close_matches(str(name).lower(), by_lower, 1)
+    meant = f"; did you mean {by_lower[near[0]]!r}?" if near else "."
+    raise ProductRecsError(f"models: there is no model {name!r}{meant} There are: {', '.join([*others, *known])}")
+
 def named(
     name:str,                # such as "EASE", "weighted ALS + item graph", "0.7 ALS + 0.3 EASE + habits"
     models:Sequence[Model],  # that there are, of `all_models`
     task:str=NEXT_PURCHASE,  # of habits
 )->Model:                    # not fitted; a blend with habits has no weights yet
-    "The model of a name; raises `ProductRecsError` for a name that there is not."
-    words = [word.strip() for word in name.split("+")]
-    habits, known = words[-1].lower() == "habits", {model.name: model for model in models}
-    parts, weights = [], []
-    for word in words[:-1] if habits else words:
-        weight, rest = re.fullmatch(r"(?:(\d+(?:\.\d+)?)\s+)?(.*)", word).groups()
-        parts.append(known[choose([rest], list(known))[0]])
-        weights.append(float(weight or 1))
-    model = parts[0]
-    if len(parts) > 1:
-        total = sum(weights)
-        model = ScoreBlend(parts, None if len(set(weights)) == 1 else [weight/total for weight in weights])
+    "The model of a name; raises `ProductRecsError`, which says what is wrong with it."
+    asked, weights, habits = _read(name)
+    known = {model.name: model for model in models}
+    found = [_matching(part, known) for part in asked]
+    if twice := sorted({part for part in found if found.count(part) > 1}):
+        raise ProductRecsError(f"model {name!r}: {twice[0]} is in it twice; once, with a larger weight, is the same")
+    model, total = known[found[0]], sum(weights)
+    if len(found) > 1:
+        shares = None if len(set(weights)) == 1 else [weight/total for weight in weights]
+        model = ScoreBlend([known[part] for part in found], shares)
     return HabitBlend(model, task) if habits else model
 
 # %% ../../nbs/models/all.ipynb #7706a163
@@ -98,14 +122,6 @@ def choose(
     "Check names of models; capitals do not matter. Raises `ProductRecsError` for a name that there is not."
     asked = [part.strip() for part in names.split(",")] if isinstance(names, str) else list(names)
     if asked == ["all"]: return list(known)
-    by_lower = {name.lower(): name for name in known}
-    for name in asked:
-        if not isinstance(name, str) or name.lower() not in by_lower:
-            near = difflib.get_close_matches(str(name).lower(), by_lower, 1)
-            raise ProductRecsError(
-                f"models: there is no model {name!r}{f'; did you mean {by_lower[near[0]]!r}?' if near else ''} There "
-                f"are: all, {', '.join(known)}"
-            )
     if not asked: raise ProductRecsError(f"models: no model is named. There are: all, {', '.join(known)}")
-    wanted = {name.lower() for name in asked}
-    return [name for name in known if name.lower() in wanted]
+    wanted = {_matching(name, known, ["all"]) for name in asked}
+    return [name for name in known if name in wanted]

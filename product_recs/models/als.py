@@ -245,6 +245,7 @@ class WeightedALS(ALS):
     def to_arrays(self): return super().to_arrays() | {"scale": np.array([self.scale])}
 
     def _take(self, arrays):
+        if arrays["scale"].shape != (1,): raise ValueError(f"scale has shape {arrays['scale'].shape}, not (1,)")
         self.scale = float(arrays["scale"][0])
         super()._take({name: arrays[name] for name in self.kept})
 

@@ -56,6 +56,7 @@ class SameForAll(Model):
 
     work = 1 # a place in a list that is ready
 
+# %% ../../nbs/models/baselines.ipynb #df3b29c2
 class Popularity(SameForAll):
     "Number of users who have the item."
     name = "popularity"
@@ -79,7 +80,12 @@ class RecentPopularity(SameForAll):
         self.score = np.bincount(age_days.indices, weight, minlength=len(self.candidates)).astype(np.float32)
 
     def to_arrays(self): return {"score": self.score}
-    def _take(self, arrays): self.score = arrays["score"]
+
+    def _take(self, arrays):
+        score = arrays["score"]
+        if score.shape != self.candidates.shape or score.dtype != np.float32:
+            raise ValueError(f"score has shape {score.shape} of {score.dtype} for {len(self.candidates)} items")
+        self.score = np.asarray(score)
 
 # %% ../../nbs/models/baselines.ipynb #e7221a93
 class BuyAgain(Model):

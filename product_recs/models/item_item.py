@@ -38,6 +38,22 @@ def checked_neighbours(
     if neighbours < 2: raise ValueError(f"neighbours must be 2 or more (an item is its own nearest), not {neighbours}")
     return neighbours
 
+# %% ../../nbs/models/item_item.ipynb #d8bb3055
+def _matrix_for(similarity:csr_matrix, histories:Histories, values:np.ndarray)->csr_matrix: # (m, n_items)
+    "Values of histories with the type of index that the similarities have, which a product would copy otherwise."
+    matrix, kind = histories.matrix(values, similarity.shape[0]), similarity.indices.dtype
+    if matrix.indptr[-1] < 2**31:
+        matrix.indptr, matrix.indices = matrix.indptr.astype(kind, copy=False), matrix.indices.astype(kind, copy=False)
+    return matrix
+
+def _best(rows:np.ndarray, scores:np.ndarray, n:int)->tuple[np.ndarray, np.ndarray]:
+    "The best `n` of some items, best first; of equal scores the lower row."
+    if len(rows) > 4*n > 0:
+        least = np.partition(scores, len(scores) - n)[len(scores) - n]
+        rows, scores = rows[scores >= least], scores[scores >= least]
+    best = np.lexsort((rows, -scores))[:n]
+    return rows[best], scores[best]
+
 # %% ../../nbs/models/item_item.ipynb #da0dc0a6
 class ItemItem(Model):
     "Sum of what the user's items say of others; `_fit` sets `similarity`, (n_items, n_items): row i, what item i says."
@@ -45,7 +61,7 @@ class ItemItem(Model):
 
     def fold_in(self, histories:Histories)->csr_matrix: # (m, n_items) float32
         "What each of the user's items counts: its confidence."
-        return histories.matrix(histories.confidence, len(self.candidates))
+        return _matrix_for(self.similarity, histories, histories.confidence)
 
     @cached_property
     def below(self)->np.ndarray: # (n_items,) float32, from -1 to 0
@@ -56,7 +72,7 @@ class ItemItem(Model):
     def popular(self)->np.ndarray: # candidates, most users first
         "Rows of the items in the order of their popularity."
         rows = np.flatnonzero(self.candidates)
-        return rows[np.argsort(-self.popularity[rows], kind="stable")].astype(np.int32)
+        return rows[np.argsort(-self.below[rows], kind="stable")].astype(np.int32)
 
     def scores(self, representations:csr_matrix)->np.ndarray:
         "Similarities to the user's items, weighted; items without any below zero, by popularity."
@@ -73,11 +89,7 @@ class ItemItem(Model):
         scored = representations @ self.similarity
         mine = (scored.data > 0) & allowed[scored.indices]
         rows, scores = scored.indices[mine], scored.data[mine]
-        if len(rows) > 4*n:
-            least = np.partition(scores, len(scores) - n)[len(scores) - n]
-            rows, scores = rows[scores >= least], scores[scores >= least]
-        best = np.lexsort((rows, -scores))[:n]
-        rows, scores = rows[best], scores[best]
+        rows, scores = _best(rows, scores, n)
         if len(rows) < n:
             allowed[rows] = False
             rest = self.popular[allowed[self.popular]][:n - len(rows)]
@@ -109,10 +121,11 @@ class StoredItemItem(ItemItem):
 
     def _take(self, arrays):
         indptr, indices, data = (arrays[f"similarity_{part}"] for part in ("indptr", "indices", "data"))
-        n = len(self.candidates)
-        if len(indptr) != n + 1 or len(indices) != indptr[-1] or len(data) != len(indices):
-            raise ValueError(f"similarity of {len(indptr) - 1} rows and {len(indices)} entries for {n} items")
-        self.similarity = csr_of((n, n), indptr, indices, data)
+        n, size = len(self.candidates), int(indptr.flat[-1]) if indptr.size else -1
+        if (indptr.shape, indices.shape, data.shape) != ((n + 1,), (size,), (size,)) or data.dtype != np.float32:
+            raise ValueError(f"similarity has arrays of shapes {indptr.shape}, {indices.shape} and {data.shape} of "
+                             f"{data.dtype}, but {n} items need {(n + 1,)} and two of one length, the last of float32")
+        self.similarity = csr_of((n, n), *map(np.asarray, (indptr, indices, data)))
 
     @property
     def work(self)->int:
@@ -120,6 +133,7 @@ class StoredItemItem(ItemItem):
         users = max(int((np.diff(self.snapshot.counts.indptr) > 0).sum()), 1)
         return int(self.similarity.nnz/max(len(self.candidates), 1)*self.snapshot.counts.nnz/users) + 1
 
+# %% ../../nbs/models/item_item.ipynb #efc76172
 class ItemCosine(StoredItemItem):
     "Sum of the cosines between an item and the user's items."
     name = "item-item cosine"
@@ -178,12 +192,13 @@ class ItemGraph(StoredItemItem):
         # the power of the last item is the same for all that compete for it, so it can wait until they are chosen
         half_walks = diags(activity**(-given["user_power"]/2)) @ seen @ diags(popularity**-given["from_power"])
         walks = nearest_items(half_walks, given["neighbours"], given["num_threads"])
-        ends = diags(popularity**(given["from_power"] - given["to_power"]))
-        self.similarity = csr_matrix(walks @ ends, dtype=np.float32)
+        ends = popularity**(given["from_power"] - given["to_power"])
+        walks.data = (walks.data*ends[walks.indices]).astype(np.float32)
+        self.similarity = walks
 
     def fold_in(self, histories:Histories)->csr_matrix:
         "Each item counts one."
-        return histories.matrix(np.ones(len(histories.items), np.float32), len(self.candidates))
+        return _matrix_for(self.similarity, histories, np.ones(len(histories.items), np.float32))
 
 # %% ../../nbs/models/item_item.ipynb #d87965e5
 class _Regression(Model):
@@ -215,7 +230,9 @@ class _Regression(Model):
         columns, people = np.flatnonzero(self.candidates), np.flatnonzero(np.diff(snapshot.counts.indptr))
         seen, regularization = seen_of(snapshot, columns, people), self.parameters["regularization"]
         if len(columns) <= len(people): self.regressions = ByItems(columns, _regress_all(seen, regularization))
-        else: self.regressions = ByUsers(columns, people, seen, *_regress_by_users(seen, regularization), regularization)
+        else:
+            inverse, gain = _regress_by_users(seen, regularization)
+            self.regressions = ByUsers(columns, people, seen, inverse, gain, regularization)
 
     def to_arrays(self)->dict[str, np.ndarray]:
         "The weights, or the inverse and the gains."
@@ -255,7 +272,7 @@ def _invert(
 # %% ../../nbs/models/item_item.ipynb #600d62fc
 def _regress_all(seen:csr_matrix, regularization:float)->np.ndarray:
     "Weights (items, items) float32 of all regressions; the column belongs to the item predicted."
-    weights = (seen.T @ seen).toarray()
+    weights = (seen.T @ seen).toarray(order="C") # one user needs some of its rows
     weights[np.diag_indices_from(weights)] += np.float32(regularization)
     _invert(weights)
     weights /= -np.diag(weights).copy()
@@ -289,15 +306,15 @@ class ByItems:
     kept = ("weights",)
 
     def __init__(self, columns:np.ndarray, weights:np.ndarray):
-        if weights.shape != (len(columns),)*2:
-            raise ValueError(f"weights of shape {weights.shape} for {len(columns)} items with a past")
-        self.columns, self.weights, self.work = columns, weights, 20*len(columns)
+        if weights.shape != (len(columns),)*2 or weights.dtype != np.float32:
+            raise ValueError(f"weights of shape {weights.shape} of {weights.dtype} for {len(columns)} items")
+        self.columns, self.weights, self.work = columns, np.asarray(weights), 20*len(columns)
 
     def represent(self, ones:csr_matrix)->Regressed: return Regressed(ones, None)
     def of_users(self, ones:csr_matrix, rows:np.ndarray)->Regressed: return Regressed(ones, None)
     def predict(self, users:Regressed)->np.ndarray: return users.ones @ self.weights
     def toward(self, places:np.ndarray, place:int)->np.ndarray: return self.weights[places, place]
-    def of_item(self, place:int)->np.ndarray: return np.array(self.weights[place])
+    def of_item(self, place:int)->np.ndarray: return self.weights[place]
 
 # %% ../../nbs/models/item_item.ipynb #2074c0ea
 class ByUsers:
@@ -306,19 +323,24 @@ class ByUsers:
 
     def __init__(self, columns:np.ndarray, people:np.ndarray, seen:csr_matrix, inverse:np.ndarray, gain:np.ndarray,
                  regularization:float):
-        if inverse.shape != (len(people),)*2 or gain.shape != (len(columns),):
-            raise ValueError(f"an inverse of shape {inverse.shape} and {len(gain)} gains for {len(people)} users and "
-                             f"{len(columns)} items with a past")
-        self.columns, self.people, self.seen, self.inverse, self.gain = columns, people, seen, inverse, gain
+        shapes = (len(people),)*2, (len(columns),)
+        if (inverse.shape, gain.shape) != shapes or {inverse.dtype, gain.dtype} != {np.dtype(np.float32)}:
+            raise ValueError(f"an inverse of shape {inverse.shape} of {inverse.dtype} and gains of shape {gain.shape} "
+                             f"of {gain.dtype}, but {len(people)} users and {len(columns)} items with a past need "
+                             f"{shapes[0]} and {shapes[1]} of float32")
+        self.columns, self.people, self.owners = columns, people, csr_matrix(seen.T) # (columns, people)
+        self.inverse, self.gain = np.asarray(inverse), np.asarray(gain)
         self.regularization, self.work = np.float32(regularization), len(people)**2 + seen.nnz
 
     def represent(self, ones:csr_matrix)->Regressed:
         "Anybody, by what they share with the users."
-        return Regressed(ones, (ones @ self.seen.T).toarray() @ self.inverse / -self.regularization)
+        shared = ones @ self.owners
+        if shared.shape[0] > 1: shared = shared.toarray() # one user reads the rows of those who share something
+        return Regressed(ones, np.asarray(shared @ self.inverse)/-self.regularization)
 
     def of_users(self, ones:csr_matrix, rows:np.ndarray)->Regressed:
         "The users themselves: the same, from their rows of the inverse."
-        shared, known = np.zeros((len(rows), len(self.people)), np.float32), np.flatnonzero(np.isin(rows, self.people))
+        shared, known = np.zeros((len(rows), len(self.people)), np.float32), np.flatnonzero(np.diff(ones.indptr))
         place = np.searchsorted(self.people, rows[known])
         shared[known] = self.inverse[place]
         shared[known, place] -= 1/self.regularization
@@ -326,27 +348,34 @@ class ByUsers:
 
     def predict(self, users:Regressed)->np.ndarray:
         ones = users.ones.toarray()
-        return ones - self.gain*(users.people @ self.seen + ones/self.regularization)
+        return ones - self.gain*((self.owners @ users.people.T).T + ones/self.regularization)
 
     def toward(self, places:np.ndarray, place:int)->np.ndarray:
         "Weights of some items towards one."
         same = places == place
-        return same - self.gain[place]*(same - self.seen[:, places].T @ self._shared(place))/self.regularization
+        return same - self.gain[place]*(same - self.owners[places] @ self._shared(place))/self.regularization
 
     def of_item(self, place:int)->np.ndarray:
         "Weights of one item towards all."
         same = np.arange(len(self.columns)) == place
-        return same - self.gain*(same - self._shared(place) @ self.seen)/self.regularization
+        return same - self.gain*(same - self.owners @ self._shared(place))/self.regularization
 
     def _shared(self, place:int)->np.ndarray: # (people,)
-        return np.asarray(self.seen[:, [place]].T @ self.inverse).ravel()
+        return (self.owners[[place]] @ self.inverse).ravel()
 
 # %% ../../nbs/models/item_item.ipynb #c7892407
 class EASE(_Regression):
     "Each item regressed on all others, in closed form (Steck 2019)."
+    @cached_property
+    def _place(self)->np.ndarray: # (n_items,) int32
+        "Which column a candidate is."
+        return np.cumsum(self.candidates, dtype=np.int32) - 1
+
     def _ones(self, histories:Histories)->csr_matrix: # (m, columns)
-        ones = histories.matrix(np.ones(len(histories.items), np.float32), len(self.candidates))
-        return ones[:, self.regressions.columns]
+        known = self.candidates[histories.items]
+        items = self._place[histories.items[known]]
+        indptr = np.concatenate([[0], np.cumsum(known)])[histories.indptr].astype(np.int32)
+        return csr_of((len(histories), len(self.regressions.columns)), indptr, items, np.ones(len(items), np.float32))
 
     def fold_in(self, histories:Histories)->Regressed:
         "The user's items among the candidates, and what the regressions make of them."
@@ -368,20 +397,17 @@ class EASE(_Regression):
 
     def contributions(self, history:Histories, item:int)->Contributions:
         "The weight of each past item towards this one."
-        columns = self.regressions.columns
         items = history.items[self.candidates[history.items]]
-        place = np.searchsorted(columns, [*items, item])
         parts = np.zeros(len(items))
-        if self.candidates[item]: parts += self.regressions.toward(place[:-1], place[-1])
+        if self.candidates[item]: parts += self.regressions.toward(self._place[items], self._place[item])
         return Contributions(float(parts.sum()), items, parts, {})
 
     def similarities(self, item:int)->np.ndarray:
         "The weights of the item towards all others."
         alike = np.full(len(self.candidates), -np.inf, np.float32)
         if not self.candidates[item]: return alike
-        columns = self.regressions.columns
-        weights = self.regressions.of_item(int(np.searchsorted(columns, item)))
-        alike[columns] = np.where(weights > 0, weights, -np.inf)
+        weights = self.regressions.of_item(int(self._place[item]))
+        alike[self.regressions.columns] = np.where(weights > 0, weights, -np.inf)
         return alike
 
     @property
