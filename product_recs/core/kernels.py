@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-
-from .paths import resolve_path
 
 # %% ../../nbs/core/kernels.ipynb #4b8d64de
 @contextmanager
@@ -66,8 +65,8 @@ def compiled(
     folder:Path|None=None,   # where to look; None: in the package
 )->ctypes.CDLL|None:
     "The compiled kernels; None where they were not built, or are not what this code expects."
-    if folder is None: # a notebook has no `__file__`
-        folder = Path(__file__).parent.parent if "__file__" in globals() else resolve_path("product_recs")
+    if folder is None:
+        folder = Path(find_spec("product_recs").origin).parent
     libraries = [path for path in folder.glob(f"{name}.*") if path.suffix in (".so", ".pyd", ".dylib")]
     refused = []
     for path in sorted(libraries, key=lambda path: (".abi3." not in path.name, path.name)):
