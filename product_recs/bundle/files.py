@@ -29,7 +29,8 @@ from ..core.errors import BundleError, NoModelForTask, ProductRecsError
 from ..core.events import EventRules
 from ..core.files import atomic_folder, atomic_write
 from ..core.ids import IdTable
-from ..data.arrays import csr_of, load_array, load_csr, load_table, matrix_values, on_structure, save_csr, save_table
+from ..data.arrays import (csr_of, load_array, load_csr, load_table, matrix_values, on_structure,
+                                      save_csr, save_table)
 from ..data.left_out import NO_LEFT_OUT, LeftOut, load_left_out, save_left_out
 from ..data.snapshots import Snapshot
 from ..models.all import from_recipe, recipe
@@ -226,7 +227,8 @@ def read_manifest(
         raise BundleError(f"{path/'manifest.json'}: bundle format {number!r}, this version reads {FORMAT}; "
                           f"{_remedy(manifest, number)}")
     if missing := _missing(manifest):
-        raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}; train again or restore it from a copy")
+        raise BundleError(f"{path/'manifest.json'}: this is no manifest of a bundle, {missing}; "
+                          "train again or restore it from a copy")
     return manifest
 
 # %% ../../nbs/bundle/files.ipynb #328574e2
@@ -283,6 +285,8 @@ class Bundle:
         return EventRules(**self.manifest["parameters"].get("ingest", {}))
 
 # %% ../../nbs/bundle/files.ipynb #c3b82992
+_AGAIN = "train again or restore it from a copy"
+
 def _open_part(path:Path, made:Mapping, parts:list[Model], snapshot:Snapshot)->Model:
     "One model of a bundle; raises `ValueError`, or what a wrong manifest makes of it."
     # plain arrays over the mapped memory: slicing them is cheaper than slicing a memmap
@@ -297,22 +301,21 @@ def _open_models(path:Path, manifest:dict, snapshot:Snapshot)->dict[str, Model]:
         try: opened[key] = _open_part(path, made, [opened[part] for part in made["parts"]], snapshot)
         except BundleError: raise
         except (ValueError, TypeError, AttributeError, IndexError, ProductRecsError) as error:
-            raise BundleError(f"{path}: model {key!r}: {error}; train again or restore it from a copy") from None
+            raise BundleError(f"{path}: model {key!r}: {error}; {_AGAIN}") from None
     return {task: opened[section["part"]] for task, section in manifest["models"].items() if "part" in section}
 
 def _table(path:Path, key:str)->tuple[IdTable, dict[str, np.ndarray]]: # its ids, its other columns
     "One of the two tables of a bundle."
     columns = load_table(path)
-    if key not in columns: raise BundleError(f"{path}: there is no column {key!r}; train again or restore it from a copy")
+    if key not in columns: raise BundleError(f"{path}: there is no column {key!r}; {_AGAIN}")
     try: return IdTable(columns.pop(key)), columns
-    except ValueError as error: raise BundleError(f"{path}: {error}; train again or restore it from a copy") from None
+    except (ValueError, TypeError) as error: raise BundleError(f"{path}: {error}; {_AGAIN}") from None
 
 def _snapshot(path:Path, shape:tuple[int, int], items:Mapping)->Snapshot:
     "What was learned from, mapped."
     seen, popularity = load_csr(path, "seen", shape), items.get("popularity")
     if popularity is None or popularity.dtype.kind not in "iu":
-        raise BundleError(f"{path/'items.parquet'}: the column `popularity` does not hold whole numbers; train again or "
-                          "restore it from a copy")
+        raise BundleError(f"{path/'items.parquet'}: the column `popularity` does not hold whole numbers; {_AGAIN}")
     others = (on_structure(path/f"seen_{name}.npy", seen) for name in ("counts", "age_days"))
     plain = (csr_of(matrix.shape, *map(np.asarray, (matrix.indptr, matrix.indices, matrix.data)))
              for matrix in (seen, *others))

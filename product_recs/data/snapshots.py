@@ -102,7 +102,7 @@ class Features:
 
 def item_attributes(
     features:Features,
-)->"pd.DataFrame": # one row an item, index is the row number
+): # pandas DataFrame, one row an item; index is the row number
     "External id, popularity and attributes of the items."
     import pandas as pd # late: what serves has snapshots, and no pandas
     return pd.DataFrame({"item_id": features.items.ids, **features.item_columns})

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fitted_parts', 'ScoreBlend', 'score_contributions', 'Habits', 'HabitBlend', 'habit_contributions']
 
-# %% ../../nbs/models/blend.ipynb #c787a57c
+# %% ../../nbs/models/blend.ipynb #3aa73245
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ import numpy as np
 from ..core.columns import NEXT_PURCHASE, TASKS
 from ..data.snapshots import Histories, Snapshot
 from .interface import Contributions, Model
-from .signals import SIGNALS, BlendError, BlendWeights, Signals, add_signals, pair_signals, read_weights
+from .signals import (SIGNALS, BlendError, BlendWeights, Signals, add_signals, pair_signals,
+                                         read_weights)
 
-# %% ../../nbs/models/blend.ipynb #8be5508d
+# %% ../../nbs/models/blend.ipynb #48a7e5f8
 def fitted_parts(
     parts:Sequence[Model],
     snapshot:Snapshot, # of the fit
@@ -29,7 +30,7 @@ def _refusal(parts:Sequence[Model], snapshot:Snapshot)->str:
     "Why one of the parts cannot be fitted; empty: all can."
     return next((why for part in parts if (why := part.refusal(snapshot))), "")
 
-# %% ../../nbs/models/blend.ipynb #dbacd589
+# %% ../../nbs/models/blend.ipynb #7dd21ab4
 class ScoreBlend(Model):
     "Weighted sum of the standardised scores of other models."
     name = "score blend" # of the class; a model of it is named after its parts
@@ -86,7 +87,7 @@ class ScoreBlend(Model):
     @property
     def work(self)->int: return sum(part.work + 3*len(self.candidates) for part in self.parts)
 
-# %% ../../nbs/models/blend.ipynb #ae699d65
+# %% ../../nbs/models/blend.ipynb #1d658260
 def score_contributions(
     model:ScoreBlend,
     history:Histories, # of one user
@@ -103,7 +104,7 @@ def score_contributions(
     added = np.bincount(place, np.concatenate(parts), len(rows))
     return Contributions(float(added.sum()) + average, rows.astype(np.int64), added, {"average_taste": average})
 
-# %% ../../nbs/models/blend.ipynb #300badaa
+# %% ../../nbs/models/blend.ipynb #b1de41cb
 class Habits(NamedTuple):
     "Users as a blend with habits takes them."
     taste: Any     # representations of the part
@@ -160,7 +161,7 @@ class HabitBlend(Model):
         "What each past item adds to the taste, in log odds, and what each signal adds."
         return habit_contributions(self, history, item)
 
-# %% ../../nbs/models/blend.ipynb #2b9cc10e
+# %% ../../nbs/models/blend.ipynb #564e1c26
 def habit_contributions(
     model:HabitBlend,
     history:Histories, # of one user
