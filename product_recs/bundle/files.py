@@ -32,7 +32,7 @@ from ..core.ids import IdTable
 from ..data.arrays import (csr_of, load_array, load_csr, load_table, matrix_values, on_structure,
                                       save_csr, save_table)
 from ..data.left_out import NO_LEFT_OUT, LeftOut, load_left_out, save_left_out
-from ..data.snapshots import Snapshot
+from ..data.snapshots import NOBODY, Histories, Snapshot
 from ..models.all import from_recipe, recipe
 from ..models.interface import Model
 
@@ -279,10 +279,19 @@ class Bundle:
         why = self.manifest["models"].get(task, {}).get("missing", "it was trained without one")
         raise NoModelForTask(f"this bundle has no model for {task}: {why}")
 
+    def history(self,
+        row:int|None, # of a user; None: somebody whom the bundle does not know
+    )->Histories:     # of one user
+        "What a user had when the models were trained."
+        return NOBODY if row is None else self.snapshot.histories(np.array([row]))
+
     @cached_property
     def rules(self)->EventRules:
-        "Which events a training by the rules of this model learns."
-        return EventRules(**self.manifest["parameters"].get("ingest", {}))
+        "Which events a training by the rules of this model learns; a `BundleError` where they cannot be read."
+        try: return EventRules(**self.manifest["parameters"].get("ingest", {}))
+        except (TypeError, ValueError, ProductRecsError) as error:
+            raise BundleError(f"{self.path/'manifest.json'}: the rules of the ingest cannot be read ({error}); "
+                              "train again") from None
 
 # %% ../../nbs/bundle/files.ipynb #c3b82992
 _AGAIN = "train again or restore it from a copy"

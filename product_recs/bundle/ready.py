@@ -15,6 +15,7 @@ import numpy as np
 from .catalogue import Attributes, Catalogue
 from .files import Bundle
 from ..core.columns import DISCOVERY, Columns
+from ..core.errors import BundleError
 from ..data.snapshots import NOBODY, Histories
 from ..models.factors import FactorModel
 from ..models.interface import Model
@@ -44,6 +45,21 @@ class Memo:
             if self._bytes + size > self.most_bytes: self._results, self._bytes = {}, 0
             self._results[key], self._bytes = result, self._bytes + size
         return result
+
+# %% ../../nbs/bundle/ready.ipynb #dbd07cab
+def _rehearse(model:Model)->None:
+    "Ask all that a request asks, so that what is computed once is computed."
+    one = np.flatnonzero(model.candidates)[:1].astype(np.int32)
+    ones = np.ones(len(one), np.float32)
+    history = Histories(np.array([0, len(one)]), one, ones, ones, 0*ones)
+    for had in (history, NOBODY):
+        users = model.fold_in(had)
+        model.knows(users)
+        model.top(users, 1)
+    for item in one:
+        model.contributions(history, item)
+        model.similarities(item)
+    for part in model.parts: _rehearse(part)
 
 # %% ../../nbs/bundle/ready.ipynb #a46fae22
 def _user_attributes(model)->Attributes:
@@ -83,7 +99,7 @@ class ReadyModel:
     @cached_property
     def popularity(self)->np.ndarray: # (n_items,) float32
         "Users of each item, as scores."
-        return self.bundle.item_columns["popularity"].astype(np.float32)
+        return self.snapshot.popularity.astype(np.float32)
 
     @cached_property
     def answering(self)->dict[str, Model]:
@@ -102,20 +118,12 @@ class ReadyModel:
 
     user_attributes, titles = cached_property(_user_attributes), cached_property(_titles)
 
-    def seen_by(self, row:int|None)->np.ndarray: # row of a user, None: not in the model; rows of items
-        "What a user had interacted with when the model was trained."
-        return self.histories(row).items
-
-    def histories(self, row:int|None)->Histories:
-        "The history of one user; an empty one of somebody whom the model does not know."
-        return NOBODY if row is None else self.snapshot.histories(np.array([row]))
-
     def prepare(self)->"ReadyModel": # itself
         "Compute now what the first requests would; a `BundleError` where the bundle cannot answer at all."
         _ = self.catalogue, self.popularity, self.bundle.rules
-        for model in self.answering.values(): # one answer, to a user with one item
-            one = np.flatnonzero(model.candidates)[:1]
-            ones = np.ones(len(one), np.float32)
-            history = Histories(np.array([0, len(one)]), one.astype(np.int32), ones, ones, 0*ones)
-            model.top(model.fold_in(history), 1)
+        for task, model in self.answering.items():
+            try: _rehearse(model)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise BundleError(f"{self.bundle.path}: {model.name}, the model of {task}, cannot answer ({error!r}); "
+                                  "train again or restore it from a copy") from error
         return self

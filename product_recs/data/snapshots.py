@@ -47,6 +47,7 @@ class Histories:
 _NONE = np.empty(0, np.float32)
 NOBODY = Histories(np.zeros(2, np.int64), np.empty(0, np.int32), _NONE, _NONE, _NONE) # of one user, who had nothing
 
+# %% ../../nbs/data/snapshots.ipynb #1d0400f6
 @dataclass(frozen=True)
 class Snapshot:
     "What was known before `until`; the three matrices share one sparsity structure."

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.columns import NEXT_PURCHASE, TASKS
 from ..data.snapshots import Histories, Snapshot
-from .interface import Contributions, Model
+from .interface import Contributions, Model, knows_items
 from .signals import (SIGNALS, BlendError, BlendWeights, Signals, add_signals, pair_signals,
                                          read_weights)
 
@@ -139,7 +139,7 @@ class HabitBlend(Model):
 
     def fold_in(self, histories:Histories)->Habits: return Habits(self.parts[0].fold_in(histories), histories)
     def users(self, rows:np.ndarray)->Habits: return Habits(self.parts[0].users(rows), self.snapshot.histories(rows))
-    def knows(self, representations:Habits)->np.ndarray: return np.diff(representations.had.indptr) > 0
+    def knows(self, representations:Habits)->np.ndarray: return knows_items(representations.had, self.candidates)
 
     def scores(self, representations:Habits)->np.ndarray:
         "Log odds that the user takes the item."
