@@ -16,7 +16,6 @@ from product_recs.core.errors import BundleError, EvaluateError, NoModelForTask
 from product_recs.core.paths import project_root
 from product_recs.evaluation.judge import evaluate
 from product_recs.evaluation.segments import by_segment
-from product_recs.jobs.compare import compare_bundles
 from product_recs.models.als import ALS
 from product_recs.models.baselines import BuyAgain, Popularity
 from product_recs.models.blend import HabitBlend
@@ -186,7 +185,7 @@ def test_a_discovery_with_popularity_is_served_like_any_other(features, blend, t
     new = HabitBlend(blend.parts[0], DISCOVERY, weights).fit(features.all)
     path = write(features, tmp_path, {DISCOVERY: new, NEXT_PURCHASE: blend})
     model = ReadyModel(open_bundle(tmp_path, verify=True)).prepare()
-    assert [name for name in model.bundle.manifest["parts"]] == ["als", "als-habits", "als-habits-2"]
+    assert list(model.bundle.manifest["parts"]) == ["als", "als-habits", "als-habits-2"]
     assert len([*path.glob("*.user_factors.npy")]) == 1
     for row in range(0, len(features.users), 40):
         answer = Recommender(model).recommend(features.users[row], 5)
@@ -207,6 +206,8 @@ def test_damage_is_named(bundle, tmp_path):
 
 
 def test_bundles_of_other_interactions_are_not_compared(log, features, tmp_path):
+    from product_recs.jobs.compare import compare_bundles  # the other tests need nothing of the jobs
+
     other = features_of_log(log[log.index % 2 == 0], tmp_path, **SPLIT)
     als = ALS(**QUICK)
     models = tmp_path / "models"
