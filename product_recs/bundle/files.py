@@ -300,6 +300,8 @@ def _open_part(path:Path, made:Mapping, parts:list[Model], snapshot:Snapshot)->M
     "One model of a bundle; raises `ValueError`, or what a wrong manifest makes of it."
     # plain arrays over the mapped memory: slicing them is cheaper than slicing a memmap
     arrays = {name: np.asarray(load_array(path/file)) for name, file in made["arrays"].items()}
+    for name, array in arrays.items():
+        if array.dtype.kind not in "iuf": raise ValueError(f"array {name!r} holds {array.dtype}, which are no numbers")
     try: return from_recipe(made, parts).from_arrays(arrays, snapshot, parts)
     except KeyError as error: raise ValueError(f"array {error} is missing") from None
 

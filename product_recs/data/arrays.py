@@ -45,10 +45,10 @@ def load_csr(
 )->csr_matrix:             # over memory-mapped arrays: nothing is copied
     "Open what `save_csr` wrote; raises `BundleError` where it is not a matrix of this shape."
     indptr, indices, data = (load_array(folder/f"{name}_{part}.npy") for part in ("indptr", "indices", "data"))
-    if not (indptr.ndim == indices.ndim == data.ndim == 1 and indptr.dtype.kind == indices.dtype.kind == "i"):
-        raise BundleError(f"{folder/name}_*.npy: {indptr.ndim}-dimensional {indptr.dtype} row pointers and "
-                          f"{indices.ndim}-dimensional {indices.dtype} indices are no matrix; train again or restore "
-                          "it from a copy")
+    whole = indptr.ndim == indices.ndim == data.ndim == 1 and indptr.dtype.kind == indices.dtype.kind == "i"
+    if not whole or data.dtype.kind not in "iuf":
+        kinds = ", ".join(f"{array.ndim}-dimensional {array.dtype}" for array in (indptr, indices, data))
+        raise BundleError(f"{folder/name}_*.npy: {kinds} are no matrix; train again or restore it from a copy")
     if len(indptr) != shape[0] + 1 or len(indices) != indptr[-1] or len(data) != len(indices):
         raise BundleError(f"{folder/name}_*.npy: {len(indptr)} row pointers, {len(indices)} indices and {len(data)} "
                           f"values do not make a matrix of {shape[0]} rows")
