@@ -263,7 +263,8 @@ def open_index(
                           "restore it from a copy") from None
     probes = (facts.get("parameters") or {}).get("probes")
     if (type(probes) is not int or not isinstance(opened, faiss.IndexIVFScalarQuantizer)
-            or opened.d != exact.item_factors.shape[1] or opened.ntotal != facts.get("items") or opened.metric_type != faiss.METRIC_INNER_PRODUCT):
+            or opened.d != exact.item_factors.shape[1] or opened.ntotal != facts.get("items")
+            or opened.metric_type != faiss.METRIC_INNER_PRODUCT):
         raise BundleError(f"{folder/file}: {type(opened).__name__} of {opened.ntotal:,} vectors of {opened.d} numbers, "
                           "which is not what the manifest says; train again or restore it from a copy")
     return NearestItems(exact, opened, probes)
