@@ -205,7 +205,7 @@ class Shop(RuleBasedStateMachine):
             factors=4,
             iterations=2,
             num_threads=1,
-            blend=False,
+            next_model="none",
             progress=False,
         )
         self.start(version)
