@@ -1,7 +1,7 @@
 """The blend for the next purchase: nothing of the test period is in it, the service gives the same scores, and it beats
 its parts."""
 
-import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,18 +9,19 @@ import pytest
 from support import Server, features_of_log, problem
 
 from product_recs.answer.recommender import Recommender
-from product_recs.bundle.files import open_bundle, publish
+from product_recs.bundle.files import open_bundle, publish, write_bundle
 from product_recs.bundle.ready import ReadyModel
-from product_recs.core.errors import BundleError, EvaluateError
+from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
+from product_recs.core.errors import BundleError, EvaluateError, NoModelForTask
 from product_recs.core.paths import project_root
 from product_recs.evaluation.judge import evaluate
 from product_recs.evaluation.segments import by_segment
-from product_recs.jobs.compare import compare_bundles
 from product_recs.models.als import ALS
 from product_recs.models.baselines import BuyAgain, Popularity
-from product_recs.models.blend import Blend, learn_weights
+from product_recs.models.blend import HabitBlend
+from product_recs.models.blend_weights import learn_weights
+from product_recs.models.item_item import ItemBM25
 from product_recs.models.signals import BlendError
-from product_recs.train import train_bundle
 
 SPLIT = {"validation_from": "2026-05-25", "test_from": "2026-06-10"}
 QUICK = {"factors": 8, "iterations": 5, "num_threads": 1}
@@ -36,10 +37,35 @@ def features(log, tmp_path_factory):
     return features_of_log(log, tmp_path_factory.mktemp("blend"), **SPLIT)
 
 
+def write(features, models_dir, models, **more):
+    "A bundle of everything known, live."
+    path = write_bundle(
+        models_dir,
+        models=models,
+        snapshot=features.all,
+        users=features.users,
+        items=features.items,
+        user_columns=features.user_columns,
+        item_columns=features.item_columns,
+        parameters={"features": features.parameters, "ingest": features.rules},
+        data={"run": "shop", "fingerprint": features.fingerprint, **features.split},
+        metrics={},
+        **more,
+    )
+    publish(models_dir, path.name)
+    return path
+
+
 @pytest.fixture(scope="module")
-def bundle(features, tmp_path_factory):
+def blend(features):
+    "Fitted on everything, over ALS."
+    return learn_weights(features, ALS(**QUICK)).fit(features.all)
+
+
+@pytest.fixture(scope="module")
+def bundle(features, blend, tmp_path_factory):
     models = tmp_path_factory.mktemp("models")
-    train_bundle(features, models, progress=False, **QUICK)
+    write(features, models, {DISCOVERY: blend.parts[0], NEXT_PURCHASE: blend})
     return open_bundle(models, verify=True)
 
 
@@ -72,50 +98,45 @@ def test_what_follows_the_split_changes_neither_weights_nor_scores(log, features
         poison[column] = rng.permutation(rng.choice(log.loc[~after, column].unique(), len(poison)))
     poisoned = features_of_log(pd.concat([log, poison, poison.assign(quantity=7)]), tmp_path, **SPLIT)
     assert poisoned.fingerprint != features.fingerprint and poisoned.test.sum() > features.test.sum()
-    ours, theirs = (Blend(f, **QUICK).fit(f.train_validation) for f in (features, poisoned))
+    ours, theirs = (learn_weights(f, ALS(**QUICK)).fit(f.train_validation) for f in (features, poisoned))
     assert ours.weights == theirs.weights
     users = np.flatnonzero(np.diff(features.train_validation.counts.indptr))
     same = [poisoned.users.row(user) for user in features.users.take(users)]
     items = [poisoned.items.row(item) for item in features.items.take(np.flatnonzero(ours.candidates))]
-    assert np.array_equal(ours.score(users)[:, ours.candidates], theirs.score(np.array(same))[:, items])
+    scores = [model.scores(model.users(rows)) for model, rows in ((ours, users), (theirs, np.array(same)))]
+    assert np.array_equal(scores[0][:, ours.candidates], scores[1][:, items])
 
 
-def test_the_weights_know_the_validation_period_only(features):
+@pytest.mark.parametrize("task", [NEXT_PURCHASE, DISCOVERY])
+@pytest.mark.parametrize("taste", [ALS(**QUICK), ItemBM25(num_threads=1)], ids=lambda model: model.name)
+def test_the_weights_know_the_validation_period_only(features, taste, task):
     "Interactions after the validation period may be anything."
-    from dataclasses import replace
-
-    weights = learn_weights(features, **QUICK)
+    weights = learn_weights(features, taste, task).weights
     nothing = features.test * 0
-    assert (
-        learn_weights(replace(features, test=nothing, all=features.train, train_validation=features.train), **QUICK)
-        == weights
-    )
+    other = replace(features, test=nothing, all=features.train, train_validation=features.train)
+    assert learn_weights(other, taste, task).weights == weights
     assert weights.facts["from"][:10] == SPLIT["validation_from"] and weights.facts["until"][:10] == SPLIT["test_from"]
-    with pytest.raises(BlendError, match="cannot be judged by that period"):
-        evaluate(features, [Blend(features, **QUICK)], [5], ["next_purchase"], period="validation", progress=False)
 
 
 def test_it_beats_its_parts_where_habits_change(tmp_path):
     features = features_of_log(habits(), tmp_path, validation_from="2026-08-01", test_from="2026-09-05")
     als = ALS(**QUICK, regularization=1.0)
-    found = evaluate(
-        features, [Popularity(), BuyAgain(), als, Blend(features, als=als)], [5, 10], progress=False, bootstrap=300
-    )
-    best = found.best("next_purchase", "ndcg", 5, without="blend")
-    assert found.compare("next_purchase", "blend", best, "ndcg", 5, 300).low > 0.05
-    assert not any(task == "discovery" and model == "blend" for task, model in found.hits)
+    models = [Popularity(), BuyAgain(), als, learn_weights(features, als)]
+    found = evaluate(features, models, [5, 10], progress=False, bootstrap=300)
+    best = found.best("next_purchase", "ndcg", 5, without="ALS + habits")
+    assert found.compare("next_purchase", "ALS + habits", best, "ndcg", 5, 300).low > 0.05
+    assert not any(task == "discovery" and "habits" in model for task, model in found.hits)
     table = by_segment(found, features, k=5, bootstrap=20)
     assert set(table.segment) == {"activity", "tenure", "item popularity"} and (table.users > 0).all()
     with pytest.raises(EvaluateError, match="no such column"):
         by_segment(found, features, "age")
 
 
-def test_the_bundle_gives_the_scores_of_the_recommender(features, bundle):
-    blend = Blend(features, **QUICK).fit(features.all)
-    assert bundle.manifest["blend"] == blend.weights.to_json()
+def test_the_bundle_gives_the_scores_of_the_recommender(blend, bundle):
+    assert bundle.model(NEXT_PURCHASE).weights == blend.weights
     model = ReadyModel(bundle).prepare()
     for row in range(0, len(bundle.users), 7):
-        expected = blend.score(np.array([row]))[0]
+        expected = blend.scores(blend.users(np.array([row])))[0]
         answer = Recommender(model).recommend(bundle.users[row], 50, "next_purchase")
         assert answer.source == "next_purchase" and len(answer) == 50
         got = np.array([bundle.items.row(item) for item in answer.items])
@@ -143,28 +164,34 @@ def test_over_http(bundle, tmp_path):
         assert "task" in problem(server.get(f"/recommend/{user}?task=yesterday"), 422).detail
 
 
-def test_a_bundle_without_a_blend_is_as_good_as_before(features, tmp_path):
-    version, _ = train_bundle(features, tmp_path / "models", blend=False, progress=False, **QUICK)
-    path = tmp_path / "models" / version
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["blend"]  # as bundles were written before there was a blend
-    for name in ("seen_counts.npy", "seen_age_days.npy"):
-        del manifest["files"][name]
-        (path / name).unlink()
-    (path / "manifest.json").write_text(json.dumps(manifest))
-    publish(tmp_path / "models", version)
-    old = open_bundle(tmp_path / "models", verify=True)
-    assert old.counts is None and old.age_days is None
+def test_a_bundle_without_a_model_for_the_next_purchase_answers_the_rest_and_says_why(features, blend, tmp_path):
+    write(features, tmp_path / "models", {DISCOVERY: blend.parts[0], NEXT_PURCHASE: "nobody asked for habits"})
+    with pytest.raises(NoModelForTask, match="nobody asked for habits"):
+        Recommender(ReadyModel(open_bundle(tmp_path / "models"))).recommend(1, task="next_purchase")
     with Server(tmp_path, tmp_path / "models") as server:
         assert server.get("/recommend/1?n=3")[0] == 200
-        assert "without a blend; train again" in problem(server.get("/recommend/1?n=3&task=next_purchase"), 422).detail
+        assert "nobody asked for habits" in problem(server.get("/recommend/1?n=3&task=next_purchase"), 422).detail
 
 
-def test_without_timestamps_training_says_why_there_is_no_blend(log, tmp_path):
+def test_without_timestamps_there_is_nothing_to_learn_from(log, tmp_path):
     features = features_of_log(log.drop(columns="timestamp"), tmp_path)
-    train_bundle(features, tmp_path / "models", progress=False, **QUICK)
     with pytest.raises(BlendError, match="no time split"):
-        Recommender(ReadyModel(open_bundle(tmp_path / "models"))).recommend(1, task="next_purchase")
+        learn_weights(features, ALS(**QUICK))
+
+
+def test_a_discovery_with_popularity_is_served_like_any_other(features, blend, tmp_path):
+    "One part, two blends over it, one for each task."
+    weights = learn_weights(features, blend.parts[0].fit(features.train), DISCOVERY).weights
+    new = HabitBlend(blend.parts[0], DISCOVERY, weights).fit(features.all)
+    path = write(features, tmp_path, {DISCOVERY: new, NEXT_PURCHASE: blend})
+    model = ReadyModel(open_bundle(tmp_path, verify=True)).prepare()
+    assert list(model.bundle.manifest["parts"]) == ["als", "als-habits", "als-habits-2"]
+    assert len([*path.glob("*.user_factors.npy")]) == 1
+    for row in range(0, len(features.users), 40):
+        answer = Recommender(model).recommend(features.users[row], 5)
+        seen = features.all.counts[[row]]
+        expected = new.top(new.users(np.array([row])), 5, seen, np.flatnonzero(~model.candidates))[0][0]
+        assert answer.items == features.items.take(expected[expected >= 0])
 
 
 def test_damage_is_named(bundle, tmp_path):
@@ -178,8 +205,13 @@ def test_damage_is_named(bundle, tmp_path):
             open_bundle(copy, bundle.version)
 
 
-def test_bundles_of_other_interactions_are_not_compared(log, features, bundle, tmp_path):
+def test_bundles_of_other_interactions_are_not_compared(log, features, tmp_path):
+    from product_recs.jobs.compare import compare_bundles  # the other tests need nothing of the jobs
+
     other = features_of_log(log[log.index % 2 == 0], tmp_path, **SPLIT)
-    second, _ = train_bundle(other, bundle.path.parent, publish_it=False, blend=False, progress=False, **QUICK)
+    als = ALS(**QUICK)
+    models = tmp_path / "models"
+    first = write(features, models, {DISCOVERY: als.fit(features.all)})
+    write(other, models, {DISCOVERY: als.fit(other.all)})
     with pytest.raises(EvaluateError, match="different interactions"):
-        compare_bundles("current", second, models_dir=bundle.path.parent, progress=False)
+        compare_bundles("current", first.name, models_dir=models, progress=False)

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import bundle_by_hand, once_today
 
 from product_recs.answer.ladder import Request, answer
 from product_recs.answer.recommender import Recommender
 from product_recs.answer.rules import Filters
-from product_recs.bundle.files import list_versions, open_bundle, publish, write_bundle
+from product_recs.bundle.files import list_versions, open_bundle, publish
 from product_recs.bundle.live import LiveModel
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.errors import BundleError
 from product_recs.core.events import UserState
-from product_recs.core.ids import IdTable
 from product_recs.core.settings import Settings
 from product_recs.inference import recommend_many
 from product_recs.search.exact import Searcher
@@ -59,15 +59,12 @@ def parts():
     return {
         "user_factors": x,
         "item_factors": y,
-        "seen": seen,
-        "users": IdTable(range(USERS)),
-        "items": IdTable(range(ITEMS)),
+        "snapshot": once_today(seen, popularity),
+        "users": range(USERS),
+        "items": range(ITEMS),
         "user_columns": {"popularity": np.full(USERS, 20)},
         "item_columns": columns,
-        "algorithm": "by hand",
-        "parameters": {"regularization": 0.1, "alpha": 1.0},
-        "data": {},
-        "metrics": {},
+        "als": {"regularization": 0.1, "alpha": 1.0},
     }
 
 
@@ -77,7 +74,7 @@ def built(parts):
         parts["item_factors"],
         parts["item_factors"].any(axis=1),
         parts["user_factors"],
-        parts["seen"],
+        parts["snapshot"].confidence,
         enough=100_000,
         progress=False,
     )
@@ -85,8 +82,8 @@ def built(parts):
 
 @pytest.fixture
 def models(parts, built, tmp_path):
-    write_bundle(tmp_path, **parts, index=built[1], index_data=built[0], version="indexed")
-    write_bundle(tmp_path, **parts, index={"missing": "few items"}, version="plain")
+    bundle_by_hand(tmp_path, **parts, index=built[1], index_data=built[0], version="indexed")
+    bundle_by_hand(tmp_path, **parts, index={"missing": "few items"}, version="plain")
     publish(tmp_path, "indexed")
     return tmp_path
 
@@ -94,18 +91,18 @@ def models(parts, built, tmp_path):
 @pytest.fixture(scope="module")
 def two(parts, built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    write_bundle(folder, **parts, index=built[1], index_data=built[0], version="indexed")
+    bundle_by_hand(folder, **parts, index=built[1], index_data=built[0], version="indexed")
     return [ReadyModel(open_bundle(folder, "indexed"), index).prepare() for index in ("auto", "exact")]
 
 
 def test_the_measured_recall_is_that_of_the_answers(two, built):
     near, exact = two
-    assert isinstance(near.nearest, NearestItems) and isinstance(exact.nearest, Searcher)
+    assert isinstance(near.model().search, NearestItems) and isinstance(exact.model().search, Searcher)
     shares = []
     for user in range(USERS):
         mine, right = Recommender(near).recommend(user, 10), Recommender(exact).recommend(user, 10)
         assert len(mine) == 10 and mine.source == "personalised"
-        scores = near.item_factors[mine.rows] @ near.user_factors[user]
+        scores = near.model().item_factors[mine.rows] @ near.model().user_factors[user]
         assert np.allclose(mine.scores, scores, rtol=1e-5) and mine.scores == sorted(mine.scores, reverse=True)
         shares.append(len(set(mine.items) & set(right.items)) / 10)
     assert np.mean(shares) >= 0.95 and abs(np.mean(shares) - built[1]["recall_at_10"]) < 0.02
@@ -129,7 +126,7 @@ def test_an_item_that_is_ruled_out_never_comes_and_the_list_is_as_long_as_the_ex
     near, exact = two
     rng = np.random.default_rng(seed)
     user = int(rng.integers(USERS))
-    liked = np.argsort(-(near.item_factors @ near.user_factors[user]))
+    liked = np.argsort(-(near.model().item_factors @ near.model().user_factors[user]))
     filters = Filters(
         exclude_seen=exclude_seen,
         deny=tuple(liked[:denied].tolist()),
@@ -146,7 +143,7 @@ def test_an_item_that_is_ruled_out_never_comes_and_the_list_is_as_long_as_the_ex
         set(filters.deny)
         | unavailable
         | set(liked[:7].tolist())
-        | (set(near.seen_by(near.bundle.users.row(user)).tolist()) if exclude_seen else set())
+        | (set(near.bundle.history(near.bundle.users.row(user)).items.tolist()) if exclude_seen else set())
     )
     assert not out & set(mine.items)
     assert all(item % 50 and item % 10 != 3 for item in mine.items)
@@ -166,7 +163,7 @@ def test_a_damaged_index_is_refused_and_the_old_model_goes_on(models, parts, bui
         (lambda file: file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "sha256"),
         (lambda file: file.unlink(), "missing"),
     ):
-        write_bundle(models, **parts, index=built[1], index_data=built[0], version="next")
+        bundle_by_hand(models, **parts, index=built[1], index_data=built[0], version="next")
         damage(models / "next" / INDEX_FILE)
         (models / "current").write_text("next\n")
         result = live.reload()
@@ -179,7 +176,7 @@ def test_a_damaged_index_is_refused_and_the_old_model_goes_on(models, parts, bui
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"IwSq" + bytes(5000)])
 def test_what_is_no_index_though_the_manifest_says_so_is_named(models, parts, built, content):
-    write_bundle(models, **parts, index=built[1], index_data=np.frombuffer(content, np.uint8), version="rubbish")
+    bundle_by_hand(models, **parts, index=built[1], index_data=np.frombuffer(content, np.uint8), version="rubbish")
     with pytest.raises(BundleError, match=INDEX_FILE):
         ReadyModel(open_bundle(models, "rubbish", verify=True)).prepare()
     assert len(Recommender(ReadyModel(open_bundle(models, "rubbish"), "exact")).recommend(3, 10)) == 10
@@ -245,9 +242,10 @@ from product_recs.search.index import build_index, check_index
 from product_recs.search.exact import Searcher
 bundle = open_bundle({str(models)!r}, "indexed", verify=True)
 model = ReadyModel(bundle).prepare()
-assert isinstance(model.nearest, Searcher) and len(Recommender(model).recommend(3, 10)) == 10
-possible = bundle.item_factors.any(axis=1)
-found, facts = build_index(bundle.item_factors, possible, bundle.user_factors, bundle.seen, enough=100_000)
+als, seen = bundle.model(), bundle.snapshot.confidence
+assert isinstance(model.model().search, Searcher) and len(Recommender(model).recommend(3, 10)) == 10
+possible = als.item_factors.any(axis=1)
+found, facts = build_index(als.item_factors, possible, als.user_factors, seen, enough=100_000)
 assert found is None and "pip install 'product-recs[index]'" in facts["missing"], facts
 prepare = lambda: ReadyModel(bundle, "approximate").prepare()
 for call, error in ((prepare, BundleError), (lambda: check_index("approximate"), TrainError)):
@@ -289,16 +287,16 @@ def test_a_build_that_is_killed_leaves_no_model(tmp_path):
     program = (
         DATA
         + f"""
+import sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
 from pathlib import Path
-from product_recs.bundle.files import write_bundle
-from product_recs.core.ids import IdTable
+from support import bundle_by_hand, once_today
 from product_recs.search.index import build_index
 x, y, seen = data(300, 300_000)
 print("building", flush=True)
 found, facts = build_index(y, y.any(axis=1), x, seen, index="approximate")
-write_bundle(Path({str(tmp_path)!r}), user_factors=x, item_factors=y, seen=seen, users=IdTable(range(300)),
-             items=IdTable(range(300_000)), user_columns={{}}, item_columns={{}}, algorithm="by hand",
-             parameters={{}}, data={{}}, metrics={{}}, index=facts, index_data=found)
+bundle_by_hand(Path({str(tmp_path)!r}), user_factors=x, item_factors=y, snapshot=once_today(seen), users=range(300),
+               items=range(300_000), index=facts, index_data=found)
 print("written")
 """
     )

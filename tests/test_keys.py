@@ -13,12 +13,12 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from scipy.sparse import csr_matrix
 from sqlalchemy import update
+from support import bundle_by_hand, once_today
 
 from product_recs.api import create_app
-from product_recs.bundle.files import publish, write_bundle
-from product_recs.core.ids import IdTable, id_key
+from product_recs.bundle.files import publish
+from product_recs.core.ids import id_key
 from product_recs.core.settings import Settings
 from product_recs.features import build_features
 from product_recs.feedback.records import EVENTS, FORGOTTEN
@@ -53,15 +53,16 @@ def by_hand(folder, kind):
     )
     seen = np.array([[float(thing in BOUGHT[person]) for thing in things] for person in people], np.float32)
     random = np.random.default_rng(0)
-    table = lambda keys: IdTable(keys if texts else [int(key) for key in keys])
-    factors = {
-        "user_factors": random.normal(size=(len(people), 4)),
-        "item_factors": random.normal(size=(len(things), 4)),
-    }
-    columns = {"user_columns": {}, "item_columns": {"popularity": seen.sum(axis=0).astype(int)}}
-    facts = {"algorithm": "by hand", "parameters": {"regularization": 1.0}, "data": {}, "metrics": {}, "version": kind}
-    return write_bundle(
-        folder, **factors, seen=csr_matrix(seen), users=table(people), items=table(things), **columns, **facts
+    ids = lambda keys: keys if texts else [int(key) for key in keys]
+    return bundle_by_hand(
+        folder,
+        user_factors=random.normal(size=(len(people), 4)),
+        item_factors=random.normal(size=(len(things), 4)),
+        snapshot=once_today(seen),
+        users=ids(people),
+        items=ids(things),
+        als={"regularization": 1.0},
+        version=kind,
     ).name
 
 
@@ -204,7 +205,7 @@ class Shop(RuleBasedStateMachine):
             factors=4,
             iterations=2,
             num_threads=1,
-            blend=False,
+            next_model="none",
             progress=False,
         )
         self.start(version)
@@ -223,7 +224,7 @@ class Shop(RuleBasedStateMachine):
             assert told["user_id"] == (int(user) if shows_numbers and user.isdigit() else user)
             had = {id_key(line["item_id"]) for line in told["history"] if line["event"] not in ("deny", "undeny")}
             trained = (
-                {id_key(item) for item in bundle.items.take(bundle.seen[row].indices)}
+                {id_key(item) for item in bundle.items.take(bundle.history(row).items)}
                 if bundle and (row := bundle.users.row(user)) is not None
                 else set()
             )

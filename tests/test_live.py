@@ -14,15 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
+from support import bundle_by_hand, once_today
 
 from product_recs.answer.recommender import Recommender
-from product_recs.bundle.files import current_version, previous_versions, publish, write_bundle
+from product_recs.bundle.files import current_version, previous_versions, publish
 from product_recs.bundle.live import LiveModel, NoModel, Reload, rollback, version_lines
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.errors import BundleError
 from product_recs.core.files import atomic_write
-from product_recs.core.ids import IdTable
 
 ROOT = Path(__file__).resolve().parents[1]
 ITEMS = 2000
@@ -32,20 +31,13 @@ def write(models_dir, version, best):
     """A model that recommends item `best` to its one user."""
     factors = np.full((ITEMS, 8), 0.01, np.float32)
     factors[best - 1] = 1
-    seen = csr_matrix(([1.0], ([0], [0])), shape=(1, ITEMS))
-    return write_bundle(
+    return bundle_by_hand(
         models_dir,
         user_factors=np.ones((1, 8)),
         item_factors=factors,
-        seen=seen,
-        users=IdTable([7]),
-        items=IdTable(range(1, ITEMS + 1)),
-        user_columns={},
-        item_columns={"popularity": np.ones(ITEMS, int)},
-        algorithm="by hand",
-        parameters={},
-        data={},
-        metrics={},
+        snapshot=once_today(np.arange(ITEMS)[None] == 0, np.ones(ITEMS, int)),
+        users=[7],
+        items=range(1, ITEMS + 1),
         version=version,
     )
 
@@ -120,8 +112,8 @@ def test_threads_that_answer_never_see_a_mixture_or_an_error(models, live):
 @pytest.mark.parametrize(
     "name",
     [
-        "item_factors.npy",
-        "user_factors.npy",
+        "als.item_factors.npy",
+        "als.user_factors.npy",
         "seen_indices.npy",
         "seen_data.npy",
         "items.parquet",
@@ -148,15 +140,15 @@ def test_a_bundle_damaged_in_any_file_is_refused_and_the_old_model_answers(model
 
 def test_a_broken_bundle_is_tried_once_and_again_when_it_changes_or_somebody_asks(models, live):
     path, results = write(models, "v2", 12), []
-    content = (path / "item_factors.npy").read_bytes()
+    content = (path / "als.item_factors.npy").read_bytes()
     live.listen(results.append)
-    flip(path / "item_factors.npy")
+    flip(path / "als.item_factors.npy")
     atomic_write(models / "current", "v2\n")
     assert until(lambda: results)
     time.sleep(0.2)  # twenty looks
     assert [result.status for result in results] == ["refused"]
     assert live.reload().status == "refused" and len(results) == 2 and live.version == "v1"
-    (path / "item_factors.npy").write_bytes(content)
+    (path / "als.item_factors.npy").write_bytes(content)
     assert until(lambda: live.version == "v2") and live.refused is None
     assert live.reload() == Reload("unchanged", "v2") and results[-1] == Reload("reloaded", "v2")
 
@@ -217,11 +209,11 @@ def test_a_worker_that_starts_while_current_is_broken_answers_as_the_others(mode
 
 
 def test_a_folder_without_one_usable_model_says_why(models, caplog):
-    flip(models / "v1" / "item_factors.npy")
+    flip(models / "v1" / "als.item_factors.npy")
     live = live_model(models)
     with caplog.at_level(logging.ERROR, "product_recs.live"):
         live.look()
-    with pytest.raises(NoModel, match=r"item_factors\.npy.*sha256") as raised:
+    with pytest.raises(NoModel, match=r"als\.item_factors\.npy.*sha256") as raised:
         live.get()
     assert raised.value.public == "model v1 cannot be used"
     assert "there is no other" in caplog.text
@@ -279,7 +271,13 @@ def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(model
     write(models, "v2", 12)
     publish(models, "v2")
     assert until(lambda: live.version == "v2")
-    for name, content in {"tool": '{"format": 1}', "list": "[1]", "text": "no json", "a b": "{}"}.items():
+    for name, content in {
+        "tool": '{"format": 2}',
+        "older": '{"format": 1}',
+        "list": "[1]",
+        "text": "no json",
+        "a b": "{}",
+    }.items():
         (models / name).mkdir()
         (models / name / "manifest.json").write_text(content)
     (models / "dir" / "manifest.json").mkdir(parents=True)
@@ -294,7 +292,7 @@ def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(model
         )
     usable = [line for line in version_lines(models) if "not usable" not in line]
     assert [line.split()[:2] for line in usable] == [["live", "v2"], ["-1", "v1"]]
-    for name in ("tool", "list", "text", "shape", "files", "path", "a b", "empty"):
+    for name in ("tool", "older", "list", "text", "shape", "files", "path", "a b", "empty"):
         with pytest.raises(BundleError):
             publish(models, name)
     atomic_write(models / "current", "../v1\n")
@@ -345,7 +343,7 @@ def test_history_of_publishing(models):
     assert rollback(models) == "v13" and rollback(models) == "v12", "the second step goes further back, not forward"
     shutil.rmtree(models / "v11")
     assert rollback(models) == "v10", "a deleted version is passed over"
-    flip(models / "v9" / "item_factors.npy")
+    flip(models / "v9" / "als.item_factors.npy")
     with pytest.raises(BundleError, match="sha256"):
         rollback(models)
     assert current_version(models) == "v10" and rollback(models, "v8") == "v8"

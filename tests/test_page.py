@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
-from support import Server
+from support import Server, bundle_by_hand
 
-from product_recs.bundle.files import publish, write_bundle
-from product_recs.core.ids import IdTable
+from product_recs.bundle.files import publish
+from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
+from product_recs.data.snapshots import Snapshot
+from product_recs.models.blend import HabitBlend
 from product_recs.models.signals import SIGNALS, BlendWeights
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested in a browser")
@@ -42,34 +44,28 @@ def publish_shop(models_dir):
     seen = csr_matrix(had.astype(np.float32))
     counts = csr_matrix(seen.multiply((start + 1)[:, None]).astype(np.float32))
     age = csr_matrix(seen.multiply(1 + place[None]).astype(np.float32))
-    blend = BlendWeights(
+    shop = Snapshot(None, seen, counts, age, had.sum(axis=0).astype(np.int32))
+    weights = BlendWeights(
         {name: {"taste": 0.5, "own": 3.0, "count": 0.5}.get(name, 0.0) for name in SIGNALS}, -1.0, 30.0, 30.0, {}
     )
-    path = write_bundle(
+    path = bundle_by_hand(
         models_dir,
         user_factors=np.eye(2, dtype=np.float32)[lover],
         item_factors=np.eye(2, dtype=np.float32)[taste],
-        seen=seen,
-        counts=counts,
-        age_days=age,
-        blend=blend.to_json(),
-        users=IdTable(range(1, 13)),
-        items=IdTable(FIRST + np.arange(2 * EACH)),
+        snapshot=shop,
+        als={"regularization": 0.01, "alpha": 1.0, "iterations": 1},
+        models=lambda als: {DISCOVERY: als, NEXT_PURCHASE: HabitBlend(als, NEXT_PURCHASE, weights).fit(shop)},
+        users=range(1, 13),
+        items=FIRST + np.arange(2 * EACH),
         user_columns={"popularity": had.sum(axis=1).astype(np.int32)},
         item_columns={
-            "popularity": had.sum(axis=0).astype(np.int32),
+            "popularity": shop.popularity,
             "title": np.array(COFFEE + TEA, object),
             "category": np.repeat(np.array(["HOT COFFEE", "TEA"], object), EACH),
             "price": np.arange(2 * EACH) / 4,
         },
-        algorithm="by hand",
         data={"fingerprint": "none", "starts": "2026-01-01T00:00:00", "ends": "2026-02-01T00:00:00"},
         parameters={
-            "factors": 2,
-            "regularization": 0.01,
-            "alpha": 1.0,
-            "iterations": 1,
-            "seed": 0,
             "features": {
                 "event_weights": {"purchase": 1, "cart": 1},
                 "quantity": "ignore",

@@ -239,9 +239,9 @@ def test_what_was_accepted_under_other_rules_is_told_and_not_counted(tmp_path):
         assert (
             len(state(1).events) == 3
             and now.fresh
-            and older.items.take(now.items) == bundle.items.take(bundle.seen[bundle.users.row(1)].indices)
+            and older.items.take(now.items) == bundle.items.take(bundle.history(bundle.users.row(1)).items)
         )
-        np.testing.assert_allclose(now.confidence, bundle.seen[bundle.users.row(1)].data, rtol=1e-6)
+        np.testing.assert_allclose(now.confidence, bundle.history(bundle.users.row(1)).confidence, rtol=1e-6)
         assert (
             len(state("anna").events) == 1
             and person_now(ReadyModel(older).prepare(), "anna", state("anna")).vector is None

@@ -19,6 +19,7 @@ from typing import Any
 
 from .files import (Bundle, current_version, list_versions, live_version, open_bundle,
                                        previous_versions, publish, read_manifest)
+from ..core.columns import DISCOVERY
 from ..core.errors import BundleError
 from ..core.paths import resolve_path
 
@@ -242,10 +243,17 @@ def rollback(
     return version
 
 # %% ../../nbs/bundle/live.ipynb #7603ce17
+def _names(manifest:dict)->str:
+    "What answers: the model of discovery, and that of other tasks where it is another one."
+    models = {task: section["name"] for task, section in manifest["models"].items() if "part" in section}
+    usual = models.pop(DISCOVERY, None)
+    others = [f"{task.replace('_', ' ')}: {name}" for task, name in models.items() if name != usual]
+    return "; ".join(([usual] if usual else []) + others) or "no model"
+
 def version_lines(
     models_dir:str|Path,
 )->list[str]: # newest first
-    "The complete bundles of a folder, one a line: mark, version, when it was made, size and quality."
+    "The complete bundles of a folder, one a line: mark, version, when it was made, models, size and quality."
     models_dir = resolve_path(models_dir)
     live, before, lines = live_version(models_dir), previous_versions(models_dir), []
     for version in reversed(list_versions(models_dir)):
@@ -256,5 +264,5 @@ def version_lines(
                    if "ndcg@" in name and isinstance(value, (int, float))}
         facts = [f"{manifest['shape'].get(what, 0):,} {what}" for what in ("users", "items")]
         facts += [f"{name} {value:.4g}" for name, value in figures.items()][:2]
-        lines.append(f"{mark:<5}{version}  {manifest['created_at']}  {', '.join(facts)}")
+        lines.append(f"{mark:<5}{version}  {manifest['created_at']}  {_names(manifest)}  {', '.join(facts)}")
     return lines

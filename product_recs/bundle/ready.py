@@ -15,7 +15,8 @@ import numpy as np
 from .catalogue import Attributes, Catalogue
 from .files import Bundle
 from ..core.columns import DISCOVERY, Columns
-from ..data.snapshots import Histories
+from ..core.errors import BundleError
+from ..data.snapshots import NOBODY, Histories
 from ..models.factors import FactorModel
 from ..models.interface import Model
 from ..search.index import open_index
@@ -44,6 +45,21 @@ class Memo:
             if self._bytes + size > self.most_bytes: self._results, self._bytes = {}, 0
             self._results[key], self._bytes = result, self._bytes + size
         return result
+
+# %% ../../nbs/bundle/ready.ipynb #dbd07cab
+def _rehearse(model:Model)->None:
+    "Ask all that a request asks, so that what is computed once is computed."
+    one = np.flatnonzero(model.candidates)[:1].astype(np.int32)
+    ones = np.ones(len(one), np.float32)
+    history = Histories(np.array([0, len(one)]), one, ones, ones, 0*ones)
+    for had in (history, NOBODY):
+        users = model.fold_in(had)
+        model.knows(users)
+        model.top(users, 1)
+    for item in one:
+        model.contributions(history, item)
+        model.similarities(item)
+    for part in model.parts: _rehearse(part)
 
 # %% ../../nbs/bundle/ready.ipynb #a46fae22
 def _user_attributes(model)->Attributes:
@@ -83,7 +99,7 @@ class ReadyModel:
     @cached_property
     def popularity(self)->np.ndarray: # (n_items,) float32
         "Users of each item, as scores."
-        return self.bundle.item_columns["popularity"].astype(np.float32)
+        return self.snapshot.popularity.astype(np.float32)
 
     @cached_property
     def answering(self)->dict[str, Model]:
@@ -105,9 +121,9 @@ class ReadyModel:
     def prepare(self)->"ReadyModel": # itself
         "Compute now what the first requests would; a `BundleError` where the bundle cannot answer at all."
         _ = self.catalogue, self.popularity, self.bundle.rules
-        for model in self.answering.values(): # one answer, to a user with one item
-            one = np.flatnonzero(model.candidates)[:1]
-            ones = np.ones(len(one), np.float32)
-            history = Histories(np.array([0, len(one)]), one.astype(np.int32), ones, ones, 0*ones)
-            model.top(model.fold_in(history), 1)
+        for task, model in self.answering.items():
+            try: _rehearse(model)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                raise BundleError(f"{self.bundle.path}: {model.name}, the model of {task}, cannot answer ({error!r}); "
+                                  "train again or restore it from a copy") from error
         return self

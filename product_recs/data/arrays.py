@@ -45,13 +45,23 @@ def load_csr(
 )->csr_matrix:             # over memory-mapped arrays: nothing is copied
     "Open what `save_csr` wrote; raises `BundleError` where it is not a matrix of this shape."
     indptr, indices, data = (load_array(folder/f"{name}_{part}.npy") for part in ("indptr", "indices", "data"))
+    whole = indptr.ndim == indices.ndim == data.ndim == 1 and indptr.dtype.kind == indices.dtype.kind == "i"
+    if not whole or data.dtype.kind not in "iuf":
+        kinds = ", ".join(f"{array.ndim}-dimensional {array.dtype}" for array in (indptr, indices, data))
+        raise BundleError(f"{folder/name}_*.npy: {kinds} are no matrix; train again or restore it from a copy")
     if len(indptr) != shape[0] + 1 or len(indices) != indptr[-1] or len(data) != len(indices):
-        raise BundleError(f"{folder / name}_*.npy: {len(indptr)} row pointers, {len(indices)} indices and {len(data)} "
+        raise BundleError(f"{folder/name}_*.npy: {len(indptr)} row pointers, {len(indices)} indices and {len(data)} "
                           f"values do not make a matrix of {shape[0]} rows")
     return csr_of(shape, indptr, indices, data)
 
-def csr_of(shape:tuple[int, int], indptr:np.ndarray, indices:np.ndarray, data:np.ndarray)->csr_matrix:
-    "A matrix of arrays as they are: the writer has sorted them, and checking again would read the whole file."
+# %% ../../nbs/data/arrays.ipynb #012a4c72
+def csr_of(
+    shape:tuple[int, int],
+    indptr:np.ndarray,  # (rows + 1,) where each row starts
+    indices:np.ndarray, # (p,) columns, ascending within each row and without duplicates
+    data:np.ndarray,    # (p,) values
+)->csr_matrix:          # over these very arrays
+    "A matrix of arrays as they are: nothing is copied and nothing is checked."
     matrix = csr_matrix(shape, dtype=data.dtype)
     matrix.indptr, matrix.indices, matrix.data = indptr, indices, data
     matrix.has_sorted_indices = matrix.has_canonical_format = True

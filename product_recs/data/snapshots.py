@@ -47,6 +47,7 @@ class Histories:
 _NONE = np.empty(0, np.float32)
 NOBODY = Histories(np.zeros(2, np.int64), np.empty(0, np.int32), _NONE, _NONE, _NONE) # of one user, who had nothing
 
+# %% ../../nbs/data/snapshots.ipynb #1d0400f6
 @dataclass(frozen=True)
 class Snapshot:
     "What was known before `until`; the three matrices share one sparsity structure."
@@ -102,7 +103,7 @@ class Features:
 
 def item_attributes(
     features:Features,
-)->"pd.DataFrame": # one row an item, index is the row number
+): # pandas DataFrame, one row an item; index is the row number
     "External id, popularity and attributes of the items."
     import pandas as pd # late: what serves has snapshots, and no pandas
     return pd.DataFrame({"item_id": features.items.ids, **features.item_columns})

@@ -43,20 +43,21 @@ class BlendWeights:
         return asdict(self)
 
 # %% ../../nbs/models/signals.ipynb #2581257f
+def _number(value, least:float=-np.inf)->bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value) and value > least
+
 def read_weights(
-    section:dict|None, # the section `blend` of a manifest, or what `to_json` gave
+    given, # what `to_json` gave
 )->BlendWeights:
-    "Weights from a manifest; raises `BlendError`, which says why there are none."
-    if not section: raise BlendError("this model was made without a blend; train again with `blend` true")
-    if "missing" in section: raise BlendError(f"this model has no blend: {section['missing']}")
-    try:
-        blend = BlendWeights(**section)
-        fine = (set(blend.weights) == set(SIGNALS) and np.isfinite([*blend.vector(), blend.intercept]).all()
-                and min(blend.half_life_days, blend.popularity_half_life_days) > 0)
-    except (TypeError, ValueError, AttributeError, KeyError): fine = False
-    if not fine:
-        raise BlendError(f"the blend of this model needs a finite weight for each of {', '.join(SIGNALS)}, and "
-                         "half-lives above 0; train again")
+    "Weights as a manifest has them; raises `BlendError` where they are not whole."
+    try: blend = BlendWeights(**given)
+    except TypeError: blend = None # other names, or no names at all
+    whole = (blend is not None and isinstance(blend.weights, dict) and set(blend.weights) == set(SIGNALS)
+             and isinstance(blend.facts, dict) and all(map(_number, [*blend.weights.values(), blend.intercept]))
+             and _number(blend.half_life_days, 0) and _number(blend.popularity_half_life_days, 0))
+    if not whole:
+        raise BlendError(f"a blend with habits needs a finite weight for each of {', '.join(SIGNALS)}, a finite "
+                         "intercept, and half-lives above 0")
     return blend
 
 # %% ../../nbs/models/signals.ipynb #0784b38b

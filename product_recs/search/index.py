@@ -243,6 +243,7 @@ def open_index(
     if index not in ("auto", "exact", "approximate"):
         raise BundleError(f"index={index!r}: must be 'auto', 'exact' or 'approximate'")
     facts = manifest.get("index") or {}
+    if not isinstance(facts, dict): raise BundleError(f"{folder/'manifest.json'}: `index` is no dict; train again")
     file = facts.get("file", INDEX_FILE) # bundles from before the name was written down have this one
     has_file = file in manifest.get("files", {})
     if index == "exact" or (index == "auto" and not (has_file and facts.get("auto"))): return None
@@ -260,8 +261,10 @@ def open_index(
     except RuntimeError as error:
         raise BundleError(f"{folder/file}: not a readable index ({str(error).splitlines()[0][-200:]}); train again or "
                           "restore it from a copy") from None
-    if (not isinstance(opened, faiss.IndexIVFScalarQuantizer) or opened.d != exact.item_factors.shape[1]
-            or opened.ntotal != facts.get("items") or opened.metric_type != faiss.METRIC_INNER_PRODUCT):
+    probes = (facts.get("parameters") or {}).get("probes")
+    if (type(probes) is not int or not isinstance(opened, faiss.IndexIVFScalarQuantizer)
+            or opened.d != exact.item_factors.shape[1] or opened.ntotal != facts.get("items")
+            or opened.metric_type != faiss.METRIC_INNER_PRODUCT):
         raise BundleError(f"{folder/file}: {type(opened).__name__} of {opened.ntotal:,} vectors of {opened.d} numbers, "
                           "which is not what the manifest says; train again or restore it from a copy")
-    return NearestItems(exact, opened, int(facts["parameters"]["probes"]))
+    return NearestItems(exact, opened, probes)
