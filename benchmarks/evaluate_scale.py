@@ -22,7 +22,8 @@ from scipy.sparse import csr_matrix
 
 from product_recs.core.ids import IdTable
 from product_recs.core.kernels import one_blas_thread
-from product_recs.data.snapshots import Features, Snapshot
+from product_recs.data.artifact import Features
+from product_recs.data.snapshots import Snapshot
 from product_recs.evaluation.judge import evaluate
 from product_recs.models.als import FactorModel
 

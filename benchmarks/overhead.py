@@ -21,7 +21,8 @@ from product_recs.core.kernels import one_blas_thread
 from product_recs.core.paths import resolve_path
 from product_recs.features import ensure_features
 from product_recs.ingest import ensure_ingested
-from product_recs.models.als import fit_als, int32_matrix
+from product_recs.models.als import fit_als
+from product_recs.models.solver import int32_matrix
 from product_recs.train import train_bundle
 
 PARAMETERS = {"factors": 64, "regularization": 30.0, "iterations": 15}

@@ -58,11 +58,12 @@ def respond(
 )->Response:
     "A list as it goes out: the JSON body, and the headers with the model and the rung."
     version, source, shortfall = model.bundle.version, recommendations.source, recommendations.shortfall
+    made_by = recommendations.model
     if detail:
-        body = body | {"source": source, "model": recommendations.model, "model_version": version, "shortfall": shortfall,
+        body = body | {"source": source, "model": made_by, "model_version": version, "shortfall": shortfall,
                        "items": ranked(model, recommendations)}
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    return Response(content, media_type="application/json", headers=_headers(version, source, recommendations.model, shortfall))
+    return Response(content, media_type="application/json", headers=_headers(version, source, made_by, shortfall))
 
 # %% ../nbs/06_api.ipynb #d7b4b1fc
 def _default_n(settings:Settings)->int: return min(settings.default_n, settings.max_n)
@@ -109,7 +110,8 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
     def result(model:ReadyModel, user:int|str|None, recommendations:Recommendations, detail:bool)->dict:
         "The list of one user, as `UserResult`."
         facts = {"user_id": user, "recommendations": recommendations.items, "source": recommendations.source,
-                 "model": recommendations.model, "model_version": model.bundle.version, "shortfall": recommendations.shortfall}
+                 "model": recommendations.model, "model_version": model.bundle.version,
+                 "shortfall": recommendations.shortfall}
         return facts | ({"items": ranked(model, recommendations)} if detail else {})
 
     @app.post("/recommend", response_model=RecommendAnswer, tags=["recommendations"],

@@ -28,8 +28,8 @@ from .core.parameters import number
 from .core.paths import resolve_path
 from .core.sql import database_errors, file_name, named, parquet, temporary_database
 from .data.arrays import save_csr
+from .data.artifact import SNAPSHOTS, Features, open_features
 from .data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
-from .data.snapshots import SNAPSHOTS, Features, open_features
 from .ingest import ensure_ingested
 from .models.weighting import (BM25, EVENT_WEIGHTS, LEAST, QUANTITY, WEIGHTING, checked_event_weights,
                                            mean_user_total, weighted, worth_sql)

@@ -19,8 +19,7 @@ from .answer.ladder import rung_of
 from .answer.lists import Recommendations, checked_n
 from .answer.recommender import NO_FEEDBACK, Recommender
 from .answer.rules import Filters
-from .bundle.files import Bundle
-from .bundle.ready import ReadyModel
+from .bundle.ready import Bundle, ReadyModel
 from .core.columns import DISCOVERY
 from .core.errors import ProductRecsError
 from .core.events import UNCHANGED, UserState

@@ -12,7 +12,7 @@ from .bundle.files import current_version, publish, read_manifest, version_of, w
 from .core.errors import EvaluateError, TrainError
 from .core.files import locked
 from .core.paths import resolve_path
-from .data.snapshots import Features
+from .data.artifact import Features
 from .features import ensure_features
 from .models.als import PLAIN_OBJECTIVE, AlsModel, fit_als
 from .models.blend import learn_weights

@@ -20,7 +20,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from product_recs.bundle.checkerboard import model_by_hand
-from product_recs.bundle.files import Bundle, publish, write_bundle
+from product_recs.bundle.files import publish, write_bundle
+from product_recs.bundle.ready import Bundle
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.ids import IdTable

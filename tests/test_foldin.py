@@ -15,7 +15,8 @@ from product_recs.answer.person import confidence_with, person_now, score_person
 from product_recs.answer.recommender import Recommender
 from product_recs.answer.rules import Filters
 from product_recs.bundle.catalogue import SEEN
-from product_recs.bundle.files import open_bundle, publish
+from product_recs.bundle.files import publish
+from product_recs.bundle.ready import open_bundle
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.events import Event, UserState
 from product_recs.core.paths import project_root

@@ -8,9 +8,10 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
-from product_recs.data.arrays import csr_of
+from product_recs.data.snapshots import csr_of
 from product_recs.data.snapshots import NOBODY, Histories, Snapshot
-from product_recs.models.all import all_models, from_recipe, recipe
+from product_recs.models.all import all_models, from_recipe
+from product_recs.models.interface import recipe
 from product_recs.models.als import ALS
 from product_recs.models.blend import HabitBlend, ScoreBlend
 from product_recs.models.bpr import BPR

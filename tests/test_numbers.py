@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import features_of_log, fresh_project
 
 from product_recs.answer.person import confidence_with
-from product_recs.bundle.files import open_bundle
+from product_recs.bundle.ready import open_bundle
 from product_recs.core.errors import FeatureError, TrainError
 from product_recs.core.events import Event
 from product_recs.core.parameters import ParameterError, declared_defaults, typed, typed_parameters

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from support import call, fresh_project
 
-from product_recs.bundle.files import current_version, list_versions, open_bundle
+from product_recs.bundle.files import current_version, list_versions
+from product_recs.bundle.ready import open_bundle
 
 PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from support import QUICK, call, fresh_project, only_the_jobs
 
-from product_recs.bundle.files import open_bundle
+from product_recs.bundle.ready import open_bundle
 from product_recs.features import build_features, ensure_features
 from product_recs.ingest import ingest
 from product_recs.jobs.tune import as_trial, choose_candidates, finished, open_study, pose, search, starting_points
@@ -123,7 +123,7 @@ def test_kill_9_leaves_a_study_that_goes_on(tmp_path, problem_of):
     features = build_features(ingested(root), root / "features")
     script = """
 import sys
-from product_recs.data.snapshots import open_features
+from product_recs.data.artifact import open_features
 from product_recs.jobs.tune import *
 features = open_features(sys.argv[1])
 problem = pose(

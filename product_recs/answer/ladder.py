@@ -241,7 +241,7 @@ def score_request(
     model:ReadyModel,
     request:Request,
 )->Scored:
-    "Scores and rules for one request, from the first rung that has something to say; a `NoModelForTask` as of `answer`."
+    "Scores and rules of the first rung that has something to say; a `NoModelForTask` as of `answer`."
     person = person_of(model, request)
     source, ruled_out = _start(model, request, person)
     if person.representation is not None:

@@ -7,15 +7,16 @@ __all__ = ['UNLIKE', 'Recommendations', 'checked_n', 'made_by_rung', 'make_list'
 
 # %% ../../nbs/answer/lists.ipynb #01326a15
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from .person import Person, score_person
 from .rules import NO_FILTERS, Filters, best_allowed, rule_out
 from ..bundle.catalogue import NOT_A_CANDIDATE
 from ..bundle.ready import ReadyModel
 from ..core.errors import UnknownItem
 from ..core.parameters import number
+from ..models.interface import known_scores
 
 # %% ../../nbs/answer/lists.ipynb #6f5db027
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Recommendations:
     model: str               # what made it: the name of the model, or the rung where none was asked
     shortfall: str|None=None # why there are fewer than asked; None when there are not
     rows: list|None=None     # row of each item in the model
-    person: Person|None = field(default=None, compare=False, repr=False) # of whom the ladder made it, for reasons
+    person: Any = field(default=None, compare=False, repr=False) # of whom the ladder made it, for reasons
 
     def __len__(self): return len(self.items)
 
@@ -55,16 +56,17 @@ def make_list(
     source:str,                             # the rung that scored
     ruled_out:list[tuple[str, np.ndarray]], # reason and rows, as `rule_out` gives them
     filters:Filters=NO_FILTERS,             # of which `max_per` is still to be kept
-    person:Person|None=None,                # of whom the list is
+    person:Any=None,                        # the `Person` of whom the list is
     made_by:str="",                         # name of the model; empty: the rung is all there is to say
 )->Recommendations:
     "The best of `scores` that nothing rules out, and the reason where they are too few."
     rows, best, shortfall = best_allowed(model.catalogue, scores, n, ruled_out, filters.max_per)
-    return Recommendations(model.bundle.items.take(rows), best, source, made_by or made_by_rung(source), shortfall, rows, person)
+    made_by = made_by or made_by_rung(source)
+    return Recommendations(model.bundle.items.take(rows), best, source, made_by, shortfall, rows, person)
 
 def search_list(
     model:ReadyModel,
-    person:Person,                          # of whom the model knows something
+    person:Any,                             # a `Person` of whom the model knows something
     n:int,
     source:str,                             # the rung
     ruled_out:list[tuple[str, np.ndarray]], # reason and rows, as `rule_out` gives them
@@ -80,7 +82,8 @@ def search_list(
         if rows[0, -1] >= 0:
             items = model.bundle.items.take(rows[0])
             return Recommendations(items, scores[0].tolist(), source, asked.name, None, rows[0].tolist(), person)
-    return make_list(model, score_person(model, person), n, source, ruled_out, filters, person, asked.name)
+    scores = known_scores(asked, person.representation)[0]
+    return make_list(model, scores, n, source, ruled_out, filters, person, asked.name)
 
 # %% ../../nbs/answer/lists.ipynb #e24736b6
 UNLIKE = "with nothing in common"

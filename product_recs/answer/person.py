@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.files import Bundle
-from ..bundle.ready import ReadyModel
+from ..bundle.ready import Bundle, ReadyModel
 from ..core.columns import DISCOVERY, Columns
 from ..core.errors import ProductRecsError
 from ..core.events import UNCHANGED, Event, UserState
 from ..data.left_out import NO_HISTORY, LeftOutHistory
 from ..data.snapshots import Histories
+from ..models.interface import known_scores
 from ..models.weighting import rarity, unweigh, weigh_user, worth
 
 # %% ../../nbs/answer/person.ipynb #ef5938ad
@@ -130,10 +130,7 @@ def score_person(
     "A score for every item, by the model of the person's task."
     if person.representation is None:
         raise ProductRecsError("there are no scores for somebody of whom the model knows nothing")
-    asked = model.model(person.task)
-    scores = asked.scores(person.representation)[0]
-    scores[~asked.candidates] = -np.inf
-    return scores
+    return known_scores(model.model(person.task), person.representation)[0]
 
 # %% ../../nbs/answer/person.ipynb #f0089102
 def _last(model:ReadyModel, person:Person, item:int, age_days:float)->datetime|None:

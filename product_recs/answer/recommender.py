@@ -16,8 +16,7 @@ from .lists import Recommendations, popular_items, similar_items
 from .person import Person
 from .rules import NO_FILTERS, Filters
 from ..bundle.catalogue import read_value
-from ..bundle.files import open_bundle
-from ..bundle.ready import ReadyModel
+from ..bundle.ready import ReadyModel, open_bundle
 from ..core.errors import StoreError
 from ..core.events import UNCHANGED, Event, UserState
 from ..core.paths import resolve_path

@@ -17,8 +17,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .files import (Bundle, current_version, list_versions, live_version, open_bundle,
-                                       previous_versions, publish, read_manifest)
+from .files import (current_version, list_versions, live_version, previous_versions, publish,
+                                       read_manifest)
+from .ready import Bundle, open_bundle
 from ..core.columns import DISCOVERY
 from ..core.errors import BundleError
 from ..core.paths import resolve_path

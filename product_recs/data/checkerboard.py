@@ -12,7 +12,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..core.ids import IdTable
-from .snapshots import Features, Snapshot
+from .artifact import Features
+from .snapshots import Snapshot
 
 # %% ../../nbs/data/checkerboard.ipynb #91af3f0f
 def snapshot_of(

@@ -13,7 +13,8 @@ from scipy.sparse import csr_matrix
 
 from ..core.columns import DISCOVERY, TASKS
 from ..core.errors import EvaluateError, NothingToJudge
-from .snapshots import Features, Snapshot
+from .artifact import Features
+from .snapshots import Snapshot
 
 # %% ../../nbs/data/tasks.ipynb #df24d282
 # what is judged by -> the snapshot that ends where it begins

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from ..core.columns import TASKS
 from ..core.errors import EvaluateError
 from ..core.parameters import number
-from ..data.snapshots import Features, Snapshot
+from ..data.artifact import Features
+from ..data.snapshots import Snapshot
 from ..data.tasks import Task, cold_shares, make_task, past_and_future
 from .metrics import (METRIC_NAMES, METRICS, Comparison, Hits, bootstrap_means,
                                              category_diversity, cosine_diversity, coverage, exposure, find_hits, gini,

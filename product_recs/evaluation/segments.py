@@ -14,7 +14,7 @@ import pandas as pd
 from ..core.columns import Columns
 from ..core.errors import EvaluateError
 from ..core.parameters import number
-from ..data.snapshots import Features
+from ..data.artifact import Features
 from ..data.tasks import past_and_future
 from .judge import Evaluation, evaluate
 from .metrics import bootstrap_means, interval

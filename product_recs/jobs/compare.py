@@ -18,7 +18,7 @@ from ..bundle.files import current_version, read_manifest
 from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from ..core.errors import EvaluateError
 from ..core.paths import resolve_path
-from ..data.snapshots import Features, open_features
+from ..data.artifact import Features, open_features
 from ..evaluation.judge import Evaluation, evaluate
 from ..evaluation.metrics import METRIC_NAMES
 from ..features import build_features

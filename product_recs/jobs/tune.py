@@ -32,13 +32,14 @@ from tqdm import tqdm
 from ..core.errors import ProductRecsError
 from ..core.kernels import implicit_module, one_blas_thread
 from ..core.parameters import number
-from ..data.snapshots import Features, Snapshot
+from ..data.artifact import Features
+from ..data.snapshots import Snapshot
 from ..data.tasks import Task, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, interval, paired_bootstrap
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
-from ..models.als import ALS_DEFAULTS, chosen_solver, fit_als, int32_matrix
+from ..models.als import ALS_DEFAULTS, chosen_solver, fit_als
 from ..models.foldin import fold_in
-from ..models.solver import RotatedALS
+from ..models.solver import RotatedALS, int32_matrix
 
 # %% ../../nbs/jobs/tune.ipynb #f8ed9fe3
 SPACE = {"factors": (8, 256), "strength": (0.1, 100.0), "lambda": (0.01, 300.0)} # all on log scales

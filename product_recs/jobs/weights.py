@@ -25,7 +25,8 @@ from ..core.errors import ProductRecsError
 from ..core.files import atomic_write
 from ..core.parameters import number
 from ..core.sql import parquet, timestamp
-from ..data.snapshots import Features, Snapshot
+from ..data.artifact import Features
+from ..data.snapshots import Snapshot
 from ..data.tasks import PERIODS, Task, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, find_hits, interval, paired_bootstrap
 from ..models.als import ALS_DEFAULTS, FactorModel, fit_als

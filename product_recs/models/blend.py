@@ -49,7 +49,11 @@ class ScoreBlend(Model):
         self.parts, self.name = models, " + ".join(
             model.name if equal else f"{weight:g} {model.name}" for model, weight in zip(models, weights))
 
-    def _fit(self, snapshot): self.parts = fitted_parts(self.parts, snapshot)
+    def _fit(self, snapshot):
+        self.parts = fitted_parts(self.parts, snapshot)
+        self._take({})
+
+    def _take(self, arrays): self.candidates = np.any([part.candidates for part in self.parts], axis=0)
     def refusal(self, snapshot)->str: return _refusal(self.parts, snapshot)
 
     def fold_in(self, histories:Histories)->list: return [part.fold_in(histories) for part in self.parts]
@@ -129,7 +133,11 @@ class HabitBlend(Model):
             raise BlendError(f"{self.name}: the weights are not learned yet; `learn_weights` does that")
         return super()._begin(snapshot)
 
-    def _fit(self, snapshot): self.parts = fitted_parts(self.parts, snapshot)
+    def _fit(self, snapshot):
+        self.parts = fitted_parts(self.parts, snapshot)
+        self._take({})
+
+    def _take(self, arrays): self.candidates = self.parts[0].candidates
     def refusal(self, snapshot)->str: return _refusal(self.parts, snapshot)
 
     @cached_property

@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from ..core.columns import NEXT_PURCHASE
-from ..data.snapshots import Features
+from ..data.artifact import Features
 from ..data.tasks import Task, make_task
 from .blend import HabitBlend
 from .interface import Model

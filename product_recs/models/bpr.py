@@ -10,8 +10,8 @@ import numpy as np
 
 from ..core.errors import TrainError
 from ..core.kernels import implicit_module, one_blas_thread
-from .als import int32_matrix
 from .factors import FactorModel
+from .solver import int32_matrix
 
 # %% ../../nbs/models/bpr.ipynb #bb98e137
 class BPR(FactorModel):

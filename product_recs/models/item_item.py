@@ -15,8 +15,7 @@ from scipy.sparse import csr_matrix, diags
 
 from ..core.errors import TrainError
 from ..core.kernels import implicit_module, one_blas_thread
-from ..data.arrays import csr_of
-from ..data.snapshots import Histories, Snapshot
+from ..data.snapshots import Histories, Snapshot, csr_of
 from .interface import Contributions, Model, top_of
 from .solver import symmetric_inverse
 
@@ -64,9 +63,9 @@ class ItemItem(Model):
         return _matrix_for(self.similarity, histories, histories.confidence)
 
     @cached_property
-    def below(self)->np.ndarray: # (n_items,) float32, from -1 to 0
-        "What an item scores of which no item of the user says anything: by popularity."
-        return (self.popularity/(self.popularity.max(initial=0) + 1) - 1).astype(np.float32)
+    def below(self)->np.ndarray: # (n_items,) float32, from -1e-12 to 0
+        "What an item scores of which no item of the user says anything: next to nothing, by popularity."
+        return (1e-12*(self.popularity/(self.popularity.max(initial=0) + 1) - 1)).astype(np.float32)
 
     @cached_property
     def popular(self)->np.ndarray: # candidates, most users first

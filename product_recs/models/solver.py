@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHORTEST', 'LONG', 'aligned_zeros', 'eigenbasis', 'gram_of', 'symmetric_inverse', 'Side', 'exact_up_to',
            'stable_triangle', 'solve_triangle_of', 'solve_in_numpy', 'native_kernels', 'solve_native',
-           'row_regularization', 'solve_rows', 'RotatedALS']
+           'row_regularization', 'solve_rows', 'RotatedALS', 'int32_matrix']
 
 # %% ../../nbs/models/solver.ipynb #60a437ff
 import ctypes
@@ -422,3 +422,15 @@ class RotatedALS:
     def loss(self)->float: # mean over the cells, a taken one counted by its confidence, as `implicit` does
         "The objective at the factors as they are."
         return _mean_loss(self)
+
+# %% ../../nbs/models/solver.ipynb #3fbce678
+def int32_matrix(matrix:csr_matrix)->csr_matrix:
+    "The matrix as implicit's kernels take it: writable float32, int32 indices. Raises `TrainError` beyond 2³¹ pairs."
+    if matrix.nnz >= 2**31:
+        raise TrainError(f"{matrix.nnz:,} pairs: implicit counts them in 32 bits; raise min_user_items or "
+                         "min_item_users in 02_features")
+    data, indices, indptr = (
+        np.require(array, dtype, "W")
+        for array, dtype in ((matrix.data, np.float32), (matrix.indices, np.int32), (matrix.indptr, np.int32))
+    )
+    return csr_matrix((data, indices, indptr), shape=matrix.shape)

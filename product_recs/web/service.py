@@ -13,9 +13,8 @@ from fastapi.concurrency import run_in_threadpool
 
 from ..answer.ladder import Request
 from ..answer.lists import Recommendations
-from ..bundle.files import Bundle
 from ..bundle.live import LiveModel, Reload
-from ..bundle.ready import ReadyModel
+from ..bundle.ready import Bundle, ReadyModel
 from ..core.settings import Settings
 from ..feedback.changes import Availability
 from .cache import Kept, KeptAnswers, question_of
