@@ -37,12 +37,13 @@ def checkerboard(
 
 # %% ../../nbs/data/checkerboard.ipynb #f549dafe
 def solves_checkerboard(
-    model,    # not fitted; it has `fit(snapshot)` and `best(rows, k, exclude)`
+    model,    # not fitted
     n:int=20, # users, and items
 )->bool:
     "Is the first recommendation of each user the one right item?"
     board, users = checkerboard(n), np.arange(n)
-    items, _ = model.fit(board).best(users, 1, board.counts)
+    fitted = model.fit(board)
+    items, _ = fitted.top(fitted.users(users), 1, board.counts)
     return np.array_equal(items[:, 0], users)
 
 # %% ../../nbs/data/checkerboard.ipynb #32e58e1a
