@@ -65,7 +65,7 @@ class Solver:
 
 # %% ../../nbs/models/foldin.ipynb #4ca81e1f
 def _inverse_times(solver:Solver, factors:np.ndarray, weight:np.ndarray, vector:np.ndarray|None)->np.ndarray:
-    "The inverse of a user's matrix A, times a vector; None: times `weight @ factors`, for which there is a shorter way."
+    "The inverse of a user's matrix A, times a vector; None: times `weight @ factors`, in a shorter way."
     extra, ridge, (values, basis) = weight - solver.unobserved, solver.ridge(len(weight)), solver.eigen
     shared = values + ridge
     if 2*len(weight) <= len(shared) and len(shared) and shared[-1] <= 1e10*shared[0]:
