@@ -37,7 +37,7 @@ from ..data.snapshots import Snapshot
 from ..data.tasks import Task, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, interval, paired_bootstrap
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
-from ..models.als import ALS_DEFAULTS, chosen_solver, fit_als
+from ..models.als import ALS, ALS_DEFAULTS, chosen_solver
 from ..models.foldin import fold_in
 from ..models.solver import RotatedALS, int32_matrix
 
@@ -218,7 +218,8 @@ def _attempt(study:optuna.Study, problem:Problem, deadline:float)->FrozenTrial:
     looks = sorted({*problem.looks, own} - {0})
     for done, users, items in continued_fit(snapshot.confidence, **als, looks=looks, seed=problem.seed):
         if not (np.isfinite(users).all() and np.isfinite(items).all()): break
-        values[done] = float(user_ndcg(snapshot, users, items, problem.task, problem.cut_off).mean())
+        model = ALS(solver="by hand").from_arrays({"user_factors": users, "item_factors": items}, snapshot)
+        values[done] = float(user_ndcg(model, problem.task, problem.cut_off).mean())
         trial.report(values[done], done)
         if done >= own and on_plateau(list(values.values())): break
         # it is made again next time
@@ -341,8 +342,8 @@ def on_test(
         for name, point in points.items():
             values, als = [], {key: point[key] for key in ALS_NAMES}
             for seed in seeds:
-                model = fit_als(snapshots[name].confidence, **als, seed=seed, loss_every=0, progress=False)
-                values.append(user_ndcg(past, model.user_factors, model.item_factors, judged, cut_off))
+                model = ALS(**als, seed=seed, loss_every=0).fit(snapshots[name])
+                values.append(user_ndcg(model, judged, cut_off))
                 bar.update()
             mean = np.mean(values, axis=0)
             lead = mean if lead is None else lead

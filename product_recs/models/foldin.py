@@ -29,9 +29,11 @@ class Solver:
         self.regularization, self.alpha, self.nu = float(regularization), float(alpha), float(nu)
         gram = gram_of(self.item_factors, exact=True) if gram is None else np.asarray(gram, np.float64)
         self.unobserved, self.gram = float(unobserved_weight), float(unobserved_weight)*gram
+        self._norm = float(np.abs(self.gram).sum(axis=0).max(initial=0)) # the largest sum of a column
 
     def ridge(self, count:int)->float:
         "Regularization of a user with so many items."
+        if not self.nu: return self.regularization
         return float(row_regularization(self.regularization, np.array([count]), len(self.item_factors),
                                         self.unobserved, self.nu)[0])
 
@@ -40,14 +42,15 @@ class Solver:
         return self.gram + self.ridge(count)*np.eye(len(self.gram))
 
     @cached_property
-    def eigen(self)->tuple[np.ndarray, np.ndarray]: # (f,) from 0 up, (f, f)
-        "Eigenvalues and eigenvectors of the part that all users share."
+    def eigen(self)->tuple[np.ndarray, np.ndarray]: # (f,) from 0 up, (f, f) with one eigenvector a column
+        "Eigenvalues and eigenvectors of the untaken cells' part, `gram`."
         values, basis = np.linalg.eigh(self.gram)
         return np.maximum(values, 0), basis
 
     def heaviest(self, count:int)->float:
         "Largest confidence, with alpha in it, up to which the normal matrix of a user keeps five digits of sixteen."
-        return 1e11*self.ridge(count)/max(np.abs(self.base(count)).sum(axis=0).max(initial=0), 1e-300)
+        ridge = self.ridge(count)
+        return 1e11*ridge/max(self._norm + ridge, 1e-300)
 
     def solve(self,
         items:np.ndarray,      # (k,) rows of the user's items, each once
@@ -58,31 +61,38 @@ class Solver:
         if weight.max(initial=0) > self.heaviest(len(items)):
             triangle = stable_triangle(self.base(len(items)), factors, weight, self.unobserved)
             return solve_triangle_of(*triangle).astype(np.float32)
-        return apply_inverse(self, items, confidence, weight @ factors, weight).astype(np.float32)
+        return _inverse_times(self, factors, weight, None).astype(np.float32)
 
 # %% ../../nbs/models/foldin.ipynb #4ca81e1f
+def _inverse_times(solver:Solver, factors:np.ndarray, weight:np.ndarray, vector:np.ndarray|None)->np.ndarray:
+    "The inverse of a user's matrix A, times a vector; None: times `weight @ factors`, in a shorter way."
+    extra, ridge, (values, basis) = weight - solver.unobserved, solver.ridge(len(weight)), solver.eigen
+    shared = values + ridge
+    if 2*len(weight) <= len(shared) and len(shared) and shared[-1] <= 1e10*shared[0]:
+        turned = factors @ basis
+        across = turned/shared
+        inner = (across @ turned.T)*extra[:, None]
+        inner.flat[::len(inner) + 1] += 1
+        if vector is None: return basis @ (np.linalg.solve(inner, weight) @ across)
+        first = vector @ basis/shared
+        return basis @ (first - np.linalg.solve(inner, extra*(turned @ first)) @ across)
+    matrix = (factors.T*extra) @ factors
+    matrix += solver.gram
+    matrix.flat[::len(matrix) + 1] += ridge
+    return np.linalg.solve(matrix, weight @ factors if vector is None else vector)
+
 def apply_inverse(
     solver:Solver,
     items:np.ndarray,      # (k,) rows of the user's items, each once
     confidence:np.ndarray, # (k,) positive
     vector:np.ndarray,     # (f,) float64
-    target:np.ndarray|None=None, # (k,) where `vector` is their sum of the items' factors: a shorter way
 )->np.ndarray:             # (f,) float64
     "The inverse of the user's matrix A, times a vector."
-    factors = solver.item_factors[items].astype(np.float64)
-    weight, ridge = solver.alpha*np.asarray(confidence, np.float64), solver.ridge(len(items))
+    weight, factors = solver.alpha*np.asarray(confidence, np.float64), solver.item_factors[items].astype(np.float64)
     if weight.max(initial=0) > solver.heaviest(len(items)):
         triangle = stable_triangle(solver.base(len(items)), factors, weight, solver.unobserved)[0]
         return solve_triangle_of(triangle, solve_triangle_of(triangle, vector, transposed=True))
-    extra, (values, basis) = weight - solver.unobserved, solver.eigen
-    if 2*len(items) <= len(values) and len(values) and values[-1] + ridge <= 1e10*(values[0] + ridge):
-        turned = factors @ basis
-        across = turned/(values + ridge)
-        inner = np.eye(len(items)) + extra[:, None]*(across @ turned.T)
-        if target is not None: return basis @ (np.linalg.solve(inner, target) @ across)
-        first = vector @ basis/(values + ridge)
-        return basis @ (first - across.T @ np.linalg.solve(inner, extra*(turned @ first)))
-    return np.linalg.solve(solver.base(len(items)) + (factors.T*extra) @ factors, vector)
+    return _inverse_times(solver, factors, weight, vector)
 
 # %% ../../nbs/models/foldin.ipynb #1da9af03
 def fold_in(
