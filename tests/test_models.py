@@ -5,90 +5,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
+from support import every_model, random_log
 
-from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
-from product_recs.data.snapshots import csr_of
-from product_recs.data.snapshots import NOBODY, Histories, Snapshot
-from product_recs.models.all import all_models, from_recipe
+from product_recs.data.snapshots import NOBODY, Histories
+from product_recs.models.all import from_recipe
 from product_recs.models.interface import recipe
-from product_recs.models.als import ALS
-from product_recs.models.blend import HabitBlend, ScoreBlend
-from product_recs.models.bpr import BPR
 from product_recs.models.interface import similar, size_of
-from product_recs.models.item_item import EASE, ItemBM25, ItemCosine, ItemGraph
-from product_recs.models.signals import OWN, SIGNALS, BlendWeights
-from product_recs.models.spectral import LowPass
+from product_recs.models.item_item import EASE
 from product_recs.search.top_n import top_n
 
 USERS, ITEMS, N = 220, 150, 10
-SMALL = {"factors": 8, "regularization": 2.0, "iterations": 4, "num_threads": 1}
-FEW = {"neighbours": 6, "num_threads": 1}  # so few that most items are nobody's neighbours
-
-
-def read_only(matrix: csr_matrix) -> csr_matrix:
-    "As a bundle maps it."
-    for array in (matrix.data, matrix.indices, matrix.indptr):
-        array.flags.writeable = False
-    return matrix
-
-
-def random_log(users: int, items: int, seed: int) -> Snapshot:
-    """Popular and rare items, busy users and such with one item; user 0 has nothing, user 1 alone has the last item but
-    one, and nobody has the last item."""
-    rng = np.random.default_rng(seed)
-    popularity, activity = 1 / np.arange(1, items + 1) ** 0.8, rng.lognormal(0, 1, users)
-    chance = 12 * users * np.outer(activity, popularity) / (activity.sum() * popularity.sum())
-    counts = rng.poisson(np.minimum(chance, 6)) * rng.integers(1, 4, (users, items))
-    counts[0], counts[:, -2:], counts[1, [3, 7]] = 0, 0, 1
-    counts[1, -2] = 5
-    counts = csr_matrix(counts, dtype=np.float32)
-    weights = (np.log1p(counts.data) * rng.uniform(0.5, 2, counts.nnz)).astype(np.float32)
-    ages = rng.integers(0, 300, counts.nnz).astype(np.float32)
-    values = (weights, counts.data, ages)
-    return Snapshot(
-        None, *(read_only(csr_of(counts.shape, counts.indptr.copy(), counts.indices.copy(), value)) for value in values)
-    )
-
-
-def weights(task: str) -> BlendWeights:
-    "What a training might have found; what the user had is of no use for a discovery."
-    found = [0.9, 0.4, 0.3, 0.5, 0.7, 1.1, 0.2, 0.6]
-    of_signal = {
-        name: 0.0 if task == DISCOVERY and name in OWN else value for name, value in zip(SIGNALS, found, strict=True)
-    }
-    return BlendWeights(of_signal, -3.0, 30.0, 60.0, {"users": 12})
-
-
-def every_model() -> dict:
-    "Not fitted, by a name for the test."
-    models = {model.name: model for model in all_models(SMALL, half_life_days=20)}
-    models |= {
-        "low-pass": LowPass(12),
-        "BPR": BPR(8, iterations=15),
-        "EASE": EASE(40),
-        "few cosines": ItemCosine(**FEW),
-        "few BM25": ItemBM25(**FEW),
-        "all equal to one": ALS(**SMALL | {"unobserved_weight": 0.3, "nu": 0.5, "solver": "rotated"}),
-    }
-    als, graph, bpr = models["ALS"], models["item graph"], models["BPR"]
-    models["blend"] = ScoreBlend([models["weighted ALS"], graph], [0.7, 0.3])
-    models["blend of blends"] = ScoreBlend([ScoreBlend([als, EASE(40)]), models["buy again"], ItemGraph(**FEW)])
-    models["blend with BPR"] = ScoreBlend([bpr, als])
-    for task in (DISCOVERY, NEXT_PURCHASE):
-        for part in (als, graph, models["blend"], models["popularity"]):
-            models[f"{part.name} + habits, {task}"] = HabitBlend(part, task, weights(task))
-    return models
-
-
 MODELS = every_model()
 ASKED = [*MODELS, "EASE by users"]
-NO_FOLD_IN = {
-    name: pytest.mark.xfail(reason="BPR folds nobody in yet", strict=False) for name in ("BPR", "blend with BPR")
-}
-folding = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=NO_FOLD_IN[name]) if name in NO_FOLD_IN else name for name in ASKED]
-)
 every = pytest.mark.parametrize("name", ASKED)
 
 
@@ -150,7 +78,7 @@ def size(scores: np.ndarray) -> np.ndarray:
     return np.abs(scores).max(axis=1, keepdims=True) + 1
 
 
-@folding
+@every
 def test_an_unchanged_history_is_folded_in_to_what_the_training_found(fitted, name):
     model = fitted(name)
     rows = users_of(model)
@@ -191,7 +119,7 @@ def test_users_one_at_a_time_get_what_a_block_gets(fitted, name):
             assert np.array_equal(model.top(model.users(np.array([row])), n, one)[0][0], items[place]), (n, row)
 
 
-@folding
+@every
 def test_strangers_one_at_a_time_get_what_a_block_gets(fitted, name):
     model = fitted(name)
     had = strangers(model)
@@ -230,7 +158,7 @@ def test_the_best_are_the_best_of_all_scores(fitted, name, n):
     assert not (free[0] == len(model.candidates) - 1).any()  # nobody ever had it
 
 
-@folding
+@every
 def test_contributions_add_up_to_the_score(fitted, name):
     model = fitted(name)
     had = strangers(model)
@@ -293,8 +221,7 @@ def test_eight_threads_get_what_one_gets(fitted, name):
     def ask(row):  # the first ones meet everything that is made when it is first needed
         users, history = fresh.users(np.array([row])), model.snapshot.histories(np.array([row]))
         found = [fresh.top(users, N)[0][0], fresh.similarities(int(row)), fresh.scores(users)[0]]
-        if name not in NO_FOLD_IN:
-            found += [fresh.scores(fresh.fold_in(history))[0], fresh.contributions(history, 3).parts]
+        found += [fresh.scores(fresh.fold_in(history))[0], fresh.contributions(history, 3).parts]
         return [array.tolist() for array in found]
 
     with ThreadPoolExecutor(8) as pool:

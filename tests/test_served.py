@@ -4,8 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from support import Server
-from test_models import MODELS, random_log
+from support import Server, every_model, random_log
 
 from product_recs.bundle.files import publish, write_bundle
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
@@ -13,6 +12,7 @@ from product_recs.core.ids import IdTable
 from product_recs.models.blend import HabitBlend
 
 USERS, ITEMS, N = 220, 150, 10
+MODELS = every_model()
 NAMES = [name for name, model in MODELS.items() if model.tasks is None]
 
 
