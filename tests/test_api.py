@@ -53,7 +53,8 @@ def test_ten_are_the_default_and_too_few_are_explained(server):
 def test_detail_says_the_same_with_titles(server):
     _, headers, plain = server.get("/recommend/3?n=4")
     _, _, body = server.get("/recommend/3?n=4&detail=true")
-    assert set(body) == {"user_id", "recommendations", "source", "model_version", "shortfall", "items"}
+    assert set(body) == {"user_id", "recommendations", "source", "model", "model_version", "shortfall", "items"}
+    assert body["model"] == headers["x-recommendation-model"] == "ALS"
     assert {k: body[k] for k in plain} == plain and DetailedRecommendationList(**body)
     assert (body["source"], body["model_version"], body["shortfall"]) == (
         "personalised",
@@ -105,10 +106,9 @@ def test_health_and_model(server):
     status, headers, body = server.get("/health/ready")
     facts = server.get("/model")[2]
     assert status == 200 and body == {"status": "ready", "model_version": facts["version"], "store": "open"}
-    assert (
-        facts["shape"] == {"users": N, "items": N, "factors": 2, "seen": N * (N // 2 - 1), "left_out": 0}
-        and facts["algorithm"] == "by hand"
-    )
+    assert facts["shape"] == {"users": N, "items": N, "seen": N * (N // 2 - 1), "left_out": 0}
+    assert facts["models"]["discovery"] == {"name": "ALS", "part": "als"}
+    assert facts["parts"]["als"]["parameters"]["factors"] == 2
     assert facts["metrics"] == {"loss": None} and "files" not in facts
 
 
@@ -309,13 +309,13 @@ def test_a_model_that_comes_later_is_found(tmp_path):
             assert str(models) in cause_of(server, answer)
         assert problem(server.get("/recommend/1?n=0"), 422)
         damaged = publish_board(models)
-        whole = (damaged / "item_factors.npy").read_bytes()
-        (damaged / "item_factors.npy").write_bytes(whole[:-8])
+        whole = (damaged / "als.item_factors.npy").read_bytes()
+        (damaged / "als.item_factors.npy").write_bytes(whole[:-8])
         refused = server.get("/health/ready")
         assert f"model {damaged.name} cannot be used" in problem(refused, 503).detail
         assert str(models) not in refused[2]["detail"]
-        assert "item_factors.npy" in cause_of(server, refused)
-        (damaged / "item_factors.npy").write_bytes(whole)
+        assert "als.item_factors.npy" in cause_of(server, refused)
+        (damaged / "als.item_factors.npy").write_bytes(whole)
         assert server.get("/health/ready")[0] == 200
         assert server.get("/recommend/1?n=1")[2]["recommendations"] == [101]
 
@@ -379,7 +379,7 @@ def test_two_workers(tmp_path):
         # the second worker may still be opening its model when the first has answered everything
         end = time.monotonic() + 30
         while (
-            opened := sum(any("item_factors.npy" in m.path for m in p.memory_maps()) for p in processes)
+            opened := sum(any("als.item_factors.npy" in m.path for m in p.memory_maps()) for p in processes)
         ) < 2 and time.monotonic() < end:
             time.sleep(0.1)
         assert opened == 2

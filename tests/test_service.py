@@ -399,12 +399,12 @@ def test_a_broken_model_is_refused_and_shown_and_an_earlier_one_is_one_command_a
         shutil.copytree(server.models / second, server.models / broken)
         manifest = json.loads((server.models / second / "manifest.json").read_text())
         (server.models / broken / "manifest.json").write_text(json.dumps(manifest | {"version": broken}))
-        factors = bytearray((server.models / broken / "item_factors.npy").read_bytes())
+        factors = bytearray((server.models / broken / "als.item_factors.npy").read_bytes())
         factors[-3] ^= 1
-        (server.models / broken / "item_factors.npy").write_bytes(factors)
+        (server.models / broken / "als.item_factors.npy").write_bytes(factors)
         (server.models / "current").write_text(broken + "\n")
         until(lambda: versions() == {(second, broken)})
-        assert "item_factors.npy" in server.get("/model")[2]["refused"]["error"]
+        assert "als.item_factors.npy" in server.get("/model")[2]["refused"]["error"]
         assert {body["status"] for _, _, body in both(server, "/model/reload", "POST")} == {"refused"}
         assert {status for status, _, _ in both(server, "/health/ready")} == {200} and one(server, "/recommend/1")[
             "recommendations"
