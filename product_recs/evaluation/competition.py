@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..core.columns import DISCOVERY
 from ..core.errors import EvaluateError, ProductRecsError
+from ..core.kernels import one_blas_thread
 from ..data.snapshots import Features, Snapshot
 from ..data.tasks import Task, make_task, past_and_future
 from .metrics import (METRIC_NAMES, Comparison, bootstrap_means, find_hits, interval,
@@ -114,13 +115,12 @@ def _entrants(candidates:Sequence[Model], combine:bool, found:dict[str, _Entry],
     def ranked(fits): # recipes, best first
         entries = [entry for entry in found.values() if fits(entry.model)]
         return [entry.model for entry in sorted(entries, key=lambda entry: -entry.figures.mean())]
-    singles = ranked(lambda model: model.personal and not model.parts)
+    singles = ranked(lambda model: model.personal and not model.parts and not isinstance(model, BuyAgain))
     trios = [[found[name].model for name in USUAL_BLEND]] if set(USUAL_BLEND) <= set(found) else []
     if len(singles) > 2 and {model.name for model in singles[:3]} != set(USUAL_BLEND): trios.append(singles[:3])
     for trio in trios: yield ScoreBlend(trio)
-    tastes = [model for model in singles if not isinstance(model, BuyAgain)][:2]
-    tastes += ranked(lambda model: isinstance(model, ScoreBlend))[:1]
-    for taste in tastes: yield HabitBlend(taste, task)
+    blends = ranked(lambda model: isinstance(model, ScoreBlend))
+    for taste in singles[:2] + blends[:1]: yield HabitBlend(taste, task)
 
 # %% ../../nbs/evaluation/competition.ipynb #509f86ed
 class _Ground:
@@ -163,11 +163,12 @@ def answer_ms(
 )->float:             # milliseconds, the median
     "How long one list takes, from the history of one user, without what the user had."
     times = []
-    for row in [*rows[:1], *rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]]:
-        history = model.snapshot.histories(np.array([row]))
-        started = perf_counter()
-        model.top(model.fold_in(history), n, (history.indptr, history.items))
-        times.append(perf_counter() - started)
+    with one_blas_thread(): # what else the cores do would show otherwise
+        for row in [*rows[:1], *rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]]:
+            history = model.snapshot.histories(np.array([row]))
+            started = perf_counter()
+            model.top(model.fold_in(history), n, (history.indptr, history.items))
+            times.append(perf_counter() - started)
     return 1000*float(np.median(times[1:])) # the first one warms up
 
 # %% ../../nbs/evaluation/competition.ipynb #4d39b871
