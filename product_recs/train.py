@@ -24,7 +24,7 @@ from .data.snapshots import Features
 from .evaluation.competition import Competition, Fits, compete, says_worse, worse_than_popularity
 from .features import ensure_features
 from .models.all import all_models, fit_sharing, named
-from .models.als import ALS, ALS_DEFAULTS, check_als, chosen_solver, fit_als
+from .models.als import ALS, ALS_DEFAULTS, check_als, fit_als
 from .models.blend import HabitBlend
 from .models.blend_weights import learn_weights
 from .models.factors import FactorModel
@@ -152,9 +152,7 @@ def _checked(publish_it:bool|str, index:str, model:str, next_model:str, given:Ma
         raise TrainError(f"publish_bundle={publish_it!r}: must be true, false or 'auto'")
     check_index(index)
     als = {name: value for name, value in als.items() if value != fit_als.__kwdefaults__.get(name)} # what differs
-    als = ALS_DEFAULTS | als
-    als["solver"] = chosen_solver(als["solver"])
-    check_als(features.all.confidence, **als)
+    als = check_als(features.all.confidence, **ALS_DEFAULTS | als)
     singles = all_models(als)
     for name, special in ((model, ("auto",)), (next_model, ("auto", "none"))): # before a competition, too
         if name.strip().lower() == "all": raise TrainError(f"{name!r} is no model; name one, or auto")

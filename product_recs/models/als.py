@@ -123,12 +123,13 @@ def fit_als(
 def check_als(
     confidence:csr_matrix, # (n_users, n_items) float32, positive
     **parameters,          # of `fit_als`
-)->None:
+)->dict:                   # the same, with numbers of Python's own
     "Refuse what `fit_als` would refuse; raises `TrainError`."
     if unknown := sorted(set(parameters) - set(fit_als.__kwdefaults__)):
         raise TrainError(f"ALS has no parameter {unknown[0]!r}; there are {', '.join(fit_als.__kwdefaults__)}")
     given = fit_als.__kwdefaults__ | parameters
-    _check(confidence, given | {"solver": chosen_solver(given["solver"])})
+    checked = _check(confidence, given | {"solver": chosen_solver(given["solver"])})
+    return {name: checked[name] for name in parameters}
 
 # %% ../../nbs/models/als.ipynb #d0a95eaa
 def _fit_rotated(confidence:csr_matrix, takes_loss, after, *, iterations:int, last_loss:bool,
