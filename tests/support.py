@@ -19,11 +19,13 @@ import nbformat
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from product_recs.bundle.checkerboard import model_by_hand
 from product_recs.bundle.files import publish, write_bundle
+from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.ids import IdTable
+from product_recs.data.snapshots import Snapshot
 from product_recs.features import build_features
 from product_recs.ingest import ingest
-from product_recs.train import train_bundle
 from product_recs.web.problems import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +92,8 @@ def features_of_log(log, folder, **parameters):
 
 def train(folder, text=False, feedback="", **parameters):
     "A model of the sample with a blend; with `text`, its ids are texts with a slash and a space."
+    from product_recs.train import train_bundle  # late: most tests publish a model by hand, and need no training
+
     source, products = ROOT / "data/interactions.csv", ROOT / "data/products.csv"
     if text:
         source, products = (with_texts(path, folder / path.name) for path in (source, products))
@@ -143,9 +147,30 @@ def plain_metrics(ranked, relevant, k):
 N = 24  # users and items of the checkerboard
 
 
+def once_today(seen, popularity=None):
+    "What a model by hand learned from: each pair happened once, today."
+    seen = csr_matrix(seen, dtype=np.float32)
+    return Snapshot(None, seen, seen, seen * 0, popularity)
+
+
+def bundle_by_hand(models_dir, *, user_factors, item_factors, snapshot, users, items, als=None, models=None, **more):
+    """A bundle whose factors are given, not yet live; `als` are parameters of the model, and `models` makes of it the
+    models by task."""
+    factors = (np.asarray(array, np.float32) for array in (user_factors, item_factors))
+    model = model_by_hand(*factors, snapshot, **als or {})
+    given = {"user_columns": {}, "item_columns": {}, "parameters": {}, "data": {}, "metrics": {}} | more
+    return write_bundle(
+        models_dir,
+        models=models(model) if models else {DISCOVERY: model, NEXT_PURCHASE: "it was made by hand"},
+        snapshot=snapshot,
+        users=IdTable(users),
+        items=IdTable(items),
+        **given,
+    )
+
+
 def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N), **more):
     "A checkerboard: the k-th user has seen every item of their taste but the k-th, the one right answer."
-    users, items = IdTable(users), IdTable(items)
     taste = np.arange(len(users)) % 2
     factors = np.eye(2, dtype=np.float32)[taste]
     seen = ((taste[:, None] == taste) & ~np.eye(len(users), dtype=bool)).astype(np.float32)
@@ -156,20 +181,20 @@ def publish_board(models_dir, users=range(1, N + 1), items=range(101, 101 + N), 
         "price": np.where(taste, 2.5, np.nan),
         "first_seen": np.full(len(items), np.datetime64("2026-01-02T03:04:05")),
     }
-    path = write_bundle(
+    given = {
+        "user_columns": {"popularity": seen.sum(axis=1).astype(np.int32)},
+        "item_columns": columns,
+        "data": {"fingerprint": "none"},
+        "metrics": {"loss": float("nan")},
+    }
+    path = bundle_by_hand(
         models_dir,
         user_factors=factors,
         item_factors=factors,
-        seen=csr_matrix(seen),
+        snapshot=once_today(seen, columns["popularity"]),
         users=users,
         items=items,
-        user_columns={"popularity": seen.sum(axis=1).astype(np.int32)},
-        item_columns=columns,
-        algorithm="by hand",
-        parameters={"factors": 2},
-        data={"fingerprint": "none"},
-        metrics={"loss": float("nan")},
-        **more,
+        **given | more,
     )
     publish(models_dir, path.name)
     return path
