@@ -16,7 +16,7 @@ import numpy as np
 
 from .bundle.files import current_version, publish, read_manifest, version_of, write_bundle
 from .core.columns import DISCOVERY, NEXT_PURCHASE
-from .core.errors import EvaluateError, ProductRecsError, TrainError
+from .core.errors import EvaluateError, TrainError
 from .core.files import locked
 from .core.parameters import typed
 from .core.paths import resolve_path

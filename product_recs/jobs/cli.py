@@ -232,10 +232,6 @@ def _similar(
         return _list_text(recommender, answer, as_json, f"Similar to {item} {title or ''}".rstrip(), item_id=item)
 
 # %% ../../nbs/jobs/cli.ipynb #7608bd7b
-def _print_notes(notes:Sequence[str])->None:
-    "Print what whoever started a run should know."
-    for note in notes: print(f"product-recs: note: {note}", file=sys.stderr)
-
 def _again(name:str, files:Sequence[str], pairs:Sequence[str], models_dir:str|None)->list[str]:
     "The words of a run, without its model."
     words = ["product-recs", "run", "--name", name, *(["--models-dir", models_dir] if models_dir else [])]
@@ -250,8 +246,14 @@ def _waits(result, again:Sequence[str], models_dir:str|None)->list[str]:
     publish += f" --models-dir {shlex.quote(models_dir)}" if models_dir else ""
     run = masked(shlex.join([*again, "-p", f"model={run.split()[-1]}"]))
     return ["product-recs: this model needs a person: it was kept, and is not live",
-            *(f"  {sentence}" for sentence in result.worse), f"  To {publishing}: {publish}", f"  To {competing}: {run}"]
+            *(f"  {sentence}" for sentence in result.worse),
+            f"  To {publishing}: {publish}", f"  To {competing}: {run}"]
 
+def _print_notes(notes:Sequence[str])->None:
+    "Print what whoever started a run should know."
+    for note in notes: print(f"product-recs: note: {note}", file=sys.stderr)
+
+# %% ../../nbs/jobs/cli.ipynb #e4cac6d8
 @_verb("run", "run -f examples/complete_journey.yaml -p factors 64")
 def _run(
     parameter:Pairs=(),
@@ -284,6 +286,7 @@ def _run(
     live = f"Model {result.version} is live in {resolve_path(models_dir)}"
     return f"{live}; services that watch this folder take it up within a second\n{where}"
 
+# %% ../../nbs/jobs/cli.ipynb #63dec32e
 @_verb("tune", "tune -f examples/complete_journey.yaml --minutes 8")
 def _tune(
     parameter:Pairs=(),

@@ -61,7 +61,8 @@ def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE = """
-:root { --ink: #1f2933; --soft: #52606d; --line: #dde3e9; --accent: #2f6db5; --good: #1a7f4b; --bad: #b42318; --wait: #b45309;
+:root { --ink: #1f2933; --soft: #52606d; --line: #dde3e9; --accent: #2f6db5; --good: #1a7f4b; --bad: #b42318;
+  --wait: #b45309;
   --paper: #ffffff; }
 body, body.jp-Notebook { background: var(--paper); color: var(--ink); font: 16px/1.55 "Segoe UI", Roboto,
   "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; margin: 0; padding: 0; overflow: auto; }
@@ -160,7 +161,7 @@ _INDEX = """<!DOCTYPE html>
 .facts b { display: block; font-size: 1.4rem; } .facts span { color: var(--soft); font-size: .85rem; } .ok { color:
   var(--good); } .no { color: var(--bad); } .wait { color: var(--wait); }
 .waits { border-left: 4px solid var(--wait); background: #fff8eb; padding: .4rem 1rem; margin: .8rem 0; }
-.served td { background: #eef4fb; font-weight: 600; } .served small { font-weight: 400; } .wide { overflow-x: auto; }
+.served td { background: #eef4fb; } .served td:first-child { color: var(--accent); } .wide { overflow-x: auto; }
 </style></head><body><main>
 <h1>{{ run }}</h1>
 <p>{% if failed %}<strong class="no">Failed</strong> in {{ failed }}; no model was published.{% elif worse %}<strong
@@ -184,9 +185,11 @@ _INDEX = """<!DOCTYPE html>
   step.error }}{% endif %}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
 <td>{% if step.html %}<a href="{{ step.name }}.ipynb">ipynb</a>{% endif %}</td></tr>{% endfor %}</tbody></table>
 {% for task, rows in tasks.items() %}{% set model = (models or {}).get(task) %}<h2>{{ headings.get(task, task) }}</h2>
-{% if model %}<p>Served by <strong>{{ model.name }}</strong>. {{ model.sentence }}</p>{% endif %}<div class="wide"><table><thead><tr><th>model</th>{% for
+{% if model %}<p>Served by <strong>{{ model.name }}</strong>. {{ model.sentence }}</p>{% endif %}
+<div class="wide"><table><thead><tr><th>model</th>{% for
   name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in rows %}<tr{% if model and row.model == model.row %} class="served"{% endif %}><td>{{ row.model }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best
+{% for row in rows %}<tr{% if model and row.model == model.row %} class="served"{% endif %}><td>{{ row.model
+  }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best
   %}<b>{% endif %}{{ '%.3f' | format(row[name].value) }}{% if row[name].best %}</b>{% endif %}
 {%- if loop.first and row[name].low is defined %} <small>({{ '%.3f' | format(row[name].low) }} to {{ '%.3f' |
   format(row[name].high) }})</small>{% endif %}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
