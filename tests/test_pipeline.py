@@ -166,7 +166,7 @@ def test_a_model_that_popularity_beats_needs_a_person(harmful):
     published = call(root, "product-recs", "publish", version)
     assert published.returncode == 0 and "is live" in published.stdout, published.stderr
     assert current_version(root / "models") == version
-    assert "discovery: ALS" in call(root, "product-recs", "models").stdout
+    assert "ALS" in call(root, "product-recs", "models").stdout
 
 
 def test_the_models_that_win_the_competition_of_such_a_shop_go_live(harmful):

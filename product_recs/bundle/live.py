@@ -242,26 +242,19 @@ def rollback(
     return version
 
 # %% ../../nbs/bundle/live.ipynb #7603ce17
-def _model_line(task:str, model:dict, judged:dict)->str:
-    "The model of a task by its name, with its figure where there is one."
-    figures = [value for name, value in judged.items()
-               if name.startswith(f"{task}_ndcg@") and isinstance(value, (int, float))]
-    figure = f" {figures[0]:.4g}" if figures else ""
-    return f"{task.replace('_', ' ')}: {model.get('name', 'none')}{figure}"
-
 def version_lines(
     models_dir:str|Path,
 )->list[str]: # newest first
-    "The complete bundles of a folder, one a line: mark, version, when it was made, models and size."
+    "The complete bundles of a folder, one a line: mark, version, when it was made, size and quality."
     models_dir = resolve_path(models_dir)
     live, before, lines = live_version(models_dir), previous_versions(models_dir), []
     for version in reversed(list_versions(models_dir)):
         mark = "live" if version == live else f"-{before.index(version) + 1}" if version in before else ""
         try: manifest = read_manifest(models_dir/version)
         except (BundleError, OSError) as error: lines.append(f"{mark:<5}{version}  not usable: {error}"); continue
-        judged = manifest["metrics"].get("evaluation")
-        facts = [_model_line(task, model, judged if isinstance(judged, dict) else {})
-                 for task, model in manifest["models"].items() if isinstance(model, dict)]
-        facts += [f"{manifest['shape'].get(what, 0):,} {what}" for what in ("users", "items")]
+        figures = {name: value for name, value in manifest["metrics"].items()
+                   if "ndcg@" in name and isinstance(value, (int, float))}
+        facts = [f"{manifest['shape'].get(what, 0):,} {what}" for what in ("users", "items")]
+        facts += [f"{name} {value:.4g}" for name, value in figures.items()][:2]
         lines.append(f"{mark:<5}{version}  {manifest['created_at']}  {', '.join(facts)}")
     return lines
