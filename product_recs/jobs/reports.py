@@ -80,7 +80,7 @@ table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child, .text td { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); }
-.text td { overflow-wrap: anywhere; }
+.text td { overflow-wrap: anywhere; } .text td:first-child { overflow-wrap: normal; }
 caption { text-align: left; padding: .3rem 0; color: var(--soft); }
 .note { border-left: 4px solid var(--accent); background: #f8fafc; padding: .6rem 1rem; }
 .failed { border-left: 4px solid var(--bad); background: #fef3f2; padding: .6rem 1rem; margin: .8rem 0; white-space:
