@@ -115,7 +115,8 @@ def choose_models(
         else: following = choice.with_habits(discovery, NEXT_PURCHASE)
     except (BlendError, EvaluateError, TrainError) as error:
         following = str(error)
-        choice.notes.append(f"There is no model for the next purchase: {error}")
+        said = any(following in note for note in choice.notes)
+        choice.notes.append("There is no model for the next purchase" + (" either." if said else f": {error}"))
     return {DISCOVERY: discovery, NEXT_PURCHASE: following}
 
 # %% ../nbs/03_train.ipynb #b13e1101
