@@ -200,6 +200,7 @@ _INDEX = """<!DOCTYPE html>
 <p><a href="metrics.json">metrics.json</a> has every figure.</p></main></body></html>
 """
 
+# %% ../../nbs/jobs/reports.ipynb #cee8d08f
 _HEADINGS = {
     "discovery": "Discovery: items that are new to the user",
     "next_purchase": "Next purchase: any item, repeat buying counts",
