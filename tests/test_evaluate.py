@@ -12,9 +12,11 @@ from support import features_of_log, plain_metrics
 from product_recs.core.errors import EvaluateError
 from product_recs.core.paths import project_root
 from product_recs.data.snapshots import Snapshot
+from product_recs.evaluation.competition import compete
 from product_recs.evaluation.judge import evaluate
 from product_recs.models.als import ALS
 from product_recs.models.baselines import Popularity, baselines
+from product_recs.models.blend import ScoreBlend
 from product_recs.models.interface import top_lists
 
 SPLIT = {"validation_from": "2026-05-25", "test_from": "2026-06-10"}
@@ -58,8 +60,9 @@ def test_what_follows_the_split_changes_no_score(log, features, tmp_path, new_id
     for ours, theirs in zip(models(), models()):
         if new_ids and ours.name == "ALS":
             continue  # more columns: another random start
+        ours, theirs = ours.fit(features.train_validation), theirs.fit(poisoned.train_validation)
         a, b = (
-            by_id(f, model.fit(f.train_validation).score(np.arange(len(f.users))))
+            by_id(f, model.scores(model.users(np.arange(len(f.users)))))
             for f, model in ((features, ours), (poisoned, theirs))
         )
         users = features.users.take(np.flatnonzero(np.diff(features.train_validation.counts.indptr)))
@@ -113,6 +116,30 @@ def test_a_user_without_a_past_or_an_unknown_item_breaks_nothing(features):
     nobody = replace(features, test=features.test * 0)
     with pytest.raises(EvaluateError, match="choose another split date"):
         evaluate(nobody, [Popularity()], progress=False)
+
+
+def test_what_is_given_stays_as_it_is_and_shared_parts_are_fitted_once(features, monkeypatch):
+    fits = []
+    monkeypatch.setattr(ALS, "_fit", lambda self, snapshot, fit=ALS._fit: (fits.append(1), fit(self, snapshot))[1])
+    als = ALS(factors=4, iterations=2, num_threads=1)
+    both = ScoreBlend([als, Popularity()])
+    found = evaluate(features, [als, both], k=[5], tasks=["discovery"], progress=False, bootstrap=10)
+    assert len(fits) == 1 and not hasattr(als, "snapshot") and both.parts[0] is als
+    assert {name for _, name in found.hits} == {"ALS", "ALS + popularity"}
+
+
+def test_the_test_period_has_no_say_in_a_competition(features):
+    "Noise in place of the test period, and of everything that ends after it: the same figures and the same winner."
+    noise = random_sparse(*features.test.shape, density=0.2, format="csr", dtype=np.float32, random_state=1)
+    elsewhere = replace(features.all, confidence=noise, counts=noise, age_days=noise)
+    poisoned = replace(features, test=noise, all=elsewhere, train_validation=elsewhere)
+    settings = {"progress": False, "bootstrap": 50}
+    candidates = [*baselines(), ALS(factors=8, num_threads=1)]
+    for task in ("discovery", "next_purchase"):
+        first, second = (compete(f, candidates, task, **settings) for f in (features, poisoned))
+        columns = ["model", "value", "low", "high", "difference", "eligible", "work"]
+        pd.testing.assert_frame_equal(first.table[columns], second.table[columns])
+        assert first.winner.name == second.winner.name and first.winner.parameters == second.winner.parameters
 
 
 def test_memory_stays_far_below_users_times_items():

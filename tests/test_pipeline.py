@@ -3,14 +3,17 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
-from support import call, fresh_project
+from support import call, fresh_project, only_the_jobs
 
 from product_recs.bundle.files import current_version, list_versions
 from product_recs.bundle.ready import open_bundle
@@ -21,9 +24,11 @@ BIN = Path(sys.executable).parent
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    "A project after one run with two parameters that differ from the defaults."
+    "A project after a run in which few models compete, with two more parameters that differ from the defaults."
     root = fresh_project(tmp_path_factory.mktemp("run"))
-    done = call(root, "product-recs", "run", "--name", "night", "-p", "factors", "12", "-p", "half_life_days", "60")
+    given = ["factors", "12", "half_life_days", "60", "candidates", "popularity, ALS, EASE, ALS + habits"]
+    pairs = [word for name, value in zip(given[::2], given[1::2]) for word in ("-p", name, value)]
+    done = call(root, "product-recs", "run", "--name", "night", *pairs)
     assert done.returncode == 0, done.stderr
     return root, done
 
@@ -48,10 +53,8 @@ def test_parameters_reach_their_notebooks(finished):
     metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
     assert metrics["03_train"]["parameters"]["factors"] == 12
     assert metrics["02_features"]["parameters"]["half_life_days"] == 60
-    assert (
-        metrics["run"]["parameters"] == {"factors": 12, "half_life_days": 60}
-        and metrics["run"]["status"] == "succeeded"
-    )
+    given = {"factors": 12, "half_life_days": 60, "candidates": "popularity, ALS, EASE, ALS + habits"}
+    assert metrics["run"]["parameters"] == given and metrics["run"]["status"] == "succeeded"
     ledger = metrics["01_ingest"]
     assert ledger["rows_read"] == ledger["rows_kept"] + ledger["rows_rejected"] + ledger["duplicates_merged"] > 10_000
 
@@ -59,13 +62,19 @@ def test_parameters_reach_their_notebooks(finished):
 def test_bundle_matches_manifest_and_metrics(finished):
     root, _ = finished
     bundle = open_bundle(root / "models", verify=True)
-    assert bundle.item_factors.shape[1] == 12 == bundle.manifest["parameters"]["factors"]
+    assert bundle.manifest["parameters"]["als"]["factors"] == 12
     metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
     assert bundle.version == metrics["run"]["version"] == metrics["03_train"]["version"]
     assert (
         bundle.manifest["data"]["fingerprint"] == metrics["02_features"]["fingerprint"]
         and len(bundle.manifest["metrics"]) > 2
     )
+    served = {task: model.name for task, model in bundle.models.items()}
+    assert served == metrics["03_train"]["models"] and len(served) == 2
+    for task, name in served.items():
+        assert bundle.manifest["metrics"]["competition"][task]["winner"] == name
+        assert metrics["04_evaluate"]["served"][task]["model"] == name
+        assert metrics["04_evaluate"]["served"][task]["beats_popularity"]["low"] > 0
 
 
 def test_evaluation_finds_the_planted_tastes(finished):
@@ -119,13 +128,83 @@ def test_unknown_parameter_is_refused_before_anything_runs(finished):
     assert done.returncode == 1 and "did you mean 'factors'" in done.stderr and not (root / "reports" / "typo").exists()
 
 
+def best_sellers(folder):
+    """A shop of best sellers: everybody takes from the same dozen items, most often from the first; which other items
+    somebody takes is chance."""
+    rng = np.random.default_rng(0)
+    chance = np.r_[np.linspace(0.9, 0.3, 12), np.full(60, 0.03)]
+    users, items = np.nonzero(rng.random((150, len(chance))) < chance)
+    days = rng.integers(0, 100, len(users))
+    times = pd.Timestamp("2026-01-01") + pd.to_timedelta(days, "D")
+    log = pd.DataFrame({"user_id": users + 1, "item_id": items + 101, "timestamp": times.astype(str)})
+    log.to_csv(folder / "log.csv", index=False)
+    return ["-p", "source", str(folder / "log.csv"), "-p", "products", "", "-p", "min_item_users", "1"]
+
+
+@pytest.fixture(scope="module")
+def harmful(tmp_path_factory):
+    "A shop where ALS with absurd parameters is trained."
+    root = fresh_project(tmp_path_factory.mktemp("harmful"))
+    only_the_jobs(root)
+    shop = best_sellers(root)
+    absurd = ["-p", "model", "ALS", "-p", "factors", "1", "-p", "regularization", "1e6", "-p", "iterations", "1"]
+    few = ["-p", "models", "popularity, ALS"]
+    done = call(root, "product-recs", "run", "--name", "shop", "--quiet", *shop, *absurd, *few)
+    return root, shop, done
+
+
+def test_a_model_that_popularity_beats_needs_a_person(harmful):
+    root, shop, done = harmful
+    metrics = json.loads((root / "reports" / "shop" / "metrics.json").read_text())
+    version = metrics["run"]["version"]
+    assert done.returncode == 3, done.stderr + done.stdout
+    assert metrics["run"]["status"] == "needs a person" and current_version(root / "models") is None
+    assert list_versions(root / "models") == [version]
+    assert "Discovery: ALS is worse than popularity by 0." in done.stderr and "is live" not in done.stdout
+    assert f"product-recs publish {version}" in done.stderr and "-p model=auto" in done.stderr
+    page = (root / "reports" / "shop" / "index.html").read_text()
+    assert "Needs a person" in page and "Succeeded" not in page and f"product-recs publish {version}" in page
+    published = call(root, "product-recs", "publish", version)
+    assert published.returncode == 0 and "is live" in published.stdout, published.stderr
+    assert current_version(root / "models") == version
+    assert "ALS" in call(root, "product-recs", "models").stdout
+
+
+def test_the_models_that_win_the_competition_of_such_a_shop_go_live(harmful):
+    "The command that the run printed."
+    root, shop, done = harmful
+    command = next(line for line in done.stderr.splitlines() if "-p model=auto" in line).partition(": ")[2]
+    words = [*shlex.split(command), "--quiet", "-p", "candidates", "popularity, ALS, EASE, popularity + habits"]
+    done = call(root, *words)
+    assert done.returncode == 0 and "is live" in done.stdout, done.stderr
+    metrics = json.loads((root / "reports" / "shop" / "metrics.json").read_text())
+    assert metrics["run"]["status"] == "succeeded" and metrics["run"]["version"] == current_version(root / "models")
+    assert metrics["03_train"]["models"]["discovery"] != "ALS"
+    for figures in metrics["04_evaluate"]["served"].values():
+        against = figures["beats_popularity"]
+        assert against is None or against["high"] >= 0, figures
+
+
+def test_alone_the_notebook_holds_such_a_model_back(harmful, tmp_path):
+    root, _, _ = harmful
+    given = {"run": "shop", "models_dir": str(tmp_path), "model": "ALS", "next_model": "none", "factors": "1"}
+    given |= {"regularization": "1e6", "iterations": "1", "report_dir": str(tmp_path)}
+    pairs = [word for name, value in given.items() for word in ("-p", name, value)]
+    done = call(root, "papermill", "nbs/03_train.ipynb", str(tmp_path / "out.ipynb"), *pairs)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "metrics.json").read_text())["03_train"]
+    assert current_version(tmp_path) is None and list_versions(tmp_path) == [facts["version"]]
+    assert not facts["published"] and "ALS is worse than popularity" in facts["worse_than_popularity"][0]
+    assert f"product-recs publish {facts['version']}" in (tmp_path / "out.ipynb").read_text()
+
+
 @pytest.mark.parametrize("form", ["output named", "no output, piped"])
 def test_papermill_alone_trains_from_the_committed_sample(tmp_path, form):
     root = fresh_project(tmp_path)
     output = ["reports/03_train.ipynb"] if form == "output named" else []
     (root / "reports").mkdir()
     # papermill takes piped standard input for a notebook; a terminal or a job runner gives it none
-    command = [str(BIN / "papermill"), "nbs/03_train.ipynb", *output, "-p", "factors", "8"]
+    command = [str(BIN / "papermill"), "nbs/03_train.ipynb", *output, "-p", "factors", "8", "-p", "model", "ALS"]
     environment = os.environ | {"PRODUCT_RECS_ROOT": str(root)}
     if output:
         done = subprocess.run(
@@ -138,7 +217,8 @@ def test_papermill_alone_trains_from_the_committed_sample(tmp_path, form):
         )
         os.close(controller), os.close(terminal)
     assert done.returncode == 0, done.stderr
-    assert open_bundle(root / "models", verify=True).item_factors.shape[1] == 8
+    bundle = open_bundle(root / "models", verify=True)
+    assert bundle.manifest["parameters"]["als"]["factors"] == 8 and bundle.models["discovery"].name == "ALS"
     assert (
         json.loads((root / "reports" / "sample" / "metrics.json").read_text())["03_train"]["parameters"]["factors"] == 8
     )
@@ -157,7 +237,7 @@ features = ensure_features("sample")
 print("ready", flush=True)
 for seed in range(10_000):
     version, _ = train_bundle(
-        features, Path(sys.argv[1]), blend=False, factors=4, iterations=1, seed=seed, progress=False
+        features, Path(sys.argv[1]), True, next_model="none", factors=4, iterations=1, seed=seed, progress=False
     )
     print(version, flush=True)
 """
@@ -188,7 +268,7 @@ def test_killed_while_publishing_leaves_a_whole_model_live(tmp_path):
         process.wait()
         interrupted += any(path.name.startswith(".") and path.is_dir() for path in models.iterdir())
         bundle = open_bundle(models, verify=True)
-        assert bundle.version == current_version(models) and bundle.item_factors.shape[1] == 4
+        assert bundle.version == current_version(models) and bundle.model().item_factors.shape[1] == 4
         for version in list_versions(models):
             open_bundle(models, version, verify=True)
     assert interrupted >= 3, "the kills never hit a bundle that was being written"

@@ -26,6 +26,7 @@ from ..data.tasks import Task, cold_shares, make_task, past_and_future
 from .metrics import (METRIC_NAMES, METRICS, Comparison, Hits, bootstrap_means,
                                              category_diversity, cosine_diversity, coverage, exposure, find_hits, gini,
                                              interval, novelty, paired_bootstrap)
+from ..models.all import KINDS, fit_sharing
 from ..models.interface import Model, top_lists
 
 # %% ../../nbs/evaluation/judge.ipynb #963a2ca7
@@ -134,20 +135,18 @@ def evaluate(
     for name, value, ends in (("max_users", max_users, (0, 2**31 - 1)), ("bootstrap", bootstrap, (1, 10**6)),
                               ("seed", seed, (0, 2**32 - 1)), ("block", block, (1, 10**6))):
         number(name, value, *ends, whole=True, error=EvaluateError)
-    names = [model.name for model in models]
-    if not names or len(set(names)) < len(names):
-        raise EvaluateError(f"models need names of their own: {', '.join(names) or 'there are none'}")
+    _check_names(models, tasks)
     work = {name: make_task(past, future, name, max_users, seed) for name in tasks}
-    judged = _Judged([], {}, {}, {}, [])
+    judged, fitted = _Judged([], {}, {}, {}, []), {}
     lists = sum(len(task.rows) for model in models for task in _tasks_of(model, work).values())
     with tqdm(total=lists, unit=" lists", disable=not progress, delay=2, mininterval=2, file=sys.stdout) as bar:
         for model in models:
             bar.set_description(model.name, refresh=False)
-            _judge(model, past, work, k, categories, block, bootstrap, seed, bar.update, judged)
+            _judge(model, past, fitted, work, k, categories, block, bootstrap, seed, bar.update, judged)
     columns = ["task", "model", "metric", "k", "value", "low", "high", "users"]
     table = pd.DataFrame(judged.rows)[columns].assign(seed=seed, split=split)
     facts = {"seed": seed, "split": split, "period": period, "bootstrap": bootstrap,
-             "catalogue": future.shape[1], "candidates": int(models[0].candidates.sum()), **cold_shares(past, future),
+             "catalogue": future.shape[1], "candidates": int((past.popularity > 0).sum()), **cold_shares(past, future),
              "users": {name: len(task.rows) for name, task in work.items()},
              "left_out": {name: task.left_out for name, task in work.items()}}
     return Evaluation(table, work, judged.hits, judged.hit_items, judged.shown, pd.DataFrame(judged.seconds), facts)
@@ -158,6 +157,13 @@ def _cut_offs(k)->list[int]:
     if isinstance(k, (str, Mapping)) or not isinstance(k, Iterable) or not len(list(k)):
         raise EvaluateError(f"k must be a list of whole numbers from 1, not {k!r}")
     return sorted({number("k", cut, 1, 10**6, whole=True, error=EvaluateError) for cut in k})
+
+def _check_names(models:Sequence[Model], tasks:Sequence[str])->None:
+    "Refuse two models of one name in one task."
+    for task in tasks:
+        names = [model.name for model in models if model.tasks is None or task in model.tasks]
+        if len(set(names)) < len(names): raise EvaluateError(f"models need names of their own: {', '.join(names)}")
+    if not models: raise EvaluateError("there is no model to judge")
 
 def _tasks_of(model:Model, work:dict)->dict:
     "The tasks that a model is made for."
@@ -171,23 +177,27 @@ class _Judged(NamedTuple):
     shown: dict
     seconds: list
 
-def _judge(model:Model, past:Snapshot, work:dict, k:list[int], categories:np.ndarray|None, block:int, bootstrap:int,
-           seed:int, advance:Callable, judged:_Judged)->None:
+def _fit(model:Model, past:Snapshot, fitted:dict)->Model:
+    "Fitted; parts that several models of this project share are fitted once."
+    return fit_sharing(model, past, fitted) if KINDS.get(type(model).__name__) is type(model) else model.fit(past)
+
+def _judge(given:Model, past:Snapshot, fitted:dict, work:dict, k:list[int], categories:np.ndarray|None, block:int,
+           bootstrap:int, seed:int, advance:Callable, judged:_Judged)->None:
     "Fit one model, rank for each of its tasks, and add what comes out."
     start = perf_counter()
-    model.fit(past)
-    spent = {"model": model.name, "fit": perf_counter() - start}
-    for name, task in _tasks_of(model, work).items():
+    model = _fit(given, past, fitted)
+    spent = {"model": given.name, "fit": perf_counter() - start}
+    for name, task in _tasks_of(given, work).items():
         start = perf_counter()
         items, _ = top_lists(model, task.rows, k[-1], task.exclude_seen, block, advance)
         spent[name] = perf_counter() - start
-        hits = judged.hits[name, model.name] = _hits(items, task.targets)
-        judged.hit_items[name, model.name] = items[hits.hits]
+        hits = judged.hits[name, given.name] = _hits(items, task.targets)
+        judged.hit_items[name, given.name] = items[hits.hits]
         shown = {cut: exposure(items, cut, len(model.candidates)) for cut in k}
-        judged.shown.update({(name, model.name, cut): times for cut, times in shown.items()})
+        judged.shown.update({(name, given.name, cut): times for cut, times in shown.items()})
         lists = _list_figures(items, k, model, categories, seed)
         for row in _figures(hits, lists, shown, model.candidates, bootstrap, seed):
-            judged.rows.append({"task": name, "model": model.name, **row})
+            judged.rows.append({"task": name, "model": given.name, **row})
     judged.seconds.append(spent)
 
 # %% ../../nbs/evaluation/judge.ipynb #527d3249

@@ -15,15 +15,14 @@ import numpy as np
 import pandas as pd
 
 from ..bundle.files import current_version, read_manifest
-from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from ..core.errors import EvaluateError
 from ..core.paths import resolve_path
 from ..data.artifact import Features, open_features
+from ..evaluate import served_models
+from ..evaluation.competition import Fits
 from ..evaluation.judge import Evaluation, evaluate
 from ..evaluation.metrics import METRIC_NAMES
 from ..features import build_features
-from ..models.als import ALS
-from ..models.blend import Blend
 from ..models.interface import Model
 
 # %% ../../nbs/jobs/compare.ipynb #2a8df95e
@@ -64,29 +63,35 @@ class Refitted(Model):
     "A model on features of its own, judged on the users and items of a run."
     def __init__(self,
         name:str,
-        model:Model,     # fitted on `own`
+        model:Model,     # a recipe
+        fits:Fits,       # on `own.train_validation`
         own:Features,
         judged:Features,       # of the run
         tasks:tuple[str, ...], # the tasks that it answers
     ):
-        self.name, self.model, self.own, self.judged, self.tasks = name, model, own, judged, tasks
+        super().__init__()
+        self.name, self.model, self.fits, self.own, self.judged, self.tasks = name, model, fits, own, judged, tasks
 
     def _fit(self, snapshot):
-        past = self.own.train_validation
-        if getattr(self.model, "snapshot", None) is not past: self.model.fit(past)
+        self.model = self.fits.fit(self.model)
         if self.own is not self.judged:
             find = lambda table, ids: np.array([-1 if (row := table.row(id)) is None else row for id in ids], np.int64)
             self._user = find(self.own.users, self.judged.users.take(np.arange(len(self.judged.users))))
             self._item = find(self.own.items, self.judged.items.take(np.arange(len(self.judged.items))))
             self._item[~np.append(self.model.candidates, False)[self._item]] = -1
 
-    def score(self, rows:np.ndarray)->np.ndarray:
+    def users(self, rows:np.ndarray)->np.ndarray:
+        "The rows themselves."
+        return np.asarray(rows)
+
+    def scores(self, representations:np.ndarray)->np.ndarray:
         "Scores on the items of the run; minus infinity where the model does not know the item."
-        if self.own is self.judged: return self.model.score(rows)
+        rows = representations
+        if self.own is self.judged: return self.model.scores(self.model.users(rows))
         users = self._user[rows]
         known = (users >= 0) & (np.diff(self.model.snapshot.counts.indptr)[users] > 0)
         scores = np.tile(self.popularity.astype(np.float32), (len(rows), 1))
-        if known.any(): scores[known] = self.model.score(users[known])[:, self._item]
+        if known.any(): scores[known] = self.model.scores(self.model.users(users[known]))[:, self._item]
         scores[:, self._item < 0] = -np.inf
         return scores
 
@@ -101,27 +106,20 @@ class BundleComparison:
     differ: dict          # parameter -> (value of a, value of b), where they differ
     evaluation: Evaluation
 
-_ALS_NAMES = ("factors", "regularization", "alpha", "iterations", "seed", "solver")
-
-def _makers(version:str, label:str, manifest:dict, features:Features, folder:Path)->list[Refitted]:
-    "What answers the two tasks for one bundle."
-    if manifest["algorithm"] != "als":
-        raise EvaluateError(f"bundle {version} was made by {manifest['algorithm']!r}; only bundles of 'als' can be "
-                            "fitted again; train it anew")
+def _refitted(label:str, manifest:dict, features:Features, folder:Path)->dict[str, Refitted]:
+    "Task -> what answers it for one bundle; parts are fitted once."
     own = bundle_features(manifest, features, folder)
-    als = ALS(**{name: manifest["parameters"][name] for name in _ALS_NAMES})
-    if not _has_blend(manifest): return [Refitted(f"{label} (ALS)", als, own, features, TASKS)]
-    return [Refitted(f"{label} (ALS)", als, own, features, (DISCOVERY,)),
-            Refitted(f"{label} (blend)", Blend(own, als=als), own, features, (NEXT_PURCHASE,))]
-
-def _has_blend(manifest:dict)->bool:
-    "Whether a bundle answers next purchase with a blend."
-    return "weights" in (manifest.get("blend") or {})
+    fits = Fits(own.train_validation)
+    return {task: Refitted(f"{label} ({model.name})", model, fits, own, features, (task,))
+            for task, model in served_models(manifest).items()}
 
 def _parameters(manifest:dict)->dict:
     "All parameters of a bundle in one table; dates aside, because the run has its own."
-    own = {name: value for name, value in manifest["parameters"].items() if name != "features"}
-    table = own | (manifest["parameters"].get("features") or {}) | {"blend": _has_blend(manifest)}
+    table = dict(manifest["parameters"].get("features") or {})
+    table |= {task: model.get("name", "none") for task, model in manifest["models"].items()}
+    for part in manifest["parts"].values(): # weights that were learned are no parameters
+        table |= {f"{part['name']}: {name}": value for name, value in part["parameters"].items()
+                  if name not in ("weights", "task")}
     return {name: value for name, value in table.items() if name not in ("validation_from", "test_from")}
 
 def _differences(a:dict, b:dict)->dict:
@@ -151,13 +149,15 @@ def compare_bundles(
                             f"{prints[1][:12]}); train both on the same")
     features = run_of(prints[0], name)
     with tempfile.TemporaryDirectory() as made:
-        models = [model for version, label, manifest in ((a, "A", first), (b, "B", second))
-                  for model in _makers(version, label, manifest, features, Path(made)/label)]
-        evaluation = evaluate(features, models, [k], bootstrap=bootstrap, seed=seed, progress=progress)
+        of_a, of_b = (_refitted(label, manifest, features, Path(made)/label)
+                      for label, manifest in (("A", first), ("B", second)))
+        tasks = [task for task in of_a if task in of_b]
+        if not tasks: raise EvaluateError(f"{a} and {b} have no task in common")
+        models = [models[task] for models in (of_a, of_b) for task in tasks]
+        evaluation = evaluate(features, models, [k], tasks, bootstrap=bootstrap, seed=seed, progress=progress)
     rows = []
     for task in evaluation.tasks:
-        left, right = (next(model.name for model in models if model.name[0] == label and task in model.tasks)
-                       for label in "AB")
+        left, right = of_a[task].name, of_b[task].name
         for metric in metrics:
             values = {"a": evaluation.value(task, left, metric, k), "b": evaluation.value(task, right, metric, k)}
             against = evaluation.compare(task, left, right, metric, k, bootstrap)._asdict()
@@ -176,7 +176,7 @@ def comparison_text(
     lines = [f"A  {a}", f"B  {b}", f"They differ in (A / B): {differ}", "",
              f"Both were fitted again with these parameters on what run {result.run} knew before "
              f"{facts['split'][:10]}, and judged by what followed.",
-             "The factors in the bundles know the test period, so they cannot be judged by it."]
+             "The models in the bundles know the test period, so they cannot be judged by it."]
     for task, part in result.table.groupby("task", sort=False):
         first = part.iloc[0]
         lines += ["", f"{task.replace('_', ' ').capitalize()}, {first.users:,} users (A by {first.model_a}, "

@@ -62,6 +62,7 @@ CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; 
 
 STYLE = """
 :root { --ink: #1f2933; --soft: #52606d; --line: #dde3e9; --accent: #2f6db5; --good: #1a7f4b; --bad: #b42318;
+  --wait: #b45309;
   --paper: #ffffff; }
 body, body.jp-Notebook { background: var(--paper); color: var(--ink); font: 16px/1.55 "Segoe UI", Roboto,
   "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; margin: 0; padding: 0; overflow: auto; }
@@ -79,7 +80,7 @@ table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child, .text td { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); }
-.text td { overflow-wrap: anywhere; }
+.text td { overflow-wrap: anywhere; } .text td:first-child { overflow-wrap: normal; }
 caption { text-align: left; padding: .3rem 0; color: var(--soft); }
 .note { border-left: 4px solid var(--accent); background: #f8fafc; padding: .6rem 1rem; }
 .failed { border-left: 4px solid var(--bad); background: #fef3f2; padding: .6rem 1rem; margin: .8rem 0; white-space:
@@ -158,13 +159,21 @@ _INDEX = """<!DOCTYPE html>
 .facts { display: flex; flex-wrap: wrap; gap: 12px; padding: 0; } .facts div { border: 1px solid var(--line);
   border-radius: 8px; padding: .6rem 1rem; min-width: 120px; }
 .facts b { display: block; font-size: 1.4rem; } .facts span { color: var(--soft); font-size: .85rem; } .ok { color:
-  var(--good); } .no { color: var(--bad); }</style></head><body><main>
+  var(--good); } .no { color: var(--bad); } .wait { color: var(--wait); }
+.waits { border-left: 4px solid var(--wait); background: #fff8eb; padding: .4rem 1rem; margin: .8rem 0; }
+.served td { background: #eef4fb; } .served td:first-child { color: var(--accent); } .wide { overflow-x: auto; }
+</style></head><body><main>
 <h1>{{ run }}</h1>
-<p>{% if failed %}<strong class="no">Failed</strong> in {{ failed }}; no model was published.{% else %}<strong
+<p>{% if failed %}<strong class="no">Failed</strong> in {{ failed }}; no model was published.{% elif worse %}<strong
+  class="wait">Needs a person.</strong> Model <code>{{ version }}</code> is not live.{% else %}<strong
   class="ok">Succeeded.</strong>
 {% if version %}Model <code>{{ version }}</code> is live.{% endif %}{% endif %} {{ started }}, {{ '%.0f' |
   format(seconds) }} seconds.</p>
 {% if error %}<div class="failed">{{ error }}</div>{% endif %}
+{% if worse %}<div class="waits"><p>This model would do worse than a list of best sellers, so it was kept and not
+  published:</p><ul>{% for sentence in worse %}<li>{{ sentence }}</li>{% endfor %}</ul><p>What can be done, with the
+  other parameters of this run where they matter:</p><ul>{% for what, command in remedies %}<li>{{ what }}: <code>{{
+  command }}</code></li>{% endfor %}</ul></div>{% endif %}
 {% for note in notes or [] %}<p class="note">{{ note }}</p>{% endfor %}
 {% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{%
   endfor %}</div>{% endif %}
@@ -175,12 +184,15 @@ _INDEX = """<!DOCTYPE html>
 <td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}{% if step.status == 'skipped' %}: {{
   step.error }}{% endif %}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
 <td>{% if step.html %}<a href="{{ step.name }}.ipynb">ipynb</a>{% endif %}</td></tr>{% endfor %}</tbody></table>
-{% for task, rows in tasks.items() %}<h2>{{ headings.get(task, task) }}</h2><table><thead><tr><th>model</th>{% for
+{% for task, rows in tasks.items() %}{% set model = (models or {}).get(task) %}<h2>{{ headings.get(task, task) }}</h2>
+{% if model %}<p>Served by <strong>{{ model.name }}</strong>. {{ model.sentence }}</p>{% endif %}
+<div class="wide"><table><thead><tr><th>model</th>{% for
   name in columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in rows %}<tr><td>{{ row.model }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best
+{% for row in rows %}<tr{% if model and row.model == model.row %} class="served"{% endif %}><td>{{ row.model
+  }}</td>{% for name in columns %}<td>{% if row[name] %}{% if row[name].best
   %}<b>{% endif %}{{ '%.3f' | format(row[name].value) }}{% if row[name].best %}</b>{% endif %}
 {%- if loop.first and row[name].low is defined %} <small>({{ '%.3f' | format(row[name].low) }} to {{ '%.3f' |
-  format(row[name].high) }})</small>{% endif %}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table>
+  format(row[name].high) }})</small>{% endif %}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
 <p><small>{{ rows[0][columns[0]].users if rows[0][columns[0]] else '' }} users; in brackets the 95 % bootstrap
   interval, in bold the largest value. Definitions are in 04_evaluate.</small></p>{% endfor %}
 {% if parameters %}<h2>Parameters given</h2><table class="text"><tbody>{% for name, value in parameters.items()
@@ -188,6 +200,7 @@ _INDEX = """<!DOCTYPE html>
 <p><a href="metrics.json">metrics.json</a> has every figure.</p></main></body></html>
 """
 
+# %% ../../nbs/jobs/reports.ipynb #cee8d08f
 _HEADINGS = {
     "discovery": "Discovery: items that are new to the user",
     "next_purchase": "Next purchase: any item, repeat buying counts",
@@ -195,7 +208,7 @@ _HEADINGS = {
 
 def write_index(
     folder:Path, # of the run's reports
-    facts:dict,  # run, started, seconds, steps, failed, error, version, facts, tasks, columns, parameters
+    facts:dict,  # run, started, seconds, steps, failed, error, version, facts, tasks, columns, parameters, worse, ...
 )->Path:         # the index.html
     "Write the page that summarises a run."
     template = Environment(autoescape=True).from_string(_INDEX)

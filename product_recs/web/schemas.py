@@ -320,6 +320,7 @@ class UserSample(BaseModel):
     users: list[int | str]
     total: int
 
+# %% ../../nbs/web/schemas.ipynb #aecd63c1
 class ReasonShare(BaseModel):
     "One past item with its share of the score."
     item_id: int | str
