@@ -1,7 +1,6 @@
 """A user's newer events through the whole path: the log that a customer writes, features, training, bundle, fold-in,
 explanation."""
 
-import json
 from datetime import timedelta, timezone
 
 import numpy as np
@@ -15,14 +14,13 @@ from product_recs.answer.person import confidence_with, person_now, score_person
 from product_recs.answer.recommender import Recommender
 from product_recs.answer.rules import Filters
 from product_recs.bundle.catalogue import SEEN
-from product_recs.bundle.files import publish
 from product_recs.bundle.ready import open_bundle
 from product_recs.bundle.ready import ReadyModel
+from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from product_recs.core.events import Event, UserState
 from product_recs.core.paths import project_root
 from product_recs.models.als import fit_als
 from product_recs.models.foldin import Solver, fold_in
-from product_recs.models.signals import BlendError, score_users
 from product_recs.models.weighting import bm25
 from product_recs.train import train_bundle
 
@@ -37,15 +35,15 @@ def log():
     return log.assign(quantity=np.random.default_rng(0).integers(1, 5, len(log)))
 
 
-def model_of(log, folder, blend=False, **parameters):
+def model_of(log, folder, next_model="none", **parameters):
     features = features_of_log(log, folder, **parameters)
-    version, _ = train_bundle(features, folder / "models", publish_it=True, blend=blend, **QUICK)
+    version, _ = train_bundle(features, folder / "models", publish_it=True, next_model=next_model, **QUICK)
     return features, ReadyModel(open_bundle(folder / "models", version, verify=True))
 
 
 @pytest.fixture(scope="module")
 def trained(log, tmp_path_factory):
-    return model_of(log, tmp_path_factory.mktemp("trained"), blend=True)
+    return model_of(log, tmp_path_factory.mktemp("trained"), next_model="ALS + habits")
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +109,9 @@ def test_new_events_weigh_what_they_would_have_weighed_in_training(log, tmp_path
         assert items.tolist() == wanted.indices.tolist()
         np.testing.assert_allclose(confidence, wanted.data, rtol=2e-4)
         now = person_now(model, int(user), UserState(events))
-        assert now.counts.tolist() == later.all.counts[later.users.row(int(user))].data.tolist()
-        np.testing.assert_allclose(now.vector, fold_in(model.item_factors, wanted, 20.0, 1.0)[0], rtol=1e-3, atol=1e-5)
+        assert now.history.counts.tolist() == later.all.counts[later.users.row(int(user))].data.tolist()
+        solved = fold_in(model.model().item_factors, wanted, 20.0, 1.0)
+        np.testing.assert_allclose(now.representation, solved, rtol=1e-3, atol=1e-5)
 
 
 def bm25_with(sums, reference):
@@ -133,31 +132,29 @@ def bm25_with(sums, reference):
 
 def test_who_has_no_news_is_answered_as_before(trained):
     features, model = trained
-    bundle, solver = model.bundle, model.solver
-    again = fold_in(bundle.item_factors, features.all.confidence, 20.0, 1.0, num_threads=2)
-    np.testing.assert_allclose(again, bundle.user_factors, rtol=1e-5, atol=1e-6)
-    for row in range(len(bundle.users)):
-        user = bundle.users[row]
+    als, everybody = model.model(), np.arange(len(model.bundle.users))
+    np.testing.assert_allclose(als.fold_in(features.all.histories(everybody)), als.user_factors, rtol=1e-5, atol=1e-6)
+    for row in everybody:
+        user, had = model.bundle.users[row], model.bundle.history(row)
+        for task in TASKS:
+            calm, asked = person_now(model, user, task=task), model.model(task)
+            assert not calm.news and np.array_equal(calm.items, had.items)
+            scores = asked.scores(asked.users(np.array([row])))[0]
+            np.testing.assert_array_equal(score_person(model, calm)[model.candidates], scores[model.candidates])
+            folded = asked.scores(asked.fold_in(had))[0]
+            np.testing.assert_allclose(folded, scores, rtol=1e-4, atol=1e-5)
         calm = person_now(model, user)
-        assert (
-            not calm.fresh
-            and np.array_equal(calm.vector, bundle.user_factors[row])
-            and np.array_equal(calm.seen, bundle.seen[row].indices)
-        )
-        solved = solver.solve(*confidence_with(bundle, row, ()))
-        assert np.linalg.norm(solved - calm.vector) <= 1e-5 * np.linalg.norm(calm.vector)
-        np.testing.assert_array_equal(
-            score_person(model, calm, "next_purchase"), score_users(model.signals, np.array([row]))[0]
-        )
-    assert Recommender(model).recommend(user, 5, filters=Filters(exclude_seen=False)).items == bundle.items.take(
-        np.argsort(-np.where(model.candidates, score_person(model, calm), -np.inf), kind="stable")[:5]
-    )
+        solved = als.solver.solve(*confidence_with(model.bundle, row, ()))
+        assert np.linalg.norm(solved - calm.representation[0]) <= 1e-5 * np.linalg.norm(solved)
+    best = np.argsort(-np.where(model.candidates, score_person(model, calm), -np.inf), kind="stable")[:5]
+    listed = Recommender(model).recommend(user, 5, filters=Filters(exclude_seen=False))
+    assert listed.items == model.bundle.items.take(best)
 
 
 @pytest.mark.parametrize("solver", ["implicit", "rotated"])
 @pytest.mark.parametrize("alpha, regularization", [(1.0, 20.0), (40.0, 0.1), (0.3, 1.0)])
 def test_trained_factors_are_those_that_one_by_one_solves_give(trained, solver, alpha, regularization):
-    features, _ = trained
+    features = trained[0]
     confidence = features.all.confidence.copy()
     confidence.data *= np.float32(0.5)  # below and above the weight of an untaken item
     model = fit_als(confidence, **QUICK, solver=solver, alpha=alpha, regularization=regularization)
@@ -170,7 +167,7 @@ def test_an_event_speaks_for_what_is_like_it(model):
     random = np.random.default_rng(3)
     for row in range(0, len(model.bundle.users), 5):
         calm = person_now(model, model.bundle.users[row])
-        new = model.bundle.items[int(random.choice(np.setdiff1d(np.flatnonzero(model.candidates), calm.seen)))]
+        new = model.bundle.items[int(random.choice(np.setdiff1d(np.flatnonzero(model.candidates), calm.items)))]
         gain = score_person(model, person_now(model, model.bundle.users[row], UserState((Event(new),)))) - score_person(
             model, calm
         )
@@ -178,7 +175,8 @@ def test_an_event_speaks_for_what_is_like_it(model):
         assert gain[model.bundle.items.row(new)] > 0 and gain[alike].mean() > gain.mean()
         # one event in the store is one in the request
         same = person_now(model, model.bundle.users[row], session=[Event(new)])
-        assert np.array_equal(same.vector, person_now(model, model.bundle.users[row], UserState((Event(new),))).vector)
+        stored = person_now(model, model.bundle.users[row], UserState((Event(new),)))
+        assert np.array_equal(same.representation, stored.representation)
 
 
 def test_the_order_and_the_place_of_events_do_not_matter(model):
@@ -189,77 +187,83 @@ def test_the_order_and_the_place_of_events_do_not_matter(model):
         person_now(model, user, UserState(events[:2]), events[2:]),
         person_now(model, user, session=[*events, Event(-1)]),
     ):
-        np.testing.assert_allclose(other.vector, whole.vector, rtol=1e-5, atol=1e-7)
-        assert other.items.tolist() == whole.items.tolist() and other.counts.tolist() == whole.counts.tolist()
+        np.testing.assert_allclose(other.representation, whole.representation, rtol=1e-5, atol=1e-7)
+        assert other.items.tolist() == whole.items.tolist()
+        assert other.history.counts.tolist() == whole.history.counts.tolist()
     assert other.unknown == 1 and whole.unknown == 0
 
 
 def test_nothing_of_the_forgotten_is_used(model):
     events = (Event(model.bundle.items[5]), Event(model.bundle.items[6]))
     for user in model.bundle.users.take(np.arange(0, 40, 7)):
-        assert person_now(model, user, UserState(forgotten=True)).vector is None
+        assert person_now(model, user, UserState(forgotten=True)).representation is None
         back = person_now(model, user, UserState(events, forgotten=True))
         guest = person_now(model, None, session=events)
-        assert np.array_equal(back.vector, guest.vector) and np.array_equal(back.seen, guest.seen) and back.row is None
+        assert np.array_equal(back.representation, guest.representation) and back.row is None
+        assert np.array_equal(back.items, guest.items)
 
 
 def test_explanations_add_up(model):
     news = UserState((Event(model.bundle.items[5]), Event(model.bundle.items[40], "view")))
     for row in range(0, len(model.bundle.users), 9):
-        for who in (
-            person_now(model, model.bundle.users[row]),
-            person_now(model, model.bundle.users[row], news),
-            person_now(model, None, news),
-        ):
-            scores = {task: score_person(model, who, task) for task in ("discovery", "next_purchase")}
+        for given in ((model.bundle.users[row],), (model.bundle.users[row], news), (None, news)):
+            who, buyer = (person_now(model, *given, task=task) for task in (DISCOVERY, NEXT_PURCHASE))
+            scores, next_scores = score_person(model, who), score_person(model, buyer)
             for item in (0, 5, 17, 40):
-                taste, next_one = why(model, who, item), why(model, who, item, "next_purchase")
+                taste, next_one = why(model, who, item), why(model, buyer, item)
                 size = np.abs(taste.contributions).sum()
-                assert (
-                    abs(taste.contributions.sum() - scores["discovery"][item]) <= 1e-4 * size
-                    and abs(taste.other) <= 1e-4 * size
-                )
+                assert abs(taste.contributions.sum() - scores[item]) <= 1e-4 * size
+                assert abs(taste.other) <= 1e-4 * size and not taste.signals
                 assert sorted(taste.items.tolist()) == who.items.tolist() and (np.diff(taste.contributions) <= 0).all()
-                assert sum(next_one.signals.values()) == pytest.approx(scores["next_purchase"][item], abs=1e-4)
-            place = why_not(model, who, int(who.seen[0]), [(SEEN, who.seen)], scores["discovery"])
-            assert place.rule == SEEN and place.candidates == len(model.bundle.items) - len(who.seen)
-            free = np.setdiff1d(np.arange(len(model.bundle.items)), who.seen)
-            order = free[np.argsort(-scores["discovery"][free], kind="stable")]
-            assert [
-                why_not(model, who, int(item), [(SEEN, who.seen)], scores["discovery"]).rank for item in order[:5]
-            ] == [1, 2, 3, 4, 5]
+                assert sum(next_one.signals.values()) == pytest.approx(next_scores[item], abs=1e-4)
+            place = why_not(model, who, int(who.items[0]), [(SEEN, who.items)], scores)
+            assert place.rule == SEEN and place.candidates == len(model.bundle.items) - len(who.items)
+            free = np.setdiff1d(np.arange(len(model.bundle.items)), who.items)
+            order = free[np.argsort(-scores[free], kind="stable")]
+            assert [why_not(model, who, int(item), [(SEEN, who.items)], scores).rank for item in order[:5]] == [
+                1,
+                2,
+                3,
+                4,
+                5,
+            ]
 
 
 def test_the_exact_pass_changes_with_nothing_but_seed_and_data(trained):
     features, model = trained
     for threads in (1, 2, 3):
         again = fit_als(features.all.confidence, **QUICK | {"num_threads": threads})
-        assert np.array_equal(again.user_factors, model.user_factors) and np.array_equal(
-            again.item_factors, model.item_factors
-        )
+        assert np.array_equal(again.user_factors, model.model().user_factors)
+        assert np.array_equal(again.item_factors, model.model().item_factors)
 
 
-def test_an_older_bundle_still_answers(log, tmp_path):
-    """Without a blend, without history, without the parameters of the features: as bundles once were, or as somebody
-    made one by hand."""
-    features, new = model_of(log, tmp_path, weighting="bm25")
-    path = new.bundle.path
-    manifest = json.loads((path / "manifest.json").read_text())
-    del manifest["blend"], manifest["data"]["mean_total"], manifest["parameters"]["features"]["quantity"]
-    for name in ("seen_counts.npy", "seen_age_days.npy"):
-        del manifest["files"][name]
-        (path / name).unlink()
-    for parameters in (manifest["parameters"], {"factors": 16}):
-        (path / "manifest.json").write_text(json.dumps(manifest | {"parameters": parameters}))
-        publish(path.parent, path.name)
-        old = ReadyModel(open_bundle(path.parent, verify=True)).prepare()
-        user, item = (
-            old.bundle.users[2],
-            old.bundle.items[int(np.setdiff1d(np.arange(30), person_now(old, old.bundle.users[2]).seen)[0])],
-        )
-        now = person_now(old, user, UserState((Event(item),)))
-        gain = score_person(old, now) - score_person(old, person_now(old, user))
-        assert gain[old.bundle.items.row(item)] > 0 and now.counts is None
-        assert abs(why(old, now, 3).other) < 1e-4
-        with pytest.raises(BlendError, match="without a blend"):
-            score_person(old, now, "next_purchase")
+@pytest.mark.parametrize(
+    "name, parameters",
+    [
+        ("ALS", {"unobserved_weight": 0.1, "nu": 0.5, "regularization": 0.5}),
+        ("weighted ALS", {"user_power": 0.5, "item_power": 0.3}),
+        ("scaled ALS", {}),
+        ("BPR", {"factors": 8, "iterations": 20}),
+    ],
+    ids=str,
+)
+def test_each_objective_is_folded_in_as_it_was_trained(log, tmp_path, name, parameters):
+    "Trained, written, opened: the histories of the bundle give what the training found, and news change the answer."
+    features = features_of_log(log, tmp_path)
+    als = {**QUICK} if name != "BPR" else {"progress": False}
+    version, _ = train_bundle(
+        features, tmp_path / "models", model=name, next_model="none", model_parameters=parameters, **als
+    )
+    model = ReadyModel(open_bundle(tmp_path / "models", version, verify=True))
+    served, everybody = model.model(), np.arange(len(model.bundle.users))
+    trained = served.users(everybody)
+    length = np.linalg.norm(trained, axis=1)
+    for folded in (
+        served.fold_in(features.all.histories(everybody)),
+        np.concatenate([served.fold_in(model.bundle.history(row)) for row in everybody]),
+    ):
+        assert (np.linalg.norm(folded - trained, axis=1) <= 1e-5 * length).all()
+    calm = person_now(model, model.bundle.users[3])
+    new = model.bundle.items[int(np.setdiff1d(np.flatnonzero(served.candidates), calm.items)[0])]
+    moved = person_now(model, model.bundle.users[3], UserState((Event(new),)))
+    assert not np.allclose(moved.representation, calm.representation, rtol=1e-3)

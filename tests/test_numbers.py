@@ -16,12 +16,14 @@ from support import features_of_log, fresh_project
 
 from product_recs.answer.person import confidence_with
 from product_recs.bundle.ready import open_bundle
+from product_recs.core.columns import DISCOVERY
 from product_recs.core.errors import FeatureError, TrainError
 from product_recs.core.events import Event
 from product_recs.core.parameters import ParameterError, declared_defaults, typed, typed_parameters
 from product_recs.features import build_features
 from product_recs.jobs.weights import weigh
-from product_recs.models.als import fit_als
+from product_recs.models.als import PLAIN_OBJECTIVE, fit_als
+from product_recs.models.foldin import Solver
 from product_recs.train import train_bundle
 
 JOBS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "jobs/weights", "jobs/tune")
@@ -80,11 +82,12 @@ def test_every_pair_of_every_snapshot_has_a_finite_and_positive_confidence(
         for values in (snapshot.confidence.data, weigh(features, {"it": candidate}, name)["it"].confidence.data):
             assert np.isfinite(values).all() and (values > 0).all(), name
         assert np.isfinite(snapshot.age_days.data).all() and (snapshot.age_days.data >= 0).all()
-    version, model = train_bundle(
-        features, folder / "models", blend=False, factors=4, iterations=2, num_threads=1, progress=False
+    version, _ = train_bundle(
+        features, folder / "models", next_model="none", factors=4, iterations=2, num_threads=1, progress=False
     )
-    assert np.isfinite(model.user_factors).all() and np.isfinite(model.item_factors).all()
     bundle = open_bundle(folder / "models", version)
+    model = bundle.model(DISCOVERY)
+    assert np.isfinite(model.user_factors).all() and np.isfinite(model.item_factors).all()
     for row in (0, len(bundle.users) - 1, None):
         found = confidence_with(
             bundle, row, [Event(bundle.items[0], "purchase", 1000), Event(bundle.items[len(bundle.items) - 1], "view")]
@@ -145,6 +148,10 @@ def test_training_at_the_ends_of_each_parameter(tmp_path, solver, parameters):
     except TrainError as error:
         assert next(iter(parameters)) in str(error), error
         return
+    objective = {name: parameters.get(name, usual) for name, usual in PLAIN_OBJECTIVE.items()}
+    alpha, regularization = parameters.get("alpha", 1.0), parameters.get("regularization", 20.0)
+    one = Solver(model.item_factors, regularization, alpha, **objective)
+    assert np.isfinite([one.solve(row.indices, row.data) for row in features.all.confidence]).all()
     assert (
         np.isfinite(model.user_factors).all()
         and np.isfinite(model.item_factors).all()
@@ -312,7 +319,7 @@ def test_papermill_s_own_forms_of_values_work(project):
     for job, options in (
         ("01_ingest", columns),
         ("02_features", [*pairs(event_weights="{'purchase': '3'}", min_user_items="1.0"), "-f", "more.yaml"]),
-        ("03_train", pairs(regularization="1e-3", factors="4", iterations="3", publish_bundle="True", blend="no")),
+        ("03_train", pairs(regularization="1e-3", factors="4", iterations="3", publish_bundle="True", model="ALS")),
     ):
         done = papermill(project, job, *common, *options)
         assert done.returncode == 0, done.stderr[-1500:]
@@ -323,7 +330,7 @@ def test_papermill_s_own_forms_of_values_work(project):
     )
     manifest = json.loads(next((project / "models").glob("*/manifest.json")).read_text())
     assert (
-        manifest["parameters"]["regularization"] == 0.001
+        manifest["parameters"]["als"]["regularization"] == 0.001
         and manifest["parameters"]["features"]["event_weights"] == {"purchase": 3}
         and manifest["data"]["run"] == "20260101"
     )
@@ -338,6 +345,7 @@ def test_papermill_s_own_forms_of_values_work(project):
         ("02_features", "validation_from", "soon"),
         ("03_train", "factors", "many"),
         ("03_train", "publish_bundle", "perhaps"),
+        ("03_train", "nu", "2"),
     ],
 )
 def test_papermill_is_told_by_name_what_a_parameter_may_be(project, job, name, value):

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as random_matrix
 
-from product_recs.models.als import fit_als
-from product_recs.models.foldin import Solver
+from product_recs.data.checkerboard import snapshot_of
+from product_recs.models.als import ALS, ScaledALS, WeightedALS, fit_als
+from product_recs.models.foldin import Solver, fold_in
 from product_recs.models.solver import RotatedALS, native_kernels, solve_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +73,45 @@ def test_threads_change_nothing_and_the_service_would_solve_the_same(shop):
     solver = Solver(one.item_factors, 8.0, 1.0)
     expected = np.array([solver.solve(row.indices, row.data) for row in shop])
     assert (np.linalg.norm(one.user_factors - expected, axis=1) <= 1e-5 * np.linalg.norm(expected, axis=1)).all()
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("nu", [0, 0.5, 1])
+@pytest.mark.parametrize("unobserved", [1, 0.1, 3])
+def test_fold_in_ends_where_training_does(shop, unobserved, nu, native):
+    "For a block and for one user at a time, with short rows, long ones and one that weighs ten thousand times as much."
+    if native and native_kernels() is None:
+        pytest.skip("there are no kernels here")
+    shop, objective = shop[:400].copy(), {"unobserved_weight": unobserved, "nu": nu}
+    shop.data[shop.indptr[7] : shop.indptr[7] + 3] = 1e4
+    regularization = 8.0 if nu == 0 else 0.1
+    model = RotatedALS(shop, 24, regularization, native=native, num_threads=2, **objective)
+    for _ in range(3):
+        model.step()
+    model.solve_users()
+    users, items = model.user_factors, model.item_factors
+    one = Solver(items, regularization, 1.0, **objective)
+    for folded in (
+        fold_in(items, shop, regularization, 1.0, **objective),
+        solve_rows(items, shop, regularization, native=native, **objective),
+        np.array([one.solve(row.indices, row.data) for row in shop]),
+    ):
+        assert (np.linalg.norm(folded - users, axis=1) <= 2e-5 * np.linalg.norm(users, axis=1)).all()
+
+
+def test_without_kernels_every_model_of_the_family_trains_and_folds_in(shop, monkeypatch):
+    for module in ("als", "solver"):
+        monkeypatch.setattr(f"product_recs.models.{module}.native_kernels", lambda: None)
+    shop = snapshot_of(shop[:200].toarray())
+    few = {"factors": 8, "iterations": 2}
+    expected = {ALS: "implicit", WeightedALS: "implicit", ScaledALS: "rotated"}
+    models = [kind(**few).fit(shop) for kind in expected]
+    assert [model.parameters["solver"] for model in models] == list(expected.values())
+    models.append(ALS(**few, nu=0.5, regularization=0.5).fit(shop))
+    assert models[-1].parameters["solver"] == "rotated"
+    for model in models:
+        far = np.linalg.norm(model.fold_in(shop.histories(np.arange(200))) - model.user_factors, axis=1)
+        assert (far <= 1e-5 * np.linalg.norm(model.user_factors, axis=1)).all()
 
 
 def test_the_loss_never_rises_and_ends_no_higher_than_that_of_implicit(shop):

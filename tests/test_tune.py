@@ -79,7 +79,7 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
         == metrics["tune"]["tasks"]["discovery"]["best"]
         == yaml.safe_load((root / "reports/sample/best_discovery.yaml").read_text())
     )
-    (root / "yours.yaml").write_text("factors: 3\nbootstrap: 100\nmodels: [popularity, ALS]\n")
+    (root / "yours.yaml").write_text("model: ALS\nfactors: 3\nbootstrap: 100\nmodels: [popularity, ALS]\n")
     done = call(
         root,
         "product-recs",
@@ -93,10 +93,12 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
         "--quiet",
     )
     assert done.returncode == 0, done.stderr
-    parameters = open_bundle(root / "models").manifest["parameters"]
-    assert {**parameters, **parameters["features"]} | best == {**parameters, **parameters["features"]}
+    bundle = open_bundle(root / "models")
+    taken = bundle.manifest["parameters"]["features"] | bundle.model("discovery").parameters
+    assert taken | best == taken
     judged = json.loads((root / "reports/sample/metrics.json").read_text())["04_evaluate"]["table"]
-    assert {row["model"] for row in judged} == {"popularity", "ALS"}
+    # those that were named, and what is served for the next purchase
+    assert {row["model"] for row in judged} == {"popularity", "ALS", "ALS + habits"}
     page = (root / "reports/sample/index.html").read_text()
     assert "tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/weights.html").exists()
     assert (root / "data/processed/sample/tune.db").exists()

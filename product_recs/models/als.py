@@ -128,7 +128,8 @@ def check_als(
     if unknown := sorted(set(parameters) - set(fit_als.__kwdefaults__)):
         raise TrainError(f"ALS has no parameter {unknown[0]!r}; there are {', '.join(fit_als.__kwdefaults__)}")
     given = fit_als.__kwdefaults__ | parameters
-    checked = _check(confidence, given | {"solver": chosen_solver(given["solver"])})
+    plain = all(given[name] == usual for name, usual in PLAIN_OBJECTIVE.items())
+    checked = _check(confidence, given | {"solver": chosen_solver(given["solver"], plain)})
     return {name: checked[name] for name in parameters}
 
 # %% ../../nbs/models/als.ipynb #d0a95eaa

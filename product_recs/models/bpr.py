@@ -60,12 +60,13 @@ class BPR(FactorModel):
             raise TrainError("BPR: the factors became infinite; lower "
                              f"learning_rate={self.parameters['learning_rate']}")
         self.item_factors = model.item_factors # the last column: the item's bias
+        self.candidates = self.candidates & self.item_factors.any(axis=1)
         users = self._means(snapshot.confidence.indptr, snapshot.confidence.indices)
         self.set_arrays(user_factors=users, item_factors=self.item_factors)
 
     @cached_property
     def average(self)->np.ndarray: # (f + 1,) float32
-        "Mean of the items' factors over all purchases."
+        "Mean of the items' factors, each as often as it has users."
         sold = self.popularity.astype(np.float32)
         return sold @ self.item_factors / max(float(sold.sum()), 1.0)
 
@@ -78,7 +79,7 @@ class BPR(FactorModel):
         return means
 
     def fold_in(self, histories:Histories)->np.ndarray: # (m, f + 1) float32
-        "Mean of each user's items, less that of all purchases; zeros where the user had no candidate."
+        "Mean of each user's items, less the average; zeros where the user had no candidate."
         return self._means(histories.indptr, histories.items)
 
     def contributions(self, history:Histories, item:int)->Contributions:
