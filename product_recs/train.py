@@ -16,7 +16,7 @@ import numpy as np
 
 from .bundle.files import current_version, publish, read_manifest, version_of, write_bundle
 from .core.columns import DISCOVERY, NEXT_PURCHASE
-from .core.errors import EvaluateError, TrainError
+from .core.errors import BundleError, EvaluateError, TrainError
 from .core.files import locked
 from .core.parameters import typed
 from .core.paths import resolve_path
@@ -245,7 +245,8 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, index:
 def _live_run(models_dir:Path)->str|None:
     "Run that the live model is of; None where nothing is live that this version reads."
     live = current_version(models_dir)
-    return read_manifest(models_dir/live)["data"].get("run", "") if live else None
+    try: return read_manifest(models_dir/live)["data"].get("run", "") if live else None
+    except BundleError: return None # of an older version, say: it cannot be served any more
 
 def ensure_bundle(
     run:str="sample",             # features in data/processed/<run>, made where they are missing
