@@ -25,11 +25,12 @@ def candidate_pairs(
     model:Model,     # fitted
     task:Task,       # whose users, and whether own items count
     most:int=100,    # how many by the model, and how many by popularity
-    block:int=256,   # users at a time
+    block:int=256,   # most users at a time; fewer where the catalogue is large
 )->tuple[np.ndarray, np.ndarray, np.ndarray]: # place in the task's rows, item, and taste of each pair
     "The user's own items, the best of the model and the most popular ones; by user, then by item."
     popular = top_n(model.popularity[None].astype(np.float32), most, candidates=model.candidates)[0][0]
     users, items, tastes = [], [], []
+    block = max(1, min(block, 8_000_000//max(1, len(model.candidates))))
     for start in range(0, len(task.rows), block):
         part = task.rows[start:start + block]
         representations, own = model.users(part), model.snapshot.counts[part]
