@@ -5,14 +5,14 @@
 # make lab     JupyterLab on the notebooks
 # make data    write the real sample to data/complete_journey
 # make kernels   compile the C of the trainer and of the search again, where it has changed
-# make bench   training, ranking, ingest and serving beside their peers, and a page about it: benchmarks/results/README.md (25 minutes)
+# make bench   training, ranking, ingest, serving and all models beside their peers, and a page about it: benchmarks/results/README.md (30 minutes)
 # make bench QUICK=1   the same with small sizes, in some minutes; the page goes to build/bench
 # make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
 
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export notebooks readme mutants bench bench-page bench-ranking bench-overhead bench-serving bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
+.PHONY: help run serve test lab data kernels export notebooks readme mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -123,6 +123,10 @@ bench-ingest: .venv/.kernels
 # requests a second and memory beside an empty route; OPTIONS="--models-dir models" takes the live model
 bench-serving: .venv/.kernels
 	@$(BIN)/python benchmarks/bench.py serving $(OPTIONS)
+
+# every model served from a bundle, beside ALS; OPTIONS='--models "ALS,EASE" --users 100000 --items 20000'
+bench-models: .venv/.kernels
+	@$(BIN)/python benchmarks/bench.py models $(OPTIONS)
 
 # one user of a million items: exact search, and the indexes of three libraries (an hour; OPTIONS="--items 100000 --arms ours,faiss-cells-8bit")
 bench-index: .venv/.kernels .venv-bench/.ready

@@ -31,14 +31,22 @@ PARTS = {  # the options of each call: as a rule, and in a hurry
     ),
     "ingest": ([[], ["--ids", "text", "--rounds", "2"]], [["--rows", "1000000", "--rounds", "2"]]),
     "serving": ([[]], [["--rounds", "2", "--seconds", "2"]]),
+    "models": ([[]], [["--users", "3000", "--items", "1500", "--rounds", "1", "--seconds", "1", "--iterations", "2"]]),
 }
 LIBRARIES = {
     "training": ("numpy", "scipy", "implicit", "irspack", "pyspark"),
     "ranking": ("numpy", "implicit"),
     "ingest": ("duckdb", "numpy"),
     "serving": ("fastapi", "uvicorn", "numpy"),
+    "models": ("numpy", "scipy", "implicit"),
 }
-HEADINGS = {"training": "Training", "ranking": "Ranking", "ingest": "From a CSV to matrices", "serving": "Serving"}
+HEADINGS = {
+    "training": "Training",
+    "ranking": "Ranking",
+    "ingest": "From a CSV to matrices",
+    "serving": "Serving",
+    "models": "Every model, served",
+}
 
 
 def machine():
@@ -75,8 +83,8 @@ def versions(names):
 
 def run(part, calls, results):
     "Run one part; whether it went to its end."
-    if part == "serving" and not shutil.which("wrk"):
-        print("serving is left out: it needs the program wrk (apt-get install wrk)", file=sys.stderr)
+    if part in ("serving", "models") and not shutil.which("wrk"):
+        print(f"{part} is left out: it needs the program wrk (apt-get install wrk)", file=sys.stderr)
         return False
     if part == "training" and not PEERS.exists():
         print("training goes without irspack and Spark: make .venv-bench/.ready installs them", file=sys.stderr)
@@ -178,6 +186,20 @@ def serving(result):
     yield f"MB of {max(memory)} workers ÷ MB of one", f"**{memory[max(memory)] / memory[1]:.2f}**"
 
 
+def models(result):
+    header = "model", "family", "requests a second ÷ ALS", "CPU ms a request", "fold-in of an event, ms", "model, MB"
+    yield *header, "fit, s"
+    base = next(row["rounds"] for row in result["models"] if row["model"] == "ALS")
+    found = [
+        (row, [mine["rate"] / other["rate"] for mine, other in zip(row["rounds"], base)]) for row in result["models"]
+    ]
+    for row, ratios in sorted(found, key=lambda one: -statistics.median(one[1])):
+        name = row["model"] + (", next purchase" if row["task"] == "next_purchase" else "")
+        spent = statistics.median(one["cpu"] for one in row["rounds"])
+        figures = f"{spent:.2f}", f"{row['fold_in']:.2f}", f"{row['megabytes']:.1f}", f"{row['fit']:.2f}"
+        yield name, row["family"], between(ratios, ".2f"), *figures
+
+
 MEANING = {
     "training": (
         "Seconds; above 1, ours is quicker. The same objective, data and parameters; the clock stops at the "
@@ -202,6 +224,11 @@ MEANING = {
         "1 would be a web framework that answers nothing. Ours writes the request log, the figures and every "
         "impression; `cache_size 0` ranks each list anew. Memory below the number of workers: the model is "
         "shared."
+    ),
+    "models": (
+        "1 would be as quick as ALS with 64 factors. Each model answers over HTTP from a bundle of its own, one "
+        "worker, every list ranked anew; what a service does beside the ranking is the same for all. The fold-in makes "
+        "somebody who has just bought one more thing ready to be ranked for."
     ),
 }
 MORE = {

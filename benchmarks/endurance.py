@@ -43,10 +43,13 @@ import psutil
 from scipy.sparse import csr_matrix
 from sqlalchemy import create_engine, text
 
+from product_recs.bundle.checkerboard import model_by_hand
 from product_recs.bundle.files import list_versions, publish, remove_bundle, write_bundle
 from product_recs.bundle.live import rollback
+from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.errors import StoreError
 from product_recs.core.ids import IdTable
+from product_recs.data.snapshots import Snapshot
 from product_recs.feedback.store import Store
 
 USERS, ITEMS = 400, 2000
@@ -79,11 +82,13 @@ def make_model(folder: Path, number: int, store: Store) -> str:
     pairs = [(row, row_of_item[item]) for row, user in enumerate(users) for item in had.get(int(user), ())]
     seen = csr_matrix((np.ones(len(pairs), np.float32), tuple(zip(*pairs))), shape=(USERS, ITEMS))
     seen.sort_indices()
+    popularity = np.ones(ITEMS, np.int32)  # all items are candidates, also those that nobody had
+    snapshot = Snapshot(None, seen, seen, seen * 0, popularity)
+    model = model_by_hand(vectors.astype(np.float32), factors.astype(np.float32), snapshot, regularization=1.0)
     path = write_bundle(
-        folder, user_factors=vectors, item_factors=factors, seen=seen, users=IdTable(users), items=IdTable(items),
-        user_columns={}, item_columns={"popularity": np.ones(ITEMS, np.int32)}, algorithm="known answers",
-        parameters={"factors": 3, "regularization": 1.0, "alpha": 1.0}, metrics={},
-        data={"feedback_until": until.isoformat()}, version=f"model-{number:06d}",
+        folder, models={DISCOVERY: model, NEXT_PURCHASE: "it was made by hand"}, snapshot=snapshot,
+        users=IdTable(users), items=IdTable(items), user_columns={}, item_columns={"popularity": popularity},
+        parameters={}, metrics={}, data={"feedback_until": until.isoformat()}, version=f"model-{number:06d}",
     )  # fmt: skip
     return path.name
 

@@ -25,7 +25,7 @@ from product_recs.core.kernels import one_blas_thread
 from product_recs.data.artifact import Features
 from product_recs.data.snapshots import Snapshot
 from product_recs.evaluation.judge import evaluate
-from product_recs.models.als import FactorModel
+from product_recs.models.factors import FactorModel
 
 K = 50
 
@@ -36,7 +36,11 @@ class RandomFactors(FactorModel):
     name = "random factors"
 
     def __init__(self, user_factors, item_factors):
-        self.user_factors, self.item_factors = user_factors, item_factors
+        super().__init__()
+        self.given = {"user_factors": user_factors, "item_factors": item_factors}
+
+    def _fit(self, snapshot):
+        self.set_arrays(**self.given)
 
 
 def power_law(rng, users, items, each):

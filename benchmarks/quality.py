@@ -1,7 +1,7 @@
 """How good are this project's models on a public train/test pair, beside the published figures?
 
-    python benchmarks/quality.py FOLDER [--models weighted-als,blend] [--factors 512] [--validate] [--out
-    benchmarks/results]
+    python benchmarks/quality.py FOLDER [--models weighted-als,blend] [--factors 512] [--validate] [--served]
+    [--out benchmarks/results]
 
 FOLDER holds train.parquet and test.parquet with the columns user_id and item_id, no times. Protocol of the LightGCN
 papers: learn
@@ -13,13 +13,19 @@ of test items, NDCG@20 is binary with its ideal cut at 20. Items that only the t
 parameters there, and only there. Where popularity is published to do better on the test than on a tenth drawn at
 random, the test
 holds more of the popular items; --tilt draws an item with a chance proportional to its popularity to that power, until
-popularity does as well. The table goes to standard output and to a Markdown file in --out, the figures to a JSON file
+popularity does as well.
+
+--served writes each fitted model as a bundle into a temporary folder, opens it, and judges the lists that the service
+makes of it: those of all users in blocks, and those of 500 users one at a time, which must be the same and whose
+milliseconds it takes with one BLAS thread. Figures that differ from those before by more than 0.00005 end the run with
+an error. The table goes to standard output and to a Markdown file in --out, the figures to a JSON file
 beside it.
 """
 
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +35,16 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
+from product_recs.answer.recommender import Recommender
+from product_recs.bundle.files import write_bundle
+from product_recs.bundle.ready import ReadyModel, open_bundle
+from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.errors import ProductRecsError
+from product_recs.core.ids import IdTable
+from product_recs.core.kernels import one_blas_thread
 from product_recs.data.snapshots import Snapshot
 from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval
+from product_recs.inference import recommend_many
 from product_recs.models.all import fit_sharing
 from product_recs.models.als import ALS, WeightedALS
 from product_recs.models.baselines import Popularity
@@ -147,7 +160,7 @@ def all_models(options: argparse.Namespace) -> dict:
     }
 
 
-def judge(model: Model, train: Snapshot, targets: csr_matrix, fitted: dict) -> dict:
+def judge(model: Model, train: Snapshot, targets: csr_matrix, fitted: dict, served: bool) -> dict:
     "Fit, rank and measure one model; its parts are fitted once for all rows of the table."
     started = time.perf_counter()
     model = fit_sharing(model, train, fitted)
@@ -166,7 +179,34 @@ def judge(model: Model, train: Snapshot, targets: csr_matrix, fitted: dict) -> d
         "train_seconds": seconds,
         "total_seconds": time.perf_counter() - started,
         "users": len(rows),
+        "served": serve(model, targets) if served else None,
     }
+
+
+def serve(model: Model, targets: csr_matrix) -> dict:
+    "Recall and NDCG of the lists that a bundle of the model gives, and milliseconds of one answer."
+    rows, ids = np.flatnonzero(np.diff(targets.indptr)), [IdTable(np.arange(size)) for size in targets.shape]
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = {DISCOVERY: model, NEXT_PURCHASE: "a pair of files without times has none"}
+        path = write_bundle(
+            Path(folder), models=tasks, snapshot=model.snapshot, users=ids[0], items=ids[1], user_columns={},
+            item_columns={}, parameters={}, data={}, metrics={},
+        )  # fmt: skip
+        recommender = Recommender(ReadyModel(open_bundle(Path(folder), path.name)).prepare())
+        answers = recommend_many(recommender, rows.tolist(), K)
+        lists = np.array([answer.rows + [-1] * (K - len(answer)) for answer in answers], np.int32)
+        found, times, other = find_hits(lists, targets[rows]), [], 0
+        with one_blas_thread():
+            for place in np.random.default_rng(0).permutation(len(rows))[:510].tolist():
+                since = time.perf_counter()
+                answer = recommender.recommend(int(rows[place]), K)
+                times.append(1e3 * (time.perf_counter() - since))
+                other += answer.items != answers[place].items
+    times = times[10:]  # the first are not counted
+    return {
+        "recall": found.metric("recall", K).mean(), "ndcg": found.metric("ndcg", K).mean(), "other lists": other,
+        "p50": float(np.median(times)), "p99": float(np.quantile(times, 0.99)),
+    }  # fmt: skip
 
 
 def numbers(count: int) -> Callable:
@@ -179,6 +219,16 @@ def numbers(count: int) -> Callable:
         return found
 
     return parse
+
+
+def difference(result: dict) -> str:
+    "What a bundle of the model answers otherwise than the model; empty: nothing."
+    served = result["served"]
+    if served["other lists"]:
+        return f"{served['other lists']} of 510 lists are others one at a time than in a block"
+    if max(abs(result[name] - served[name]) for name in ("recall", "ndcg")) > 5e-5:
+        return f"served it has Recall@20 {served['recall']:.5f} and NDCG@20 {served['ndcg']:.5f}"
+    return ""
 
 
 def as_text(parameters: dict) -> str:
@@ -205,6 +255,22 @@ def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: 
         f"| {name} | {recall:.4f} | {ndcg:.4f} | {seconds} | {note} |"
         for recall, ndcg, name, seconds, note in sorted(rows, key=lambda row: row[:2])
     ]
+    answered = [
+        f"| {r['model']} | {r['served']['recall']:.4f} | {r['served']['ndcg']:.4f} | {r['served']['p50']:.2f} | "
+        f"{r['served']['p99']:.2f} |"
+        for r in results
+        if r["served"]
+    ]
+    if answered:
+        lines += [
+            "",
+            "Served: the same models written as bundles, opened, and asked by `recommend_many` for all users, and by "
+            "`Recommender.recommend` for 500 of them, one at a time with one BLAS thread. The lists are the same.",
+            "",
+            "| bundle of | Recall@20 | NDCG@20 | p50 of an answer, ms | p99, ms |",
+            "|---|---|---|---|---|",
+            *answered,
+        ]
     half = max((high - low) / 2 for r in results for low, high in zip(r["low"], r["high"]))
     return (
         "\n".join(lines) + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less. "
@@ -226,6 +292,7 @@ def main() -> None:
     parser.add_argument(
         "--tilt", type=float, default=0.0, help="of --validate: 0 draws at random, more prefers popular items"
     )
+    parser.add_argument("--served", action="store_true", help="also judge the lists of a bundle of each model")
     parser.add_argument("--factors", type=int, default=512)
     parser.add_argument("--alpha", type=float, default=33.0)
     parser.add_argument("--regularization", type=float, default=30.0)
@@ -271,7 +338,7 @@ def main() -> None:
         bar.set_postfix_str(name)
         model, parameters = models[name]
         try:
-            result = judge(model, snapshot, targets, fitted)
+            result = judge(model, snapshot, targets, fitted, options.served)
         except ProductRecsError as error:
             left_out.append(f"{name} is left out: {error}")
             bar.write(left_out[-1], file=sys.stderr)
@@ -279,6 +346,8 @@ def main() -> None:
         fit_alone[model.name] = result["train_seconds"]
         result["train_seconds"] += sum(fit_alone.get(part.name, 0.0) for part in model.parts)  # fitted for a row above
         results.append({**result, "parameters": parameters})
+        if options.served and (wrong := difference(result)):
+            sys.exit(f"{name}: {wrong}")
         bar.write(
             f"{name:14s} Recall@20 {result['recall']:.4f}  NDCG@20 {result['ndcg']:.4f}  "
             f"{result['train_seconds']:.0f} s",

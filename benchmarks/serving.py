@@ -32,8 +32,11 @@ import numpy as np
 import psutil
 from scipy.sparse import csr_matrix
 
+from product_recs.bundle.checkerboard import model_by_hand
 from product_recs.bundle.files import publish, write_bundle
+from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.ids import IdTable
+from product_recs.data.snapshots import Snapshot
 from product_recs.web.server import bindable
 
 EMPTY = """
@@ -58,11 +61,12 @@ def make_model(folder: Path) -> None:
     )
     matrix.sum_duplicates()
     popularity = np.bincount(matrix.indices, minlength=items)
+    snapshot = Snapshot(None, matrix, matrix, matrix * 0, popularity)
+    vectors = (rng.normal(size=(rows, factors)).astype(np.float32) for rows in (users, items))
     path = write_bundle(
-        folder, user_factors=rng.normal(size=(users, factors)), item_factors=rng.normal(size=(items, factors)),
-        seen=matrix, users=IdTable(np.arange(1, users + 1)), items=IdTable(np.arange(101, 101 + items)),
-        user_columns={}, item_columns={"popularity": popularity}, algorithm="random",
-        parameters={}, data={}, metrics={},
+        folder, models={DISCOVERY: model_by_hand(*vectors, snapshot), NEXT_PURCHASE: "it was made by hand"},
+        snapshot=snapshot, users=IdTable(np.arange(1, users + 1)), items=IdTable(np.arange(101, 101 + items)),
+        user_columns={}, item_columns={"popularity": popularity}, parameters={}, data={}, metrics={},
     )  # fmt: skip
     publish(folder, path.name)
 

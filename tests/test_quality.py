@@ -86,3 +86,13 @@ def test_validation_takes_nothing_from_the_test(folder):
 def test_mistakes_are_named(tmp_path, options, message):
     done = run(tmp_path, *options)
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_bundle_of_a_model_answers_the_same_lists(folder):
+    done = run(folder, "--models", "graph,weighted-als,blend", "--factors", "4", "--patterns", "2", "--served")
+    assert done.returncode == 0, done.stderr
+    for result in json.loads((folder / "out" / f"quality-{folder.name}.json").read_text()):
+        served = result["served"]
+        assert served["other lists"] == 0 and 0 < served["p50"] <= served["p99"]
+        assert abs(served["recall"] - result["recall"]) < 1e-9 and abs(served["ndcg"] - result["ndcg"]) < 1e-9
+    assert "Served:" in done.stdout

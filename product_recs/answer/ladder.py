@@ -230,7 +230,8 @@ def rung_of(
 
 def _start(model:ReadyModel, request:Request, person:Person)->tuple[str, list]:
     "The rung of the user if the model knows them, and the rules."
-    source = rung_of(model.model(request.task), request.task, len(model.bundle.history(person.row).items) > 0)
+    before = model.bundle.history(person.row) if person.news or person.row is None else person.history
+    source = rung_of(model.model(request.task), request.task, len(before.items) > 0)
     filters, exclude_seen = request.filters, request.filters.exclude_seen
     if exclude_seen is None: exclude_seen = request.task == DISCOVERY
     seen = [(SEEN, person.items)] if exclude_seen else []

@@ -77,7 +77,8 @@ def search_list(
     if not filters.max_per and n <= len(asked.candidates):
         # the items that are closed to all go apart from the others: an index needs that
         closed = next((rows for reason, rows in ruled_out if reason == NOT_A_CANDIDATE), None)
-        forbidden = np.concatenate([np.empty(0, np.int64), *(rows for _, rows in ruled_out if rows is not closed)])
+        others = [rows for _, rows in ruled_out if rows is not closed]
+        forbidden = others[0] if len(others) == 1 else np.concatenate([np.empty(0, np.int64), *others])
         rows, scores = asked.top(person.representation, n, (np.array([0, len(forbidden)]), forbidden), closed)
         if rows[0, -1] >= 0:
             items = model.bundle.items.take(rows[0])

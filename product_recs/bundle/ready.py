@@ -63,7 +63,7 @@ class Bundle:
         row:int|None, # of a user; None: somebody whom the bundle does not know
     )->Histories:     # of one user
         "What a user had when the models were trained."
-        return NOBODY if row is None else self.snapshot.histories(np.array([row]))
+        return NOBODY if row is None else self.snapshot.history(row)
 
     @cached_property
     def rules(self)->EventRules:

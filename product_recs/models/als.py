@@ -188,12 +188,14 @@ class ALS(FactorModel):
 
     def _fit(self, snapshot):
         given = {name: value for name, value in self.parameters.items() if name not in self.own}
-        self.model = fit_als(self.weighed(snapshot.confidence), progress=self.progress, **given)
+        had = snapshot.confidence
+        weighed = csr_of(had.shape, had.indptr, had.indices, self.weighed(had.indptr, had.indices, had.data))
+        self.model = fit_als(weighed, progress=self.progress, **given)
         self.parameters = self.parameters | self.model.parameters # with the solver that was chosen
         self.set_arrays(user_factors=self.model.user_factors, item_factors=self.model.item_factors)
 
-    def weighed(self, confidence:csr_matrix)->csr_matrix:
-        "Confidences as the objective has them."
+    def weighed(self, indptr:np.ndarray, items:np.ndarray, confidence:np.ndarray)->np.ndarray: # (p,) float32
+        "Confidences as the objective has them, of users whose items these are, as in `Histories`."
         return confidence
 
     @cached_property
@@ -204,16 +206,16 @@ class ALS(FactorModel):
 
     def fold_in(self, histories:Histories)->np.ndarray: # (m, f) float32
         "Solve the users against the items as they are."
-        confidence = self.weighed(histories.matrix(histories.confidence, len(self.candidates)))
-        if len(histories) == 1: return self.solver.solve(confidence.indices, confidence.data)[None]
-        solver = self.solver
+        solver, weighed = self.solver, self.weighed(histories.indptr, histories.items, histories.confidence)
+        if len(histories) == 1: return solver.solve(histories.items, weighed)[None]
+        confidence = histories.matrix(weighed, len(self.candidates))
         return fold_in(self.item_factors, confidence, solver.regularization, solver.alpha,
                        solver.gram/solver.unobserved, 0, unobserved_weight=solver.unobserved, nu=solver.nu)
 
     def contributions(self, history:Histories, item:int)->Contributions:
         "What each past item pulls the user towards this one."
-        confidence = self.weighed(history.matrix(history.confidence, len(self.candidates)))
-        items, data, solver = confidence.indices, confidence.data.astype(np.float64), self.solver
+        items, solver = history.items, self.solver
+        data = self.weighed(history.indptr, items, history.confidence).astype(np.float64)
         toward = apply_inverse(solver, items, data, self.item_factors[item].astype(np.float64))
         parts = solver.alpha*data*(self.item_factors[items].astype(np.float64) @ toward)
         return Contributions(float(parts.sum()), items, parts, {})
@@ -231,15 +233,17 @@ class WeightedALS(ALS):
         super().__init__(user_power=user_power, item_power=item_power, **parameters)
 
     def _fit(self, snapshot):
-        powers = self.parameters["user_power"], self.parameters["item_power"]
-        self.scale = mean_kept(snapshot.confidence, activity_weighted(snapshot.confidence, self.popularity, *powers))
+        had = snapshot.confidence
+        self.scale = mean_kept(had.data, self._divided(had.indptr, had.indices, had.data))
         super()._fit(snapshot)
 
-    def weighed(self, confidence:csr_matrix)->csr_matrix:
-        "Divided by the powers, and brought to the mean of the training."
+    def _divided(self, indptr, items, confidence):
         powers = self.parameters["user_power"], self.parameters["item_power"]
-        weighted = activity_weighted(confidence, self.popularity, *powers)
-        return csr_of(weighted.shape, weighted.indptr, weighted.indices, (weighted.data*self.scale).astype(np.float32))
+        return activity_weighted(indptr, items, confidence, self.popularity, *powers)
+
+    def weighed(self, indptr, items, confidence):
+        "Divided by the powers, and brought to the mean of the training."
+        return (self._divided(indptr, items, confidence)*self.scale).astype(np.float32)
 
     def to_arrays(self): return super().to_arrays() | {"scale": np.array([self.scale])}
 
@@ -249,20 +253,24 @@ class WeightedALS(ALS):
         super()._take({name: arrays[name] for name in self.kept})
 
 def activity_weighted(
-    confidence:csr_matrix, # (n_users, n_items)
+    indptr:np.ndarray,     # (m + 1,) where each user starts
+    items:np.ndarray,      # (p,) rows of items
+    confidence:np.ndarray, # (p,)
     popularity:np.ndarray, # (n_items,) users of each item, of the training
     user_power:float,      # power of the number of items of the user
     item_power:float,      # power of the number of users of the item
-)->csr_matrix:             # float64, the same structure
+)->np.ndarray:             # (p,) float64
     "Divide by powers of the activity of the user and the popularity of the item."
-    sizes = np.diff(confidence.indptr)
-    active, popular = np.repeat(sizes, sizes).astype(np.float64), np.maximum(popularity[confidence.indices], 1.0)
-    data = confidence.data*active**-user_power*popular**-item_power
-    return csr_of(confidence.shape, confidence.indptr, confidence.indices, data)
+    sizes = np.diff(indptr)
+    active, popular = np.repeat(sizes, sizes).astype(np.float64), np.maximum(popularity[items], 1.0)
+    return confidence*active**-user_power*popular**-item_power
 
-def mean_kept(before:csr_matrix, after:csr_matrix)->float:
-    "The factor that gives the values of a matrix the mean that they had before."
-    return before.data.mean(dtype=np.float64)/after.data.mean() if before.nnz else 1.0
+def mean_kept(
+    before:np.ndarray, # (p,)
+    after:np.ndarray,  # (p,)
+)->float:
+    "The factor that gives values the mean that they had before."
+    return before.mean(dtype=np.float64)/after.mean() if len(before) else 1.0
 
 # %% ../../nbs/models/als.ipynb #18fcef1b
 class ScaledALS(ALS):

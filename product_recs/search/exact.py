@@ -96,6 +96,10 @@ def _native(searcher, users:np.ndarray, n:int, exclude:tuple|None, closed:np.nda
     if not m: return _in_numpy(searcher, users, n, exclude, closed)
     items, scores, following = np.empty((m, n), np.int32), np.empty((m, n), np.float32), np.zeros(1, np.int64)
     indptr = excluded = None
+    if closed is not None and not len(closed): closed = None
+    if closed is not None and m == 1: # one list of what one user does not get is quicker than a bit for each item
+        excluded = closed if exclude is None else np.concatenate([exclude[1], closed])
+        exclude, closed = (np.array([0, len(excluded)]), excluded), None
     if exclude is not None:
         indptr, excluded = np.ascontiguousarray(exclude[0], np.int64), np.ascontiguousarray(exclude[1], np.int32)
         if not len(excluded): excluded = np.zeros(1, np.int32) # a pointer that is not null
