@@ -79,7 +79,7 @@ train_bundle(
     publish_it=True,
     factors=2,
     iterations=2,
-    blend=False,
+    next_model="none",
     progress=False,
 )
 found["titles"] = sorted(open_bundle(out/"models").item_columns["title"].tolist(), key=str)

@@ -79,7 +79,7 @@ def publish_shop(models_dir):
             "evaluation": {
                 "split": "2026-01-20T00:00:00",
                 "discovery_hit_rate@10": 0.5,
-                "next_purchase_hit_rate@10 (blend)": 0.75,
+                "next_purchase_hit_rate@10": 0.75,
             }
         },
     )
@@ -207,9 +207,13 @@ def test_both_tasks_have_an_address_and_the_back_button_works(visit):
     expect(step(page)).to_have_text("Next purchase")
     # what a person had before comes first here
     assert set(names(page)[:6]) == set(COFFEE[4:10])
-    expect(page.get_by_text("You had it before, 3 times")).to_have_count(6)
+    expect(page.get_by_text(re.compile("^You had it 3 times, last on 2[2-7] Jan$"))).to_have_count(6)
+    card = page.get_by_role("list", name="Recommendations").get_by_role("listitem")
+    expect(card.filter(has_text="Coffee 4").first).to_contain_text("You had it 3 times, last on 27 Jan")
+    expect(page.get_by_text(re.compile(r"^12 items in \d+ ms, by ALS \+ habits$"))).to_be_visible()
     tasks.get_by_role("radio", name="Something new").check()
     expect(page).to_have_url(re.compile("#user=3$"))
+    expect(page.get_by_text(re.compile(r"^12 items in \d+ ms, by ALS$"))).to_be_visible()
     expect(step(page)).to_have_text("Personal")
     assert set(names(page)[:6]) == set(COFFEE) - set(COFFEE[4:10])
     page.go_back()

@@ -27,7 +27,7 @@ from product_recs.feedback.store import Store
 from product_recs.ingest import ingest, open_ledger
 from product_recs.train import train_bundle
 
-QUICK = {"factors": 4, "iterations": 2, "num_threads": 1, "blend": False, "progress": False}
+QUICK = {"factors": 4, "iterations": 2, "num_threads": 1, "next_model": "none", "progress": False}
 NOW = datetime(2026, 6, 1, tzinfo=timezone.utc)
 IDS = st.sampled_from(
     ["1", "7", "7.0", "-3", "0", "007", "a7", "nan", "", "x" * 256, "x" * 257, 'a"b', str(2**63), str(2**63 - 1), "ä"]

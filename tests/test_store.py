@@ -496,7 +496,7 @@ def test_what_was_accepted_is_in_the_next_model_and_new_to_no_one(url, tmp_path,
             tmp_path / "models",
             factors=4,
             iterations=2,
-            blend=False,
+            next_model="none",
             progress=False,
         )
         return ledger, open_bundle(tmp_path / "models", version)
