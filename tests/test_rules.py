@@ -195,7 +195,8 @@ def test_what_the_service_accepts_the_next_training_learns(tmp_path):
     now, learned = person_now(model, 1, before), second.history(second.users.row(1))
     assert bundle.items.take(now.items) == second.items.take(learned.items)
     np.testing.assert_allclose(now.history.confidence, learned.confidence, rtol=1e-6)
-    assert 4 + 1 == now.history.confidence[now.items.tolist().index(model.bundle.items.row(101))]  # one purchase and one wish
+    place = now.items.tolist().index(model.bundle.items.row(101))
+    assert now.history.confidence[place] == 4 + 1  # one purchase and one wish
 
 
 def test_what_was_accepted_under_other_rules_is_told_and_not_counted(tmp_path):
