@@ -1,7 +1,13 @@
 """Fixtures that several test files share; plain helpers are in support.py."""
 
 import pytest
-from support import new_database, start_postgres
+from support import build_wheel, new_database, start_postgres
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    "A wheel of this package; compiling its kernels takes half a minute, so it is built once."
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,21 @@ def call(root: Path, *command: str, **options) -> subprocess.CompletedProcess:
     )
 
 
+def build_wheel(folder: Path, **environment) -> Path:
+    "A wheel of this package, with kernels where there is a compiler."
+    source = folder / "source"
+    source.mkdir()
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(
+        ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__", "*.so")
+    )
+    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(folder)]
+    subprocess.run(command, cwd=source, env=os.environ | environment, check=True, capture_output=True, timeout=300)
+    [found] = folder.glob("*.whl")
+    return found
+
+
 QUICK = (
     "max_trials: 4\nmax_factors: 16\nmax_iterations: 10\nhalf_lives: [30]\nstrengths: [1]\nseeds: [0]\nlab_factors: "
     "8\nlab_iterations: 3\nmax_users: 100\ntest_seeds: [0]\nbootstrap: 100\n"

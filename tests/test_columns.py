@@ -50,7 +50,7 @@ def make_model(folder, products=None, users=None, **options):
     tables = {name: table for name, table in (("products", products), ("users", users)) if table is not None}
     ingest(write_log(folder), folder / "in", **tables, **QUIET, **options)
     build = build_features(folder / "in", folder / "features")
-    train_bundle(build, folder / "models", publish_it=True, factors=2, iterations=1, blend=False, progress=False)
+    train_bundle(build, folder / "models", publish_it=True, factors=2, iterations=1, next_model="none", progress=False)
     return folder / "models"
 
 

@@ -12,6 +12,7 @@ from support import ROOT, Server
 
 from product_recs.answer.recommender import open_recommender
 from product_recs.bundle.checkerboard import publish_checkerboard
+from product_recs.core.columns import TASKS
 from product_recs.core.ids import IdTable
 from product_recs.data.arrays import save_table
 from product_recs.data.left_out import LeftOut
@@ -66,15 +67,18 @@ def shop(tmp_path_factory):
 def over_http(server, n):
     lists = {}
     for user in EVERYBODY:
-        for task in ("discovery", "next_purchase"):
+        for task in TASKS:
             status, headers, body = server.get(f"/recommend/{user}?n={n}&task={task}&detail=true")
             assert status == 200, body
+            made_by = headers["x-recommendation-source"], headers["x-recommendation-model"]
+            assert made_by == (body["source"], body["model"])
             scores = [item["score"] for item in body["items"]]
-            lists[user, task] = body["source"], body["recommendations"], scores, body["shortfall"]
+            lists[user, task] = made_by, body["recommendations"], scores, body["shortfall"]
     for item in ITEMS:
-        status, _, body = server.get(f"/similar/{item}?n={n}&detail=true")
+        status, headers, body = server.get(f"/similar/{item}?n={n}&detail=true")
         assert status == 200, body
-        lists["similar", item] = body["source"], body["similar"]
+        made_by = body["source"], headers["x-recommendation-model"]
+        lists["similar", item] = made_by, body["similar"]
     return lists
 
 
@@ -85,34 +89,42 @@ def on_the_command_line(capsys, n):
 
     lists = {}
     for user in EVERYBODY:
-        for task in ("discovery", "next_purchase"):
+        for task in TASKS:
             answer = ask("recommend", str(user), "--task", task)
-            lists[user, task] = tuple(answer[name] for name in ("source", "recommendations", "scores", "shortfall"))
+            told = tuple(answer[name] for name in ("recommendations", "scores", "shortfall"))
+            lists[user, task] = (answer["source"], answer["made_by"]), *told
     for item in ITEMS:
         answer = ask("similar", str(item))
-        lists["similar", item] = answer["source"], answer["recommendations"]
+        lists["similar", item] = (answer["source"], answer["made_by"]), answer["recommendations"]
     return lists
+
+
+def in_batches(recommender, file, n, task, served):
+    "Many, and all, are told what each is told alone."
+    for user, answer in zip(EVERYBODY, recommend_many(recommender, EVERYBODY, n, task)):
+        made_by, items, scores, shortfall = served[user, task]
+        told = (answer.source, answer.model), answer.items, answer.shortfall
+        assert told == (made_by, items, shortfall), (user, task)
+        assert np.allclose(answer.scores, scores, atol=1e-5), (user, task)
+    recommend_all(recommender, file, n, task, block=16, progress=False)
+    query = f"SELECT user_id, list(item_id ORDER BY rank) FROM read_parquet('{file}') GROUP BY 1"
+    written = dict(duckdb.connect().execute(query).fetchall())
+    assert written.keys() == set(TRAINED)
+    for user in set(EVERYBODY) & set(TRAINED):
+        assert written[user] == served[user, task][1], (user, task)
 
 
 def compare(folder, server, capsys, n):
     "The lists, which are the same from each side."
     served, asked = over_http(server, n), on_the_command_line(capsys, n)
     assert served.keys() == asked.keys()
-    for question, (source, items, *more) in served.items():
-        assert (source, items) == asked[question][:2], question
+    for question, (made_by, items, *more) in served.items():
+        assert (made_by, items) == asked[question][:2], question
         if more:
             assert np.allclose(more[0], asked[question][2], atol=1e-5) and more[1] == asked[question][3], question
     with open_recommender(folder / "models", f"sqlite:///{folder}/feedback.db") as recommender:
-        for user, answer in zip(EVERYBODY, recommend_many(recommender, EVERYBODY, n)):
-            source, items, scores, shortfall = served[user, "discovery"]
-            assert (answer.source, answer.items, answer.shortfall) == (source, items, shortfall), user
-            assert np.allclose(answer.scores, scores, atol=1e-5), user
-        recommend_all(recommender, folder / "lists.parquet", n, block=16, progress=False)
-    query = f"SELECT user_id, list(item_id ORDER BY rank) FROM read_parquet('{folder}/lists.parquet') GROUP BY 1"
-    written = dict(duckdb.connect().execute(query).fetchall())
-    assert written.keys() == set(TRAINED)
-    for user in set(EVERYBODY) & set(TRAINED):
-        assert written[user] == served[user, "discovery"][1], user
+        for task in TASKS:
+            in_batches(recommender, folder / f"{task}.parquet", n, task, served)
     return served
 
 
@@ -122,10 +134,13 @@ def test_every_door_gives_the_same_list(shop, capsys, monkeypatch, n):
     monkeypatch.setenv("PRODUCT_RECS_MODELS_DIR", str(folder / "models"))
     monkeypatch.setenv("PRODUCT_RECS_DATABASE_URL", f"sqlite:///{folder}/feedback.db")
     before = compare(folder, server, capsys, n)
-    sources = {source for source, *_ in before.values()}
+    sources = {source for (source, _), *_ in before.values()}
     if n == 5:  # nobody has told anything yet
         assert sources == {"personalised", "next_purchase", "session", "segment", "popular", "similar", "content"}
-        assert before[LEFT_OUT, "discovery"][0] == "session" and before[COLD, "discovery"][0] == "segment"
+        assert before[LEFT_OUT, "discovery"][0] == ("session", "ALS")
+        assert before[COLD, "discovery"][0] == ("segment", "segment")
+        makers = {made_by for (_, task), (made_by, *_) in before.items() if task == "next_purchase"}
+        assert ("next_purchase", "ALS + habits") in makers and ("popular", "popularity") in makers
     events = [
         {"user_id": 1, "item_id": 101, "event": "deny"},
         {"user_id": 2, "item_id": 101},
@@ -142,9 +157,9 @@ def test_every_door_gives_the_same_list(shop, capsys, monkeypatch, n):
     assert server.ask("DELETE", "/users/4")[0] == 200
     after = compare(folder, server, capsys, n)
     assert all(not {102, 105, 107} & set(answer[1]) for answer in after.values())
-    assert 101 not in after[1, "discovery"][1] and after[4, "discovery"][0] == "popular"
-    assert {101, 103}.isdisjoint(after[2, "discovery"][1]) and after[999, "discovery"][0] == "content"
-    assert after["guest", "discovery"][0] == after[COLD, "discovery"][0] == "session"
+    assert 101 not in after[1, "discovery"][1] and after[4, "discovery"][0][0] == "popular"
+    assert {101, 103}.isdisjoint(after[2, "discovery"][1]) and after[999, "discovery"][0][0] == "content"
+    assert after["guest", "discovery"][0] == after[COLD, "discovery"][0] == ("session", "ALS")
     changed = [question for question in after if after[question] != before[question]]
     assert n != 5 or len(changed) > 20
 

@@ -28,7 +28,8 @@ PROGRAM = """
 import json, locale, sys
 from pathlib import Path
 from sqlalchemy import update
-from product_recs.data.arrays import load_table; from product_recs.bundle.files import open_bundle
+from product_recs.bundle.ready import open_bundle
+from product_recs.data.arrays import load_table
 from product_recs.core.errors import IngestError
 from product_recs.features import build_features
 from product_recs.ingest import ingest, open_ledger
@@ -79,7 +80,7 @@ train_bundle(
     publish_it=True,
     factors=2,
     iterations=2,
-    blend=False,
+    next_model="none",
     progress=False,
 )
 found["titles"] = sorted(open_bundle(out/"models").item_columns["title"].tolist(), key=str)

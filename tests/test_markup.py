@@ -133,6 +133,7 @@ def write_inputs(root):
         "factors": 16,
         "bootstrap": 50,
         "models": ["popularity", "item-item cosine", "ALS"],
+        "candidates": ["popularity", "ALS", "ALS + habits"],
     }
     (root / "shop.yaml").write_text(json.dumps(parameters))
 

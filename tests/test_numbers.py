@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import features_of_log, fresh_project
+from support import features_of_log, fresh_project, only_the_jobs
 
 from product_recs.answer.person import confidence_with
 from product_recs.bundle.ready import open_bundle
@@ -269,6 +269,7 @@ def test_every_declared_parameter_takes_its_value_in_every_form(job):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     root = fresh_project(tmp_path_factory.mktemp("project"))
+    only_the_jobs(root)
     (root / "reports").mkdir()
     return root
 

@@ -79,7 +79,7 @@ def publish_shop(models_dir):
             "evaluation": {
                 "split": "2026-01-20T00:00:00",
                 "discovery_hit_rate@10": 0.5,
-                "next_purchase_hit_rate@10 (blend)": 0.75,
+                "next_purchase_hit_rate@10": 0.75,
             }
         },
     )
@@ -207,9 +207,13 @@ def test_both_tasks_have_an_address_and_the_back_button_works(visit):
     expect(step(page)).to_have_text("Next purchase")
     # what a person had before comes first here
     assert set(names(page)[:6]) == set(COFFEE[4:10])
-    expect(page.get_by_text("You had it before, 3 times")).to_have_count(6)
+    expect(page.get_by_text(re.compile("^You had it 3 times, last on 2[2-7] Jan$"))).to_have_count(6)
+    card = page.get_by_role("list", name="Recommendations").get_by_role("listitem")
+    expect(card.filter(has_text="Coffee 4").first).to_contain_text("You had it 3 times, last on 27 Jan")
+    expect(page.get_by_text(re.compile(r"^12 items in \d+ ms, by ALS \+ habits$"))).to_be_visible()
     tasks.get_by_role("radio", name="Something new").check()
     expect(page).to_have_url(re.compile("#user=3$"))
+    expect(page.get_by_text(re.compile(r"^12 items in \d+ ms, by ALS$"))).to_be_visible()
     expect(step(page)).to_have_text("Personal")
     assert set(names(page)[:6]) == set(COFFEE) - set(COFFEE[4:10])
     page.go_back()
@@ -359,6 +363,18 @@ def test_why_why_not_and_similar_items(visit):
     expect(page.get_by_role("region", name="Why, or why not")).to_contain_text(
         "Left out: this person has had it already."
     )
+
+
+def test_why_a_next_purchase_tells_the_habit_and_what_the_score_is_made_of(visit, service):
+    page = visit.person("#user=3&task=next_purchase")
+    page.get_by_role("list", name="Recommendations").get_by_role("button", name="Coffee 4", exact=True).click()
+    why = page.get_by_role("dialog", name="Coffee 4").get_by_role("region", name="Why, or why not")
+    expect(why).to_contain_text("This person had it 3 times, last on 27 Jan.")
+    expect(why.get_by_role("heading", name="What the score is made of")).to_be_visible()
+    expect(why.get_by_role("heading", name="Where the taste comes from")).to_be_visible()
+    signals = service.get(f"/explain/3/{FIRST + 4}?task=next_purchase")[2]["signals"]
+    rows = why.get_by_role("list").first.get_by_role("listitem")
+    expect(rows).to_have_count(sum(abs(value) > 0.0005 for value in signals.values()))
 
 
 def test_a_person_is_forgotten_after_a_question(visit, service):
@@ -709,19 +725,7 @@ def test_the_policy_allows_nothing_from_elsewhere_and_nothing_inline(service):
         assert service.get(path)[0] == 404
 
 
-def test_a_built_wheel_holds_the_page(tmp_path):
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE", "product_recs"):
-        (source / name).symlink_to(ROOT / name)
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(tmp_path)],
-        cwd=source,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
+def test_a_built_wheel_holds_the_page(wheel):
     assert {f"product_recs/web/page/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")} <= set(
         zipfile.ZipFile(wheel).namelist()
     )

@@ -27,7 +27,7 @@ from product_recs.feedback.store import Store
 from product_recs.ingest import ingest, open_ledger
 from product_recs.train import train_bundle
 
-QUICK = {"factors": 4, "iterations": 2, "num_threads": 1, "blend": False, "progress": False}
+QUICK = {"factors": 4, "iterations": 2, "num_threads": 1, "next_model": "none", "progress": False}
 NOW = datetime(2026, 6, 1, tzinfo=timezone.utc)
 IDS = st.sampled_from(
     ["1", "7", "7.0", "-3", "0", "007", "a7", "nan", "", "x" * 256, "x" * 257, 'a"b', str(2**63), str(2**63 - 1), "ä"]
@@ -192,10 +192,11 @@ def test_what_the_service_accepts_the_next_training_learns(tmp_path):
     ledger, second = trained(tmp_path, "second", url, events=["purchase", "wishlist"], max_quantity=5, on_error="fail")
     assert ledger.rows_rejected == 0 and ledger.rows_read == 74
     # an event that is known and has no weight of its own weighs 1, in training and in the fold-in
-    now, row = person_now(model, 1, before), second.users.row(1)
-    assert bundle.items.take(now.items) == second.items.take(second.seen[row].indices)
-    np.testing.assert_allclose(now.confidence, second.seen[row].data, rtol=1e-6)
-    assert 4 + 1 == now.confidence[model.bundle.items.row(101)]  # one purchase and one wish
+    now, learned = person_now(model, 1, before), second.history(second.users.row(1))
+    assert bundle.items.take(now.items) == second.items.take(learned.items)
+    np.testing.assert_allclose(now.history.confidence, learned.confidence, rtol=1e-6)
+    place = now.items.tolist().index(model.bundle.items.row(101))
+    assert now.history.confidence[place] == 4 + 1  # one purchase and one wish
 
 
 def test_what_was_accepted_under_other_rules_is_told_and_not_counted(tmp_path):
@@ -238,13 +239,13 @@ def test_what_was_accepted_under_other_rules_is_told_and_not_counted(tmp_path):
         now = person_now(ReadyModel(older).prepare(), 1, state(1))
         assert (
             len(state(1).events) == 3
-            and now.fresh
+            and [event.item_id for event in now.news] == ["105"]
             and older.items.take(now.items) == bundle.items.take(bundle.history(bundle.users.row(1)).items)
         )
-        np.testing.assert_allclose(now.confidence, bundle.history(bundle.users.row(1)).confidence, rtol=1e-6)
+        np.testing.assert_allclose(now.history.confidence, bundle.history(bundle.users.row(1)).confidence, rtol=1e-6)
         assert (
             len(state("anna").events) == 1
-            and person_now(ReadyModel(older).prepare(), "anna", state("anna")).vector is None
+            and person_now(ReadyModel(older).prepare(), "anna", state("anna")).representation is None
         )
     with duckdb.connect() as con:
         assert con.execute(

@@ -1,7 +1,6 @@
 """The service needs its own few requirements and nothing else: no training, no tables, no notebooks."""
 
 import shlex
-import shutil
 import subprocess
 import sys
 import venv
@@ -91,20 +90,15 @@ def test_importing_the_service_does_no_work(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def serving_venv(tmp_path_factory):
+def serving_venv(wheel, tmp_path_factory):
     "An environment with what settings.ini calls the requirements of serving, and the project without its own."
-    folder = tmp_path_factory.mktemp("serving")
-    source, home = folder / "source", folder / "venv"
-    source.mkdir()
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__"))
+    home = tmp_path_factory.mktemp("serving") / "venv"
     settings = ConfigParser(delimiters=["="], interpolation=None)
     settings.read(ROOT / "settings.ini", encoding="utf-8")
     venv.create(home, with_pip=True)
     pip = [str(home / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, *shlex.split(settings["DEFAULT"]["serve_requirements"])], check=True, timeout=600)
-    subprocess.run([*pip, "--no-deps", str(source)], check=True, timeout=600)
+    subprocess.run([*pip, "--no-deps", str(wheel)], check=True, timeout=600)
     return home
 
 

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from scipy.sparse import random as random_matrix
+from support import build_wheel
 
 from product_recs.data.checkerboard import snapshot_of
 from product_recs.models.als import ALS, ScaledALS, WeightedALS, fit_als
@@ -167,22 +168,8 @@ print(interrupted)"""
     assert run.returncode == 0 and run.stdout.split() == ["150"], run.stderr[-2000:]
 
 
-def wheel(folder, **environment):
-    source = folder / "source"
-    source.mkdir()
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(
-        ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__", "*.so")
-    )
-    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(folder)]
-    subprocess.run(command, cwd=source, env=os.environ | environment, check=True, capture_output=True, timeout=300)
-    [found] = folder.glob("*.whl")
-    return found
-
-
 def test_without_a_compiler_the_package_is_built_and_trains(tmp_path):
-    with zipfile.ZipFile(wheel(tmp_path, CC="false")) as archive:
+    with zipfile.ZipFile(build_wheel(tmp_path, CC="false")) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
         archive.extractall(tmp_path / "site")
     program = """import numpy as np, scipy.sparse as s
@@ -203,10 +190,9 @@ print(native_kernels(), model.loss() > 0)"""
 
 
 @pytest.mark.skipif(not shutil.which("gcc") and not shutil.which("cc"), reason="there is no compiler here")
-def test_a_wheel_with_kernels_serves_every_python(tmp_path):
-    found = wheel(tmp_path)
-    assert "cp310-abi3" in found.name
-    with zipfile.ZipFile(found) as archive:
+def test_a_wheel_with_kernels_serves_every_python(wheel, tmp_path):
+    assert "cp310-abi3" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
         assert sorted(name for name in archive.namelist() if name.endswith(".so")) == [
             "product_recs/_als.abi3.so",
             "product_recs/_search.abi3.so",

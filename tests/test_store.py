@@ -496,7 +496,7 @@ def test_what_was_accepted_is_in_the_next_model_and_new_to_no_one(url, tmp_path,
             tmp_path / "models",
             factors=4,
             iterations=2,
-            blend=False,
+            next_model="none",
             progress=False,
         )
         return ledger, open_bundle(tmp_path / "models", version)
@@ -520,7 +520,7 @@ def test_what_was_accepted_is_in_the_next_model_and_new_to_no_one(url, tmp_path,
     assert {file["role"]: file["rows_read"] for file in ledger.files} == {"interactions": 72, "feedback": 3}
     row = second.users.row(99)
     assert (
-        sorted(second.items.take(second.seen[row].indices)) == [101, 103]
+        sorted(second.items.take(second.history(row).items)) == [101, 103]
         and second.users.row(2) is None
         and second.users.row("a guest") is None
     )

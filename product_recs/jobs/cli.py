@@ -178,8 +178,8 @@ def _list_text(recommender, answer, as_json:bool, head:str, **facts)->str:
     "Recommendations or similar items as text or JSON."
     bundle = recommender.model.bundle
     if as_json:
-        answered = {"recommendations": answer.items, "scores": answer.scores, "source": answer.source}
-        return json.dumps({**facts, **answered, "shortfall": answer.shortfall, "model": bundle.version})
+        facts |= {"recommendations": answer.items, "scores": answer.scores, "shortfall": answer.shortfall}
+        return json.dumps(facts | {"source": answer.source, "made_by": answer.model, "model": bundle.version})
     note = f"\n  {answer.shortfall}" if answer.shortfall else ""
     lines = _named(bundle, answer.rows, score=answer.scores)
     made_by = answer.source if answer.model == answer.source else f"{answer.source} by {answer.model}"

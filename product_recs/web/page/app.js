@@ -652,7 +652,7 @@ async function loadModel() {
 }
 function modelNotes(model) {
   const notes = [], quality = model.metrics?.evaluation ?? {};
-  const next = quality["next_purchase_hit_rate@10 (blend)"] ?? quality["next_purchase_hit_rate@10"], found = quality["discovery_hit_rate@10"];
+  const next = quality["next_purchase_hit_rate@10"], found = quality["discovery_hit_rate@10"];
   if (typeof next === "number" && typeof found === "number")
     notes.push(`Tested on the weeks after ${quality.split ? dayOf(moment(quality.split)) : "its training"}: of ten next purchases proposed, at least one was bought by ${percent.format(next)} of the people; of ten new items, by ${percent.format(found)}.`);
   if (model.data?.run === "complete_journey") notes.push("Sample data: grocery purchases with dates shifted to 2017, described as simulated. Good for looking, not for business conclusions.");
