@@ -158,10 +158,15 @@ def measure(folder: Path, rows: list[dict], options) -> None:
             stop(process)
 
 
-def ratios(result: dict, row: dict) -> list[float]:
-    "Requests a second ÷ those of ALS in the same round."
+def ratios(result: dict, row: dict, name: str) -> list[float]:
+    "A figure ÷ that of ALS in the same round: median, smallest and largest."
     base = next(one for one in result["models"] if one["model"] == BASE)
-    return [mine["rate"] / other["rate"] for mine, other in zip(row["rounds"], base["rounds"])]
+    found = sorted(mine[name] / other[name] for mine, other in zip(row["rounds"], base["rounds"]))
+    return [statistics.median(found), found[0], found[-1]]
+
+
+def spread(found: list[float]) -> str:
+    return f"{found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f})"
 
 
 def table(result: dict) -> str:
@@ -172,20 +177,19 @@ def table(result: dict) -> str:
         f"(smallest to largest); BPR had {result['iterations']} passes. Made by `make bench-models`; "
         "`benchmarks/models.py` says how.",
         "",
-        "| model | family | requests/s | ÷ ALS | CPU ms a request | p50 ms | p99 ms | fold-in of an event, ms | model, "
-        "MB | worker, MB | of it its own | fit, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| model | family | CPU ms a request | ÷ ALS | requests/s | ÷ ALS | p50 ms | p99 ms | fold-in of an event, ms "
+        "| model, MB | worker, MB | of it its own | fit, s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in sorted(result["models"], key=lambda row: -statistics.median(ratios(result, row))):
+    for row in sorted(result["models"], key=lambda row: ratios(result, row, "cpu")):
         rate, cpu, p50, p99 = (
             statistics.median(one[name] for one in row["rounds"]) for name in ("rate", "cpu", "p50", "p99")
         )
-        found = sorted(ratios(result, row))
-        named_ = row["model"] + (", next purchase" if row["task"] == NEXT_PURCHASE else "")
+        shown = row["model"] + (", next purchase" if row["task"] == NEXT_PURCHASE else "")
         lines.append(
-            f"| {named_} | {row['family']} | {rate:,.0f} | {statistics.median(found):.2f} ({found[0]:.2f} to "
-            f"{found[-1]:.2f}) | {cpu:.2f} | {p50:.2f} | {p99:.2f} | {row['fold_in']:.2f} | {row['megabytes']:.1f} | "
-            f"{row['worker']:.0f} | {row['own']:.0f} | {row['fit']:.2f} |"
+            f"| {shown} | {row['family']} | {cpu:.2f} | {spread(ratios(result, row, 'cpu'))} | {rate:,.0f} | "
+            f"{spread(ratios(result, row, 'rate'))} | {p50:.2f} | {p99:.2f} | {row['fold_in']:.2f} | "
+            f"{row['megabytes']:.1f} | {row['worker']:.0f} | {row['own']:.0f} | {row['fit']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 

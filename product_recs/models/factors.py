@@ -81,8 +81,7 @@ class FactorModel(_FactorArrays):
     def moments(self, representations:np.ndarray, scores:np.ndarray|None=None)->tuple[np.ndarray, np.ndarray]:
         "From the mean and the covariance of the items' factors: no pass over the scores."
         factors, (mean, covariance) = np.asarray(representations, np.float64), self._moments
-        variance = np.einsum("uf,fg,ug->u", factors, covariance, factors, optimize=True)
-        spread = np.sqrt(np.maximum(variance, 0))
+        spread = np.sqrt(np.maximum(((factors @ covariance)*factors).sum(axis=1), 0))
         return factors @ mean, np.where(spread > 1e-12, spread, 1)
 
     @cached_property

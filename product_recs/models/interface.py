@@ -205,7 +205,7 @@ def known_scores(
 )->np.ndarray:           # (m, n_items) float32, a fresh array
     "The scores, minus infinity for what is no candidate of the model."
     scores = model.scores(representations)
-    scores[:, ~model.candidates] = -np.inf
+    np.copyto(scores, -np.inf, where=~model.candidates)
     return scores
 
 # %% ../../nbs/models/interface.ipynb #d5ac943d
