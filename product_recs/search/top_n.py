@@ -15,7 +15,7 @@ def _mask(scores:np.ndarray, exclude:csr_matrix|None, candidates:np.ndarray|None
     if exclude is not None:
         rows = np.repeat(np.arange(exclude.shape[0]), np.diff(exclude.indptr))
         scores[rows, exclude.indices] = -np.inf
-    if candidates is not None: np.copyto(scores, -np.inf, where=~candidates) # 20 times quicker than by a mask of columns
+    if candidates is not None: np.copyto(scores, -np.inf, where=~candidates) # quicker than by columns
 
 # %% ../../nbs/search/top_n.ipynb #f8c5309a
 def top_n(
