@@ -642,6 +642,8 @@ async function loadModel() {
     $("model-body").replaceChildren(h("dl", {class: "figures"},
       figure("people", number.format(shape.users ?? 0)), figure("items", number.format(shape.items ?? 0)),
       figure("person and item pairs", number.format(shape.seen ?? 0)), figure("trained", made ? ago(made) : "unknown", true),
+      ...Object.entries({"for something new": "discovery", "for the next purchase": "next_purchase"})
+        .map(([what, task]) => model.models?.[task]?.name && figure(what, model.models[task].name, true)),
       moment(starts) && figure("learned from", `${dayOf(moment(starts))} to ${dayOf(moment(ends))}`, true),
       figure("version", model.version, true)),
       ...modelNotes(model));
