@@ -5,7 +5,7 @@
 # make lab     JupyterLab on the notebooks
 # make data    write the real sample to data/complete_journey
 # make kernels   compile the C of the trainer and of the search again, where it has changed
-# make bench   training, ranking, ingest, serving and all models beside their peers, and a page about it: benchmarks/results/README.md (30 minutes)
+# make bench   training, ranking, ingest, serving and all models beside their peers, and a page about it: benchmarks/results/README.md (35 minutes)
 # make bench QUICK=1   the same with small sizes, in some minutes; the page goes to build/bench
 # make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
 

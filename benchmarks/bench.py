@@ -1,6 +1,6 @@
 """All comparisons, one after the other, and one page about them: benchmarks/results/README.md.
 
-    python benchmarks/bench.py                       every part with its defaults, about 25 minutes on 2 cores
+    python benchmarks/bench.py                       every part with its defaults, about 35 minutes on 2 cores
     python benchmarks/bench.py --quick               small sizes, some minutes; into build/bench, the committed figures
     stay
     python benchmarks/bench.py ranking --rounds 5    one part, with options of its script

@@ -19,15 +19,17 @@ popularity does as well.
 makes of it: those of all users in blocks, and those of 500 users one at a time, which must be the same and whose
 milliseconds it takes with one BLAS thread. Figures that differ from those before by more than 0.00005 end the run with
 an error. The table goes to standard output and to a Markdown file in --out, the figures to a JSON file
-beside it.
+beside it. Rows of models that a run leaves out stay as an earlier run found them, and each row says when that was.
 """
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -137,9 +139,16 @@ def all_models(options: argparse.Namespace) -> dict:
         dict(neighbours=100, k1=1.2, b=0.75),
         dict(factors=128, learning_rate=0.05, regularization=0.01, iterations=200, num_threads=0),
     )
-    powers = dict(user_power=options.user_power, item_power=options.item_power)
+    own = dict(
+        user_power=options.user_power,
+        item_power=options.item_power,
+        alpha=options.weighted_alpha,
+        regularization=options.weighted_regularization,
+        unobserved_weight=options.unobserved_weight,
+        nu=options.nu,
+    )
     graph = dict(zip(("from_power", "user_power", "to_power"), options.graph), neighbours=options.neighbours)
-    weighted, walks = WeightedALS(**powers, **als), ItemGraph(**graph)
+    weighted, walks = WeightedALS(**als | own), ItemGraph(**graph)
     low = dict(factors=options.patterns, seed=options.seed)
     smooth, ease = LowPass(**low), EASE(options.ease_regularization, options.ease_max_size)
     return {
@@ -149,7 +158,7 @@ def all_models(options: argparse.Namespace) -> dict:
         "bpr": (BPR(**bpr), bpr),
         "graph": (walks, graph),
         "als": (ALS(**als), als),
-        "weighted-als": (weighted, {**powers, **als}),
+        "weighted-als": (weighted, als | own),
         "low-pass": (smooth, low),
         "ease": (ease, {"regularization": options.ease_regularization}),
         "blend": (ScoreBlend([weighted, walks, smooth], options.blend), {"weights": list(options.blend)}),
@@ -238,28 +247,36 @@ def as_text(parameters: dict) -> str:
 def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: bool) -> str:
     "Ours and, where they are of the same split, the published ones, by ascending NDCG."
     rows = [
-        (r["recall"], r["ndcg"], f"**{r['model']}**", f"{r['train_seconds']:.1f}", f"{as_text(r['parameters'])}")
+        (
+            r["recall"],
+            r["ndcg"],
+            f"**{r['model']}**",
+            f"{r['train_seconds']:.1f}",
+            as_text(r["parameters"]),
+            r["measured"],
+        )
         for r in results
     ]
     if with_published:
-        rows += [(recall, ndcg, name, "", source) for name, recall, ndcg, source in PUBLISHED]
+        rows += [(recall, ndcg, name, "", source, "") for name, recall, ndcg, source in PUBLISHED]
     lines = [
         f"{shape[0]:,} users, {shape[1]:,} items, {shape[2]:,} pairs in train, {shape[3]:,} judged by ({judged_by}); "
         f"{results[0]['users']:,} users.",
         "Models of this project are bold.",
         "",
-        "| model | Recall@20 | NDCG@20 | training, seconds | parameters, or source |",
-        "|---|---|---|---|---|",
+        "| model | Recall@20 | NDCG@20 | training, seconds | parameters, or source | measured |",
+        "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {recall:.4f} | {ndcg:.4f} | {seconds} | {note} |"
-        for recall, ndcg, name, seconds, note in sorted(rows, key=lambda row: row[:2])
+        f"| {name} | {recall:.4f} | {ndcg:.4f} | {seconds} | {note} | {measured} |"
+        for recall, ndcg, name, seconds, note, measured in sorted(rows, key=lambda row: row[:2])
     ]
+    lines += ["", *(f"- {command}" for command in dict.fromkeys(f"{r['measured']}: {r['command']}" for r in results))]
     answered = [
         f"| {r['model']} | {r['served']['recall']:.4f} | {r['served']['ndcg']:.4f} | {r['served']['p50']:.2f} | "
         f"{r['served']['p99']:.2f} |"
         for r in results
-        if r["served"]
+        if r.get("served")
     ]
     if answered:
         lines += [
@@ -297,8 +314,10 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=33.0)
     parser.add_argument("--regularization", type=float, default=30.0)
     parser.add_argument("--iterations", type=int, default=8)
-    parser.add_argument("--user-power", type=float, default=0.3, help="of weighted ALS")
-    parser.add_argument("--item-power", type=float, default=0.1, help="of weighted ALS")
+    for name, usual in (("user-power", 0.0), ("item-power", 0.1), ("weighted-alpha", 1.0), ("nu", 1.0)):
+        parser.add_argument(f"--{name}", type=float, default=usual, help="of weighted ALS")
+    for name, usual in (("weighted-regularization", 0.003), ("unobserved-weight", 0.03)):
+        parser.add_argument(f"--{name}", type=float, default=usual, help="of weighted ALS")
     parser.add_argument(
         "--graph",
         type=numbers(3),
@@ -308,7 +327,7 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=300, help="of the item graph")
     parser.add_argument("--patterns", type=int, default=1024, help="of low-pass")
     parser.add_argument(
-        "--blend", type=numbers(3), default=(0.46, 0.43, 0.11), help="weights of weighted ALS, item graph and low-pass"
+        "--blend", type=numbers(3), default=(0.45, 0.40, 0.15), help="weights of weighted ALS, item graph and low-pass"
     )
     parser.add_argument(
         "--blend-ease", type=numbers(4), default=(0.40, 0.11, 0.17, 0.32), help="the same, with EASE as the fourth"
@@ -333,6 +352,9 @@ def main() -> None:
     sizes, published = (*train.shape, train.nnz, targets.nnz), shape == GOWALLA and not options.validate
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
+    given = shlex.join("FOLDER" if part == str(options.folder) else part for part in sys.argv[1:])
+    file, command = stem.with_suffix(".json"), f"`python benchmarks/quality.py {given}`"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     snapshot, results, left_out, fit_alone, fitted = snapshot_of(train), [], [], {}, {}
     for name in (bar := tqdm(names, unit="model")):
         bar.set_postfix_str(name)
@@ -345,7 +367,7 @@ def main() -> None:
             continue
         fit_alone[model.name] = result["train_seconds"]
         result["train_seconds"] += sum(fit_alone.get(part.name, 0.0) for part in model.parts)  # fitted for a row above
-        results.append({**result, "parameters": parameters})
+        results.append({**result, "parameters": parameters, "measured": date.today().isoformat(), "command": command})
         if options.served and (wrong := difference(result)):
             sys.exit(f"{name}: {wrong}")
         bar.write(
@@ -353,14 +375,15 @@ def main() -> None:
             f"{result['train_seconds']:.0f} s",
             file=sys.stderr,
         )
-        table = markdown(results, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
+        rows = results + [row for row in earlier if row["model"] not in {one["model"] for one in results}]
+        table = markdown(rows, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
         stem.with_suffix(".md").write_text(
             table, encoding="utf-8"
         )  # after each model: a run that is stopped leaves what it found
-        stem.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     if not results:
         sys.exit("no model could be fitted")
-    table = markdown(results, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
+    table = markdown(rows, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
     stem.with_suffix(".md").write_text(table, encoding="utf-8")
     print(f"\n{table}\nWritten to {stem}.md and {stem.name}.json")
 
