@@ -1,7 +1,7 @@
 """What does it cost to serve each model? All that there are, fitted on one shop and each served from a bundle of its
 own, beside ALS.
 
-    python benchmarks/models.py [--users 30000] [--items 8000] [--rounds 3] [--seconds 3] [--models "ALS,EASE"]
+    python benchmarks/models.py [--users 30000] [--items 8000] [--rounds 3] [--seconds 2] [--models "ALS,EASE"]
     [--write]   (needs wrk: apt-get install wrk)
 
 The shop is generated as for benchmarks/training.py: power-law popularity, tastes by group, about ten pairs a user; how
@@ -13,7 +13,8 @@ connections, milliseconds of one; the CPU milliseconds of a request are those th
 the machine disturbs them least. The fold-in of an event is measured in the process of the script, with one BLAS
 thread: a user of the training buys one more thing, and becomes somebody who can be scored.
 
-Memory: that of the one worker after it answered, and the part of it that is its own, which each further worker adds.
+Memory: that of the one worker after it answered, and the part of it that is no mapped file, which each further worker
+adds; the files of the bundle are shared.
 """
 
 import argparse
@@ -111,9 +112,9 @@ def fold_in(folder: Path, task: str, users: int, items: int) -> float:
 
 
 def memory(process) -> tuple[float, float]:
-    "MB of a worker, and of them its own."
-    facts = psutil.Process(process.pid).memory_full_info()
-    return facts.rss / 1e6, facts.uss / 1e6
+    "MB of a worker, and of them what is no mapped file."
+    facts = psutil.Process(process.pid).memory_info()
+    return facts.rss / 1e6, (facts.rss - facts.shared) / 1e6
 
 
 def spent(process) -> float:
@@ -178,7 +179,7 @@ def table(result: dict) -> str:
         "`benchmarks/models.py` says how.",
         "",
         "| model | family | CPU ms a request | ÷ ALS | requests/s | ÷ ALS | p50 ms | p99 ms | fold-in of an event, ms "
-        "| model, MB | worker, MB | of it its own | fit, s |",
+        "| model, MB | worker, MB | of it no mapped file | fit, s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(result["models"], key=lambda row: ratios(result, row, "cpu")):
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=30_000)
     parser.add_argument("--items", type=int, default=8_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=20, help="of BPR")
     parser.add_argument("--models", default="", help="names by commas, with ALS among them (default: all)")
     parser.add_argument("--write", action="store_true", help="keep table and figures under benchmarks/results/")
