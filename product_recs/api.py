@@ -95,7 +95,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
         state, = await view.states([user])
         request = recommender.request(user, n, task, state=state, shelf=shelf)
         person, answer = recommender.person(request), recommender.answer
-        if recommender.reads_files(request, person): recommendations = await run_in_threadpool(answer, request, person)
+        if recommender.takes_long(request, person): recommendations = await run_in_threadpool(answer, request, person)
         else: recommendations = answer(request, person)
         response = respond(model, recommendations, {"user_id": user, "recommendations": recommendations.items}, detail)
         service.keep(http_request.scope, model, request, shelf, recommendations, response)
@@ -138,7 +138,7 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
                                                                           (one.model for one in lists)))
             return JSONResponse({"results": results}, headers=_headers(model.bundle.version, rungs, models))
         person = recommender.person(requests[0]) if len(requests) == 1 else None
-        quick = person is not None and not recommender.reads_files(requests[0], person)
+        quick = person is not None and not recommender.takes_long(requests[0], person)
         return response() if quick else await run_in_threadpool(response)
 
 # %% ../nbs/06_api.ipynb #e85f25c2
