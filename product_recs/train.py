@@ -28,7 +28,7 @@ from .models.als import ALS, ALS_DEFAULTS, check_als, fit_als
 from .models.blend import HabitBlend
 from .models.blend_weights import learn_weights
 from .models.factors import FactorModel
-from .models.interface import Model
+from .models.interface import Model, with_parts
 from .models.signals import BlendError
 from .search.index import build_index, check_index
 
@@ -132,9 +132,8 @@ class Trained:
     @property
     def als(self)->list[ALS]:
         "ALS and its kin among what was fitted."
-        def singles(model): return [one for part in model.parts for one in singles(part)] or [model]
-        found = {id(one): one for model in self.models.values() if not isinstance(model, str) for one in singles(model)}
-        return [one for one in found.values() if isinstance(one, ALS)]
+        models = [one for model in self.models.values() if not isinstance(model, str) for one in with_parts(model)]
+        return [one for one in {id(one): one for one in models}.values() if isinstance(one, ALS)]
 
 def _index_of(features:Features, model:Model, index:str, seed:int, num_threads:int,
               progress:bool)->tuple[np.ndarray|None, dict]:
@@ -158,14 +157,14 @@ def _checked(publish_it:bool|str, index:str, model:str, next_model:str, given:Ma
     for name, special in ((model, ("auto",)), (next_model, ("auto", "none"))): # before a competition, too
         if name.strip().lower() == "all": raise TrainError(f"{name!r} is no model; name one, or auto")
         if name not in special: named(name, singles)
-    if given and len(_singles_in(model)) != 1:
+    if given and (model == "auto" or len(_singles_of(named(model, singles))) != 1):
         raise TrainError(f"model_parameters are those of one model, and model={model!r} names "
                          f"{'none' if model == 'auto' else 'several'}")
     return als
 
-def _singles_in(name:str)->list[str]:
-    "Names of the single models in the name of a model."
-    return [word.strip() for word in name.split("+") if word.strip().lower() not in ("auto", "habits")]
+def _singles_of(model:Model)->list[Model]:
+    "The single models that a model is made of; itself where it has no parts."
+    return [part for part in with_parts(model) if not part.parts]
 
 # %% ../nbs/03_train.ipynb #a4fedc08
 def train_bundle(
@@ -185,7 +184,7 @@ def train_bundle(
     als = _checked(publish_it, index, model, next_model, model_parameters or {}, features, als)
     seed, singles, models_dir = als["seed"], all_models(als, seed=als["seed"]), resolve_path(models_dir)
     if model_parameters:
-        own = named(_singles_in(model)[0], singles)
+        own, = _singles_of(named(model, singles))
         singles = [with_parameters(one, model_parameters) if one is own else one for one in singles]
     choice = Choice(features, singles, candidates, seed, progress)
     recipes = choose_models(choice, model, next_model)

@@ -262,8 +262,8 @@ def _sentence(competition:Competition)->str:
     says = (f"{competition.task.replace('_', ' ').capitalize()}: {won.model} wins with {name} {won.value:.4f} "
             f"({won.low:.4f} to {won.high:.4f}, {facts['users']:,} users of the validation period)")
     if won.model != first.model:
-        says += (f". {first.model} has {first.value:.4f}; {won.model} gives up {-won.difference:.4f} of it, which is "
-                 f"not significant ({won.difference_low:+.4f} to {won.difference_high:+.4f}), for "
+        says += (f". {first.model} has {first.value:.4f}; {won.model} gives up {abs(won.difference):.4f} of it, which "
+                 f"is not significant ({won.difference_low:+.4f} to {won.difference_high:+.4f}), for "
                  f"{won.work/max(first.work, 1):.0%} of the work")
     elif len(table) > 1:
         second = table.iloc[1]
