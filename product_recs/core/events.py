@@ -81,9 +81,10 @@ class EventRules:
     events: tuple[str, ...]|None = KNOWN_EVENTS # the names that are known; None: any
     max_quantity: float = 1000.0                # a larger quantity is a mistake
     numbers: tuple[str, ...] = ()               # columns of ids that are all whole numbers of 64 bits
+    normalise_ids: tuple[str, ...] = ()         # in what the spellings of one id may differ: case, space
 
     def __post_init__(self):
-        for name in ("events", "numbers"):
+        for name in ("events", "numbers", "normalise_ids"):
             if getattr(self, name) is not None: object.__setattr__(self, name, tuple(getattr(self, name)))
         if taken := {*(self.events or ())} & {*INSTRUCTIONS}:
             raise ProductRecsError(f"events: {min(taken)} is an instruction of the service, and no interaction")
