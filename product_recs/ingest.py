@@ -9,7 +9,7 @@ __all__ = ['REMEDIES', 'DEFAULT_SOURCE', 'DEFAULT_PRODUCTS', 'Ledger', 'open_led
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,34 +21,42 @@ from .core.credentials import is_reference, masked, masked_parameters, password_
 from .core.errors import IngestError
 from .core.events import KNOWN_EVENTS, LEEWAY, EventRules
 from .core.files import atomic_folder, locked
-from .core.ids import key_sql, whole_number
+from .core.ids import folded_sql, key_sql, whole_number
 from .core.parameters import number
 from .core.paths import resolve_path
 from .core.sql import (case_of, database_errors, file_name, local_name, named, parquet, quoted,
                                    temporary_database)
 from .core.text import safe_cell_sql
-from .data.attributes import attribute_names, united
+from .data.attributes import UNDERSTOOD, table_columns, united, yes_or_no
 from .data.csvfiles import staged_query
 from .data.database import is_database
+from .data.dates import AmbiguousDates, checked_formats
+from .data.dialect import Dialect, find_dialect
+from .data.exclude import checked_exclusions, suspects, suspects_note, write_excluded
 from .data.merge import write_merged
-from .data.sources import FileRead, match_columns, near_name, read_source, run_query
+from .data.returns import checked_returns, returns_note, take_returns
+from .data.roles import guess_columns, guess_event, match_columns
+from .data.sources import FileRead, find_files, read_source, run_query
+from .data.spellings import checked_folds, find_spellings, spellings_note
 from .data.stored import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
-from .data.validate import (ODD, TABLES, check_query, first_fault, id_rules, interaction_rules, is_number,
-                                        odd_query, plain_query, trimmed)
+from .data.validate import (ODD, RETURN, TABLES, check_query, first_fault, id_rules, interaction_rules,
+                                        is_number, odd_query, plain_query, trimmed)
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass
 class Ledger:
-    "What became of every row; `rows_read == rows_kept + rows_rejected + duplicates_merged + rows_forgotten`."
+    "What became of every row: `rows_read` is the sum of the five counts below it."
     rows_read: int = 0
     rows_kept: int = 0
     rows_rejected: int = 0
     duplicates_merged: int = 0
+    rows_returned: int = 0                         # returns, and purchases that nothing is left of
     rows_forgotten: int = 0                        # from before the wish of a user to be forgotten
     reasons: dict = field(default_factory=dict)    # reason -> rows, the most frequent first
     files: list = field(default_factory=list)      # file, role, rows_read, rows_rejected, bytes, changed
     warnings: list = field(default_factory=list)   # what a person should know, although nothing is wrong
     tables: dict = field(default_factory=dict)     # products, users -> the counts of their rows
+    excluded: dict = field(default_factory=dict)   # items and rows that are kept, and not trained on
     users: int = 0
     items: int = 0
     first_timestamp: str | None = None             # UTC, ISO-8601
@@ -70,14 +78,23 @@ def open_ledger(
 
 # %% ../nbs/01_ingest.ipynb #addf8bd4
 REMEDIES = {"not valid text": 'pass the encoding of the file, such as encoding="latin-1" or "cp1252"',
-            "unknown event": "name your events with events=[...]",
+            "unknown event": "map your names of events with event_names={...}, or add them to events=[...]",
             "NUL byte": 'the file may be UTF-16: encoding="utf-16"',
             "too ": 'check delimiter="..."',
             "quantity above": "raise max_quantity",
             "number too large": "write ids as whole numbers of 64 bits, or as text",
             "blank id": "check columns={...}",
-            "timestamp": "write times as ISO-8601 or as an epoch in seconds",
+            "timestamp": 'name the form of your dates, such as timestamp_format="%d/%m/%Y %H:%M"',
+            "quantity is not a number": 'say which mark parts the fraction: decimal="," or decimal="."',
+            "quantity is not above 0": 'read such rows as returns with returns="net"',
             "id is text": "write all ids of the log as text, if these are ids of yours"}
+
+def _event_names(con)->str:
+    "The mapping that unknown names of events probably want; empty where nobody can guess."
+    names = con.execute("SELECT lower(trim(value)) AS name FROM rejects WHERE reason = 'unknown event' GROUP BY 1 "
+                        "ORDER BY count(*) DESC, 1 LIMIT 20").fetchall()
+    guessed = {name: ours for name, in names if (ours := guess_event(name))}
+    return f"perhaps event_names={guessed}" if guessed else ""
 
 def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->None:
     "Raise if the rejects that `where` selects are too many."
@@ -94,6 +111,7 @@ def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->N
     examples = "\n".join(f"  {count:,} x {reason}, first {file}, line {line}: {(value or '')[:60]!r}"
                          for reason, count, file, line, value in top)
     remedies = {remedy for reason, *_ in top for start, remedy in REMEDIES.items() if reason.startswith(start)}
+    if any(reason == "unknown event" for reason, *_ in top): remedies |= {_event_names(con)} - {""}
     raise IngestError(f"{rejected:,} of {rows:,} rows of {what} are bad ({rejected / rows:.1%}; max_reject_share is "
                       f"{max_share:.1%}). Nothing was written.\n{examples}\n"
                       f"Remedy: {'; '.join(sorted(remedies)) or 'mend these lines'}, or raise max_reject_share.")
@@ -109,9 +127,10 @@ def add_faults(
         con.execute("INSERT INTO rejects SELECT ?, unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]), "
                     "unnest(?::VARCHAR[])", [read.shown, lines, columns, values, reasons])
 
-def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:EventRules, latest:datetime,
+def _load_query(con, sql:str, again:str, number:int, wanted:Sequence[str], rules:EventRules, latest:datetime,
                 label:str, options:dict)->int:
     "Load one file: the plain rows at a glance, the others by the rules; the number of all rows."
+    returns = options["returns"] != "ignore"
     for table in ("plain", "checked"): con.execute(f"DELETE FROM {table} WHERE file = ?", [number])
     both = f"{is_number('user_id')} AND {is_number('item_id')}"
     numbers, rows = con.execute(f"SELECT count(*) FILTER ({both}), count(*) FROM (FROM ({sql}) LIMIT 1000)").fetchone()
@@ -121,7 +140,8 @@ def _load_query(con, sql:str, again:str, number:int, wanted:Mapping, rules:Event
     odd, = con.execute(f"SELECT count(*) FROM {marked} AND file = {number}").fetchone()
     if odd:
         con.execute(f"DELETE FROM {marked} AND file = {number}")
-        careful = check_query(odd_query(again or sql, *judge), number, wanted, interaction_rules(rules, latest))
+        odd_rows = odd_query(again or sql, *judge)
+        careful = check_query(odd_rows, number, wanted, interaction_rules(rules, latest), returns)
         judged = run_query(con, careful, label, options["progress"])[0][0]
         assert judged == odd, f"{odd} rows are odd at the first reading, {judged} at the second"
     return loaded
@@ -144,27 +164,74 @@ def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
                              changed=read.changed))
     return rows
 
+# %% ../nbs/01_ingest.ipynb #05fbe176
+class _Files:
+    "What the reading of the files of a log keeps from one call to the next."
+    def __init__(self, con, options:dict, rules:EventRules, latest:datetime, ledger:Ledger, label:str):
+        self.con, self.options, self.rules, self.latest, self.ledger = con, options, rules, latest, ledger
+        self.label, self.shown, self.wanted, self.notes = label, "", {}, []
+        self.kinds, self.unmapped = {Columns.User: set(), Columns.Item: set()}, {}
+        self.orders, self.undecided = set(), None # day first, month first; the error of a file that does not show it
+
+    def match(self, names, shown:str)->dict[str, str]:
+        "Our columns, and those that mark a return."
+        self.shown, markers = shown, {}
+        self.wanted = match_columns(names, self.options["columns"], Columns.Required, Columns.Optional, shown)
+        for place, column in enumerate(self.options["return_marker"]):
+            if column not in names:
+                raise IngestError(f"{shown}: there is no column {column!r}, which return_marker names. Found: "
+                                  f"{', '.join(names[:30])}.")
+            markers[f"marker{place}"] = column
+        free = [name for name in names if name not in {*self.wanted.values(), *markers.values()}]
+        guessed = guess_columns(free, [name for name in Columns.Optional if name not in self.wanted])
+        self.unmapped |= {name: (column, shown) for name, column in guessed.items() if name not in self.unmapped}
+        return self.wanted | markers
+
+    def load(self, number:int, sql:str, again:str="")->int:
+        "Load one file; called a second time where the quick reading has failed."
+        options = self.options
+        markers = {f"marker{place}": pattern for place, pattern in enumerate(options["return_marker"].values())}
+        given = {"event_names": options["event_names"], "markers": markers}
+        columns, dialect, self.notes = [*self.wanted, *markers], Dialect(**given), []
+        try:
+            dialect, self.notes = find_dialect(
+                self.con, sql, columns, self.shown, self.latest, lined=again, formats=options["timestamp_format"],
+                decimal=options["decimal"], **given)
+        except AmbiguousDates as error:
+            if options["on_error"] == "fail": raise
+            self.undecided = self.undecided or error
+        self.orders |= {dialect.order} - {""}
+        return _load_query(self.con, dialect.plain(sql, columns), again and dialect.plain(again, columns), number,
+                           dialect.columns(columns), self.rules, self.latest, self.label, options)
+
+    def each(self, read:FileRead)->None:
+        "Account for a file that has been loaded."
+        rows = _account(self.con, read, interaction_rules(self.rules, self.latest), "interactions", self.ledger)
+        for name in self.kinds: self.kinds[name].add(read.kinds[name])
+        self.ledger.warnings += [*self.notes, *read.warnings]
+        _judge(self.con, f"file = {quoted(read.shown)}", rows, self.options["on_error"], 1.0, read.shown)
+
+# %% ../nbs/01_ingest.ipynb #455bc454
 def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:Path,
           ledger:Ledger)->tuple[list[FileRead], dict[str, set]]:
     "Read and check every file; fill `plain`, `checked` and `rejects`; the kinds of the ids."
-    kinds, current = {Columns.User: set(), Columns.Item: set()}, {}
-    def match(names, shown):
-        wanted = current["wanted"] = match_columns(names, options["columns"], Columns.Required, Columns.Optional, shown)
-        for name in set(Columns.Optional) - set(wanted):
-            if guess := near_name(name, [other for other in names if other not in wanted.values()]):
-                ledger.warnings.append(f"{shown} has no column {name}, but {guess}: if that is it, pass "
-                                       f"columns={{{name!r}: {guess!r}}}.")
-        return wanted
-    def load(number, sql, again=""):
-        label = f"reading {masked(str(source))}"[:60]
-        return _load_query(con, sql, again, number, current["wanted"], rules, latest, label, options)
-    def each(read):
-        rows = _account(con, read, interaction_rules(rules, latest), "interactions", ledger)
-        for name in kinds: kinds[name].add(read.kinds[name])
-        _judge(con, f"file = {quoted(read.shown)}", rows, options["on_error"], 1.0, read.shown)
-    reads = read_source(source, options["query"], load, match, Columns.Required, Columns.All, con, folder, each=each,
-                        **{name: options[name] for name in ("delimiter", "encoding", "progress")})
-    return reads, kinds
+    files = _Files(con, options, rules, latest, ledger, f"reading {masked(str(source))}"[:60])
+    how = {name: options[name] for name in ("delimiter", "encoding", "progress", "sheet")}
+    reads = read_source(source, options["query"], files.load, files.match, Columns.Required, Columns.All, con, folder,
+                        each=files.each, **how)
+    if files.undecided: # the dates of one file; perhaps another file shows what they are
+        if len(files.orders) != 1: raise files.undecided
+        order, = files.orders
+        for table in ("plain", "checked", "rejects"): con.execute(f"DELETE FROM {table}")
+        ledger.files.clear()
+        ledger.warnings.append(f"All dates are read {order}, since some of the files can be nothing else.")
+        return _load(con, source, options | {"timestamp_format": (order,)}, rules, latest, folder, ledger)
+    if files.unmapped:
+        found = ", ".join(f"no {name}, but {column!r}" for name, (column, _) in files.unmapped.items())
+        proposal = options["columns"] | {name: column for name, (column, _) in files.unmapped.items()}
+        ledger.warnings.append(f"{next(iter(files.unmapped.values()))[1]} has {found}. If that is it, say columns="
+                               f"{proposal}.")
+    return reads, files.kinds
 
 # %% ../nbs/01_ingest.ipynb #269e468f
 def _first_odd(con, column:str, odd:str, files:list[FileRead])->tuple[str, int, str]:
@@ -199,15 +266,32 @@ def _as(column:str, type:str)->str:
     return whole_number(column) if type == "BIGINT" else column
 
 # %% ../nbs/01_ingest.ipynb #399b0772
-def _write(con, folder:Path, types:Mapping[str, str], events:list[str], ledger:Ledger, progress:bool)->None:
-    "Merge repeated deliveries, write the interactions in a fixed order, and count."
+def _merge_spellings(con, types:Mapping[str, str], folds:Sequence[str], warnings:list[str])->None:
+    "Write one spelling for all that are one id."
+    for column, type in types.items():
+        if type != "VARCHAR" or not folds: continue
+        ids = f"SELECT {column} AS id, count(*) AS rows FROM checked WHERE fault IS NULL GROUP BY 1"
+        if not (count := find_spellings(con, ids, folds, f"{column}_spelling")): continue
+        rows, = con.execute(f"UPDATE checked SET {column} = kept FROM {column}_spelling WHERE {column} = id AND "
+                            "fault IS NULL").fetchone()
+        warnings.append(f"Values of {column} that became another spelling of the same id: {count:,}, in {rows:,} rows.")
+
+def _write(con, folder:Path, types:Mapping[str, str], options:dict, ledger:Ledger)->None:
+    "Take the returns, merge repeated deliveries, write the interactions in a fixed order, and count."
     numbers = ", ".join(f"{column}::{type} AS {column}" for column, type in types.items())
     texts = ", ".join(f"{_as(column, type)} AS {column}" for column, type in types.items())
-    event = case_of("event", {quoted(name): place for place, name in enumerate(events)})
-    con.execute(f"""CREATE VIEW good AS SELECT {numbers}, event, quantity, timestamp FROM plain
+    event = case_of("event", {quoted(name): place for place, name in enumerate(options["events"])})
+    _merge_spellings(con, types, options["normalise_ids"], ledger.warnings)
+    con.execute(f"""CREATE VIEW every_row AS SELECT {numbers}, event, quantity, timestamp FROM plain
         UNION ALL SELECT {texts}, {event}, quantity, timestamp FROM checked WHERE fault IS NULL""")
-    merged = write_merged(con, folder/"interactions.parquet", types, events, progress)
-    ledger.rows_kept, ledger.duplicates_merged = merged.kept, merged.rows - merged.kept
+    returned = take_returns(con, "every_row", options["returns"], options["progress"])
+    if note := returns_note(returned): ledger.warnings.append(note)
+    if returned.rows and not con.execute("SELECT count(*) FROM good").fetchone()[0]:
+        raise IngestError("Nothing is left of the log after its returns. Nothing was written. If the quantities below "
+                          '0 are no returns, say returns="ignore".')
+    merged = write_merged(con, folder/"interactions.parquet", types, options["events"], options["progress"])
+    ledger.rows_kept, ledger.rows_returned = merged.kept, returned.rows
+    ledger.duplicates_merged = merged.rows - merged.kept + returned.merged
     ledger.users, ledger.items, ledger.fingerprint = merged.users, merged.items, merged.fingerprint
     ledger.first_timestamp, ledger.last_timestamp = merged.first, merged.last
     if merged.untimed:
@@ -218,29 +302,39 @@ def _write(con, folder:Path, types:Mapping[str, str], events:list[str], ledger:L
                                "your epoch numbers.")
 
 # %% ../nbs/01_ingest.ipynb #8c926ca5
-def _table_rows(con, source, name:str, key:str, options:dict, folder:Path)->tuple[list[FileRead], dict[str, str]]:
+def _is_the_log(source, log)->bool:
+    "Is a table the files of the log itself?"
+    if not (source and log) or any(is_database(one) or is_reference(one) for one in (source, log)): return False
+    return set(find_files(source)) == set(find_files(log))
+
+def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledger:Ledger,
+                from_log:bool)->tuple[list[FileRead], dict[str, str]]:
     "Read the files of a table into one DuckDB table: file, line, id, attributes; attribute -> its column there."
-    columns = {}
+    columns, option = {}, f"{name[:-1]}_columns"
+    given, of_log = options[option], options["columns"].get(key, [])
+    key_names = [of_log] if isinstance(of_log, str) else [*of_log]
     def match(names, shown):
-        theirs = options["columns"].get(key, key)
-        theirs = match_columns(names, {key: theirs if theirs in names else key}, [key], [], shown, mapped=False)[key]
-        attributes = attribute_names(names, key, theirs, shown, columns)
-        return {key: theirs} | {columns.setdefault(attribute, f"c{len(columns)}"): attribute
-                                for attribute in attributes}
+        ours, note = table_columns(names, key, given, key_names, shown, option, columns)
+        if from_log: # quantity and invoice are no attributes of a product
+            ours = {name: column for name, column in ours.items() if name in {key, *given, *UNDERSTOOD}}
+        if note: ledger.warnings.append(note)
+        return {key: ours.pop(key)} | {columns.setdefault(attribute, f"c{len(columns)}"): theirs
+                                       for attribute, theirs in ours.items()}
     def load(number, sql, again=""):
         con.execute(f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS file, line, * EXCLUDE line FROM "
                     f"({again or sql})")
         return con.execute(f"SELECT count(*) FROM {name}_{number}").fetchone()[0]
     reads = read_source(source, "", load, match, [key], [key], con, folder, keep_types=True,
-                        each=lambda read: add_faults(con, read),
-                        **{option: options[option] for option in ("delimiter", "encoding", "progress")})
+                        each=lambda read: None if from_log else add_faults(con, read),
+                        **{option: options[option] for option in ("delimiter", "encoding", "progress", "sheet")})
     parts = [(f"{name}_{number}", read.shown, read.typed) for number, read in enumerate(reads)]
     con.execute(f"CREATE TABLE {name} AS {united(con, parts, columns, ['file', 'line', key])}")
     for table, *_ in parts: con.execute(f"DROP TABLE {table}")
     return reads, columns
 
 # %% ../nbs/01_ingest.ipynb #9fa8a0ff
-def _judge_ids(con, reads:list[FileRead], name:str, key:str, id_type:str, options:dict, ledger:Ledger)->str:
+def _judge_ids(con, reads:list[FileRead], name:str, key:str, id_type:str, options:dict, ledger:Ledger,
+               from_log:bool)->str:
     "Put the rows without a good id into `rejects` and the files into the ledger; SQL: is a row good?"
     con.execute(f"CREATE TABLE {name}_ids AS SELECT file, line, {key_sql('id')} AS id FROM (SELECT file, line, "
                 f"{trimmed(f'CAST({key} AS VARCHAR)')} AS id FROM {name})")
@@ -248,6 +342,7 @@ def _judge_ids(con, reads:list[FileRead], name:str, key:str, id_type:str, option
     if id_type == "BIGINT":
         rules += [(key, "id is no integer, but those of the interactions are", f"{whole_number('id')} IS NULL")]
     fault = first_fault(rules)
+    if from_log: return f"{fault} IS NULL" # its rows are in the ledger already
     reasons = case_of(f"({fault})", {number: quoted(reason) for number, (_, reason, _) in enumerate(rules, 1)})
     files = case_of("file", {number: quoted(read.shown) for number, read in enumerate(reads)})
     con.execute(f"""INSERT INTO rejects SELECT {files}, line, {quoted(key)}, left(id, 200), {reasons}
@@ -260,26 +355,82 @@ def _judge_ids(con, reads:list[FileRead], name:str, key:str, id_type:str, option
                                  changed=read.changed))
     return f"{fault} IS NULL"
 
-def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder:Path, out:Path, ledger:Ledger)->None:
+def _one_spelling(con, name:str, key:str, id_type:str, folds:Sequence[str], out:Path)->None:
+    "Write the ids of a table as the log does, where spellings are one id."
+    if id_type != "VARCHAR" or not folds: return
+    log = f"SELECT DISTINCT {key} AS kept FROM {parquet(out/'interactions.parquet')}"
+    con.execute(f"""UPDATE {name}_ids SET id = other.kept FROM (SELECT file, line, coalesce(log.kept, min(id) OVER (
+        PARTITION BY {folded_sql('id', folds)})) AS kept FROM {name}_ids LEFT JOIN ({log}) log
+        ON {folded_sql('log.kept', folds)} = {folded_sql('id', folds)}) other
+        WHERE other.file = {name}_ids.file AND other.line = {name}_ids.line""")
+
+def _values(con, name:str, columns:dict[str, str], ledger:Ledger)->dict[str, str]:
+    "Attribute -> SQL of its value; words for yes and no in `available` are understood."
+    values = dict(columns)
+    types = dict(con.execute(f"SELECT column_name, data_type FROM information_schema.columns WHERE table_name = "
+                             f"{quoted(name)}").fetchall())
+    if name == "products" and types.get(columns.get("available")) == "VARCHAR":
+        answer, strange = yes_or_no(con, name, columns["available"])
+        if not strange: values["available"] = answer
+        else:
+            ledger.warnings.append(f"products: available has words that are neither yes nor no: {', '.join(strange)}. "
+                                   "Products with these words are taken to be for sale; write yes or no instead.")
+    return values
+
+# %% ../nbs/01_ingest.ipynb #14ddf069
+def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder:Path, out:Path, ledger:Ledger,
+               from_log:bool)->None:
     "Validate a table of products or users and write it."
-    reads, columns = _table_rows(con, source, name, key, options, folder)
-    good, id = _judge_ids(con, reads, name, key, id_type, options, ledger), _as("id", id_type)
-    attributes = "".join(f", {column} AS {named(attribute)}" for attribute, column in columns.items())
-    target = out/f"{name}.parquet"
-    con.execute(f"""COPY (SELECT {id} AS {key}{attributes} FROM {name} JOIN {name}_ids USING (file, line) WHERE {good}
-        QUALIFY row_number() OVER (PARTITION BY {id} ORDER BY file DESC, line DESC) = 1 ORDER BY 1) TO
-        {file_name(target)} (FORMAT parquet)""")
+    reads, columns = _table_rows(con, source, name, key, options, folder, ledger, from_log)
+    good, id = _judge_ids(con, reads, name, key, id_type, options, ledger, from_log), _as("id", id_type)
+    _one_spelling(con, name, key, id_type, options["normalise_ids"], out)
+    values, target = _values(con, name, columns, ledger), out/f"{name}.parquet"
+    rows = f"FROM {name} JOIN {name}_ids USING (file, line) WHERE {good}"
+    if from_log: # what most rows say: the last one may be a correction or a note of the warehouse
+        chosen = "".join(f", mode({value}) AS {named(attribute)}" for attribute, value in values.items())
+        query = f"SELECT {id} AS {key}{chosen} {rows} GROUP BY 1 ORDER BY 1"
+    else:
+        chosen = "".join(f", {value} AS {named(attribute)}" for attribute, value in values.items())
+        query = (f"SELECT {id} AS {key}{chosen} {rows} QUALIFY row_number() OVER (PARTITION BY {id} "
+                 "ORDER BY file DESC, line DESC) = 1 ORDER BY 1")
+    con.execute(f"COPY ({query}) TO {file_name(target)} (FORMAT parquet)")
     written, = con.execute(f"SELECT count(*) FROM {parquet(target)}").fetchone()
+    if from_log: return ledger.tables.update({name: dict(rows_read=written, rows_kept=written, rows_rejected=0,
+                                                         duplicates_merged=0)})
     rows, rejected = (sum(file[what] for file in ledger.files if file["role"] == name)
                       for what in ("rows_read", "rows_rejected"))
     ledger.tables[name] = dict(rows_read=rows, rows_kept=written, rows_rejected=rejected,
                                duplicates_merged=rows - rejected - written)
-    if rows - rejected - written:
-        ledger.warnings.append(
-            f"{name}: {rows - rejected - written:,} rows repeat a {key}; the last row of each was kept."
-        )
+    if repeated := rows - rejected - written:
+        ledger.warnings.append(f"{name}: rows that repeat the {key} of another: {repeated:,}. The last row of each was "
+                               "kept.")
 
 # %% ../nbs/01_ingest.ipynb #53583b56
+def _checked_names(options:dict)->None:
+    "Refuse mappings that cannot be meant."
+    for name, known in (("columns", Columns.All), ("product_columns", None), ("user_columns", None)):
+        options[name] = {ours: theirs if isinstance(theirs, str) else [str(one) for one in theirs]
+                         for ours, theirs in dict(options[name] or {}).items()}
+        if known and (unknown := set(options[name]) - set(known)):
+            raise IngestError(f"{name}= maps our names to yours, and {sorted(unknown)} are none of ours: "
+                              f"{', '.join(known)}.")
+    lower = lambda text: str(text).strip().lower()
+    if isinstance(options["events"], str): raise IngestError(f"events must be a list, such as [{options['events']!r}].")
+    options["events"] = sorted({lower(event) for event in options["events"]})
+    if not options["events"]: raise IngestError("events is empty. Name at least one, such as [\"purchase\"].")
+    options["event_names"] = {lower(theirs): lower(ours) for theirs, ours in dict(options["event_names"] or {}).items()}
+    known = {*options["events"]} | ({RETURN} if options["returns"] != "ignore" else set())
+    for theirs, ours in options["event_names"].items():
+        if ours not in known:
+            raise IngestError(f"event_names maps {theirs!r} to {ours!r}, which is none of ours: "
+                              f"{', '.join(sorted(known))}. To keep a name of your own, add it to events=[...].")
+    if RETURN in options["events"] and options["returns"] != "ignore":
+        raise IngestError(f'events: {RETURN!r} is a row that takes back a purchase. To keep it as an event, say '
+                          'returns="ignore".')
+    options["return_marker"] = {str(column): str(pattern)
+                                for column, pattern in dict(options["return_marker"] or {}).items()}
+    if options["returns"] == "ignore": options["return_marker"] = {}
+
 def _checked_options(options:dict)->dict:
     "Refuse parameters that cannot be meant."
     if options["feedback"]: feedback_url(options["feedback"])
@@ -287,14 +438,14 @@ def _checked_options(options:dict)->dict:
         raise IngestError(f"on_error={options['on_error']!r} must be \"skip\" or \"fail\".")
     for name, ends in (("max_reject_share", (0, 1)), ("max_quantity", (1e-9, 1e9))):
         options[name] = number(name, options[name], *ends, error=IngestError)
-    if isinstance(options["events"], str): raise IngestError(f"events must be a list, such as [{options['events']!r}].")
-    options["events"] = sorted({str(event).strip().lower() for event in options["events"]})
-    if not options["events"]: raise IngestError("events is empty. Name at least one, such as [\"purchase\"].")
-    if unknown := set(options["columns"]) - set(Columns.All):
-        raise IngestError(
-            f"columns= maps our names to yours, and {sorted(unknown)} are none of ours: {', '.join(Columns.All)}."
-        )
-    return options
+    options["returns"] = checked_returns(options["returns"])
+    if options["decimal"] not in ("", ",", "."):
+        raise IngestError(f"decimal={options['decimal']!r} must be ',' or '.', or '' to find it.")
+    _checked_names(options)
+    checked_exclusions(options["exclude_items"])
+    return options | {"timestamp_format": [*checked_formats(options["timestamp_format"])],
+                      "normalise_ids": [*checked_folds(options["normalise_ids"])],
+                      "exclude_items": [*options["exclude_items"]]}
 
 def _connect(folder:Path, memory_limit:str):
     "A temporary DuckDB database in memory; beyond the limit it spills to disk."
@@ -311,9 +462,9 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules
     "Load the feedback, drop the rows of forgotten users, and give the types of the ids."
     if feedback.forgotten: # the rows of one user are taken out of one table
         con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], "
-                    "quantity, timestamp, NULL, NULL FROM plain", [list(rules.events)])
+                    "quantity, timestamp, NULL, NULL, false FROM plain", [list(rules.events)])
         con.execute("DELETE FROM plain")
-    ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten)
+    ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten, options["normalise_ids"])
     faults = interaction_rules(rules, latest)
     con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, faults))
     read = FileRead(feedback.shown, feedback.rows, list(Columns.All), {}, {})
@@ -325,12 +476,81 @@ def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules
                      for column in Columns.Required}
 
 # %% ../nbs/01_ingest.ipynb #24c5a481
+def _bound_note(con, max_quantity:float)->str:
+    "What the bound of quantities has rejected, and a bound that the data proposes; empty where it rejected nothing."
+    rejected = con.execute("SELECT abs(TRY_CAST(value AS DOUBLE)) AS size FROM rejects WHERE reason LIKE "
+                           "'quantity above%' ORDER BY 1").fetchall()
+    sizes = [size for size, in rejected if size]
+    if not sizes: return ""
+    # a gap of five times parts large orders from slips of the keyboard
+    below = [max_quantity, *sizes]
+    gap = next((place for place in range(1, len(below)) if below[place] >= 5*below[place - 1]), len(below))
+    largest = below[gap - 1]
+    note = (f"Rows rejected because their quantity is above {max_quantity:,g}: {len(sizes):,}, the largest "
+            f"{sizes[-1]:,g}. ")
+    if gap == 1: return note + f"If they are real orders, say max_quantity={sizes[-1]:g}."
+    kept = "all of them"
+    if gap < len(below): kept += f" but {len(below) - gap:,}, which are at least five times as large"
+    return note + f"If they are real orders, say max_quantity={largest:g}, which keeps {kept}."
+
+def _row_notes(con, options:dict, types:Mapping[str, str], folder:Path)->list[str]:
+    "What a person should know of the rows: values that were rejected or cleaned, ids that look alike."
+    notes = [_bound_note(con, options["max_quantity"])]
+    edged, = con.execute("SELECT count(*) FROM checked WHERE edged AND fault IS NULL").fetchone()
+    if edged: notes.append(f"Rows with spaces around an id, which were cut off: {edged:,}.")
+    if names := _event_names(con): notes.append(f"Some rows were rejected for the name of their event; {names}.")
+    for column, type in types.items():
+        if type == "VARCHAR" and not options["normalise_ids"]: # the list is there since the rows were merged
+            ids = f"SELECT value AS id, 1 AS rows FROM {column}_list"
+            if spellings_note(con, ids, column): # only then are the rows counted
+                log = parquet(folder/"interactions.parquet")
+                counted = f"SELECT {column} AS id, count(*) AS rows FROM {log} GROUP BY 1"
+                notes.append(spellings_note(con, counted, column))
+    return [note for note in notes if note]
+
+def _exclude(con, folder:Path, options:dict, ledger:Ledger)->None:
+    "Write what is excluded, and ask about what looks like no product."
+    excluded = write_excluded(con, folder, checked_exclusions(options["exclude_items"]))
+    if excluded.items: ledger.excluded = {"items": excluded.items, "rows": excluded.rows}
+    if excluded.items:
+        ledger.warnings.append(f"Items excluded: {excluded.items:,}, in {excluded.rows:,} rows. They are not trained "
+                               "on, not judged and never listed, and stay in the histories.")
+    if excluded.unused:
+        ledger.warnings.append(f"exclude_items: no item fits {', '.join(map(repr, excluded.unused))}.")
+    if excluded.items and excluded.items == ledger.items:
+        raise IngestError("exclude_items excludes every item of the log. Nothing was written.")
+    if note := suspects_note(suspects(con, folder)): ledger.warnings.append(note)
+
+# %% ../nbs/01_ingest.ipynb #5423e710
+def _counted(con, ledger:Ledger, what:str)->None:
+    "Count what was read and rejected; raise where nothing is left."
+    ledger.rows_read = sum(file["rows_read"] for file in ledger.files)
+    ledger.rows_rejected, = con.execute("SELECT count(*) FROM rejects").fetchone()
+    reasons = con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1")
+    ledger.reasons = dict(reasons.fetchall())
+    if not ledger.rows_read: raise IngestError(f"{what} has no events yet. Nothing was written.")
+    if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten:
+        forgotten = f" or of users that want to be forgotten ({ledger.rows_forgotten:,})"*(ledger.rows_forgotten > 0)
+        raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Reasons: {ledger.reasons}. "
+                          "Nothing was written.")
+
+def _add_tables(con, source, types:Mapping[str, str], options:dict, wishes, work:Path, out:Path, ledger:Ledger)->None:
+    "Write the tables of products and users."
+    for name, key in (("products", Columns.Item), ("users", Columns.User)):
+        if options[name]:
+            _add_table(con, options[name], name, key, types[key], options, work, out, ledger,
+                       _is_the_log(options[name], source))
+    if options["users"] and wishes:
+        users = ledger.tables["users"]
+        dropped = drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet", options["normalise_ids"])
+        if dropped: users |= {"rows_kept": users["rows_kept"] - dropped, "rows_forgotten": dropped}
+
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
     "Fill the folder `out`."
     ledger = Ledger()
     for name, value in {"source": source, **options}.items():
         if not is_reference(value) and masked_parameters(value) != value: ledger.warnings.append(password_note(name))
-    rules = EventRules(options["events"], options["max_quantity"])
+    rules = EventRules(options["events"], options["max_quantity"], normalise_ids=options["normalise_ids"])
     reads, kinds = _load(con, source, options, rules, latest, work, ledger) if source else ([], {})
     what = ", ".join(read.shown for read in reads[:3]) + (" ..." if len(reads) > 3 else "")
     rows = sum(file["rows_read"] for file in ledger.files)
@@ -344,31 +564,21 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
         feedback = stage_feedback(options["feedback"], work)
         types, wishes = _add_feedback(con, feedback, types, rules, latest, options, ledger), feedback.forgotten
         what = f"{what} and the feedback" if source else "the feedback store"
-    ledger.rows_read = sum(file["rows_read"] for file in ledger.files)
-    ledger.rows_rejected, = con.execute("SELECT count(*) FROM rejects").fetchone()
-    reasons = con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1")
-    ledger.reasons = dict(reasons.fetchall())
-    if not ledger.rows_read: raise IngestError(f"{what} has no events yet. Nothing was written.")
-    if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten:
-        forgotten = f" or of users that want to be forgotten ({ledger.rows_forgotten:,})"*(ledger.rows_forgotten > 0)
-        raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Reasons: {ledger.reasons}. "
-                          "Nothing was written.")
-    _write(con, out, types, options["events"], ledger, options["progress"])
-    outcomes = ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten
+    _counted(con, ledger, what)
+    _write(con, out, types, options, ledger)
+    outcomes = (ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten +
+                ledger.rows_returned)
     assert ledger.rows_read == outcomes, "the ledger does not add up"
-    for name, key in (("products", Columns.Item), ("users", Columns.User)):
-        if options[name]: _add_table(con, options[name], name, key, types[key], options, work, out, ledger)
-    if options["users"] and wishes:
-        users = ledger.tables["users"]
-        dropped = drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet")
-        if dropped: users |= {"rows_kept": users["rows_kept"] - dropped, "rows_forgotten": dropped}
+    ledger.warnings += _row_notes(con, options, types, out)
+    _add_tables(con, source, types, options, wishes, work, out, ledger)
+    _exclude(con, out, options, ledger)
     texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}'
                       for column in ("file", "column", "value", "reason"))
     con.execute(f"COPY (SELECT * REPLACE ({texts}) FROM rejects ORDER BY rejects.file, line) TO "
                 f"{file_name(out / 'rejects.csv')} (HEADER)")
-    given = {"source": source} | {name: value for name, value in options.items() if name != "progress"}
-    given = json.loads(json.dumps(given, default=str))
-    ledger.parameters = masked_parameters(given)
+    ledger.warnings = list(dict.fromkeys(ledger.warnings))
+    given = {name: value for name, value in options.items() if name != "progress"}
+    ledger.parameters = masked_parameters(json.loads(json.dumps({"source": source} | given, default=str)))
     (out/"ledger.json").write_text(json.dumps(asdict(ledger), indent=2) + "\n", encoding="utf-8")
     return ledger
 
@@ -378,11 +588,20 @@ def ingest(
     out:str|Path,                               # folder to create or replace
     *, query:str = "",                          # SELECT, for a database URL; or env:NAME, file:PATH
     feedback:str = "",                          # URL of a store or a reference, "settings": the service's, "": none
-    columns:Mapping[str, str]|None = None,      # our column -> yours
+    columns:Mapping|None = None,                # our column -> yours, or several names of which a file has one
     products:str|Path = "", users:str|Path = "",# tables with attributes; "" for none
+    product_columns:Mapping|None = None, user_columns:Mapping|None = None, # our column or attribute -> yours
     delimiter:str = "",                         # of CSV; "" finds it in the header
     encoding:str = "utf-8",                     # of CSV
+    sheet:str = "",                             # of .xlsx; "": the first
+    timestamp_format:str|Sequence[str] = "",    # see `checked_formats`; "" finds it
+    decimal:str = "",                           # "," or "." in quantities; "" finds it
     events:Iterable[str] = KNOWN_EVENTS,        # the events that are known
+    event_names:Mapping[str, str]|None = None,  # your event -> ours, or -> return
+    returns:str = "net",                        # net, drop or ignore: what a quantity below 0 means
+    return_marker:Mapping[str, str]|None = None,# your column -> a pattern: rows that fit it are returns
+    exclude_items:Sequence = (),                # what is no product: ids, patterns, {attribute: value}
+    normalise_ids:str|Sequence[str] = "none",   # in what spellings of one id differ: none, case, space
     max_quantity:float = 1000,                  # a larger quantity is a mistake
     on_error:str = "skip",                      # or "fail": the first bad row stops the job
     max_reject_share:float = 0.05,              # more bad rows than this stop the job
@@ -391,10 +610,13 @@ def ingest(
     progress:bool = True,                       # show bars
 )->Ledger:
     "Validate an interaction log and write it; raises `IngestError`, and writes nothing, where that is impossible."
-    options = _checked_options(dict(query=query, feedback=feedback, columns=dict(columns or {}), products=products,
-                                    users=users, delimiter=delimiter, encoding=encoding, events=events,
-                                    max_quantity=max_quantity, on_error=on_error, max_reject_share=max_reject_share,
-                                    memory_limit=memory_limit, progress=progress))
+    options = _checked_options(dict(
+        query=query, feedback=feedback, columns=columns, products=products, users=users,
+        product_columns=product_columns, user_columns=user_columns, delimiter=delimiter, encoding=encoding, sheet=sheet,
+        timestamp_format=timestamp_format, decimal=decimal, events=events, event_names=event_names, returns=returns,
+        return_marker=return_marker, exclude_items=exclude_items, normalise_ids=normalise_ids,
+        max_quantity=max_quantity, on_error=on_error, max_reject_share=max_reject_share, memory_limit=memory_limit,
+        progress=progress))
     now = datetime.fromisoformat(now) if isinstance(now, str) else now or datetime.now(timezone.utc)
     latest = (now.astimezone(timezone.utc) if now.tzinfo else now).replace(tzinfo=None) + LEEWAY
     source = source if isinstance(source, (str, Path)) else list(source)
@@ -433,6 +655,16 @@ def _unchanged(ledger:Ledger, given:dict)->bool:
         if (path.stat().st_size, path.stat().st_mtime_ns) != (file["bytes"], file["changed"]): return False
     return True
 
+def _as_recorded(parameters:dict)->dict:
+    "Parameters in the form that a ledger has them."
+    defaults = {"source": "", "query": "", "feedback": "", "columns": {}, "products": "", "users": "",
+                "product_columns": {}, "user_columns": {}, "events": KNOWN_EVENTS, "event_names": {}, "returns": "net",
+                "return_marker": {}, "exclude_items": [], "normalise_ids": "none", "timestamp_format": "",
+                "decimal": "",
+                "on_error": "skip", "max_reject_share": 0.05, "max_quantity": 1000}
+    checked = _checked_options(defaults | parameters)
+    return {name: checked[name] for name in parameters}
+
 def ensure_ingested(
     run:str = "sample", # names the folder data/processed/<run>
     **parameters        # of `ingest`, with `source`; without any the run stays what it is, or becomes the sample
@@ -441,16 +673,18 @@ def ensure_ingested(
     if not run or run != Path(run).name or run.startswith("."):
         raise IngestError(f"run={run!r} must be the name of a folder, such as sample.")
     progress = {name: parameters.pop(name) for name in ("progress", "now") if name in parameters}
-    if "events" in parameters:
-        parameters["events"] = sorted({str(event).strip().lower() for event in parameters["events"]})
-    given = json.loads(json.dumps(parameters, default=str))
+    if parameters.get("products") == "auto": # the sample's belong to the sample alone
+        is_sample = str(parameters.get("source")) == DEFAULT_SOURCE
+        parameters["products"] = DEFAULT_PRODUCTS if is_sample else ""
+    given = json.loads(json.dumps(_as_recorded(parameters), default=str))
     out = resolve_path("data/processed")/run
     with locked(out.with_name(f".{run}.ensure.lock")):
         recorded = {}
         if (out/"ledger.json").exists() and (out/"interactions.parquet").exists():
             ledger = open_ledger(out)
             if _unchanged(ledger, given): return out
-            recorded = ledger.parameters
+            another_log = "source" in given and given["source"] != ledger.parameters.get("source")
+            recorded = {} if another_log else ledger.parameters
         elif "source" not in given: recorded = {"source": DEFAULT_SOURCE, "products": DEFAULT_PRODUCTS}
         options = recorded | given
         ingest(options.pop("source"), out, **options, **progress)

@@ -74,7 +74,7 @@ def refused(source, out, **options):
     "content, options, expected",
     [
         ("customer,item_id\n1,101\n", {}, ["log.csv", "'user_id'", "Found: customer, item_id"]),
-        ("user-id,item_id\n1,101\n", {}, ["Did you mean 'user-id'", "columns={'user_id': 'user-id'}"]),
+        ("CustomerID,sku\n1,101\n", {}, ["Perhaps: columns={'user_id': 'CustomerID', 'item_id': 'sku'}"]),
         ("a,b\n1,101\n", {"columns": {"user_id": "a", "item_id": "c"}}, ["no column 'c'", "Found: a, b"]),
         ("a,b\n1,101\n", {"columns": {"user": "a"}}, ["'user'", "none of ours"]),
         ("", {}, ["log.csv", "is empty"]),

@@ -14,7 +14,6 @@ from datetime import datetime
 import duckdb
 
 from ..core.columns import Columns
-from ..core.errors import IngestError
 from ..core.sql import case_of, quoted
 from .dates import Dates, find_dates, read_dates
 from .validate import parse_time, trimmed
@@ -57,6 +56,7 @@ def number_sql(
 class Dialect:
     "How a file writes its values, where that is not the plain way."
     dates: tuple[str, ...] = ()   # strptime formats or "excel"; empty: ISO-8601 and epochs
+    order: str = ""               # day first or month first, where the dates show it
     decimal: str = "."            # "," or "."
     numbers: bool = False         # some quantities have marks of thousands or a decimal comma
     event_names: Mapping[str, str] = field(default_factory=dict) # the shop's in lower case -> ours
@@ -83,8 +83,15 @@ class Dialect:
             negative = f"'-' || ltrim(coalesce(nullif({quantity}, ''), '1'), '-')"
             values[Columns.Quantity] = f"CASE WHEN {returned} THEN {negative} ELSE {quantity} END"
         if not values: return sql
-        columns = dict.fromkeys([name for name in wanted if name not in self.markers] + [*values])
-        return f"SELECT line, {', '.join(f'{values.get(name, name)} AS {name}' for name in columns)} FROM ({sql})"
+        columns = ", ".join(f"{values.get(name, name)} AS {name}" for name in self.columns(wanted))
+        return f"SELECT line, {columns} FROM ({sql})"
+
+    def columns(self,
+        wanted:Sequence[str], # columns of a query besides the line
+    )->list[str]:
+        "The columns that `plain` gives of them, besides the line."
+        kept = [name for name in wanted if name not in self.markers]
+        return list(dict.fromkeys([*kept, Columns.Quantity] if self.markers else kept))
 
 # %% ../../nbs/data/dialect.ipynb #f15663cd
 _LOOK = 1000 # rows
@@ -108,22 +115,22 @@ def find_dialect(
     wanted:Sequence[str],            # columns of `sql` besides the line
     shown:str,                       # how messages name the file
     latest:datetime,                 # UTC; a later reading of a date is none
-    *, formats:Sequence[str] = (),   # of `checked_formats`
+    *, lined:str = "",               # the same as `sql` with lines, where that has none
+    formats:Sequence[str] = (),      # of `checked_formats`
     decimal:str = "",                # "," or "."; "": find it
     event_names:Mapping[str, str] = {}, # the shop's in lower case -> ours
     markers:Mapping[str, str] = {},  # column of the query -> pattern
 )->tuple[Dialect, list[str]]:        # and notes for a person
     "How a file writes its values; raises `AmbiguousDates` where its dates have two readings."
-    if decimal not in ("", ",", "."): raise IngestError(f"decimal={decimal!r} must be ',' or '.', or '' to find it.")
     moment = parse_time("timestamp") # before 1980 it is a serial number, or a date that was taken for something else
     unread = f"coalesce(timestamp, '') <> '' AND coalesce({moment} < TIMESTAMP '1980-01-01', true)"
     dates = Dates()
     if Columns.Timestamp in wanted and (formats or _unusual(con, sql, wanted, Columns.Timestamp, unread)):
-        dates = find_dates(con, sql, shown, formats, latest)
+        dates = find_dates(con, lined or sql, shown, formats, latest)
     notes, numbers = [dates.note] if dates.note else [], False
     if _unusual(con, sql, wanted, Columns.Quantity, "contains(quantity, ',')") or (decimal == "," and
                                                                                    Columns.Quantity in wanted):
         mark = decimal or _decimal(con, sql)
         numbers, decimal = bool(mark), mark or decimal
         if mark == ",": notes.append(f"{shown}: quantities are read with a decimal comma.")
-    return Dialect(dates.formats, decimal or ".", numbers, dict(event_names), dict(markers)), notes
+    return Dialect(dates.formats, dates.order, decimal or ".", numbers, dict(event_names), dict(markers)), notes

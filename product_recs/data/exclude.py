@@ -158,6 +158,7 @@ def suspects(
     return [Suspect(item, name, rows, ", ".join(sign for sign, has in zip(signs, flags) if has))
             for item, name, rows, *flags in found]
 
+# %% ../../nbs/data/exclude.ipynb #74f4501d
 def suspects_note(
     found:Sequence[Suspect],
 )->str: # empty where there are none

@@ -90,6 +90,7 @@ class FileRead:
     size: int = 0         # bytes
     changed: int = 0      # modification time in nanoseconds
     typed: bool = False   # its columns have types of their own; otherwise all is text
+    warnings: list[str] = field(default_factory=list) # what a person should know of the file
     again: str = ""       # SELECT line, columns...: the rows once more, if they were loaded without their lines
 
 def is_blank(
@@ -324,7 +325,7 @@ def read_source(
     guarded:Iterable[str],             # output columns that never hold a line break
     con:duckdb.DuckDBPyConnection,     # for looking at files
     folder:Path,                       # for temporary files
-    *, delimiter:str = "", encoding:str = "utf-8", keep_types:bool = False, progress:bool = True,
+    *, delimiter:str = "", encoding:str = "utf-8", sheet:str = "", keep_types:bool = False, progress:bool = True,
     each:Callable[[FileRead], None] = lambda read: None, # called after each file
 )->list[FileRead]:
     "Load all files of a source, one after the other; raises `IngestError` or `CredentialError`."

@@ -7,6 +7,7 @@ __all__ = ['feedback_url', 'Feedback', 'stage_feedback', 'drop_forgotten', 'drop
 
 # %% ../../nbs/data/stored.ipynb #1aa06b65
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ import duckdb
 from ..core.columns import Columns
 from ..core.credentials import parse_url, resolve
 from ..core.errors import IngestError, StoreError
-from ..core.ids import key_sql, number_or_text
+from ..core.ids import folded_sql, key_sql, number_or_text
 from ..core.paths import project_root
 from ..core.settings import Settings
 from ..core.sql import file_name, parquet
@@ -78,13 +79,15 @@ def stage_feedback(
 def drop_forgotten(
     con:duckdb.DuckDBPyConnection, # with the table `checked`
     forgotten:dict,                # key of a user -> moment, UTC
+    folds:Sequence[str] = (),      # in what the spellings of one user may differ
 )->int:                            # rows that were dropped
     "Take the rows of forgotten users out of `checked`, whatever way a file writes their ids."
     if not forgotten: return 0
     con.execute("CREATE OR REPLACE TEMP TABLE forgotten (id VARCHAR, until TIMESTAMP)")
     moments = [moment.replace(tzinfo=None) for moment in forgotten.values()]
     con.execute("INSERT INTO forgotten SELECT unnest(?::VARCHAR[]), unnest(?::TIMESTAMP[])", [list(forgotten), moments])
-    gone = f"fault IS NULL AND {key_sql('checked.user_id')} = forgotten.id AND (timestamp IS NULL OR timestamp < until)"
+    user, wished = (folded_sql(id, folds) for id in (key_sql("checked.user_id"), "forgotten.id"))
+    gone = f"fault IS NULL AND {user} = {wished} AND (timestamp IS NULL OR timestamp < until)"
     return con.execute(f"DELETE FROM checked USING forgotten WHERE {gone}").fetchone()[0]
 
 # %% ../../nbs/data/stored.ipynb #8085df4a
@@ -92,9 +95,11 @@ def drop_forgotten_people(
     con:duckdb.DuckDBPyConnection, # in which `drop_forgotten` was called
     users:Path,                    # Parquet file with `user_id`, replaced where a row goes
     interactions:Path,             # Parquet file of the interactions that were kept
+    folds:Sequence[str] = (),      # in what the spellings of one user may differ
 )->int:                            # rows that were dropped
     "Take forgotten users who have no interactions out of the users file."
-    wished = f"{key_sql('CAST(user_id AS VARCHAR)')} IN (SELECT id FROM forgotten)"
+    user = folded_sql(key_sql("CAST(user_id AS VARCHAR)"), folds)
+    wished = f"{user} IN (SELECT {folded_sql('id', folds)} FROM forgotten)"
     gone = f"{wished} AND user_id NOT IN (SELECT user_id FROM {parquet(interactions)})"
     dropped, = con.execute(f"SELECT count(*) FROM {parquet(users)} WHERE {gone}").fetchone()
     if dropped:
