@@ -302,19 +302,22 @@ def _write(con, folder:Path, types:Mapping[str, str], options:dict, ledger:Ledge
                                "your epoch numbers.")
 
 # %% ../nbs/01_ingest.ipynb #8c926ca5
+def _files_of(source)->set[Path]:
+    "The files of a source; none where it is no path."
+    return set() if not source or is_database(source) or is_reference(source) else set(find_files(source))
+
 def _is_the_log(source, log)->bool:
     "Is a table the files of the log itself?"
-    if not (source and log) or any(is_database(one) or is_reference(one) for one in (source, log)): return False
-    return set(find_files(source)) == set(find_files(log))
+    return bool(_files_of(source)) and _files_of(source) == _files_of(log)
 
 def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledger:Ledger,
                 from_log:bool)->tuple[list[FileRead], dict[str, str]]:
     "Read the files of a table into one DuckDB table: file, line, id, attributes; attribute -> its column there."
-    columns, option = {}, f"{name[:-1]}_columns"
+    columns, option, several = {}, f"{name[:-1]}_columns", len(_files_of(source)) > 1
     given, of_log = options[option], options["columns"].get(key, [])
     key_names = [of_log] if isinstance(of_log, str) else [*of_log]
     def match(names, shown):
-        ours, note = table_columns(names, key, given, key_names, shown, option, columns)
+        ours, note = table_columns(names, key, given, key_names, shown, option, columns, partly=several)
         if from_log: # quantity and invoice are no attributes of a product
             ours = {name: column for name, column in ours.items() if name in {key, *given, *UNDERSTOOD}}
         if note: ledger.warnings.append(note)
@@ -327,6 +330,8 @@ def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledge
     reads = read_source(source, "", load, match, [key], [key], con, folder, keep_types=True,
                         each=lambda read: None if from_log else add_faults(con, read),
                         **{option: options[option] for option in ("delimiter", "encoding", "progress", "sheet")})
+    if lacking := [attribute for attribute in given if attribute != key and attribute not in columns]:
+        raise IngestError(f"{option}: no file of the {name} has a column {given[lacking[0]]!r} for {lacking[0]}.")
     parts = [(f"{name}_{number}", read.shown, read.typed) for number, read in enumerate(reads)]
     con.execute(f"CREATE TABLE {name} AS {united(con, parts, columns, ['file', 'line', key])}")
     for table, *_ in parts: con.execute(f"DROP TABLE {table}")

@@ -436,9 +436,9 @@ def test_two_names_that_differ_in_case_are_refused_in_every_format(make, tmp_pat
 
 def test_parts_of_a_table_that_call_a_column_by_two_cases_are_refused(tmp_path):
     (tmp_path / "log.csv").write_text("user_id,item_id\n1,1\n")
-    (tmp_path / "p-1.csv").write_text("item_id,title\n1,a\n")
-    (tmp_path / "p-2.csv").write_text("item_id,Title\n2,b\n")
-    with pytest.raises(IngestError, match="p-2.csv: the columns 'title' and 'Title' differ in case only"):
+    (tmp_path / "p-1.csv").write_text("item_id,colour\n1,a\n")
+    (tmp_path / "p-2.csv").write_text("item_id,Colour\n2,b\n")
+    with pytest.raises(IngestError, match="p-2.csv: the columns 'colour' and 'Colour' differ in case only"):
         ingest(tmp_path / "log.csv", tmp_path / "out", products=str(tmp_path / "p-*.csv"), **QUIET)
 
 

@@ -76,6 +76,7 @@ def test_a_file_is_judged_as_an_event_is(tmp_path, rows, rules):
         events=rules.events,
         max_quantity=rules.max_quantity,
         max_reject_share=1,
+        returns="ignore",  # a store has no quantity below 0
         now=NOW,
         progress=False,
     )
@@ -157,6 +158,7 @@ def test_what_the_service_accepts_the_next_training_learns(tmp_path):
         "events": ["purchase", "wishlist"],
         "max_quantity": 5,
         "numbers": ["user_id", "item_id"],
+        "normalise_ids": [],
     }
     tried = [("purchase", 1, 5, None), ("wishlist", "1.0", 1, None), ("subscribe", 1, 1, "event"),
              ("cart", 1, 1, "event"), ("purchase", 1, 6, "quantity"),

@@ -16,7 +16,7 @@ from ..core.errors import IngestError
 from ..core.sql import database_errors, named, quoted, type_family
 from .database import EXACT
 from .dialect import COMMA, GROUPED, number_sql
-from .roles import guess_columns, match_columns, plain_name
+from .roles import find_column, guess_columns, match_columns, plain_name
 from .sources import is_blank, number_text
 
 # %% ../../nbs/data/attributes.ipynb #a77b0006
@@ -50,6 +50,7 @@ def table_columns(
     shown:str,                    # how messages name the file
     option:str,                   # the parameter that maps these columns
     known:Iterable[str] = (),     # attributes of the files before it
+    partly:bool = False,          # another file of the table may have what this one lacks
 )->tuple[dict[str, str], str]:    # ours -> the file's, the key first; and a note for a person
     "Which column is which; raises `IngestError`, which names the column, where one cannot be an attribute."
     names, others = list(names), {name: column for name, column in given.items() if name != key}
@@ -57,7 +58,9 @@ def table_columns(
     maybe = [[own_key] if isinstance(own_key, str) else [*own_key], *([name] for name in (*key_names, key))]
     chosen = next((one for one in maybe if {*map(plain_name, one)} & {*map(plain_name, names)}), maybe[0] or [key])
     columns = match_columns(names, {key: chosen}, [key], [], shown, option)
-    columns |= match_columns([name for name in names if name != columns[key]], others, others, [], shown, option)
+    rest = [name for name in names if name != columns[key]]
+    if partly: others = {name: column for name, column in others.items() if find_column(name, column, rest, shown)}
+    columns |= match_columns(rest, others, others, [], shown, option)
     free = [name for name in names if name not in columns.values()]
     understood = [name for name in UNDERSTOOD if key == Columns.Item and name not in columns and name not in free]
     for name in understood:
