@@ -31,7 +31,7 @@ from .core.sql import database_errors, file_name, named, parquet, temporary_data
 from .data.arrays import save_csr
 from .data.artifact import SNAPSHOTS, Features, open_features
 from .data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
-from .data.tasks import judged
+from .data.tasks import how_judged
 from .ingest import ensure_ingested
 from .models.weighting import (BM25, EVENT_WEIGHTS, LEAST, QUANTITY, WEIGHTING, checked_event_weights,
                                            mean_user_total, weighted, worth_sql)
@@ -450,7 +450,7 @@ def split_warnings(
     features:Features,
 )->list[str]: # sentences; none where the whole log is split by time
     "What whoever reads the figures has to know of how the log was split."
-    how, log = judged(features.split), parquet(features.interactions/"interactions.parquet")
+    how, log = how_judged(features.split), parquet(features.interactions/"interactions.parquet")
     (rows, timed), = duckdb.execute(f"SELECT count(*), count(timestamp) FROM {log}").fetchall()
     warnings = [how["note"]] if how["note"] else []
     if how["by"] == "time" and timed < rows:
