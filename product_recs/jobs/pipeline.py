@@ -286,6 +286,7 @@ def tune(
                 if result.failed: break
         finally:
             result.metrics = _metrics(reports)
+            result.notes += result.metrics.get("02_features", {}).get("warnings", [])
             _summarise(result, shown, started, "tuning")
     return result
 
