@@ -21,6 +21,7 @@ from .core.files import locked
 from .core.parameters import typed
 from .core.paths import resolve_path
 from .data.artifact import Features
+from .data.tasks import how_judged
 from .evaluation.competition import Competition, Fits, compete, says_worse, worse_than_popularity
 from .features import ensure_features
 from .models.all import all_models, fit_sharing, named
@@ -67,7 +68,9 @@ class Choice:
         progress:bool=True,
     ):
         self.features, self.singles, self.candidates, self.seed = features, list(singles), candidates, seed
-        self.progress, self.fits, self.competitions, self.notes = progress, Fits(features.train), {}, []
+        self.progress, self.fits, self.competitions = progress, Fits(features.train), {}
+        self.how = how_judged(features.split)
+        self.notes = [self.how["note"]] if self.how["by"] == "user" else [] # by nothing: the choice says it
 
     def by_name(self, name:str, task:str)->Model: # not fitted, with the weights of its habits
         "The model of a name; raises `ProductRecsError`."
@@ -77,7 +80,7 @@ class Choice:
     def with_habits(self, model:Model, task:str)->HabitBlend:
         "A model with habits, their weights learned; raises `BlendError` or `EvaluateError` where they cannot be."
         taste = model.parts[0] if isinstance(model, HabitBlend) else model
-        part = self.fits.fit(taste) if self.features.split else taste
+        part = self.fits.fit(taste) if task in self.how["tasks"] else taste
         return HabitBlend(taste, task, learn_weights(self.features, part, task, seed=self.seed).weights)
 
     def winner(self, task:str)->Model: # not fitted
@@ -208,7 +211,7 @@ def _worse(features:Features, recipes:dict, choice:Choice)->list[str]:
     "A sentence for each task in which popularity is significantly better on the validation period."
     found = []
     for task, model in recipes.items():
-        if isinstance(model, str) or not features.split: continue
+        if isinstance(model, str) or task not in choice.how["tasks"]: continue
         try: against = worse_than_popularity(features, model, task, seed=choice.seed, fits=choice.fits)
         except (BlendError, EvaluateError, TrainError): continue # nobody to judge by
         if against: found.append(says_worse(model.name, task, against))
@@ -219,6 +222,8 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, index:
     "Write the bundle."
     known = features.all
     losses = [one.model.losses[-1][1] for one in trained.als if one.model.losses]
+    moments = {name: features.split[name] for name in ("starts", "validation_from", "test_from", "ends")
+               if name in features.split}
     bm25 = {"mean_total": features.mean_total, "bm25": features.bm25} if features.bm25 else {}
     return write_bundle(
         models_dir,
@@ -230,8 +235,9 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, index:
         item_columns=features.item_columns,
         parameters={"als": als, "features": features.parameters, "ingest": features.rules},
         data={"run": features.interactions.name, "fingerprint": features.fingerprint,
-              "feedback_until": features.feedback_until, **features.split, **bm25},
-        metrics={"loss": losses[0] if losses else None, "fit_seconds": round(trained.seconds, 3),
+              "feedback_until": features.feedback_until, **moments, **bm25},
+        metrics={"judged": how_judged(features.split), "loss": losses[0] if losses else None,
+                 "fit_seconds": round(trained.seconds, 3),
                  "competition": {task: one.to_json() for task, one in trained.competitions.items()}},
         cold_items=features.cold_items,
         cold_users=features.cold_users,

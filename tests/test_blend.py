@@ -174,9 +174,9 @@ def test_a_bundle_without_a_model_for_the_next_purchase_answers_the_rest_and_say
         assert "nobody asked for habits" in problem(server.get("/recommend/1?n=3&task=next_purchase"), 422).detail
 
 
-def test_without_timestamps_there_is_nothing_to_learn_from(log, tmp_path):
+def test_without_timestamps_there_is_no_next_purchase_to_learn_from(log, tmp_path):
     features = features_of_log(log.drop(columns="timestamp"), tmp_path)
-    with pytest.raises(BlendError, match="no time split"):
+    with pytest.raises(BlendError, match="hidden whole"):
         learn_weights(features, ALS(**QUICK))
 
 

@@ -106,9 +106,9 @@ def test_the_size_of_the_blocks_changes_nothing(features):
     np.testing.assert_allclose(first.value, second.value, atol=5e-3)
 
 
-def test_without_timestamps_it_says_what_to_do(log, tmp_path):
-    features = features_of_log(log.drop(columns="timestamp"), tmp_path)
-    with pytest.raises(EvaluateError, match="no timestamps"):
+def test_where_nothing_is_split_it_says_what_to_do(log, tmp_path):
+    features = features_of_log(log.drop(columns="timestamp"), tmp_path, split="none")
+    with pytest.raises(EvaluateError, match="02_features with split auto needs timestamps"):
         evaluate(features, [Popularity()], progress=False)
 
 

@@ -28,7 +28,7 @@ class EvaluateError(ProductRecsError):
     "There is nothing to learn from, or the evaluation was asked for wrongly."
 
 class NothingToJudge(EvaluateError):
-    "No user has a past and a later interaction, so this log cannot tell whether a model is good."
+    "No user has a past and something to judge by, or the split has nothing for the task; the message says which."
 
 class NoModelForTask(ProductRecsError):
     "The bundle answers another task only; the message says why."

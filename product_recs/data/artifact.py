@@ -30,9 +30,10 @@ class Features:
     train: Snapshot            # before validation_from
     train_validation: Snapshot # before test_from
     all: Snapshot              # everything: what the served model is trained on
-    validation: csr_matrix     # (n_users, n_items) float32, interactions in [validation_from, test_from)
-    test: csr_matrix           # float32, interactions in [test_from, ends]
-    split: dict                # starts, validation_from, test_from, ends; empty without timestamps
+    validation: csr_matrix     # (n_users, n_items) float32, interactions of the validation period
+    test: csr_matrix           # float32, interactions of the test period
+    # starts, validation_from, test_from, ends; or `by` (user), seed, share, and where there are times starts and ends
+    split: dict                # empty: not split
     parameters: dict
     fingerprint: str           # of the interactions
     user_columns: dict         # popularity (number of items), first_seen, last_seen, attributes
@@ -54,7 +55,7 @@ def item_attributes(
     return pd.DataFrame({"item_id": features.items.ids, **features.item_columns})
 
 # %% ../../nbs/data/artifact.ipynb #21d91cb3
-SNAPSHOTS = {"train": "validation_from", "train_validation": "test_from", "all": None} # name -> the moment that ends it
+SNAPSHOTS = {"train": "validation_from", "train_validation": "test_from", "all": None} # name -> what ends it
 
 def open_features(
     path:str|Path, # folder that `build_features` wrote

@@ -56,10 +56,10 @@ NOBODY = Histories(np.zeros(2, np.int64), np.empty(0, np.int32), _NONE, _NONE, _
 @dataclass(frozen=True)
 class Snapshot:
     "What was known before `until`; the three matrices share one sparsity structure."
-    until: str|None        # ISO time; None: everything
+    until: str|None        # ISO time; None: no moment ends it
     confidence: csr_matrix # (n_users, n_items) float32, what a model trains on
     counts: csr_matrix     # float32, interactions of the pair
-    age_days: csr_matrix   # float32, days from the pair's last interaction to `until`; 0 without timestamps
+    age_days: csr_matrix   # float32, days from the pair's last interaction to `until`, or to the log's end; 0: no times
     buyers: np.ndarray|None=None # (n_items,) users of each item, where that is known; None: they are counted
 
     @cached_property

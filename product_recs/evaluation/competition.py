@@ -23,7 +23,7 @@ from ..core.errors import EvaluateError, ProductRecsError
 from ..core.kernels import one_blas_thread
 from ..data.artifact import Features
 from ..data.snapshots import Snapshot
-from ..data.tasks import Task, make_task, past_and_future
+from ..data.tasks import BY_USER, Task, make_task, past_and_future
 from .metrics import (METRIC_NAMES, Comparison, bootstrap_means, find_hits, interval,
                                              paired_bootstrap)
 from ..models.all import all_models, fit_sharing
@@ -127,7 +127,7 @@ def _entrants(candidates:Sequence[Model], combine:bool, found:dict[str, _Entry],
 class _Ground:
     "What all candidates of a competition share."
     def __init__(self, features:Features, task:str, metric:str, k:int, max_users:int, seed:int, fits:Fits|None):
-        past, future, self.split = past_and_future(features, "validation")
+        past, future, self.split = past_and_future(features, "validation", [task])
         self.features, self.metric, self.k, self.seed, self.max_users = features, metric, k, seed, max_users
         self.fits, self.task = fits or Fits(past), make_task(past, future, task, max_users, seed)
 
@@ -259,8 +259,10 @@ def _sentence(competition:Competition)->str:
     table, facts = competition.table, competition.facts
     first, won = table.iloc[0], table[table.model == competition.winner.name].iloc[0]
     name = f"{METRIC_NAMES[facts['metric']]}@{facts['k']}"
+    whose, fitted = "of the validation period", " before the validation period"
+    if facts["split"] == BY_USER: whose, fitted = "with hidden items", ""
     says = (f"{competition.task.replace('_', ' ').capitalize()}: {won.model} wins with {name} {won.value:.4f} "
-            f"({won.low:.4f} to {won.high:.4f}, {facts['users']:,} users of the validation period)")
+            f"({won.low:.4f} to {won.high:.4f}, {facts['users']:,} users {whose})")
     if won.model != first.model:
         says += (f". {first.model} has {first.value:.4f}; {won.model} gives up {abs(won.difference):.4f} of it, which "
                  f"is not significant ({won.difference_low:+.4f} to {won.difference_high:+.4f}), for "
@@ -269,8 +271,8 @@ def _sentence(competition:Competition)->str:
         second = table.iloc[1]
         clear = "clearly" if second.difference_high < 0 else "not significantly"
         says += f", {clear} ahead of {second.model} with {second.value:.4f}"
-    return (f"{says}. It takes {won.megabytes:,.1f} MB, {won.ms:.1f} ms an answer and {won.fit_seconds:,.1f} s to fit "
-            "before the validation period.")
+    return (f"{says}. It takes {won.megabytes:,.1f} MB, {won.ms:.1f} ms an answer and {won.fit_seconds:,.1f} s to "
+            f"fit{fitted}.")
 
 # %% ../../nbs/evaluation/competition.ipynb #e60ec9c8
 def worse_than_popularity(

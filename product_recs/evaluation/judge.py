@@ -17,12 +17,11 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from ..core.columns import TASKS
 from ..core.errors import EvaluateError
 from ..core.parameters import number
 from ..data.artifact import Features
 from ..data.snapshots import Snapshot
-from ..data.tasks import Task, cold_shares, make_task, past_and_future
+from ..data.tasks import Task, cold_shares, how_judged, make_task, past_and_future
 from .metrics import (METRIC_NAMES, METRICS, Comparison, Hits, bootstrap_means,
                                              category_diversity, cosine_diversity, coverage, exposure, find_hits, gini,
                                              interval, novelty, paired_bootstrap)
@@ -86,7 +85,7 @@ class Evaluation:
     hit_items: dict[tuple, np.ndarray] # (task, model) -> item of each hit, user by user, best first
     shown: dict[tuple, np.ndarray] # (task, model, k) -> times each item was shown
     seconds: pd.DataFrame       # model, fit, and a column per task
-    facts: dict                 # seed, split, period, users, candidates, cold shares, left out
+    facts: dict                 # seed, split, judged, period, users, candidates, cold shares, left out
 
     def value(self,
         task:str, model:str, metric:str, k:int
@@ -118,7 +117,7 @@ def evaluate(
     features:Features,
     models:Sequence[Model],              # fitted here, on the past only
     k:Sequence[int]=(1, 5, 10, 20, 50),  # cut-offs
-    tasks:Sequence[str]=tuple(TASKS),
+    tasks:Sequence[str]|None=None,       # None: all that the log can be judged by
     *,
     period:str="test",                   # test | validation (to choose parameters)
     categories:np.ndarray|None=None,     # (n_items,) int code of the category, -1 unknown; None: diversity by cosine
@@ -130,26 +129,28 @@ def evaluate(
 )->Evaluation:
     """Fit each model on the past, rank the whole catalogue for each user, compare with the future; raises
     `EvaluateError` where the data or the parameters do not allow it."""
-    past, future, split = past_and_future(features, period)
+    past, future, split = past_and_future(features, period, tasks or ())
+    how = how_judged(features.split)
+    if tasks is None: tasks = how["tasks"]
     k = _cut_offs(k)
     for name, value, ends in (("max_users", max_users, (0, 2**31 - 1)), ("bootstrap", bootstrap, (1, 10**6)),
                               ("seed", seed, (0, 2**32 - 1)), ("block", block, (1, 10**6))):
         number(name, value, *ends, whole=True, error=EvaluateError)
     _check_names(models, tasks)
     work = {name: make_task(past, future, name, max_users, seed) for name in tasks}
-    judged, fitted = _Judged([], {}, {}, {}, []), {}
+    found, fitted = _Judged([], {}, {}, {}, []), {}
     lists = sum(len(task.rows) for model in models for task in _tasks_of(model, work).values())
     with tqdm(total=lists, unit=" lists", disable=not progress, delay=2, mininterval=2, file=sys.stdout) as bar:
         for model in models:
             bar.set_description(model.name, refresh=False)
-            _judge(model, past, fitted, work, k, categories, block, bootstrap, seed, bar.update, judged)
+            _judge(model, past, fitted, work, k, categories, block, bootstrap, seed, bar.update, found)
     columns = ["task", "model", "metric", "k", "value", "low", "high", "users"]
-    table = pd.DataFrame(judged.rows)[columns].assign(seed=seed, split=split)
-    facts = {"seed": seed, "split": split, "period": period, "bootstrap": bootstrap,
+    table = pd.DataFrame(found.rows)[columns].assign(seed=seed, split=split)
+    facts = {"seed": seed, "split": split, "judged": how, "period": period, "bootstrap": bootstrap,
              "catalogue": future.shape[1], "candidates": int((past.popularity > 0).sum()), **cold_shares(past, future),
              "users": {name: len(task.rows) for name, task in work.items()},
              "left_out": {name: task.left_out for name, task in work.items()}}
-    return Evaluation(table, work, judged.hits, judged.hit_items, judged.shown, pd.DataFrame(judged.seconds), facts)
+    return Evaluation(table, work, found.hits, found.hit_items, found.shown, pd.DataFrame(found.seconds), facts)
 
 # %% ../../nbs/evaluation/judge.ipynb #c1c17a9d
 def _cut_offs(k)->list[int]:

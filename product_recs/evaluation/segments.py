@@ -15,7 +15,7 @@ from ..core.columns import Columns
 from ..core.errors import EvaluateError
 from ..core.parameters import number
 from ..data.artifact import Features
-from ..data.tasks import past_and_future
+from ..data.tasks import BY_USER, past_and_future
 from .judge import Evaluation, evaluate
 from .metrics import bootstrap_means, interval
 from ..models.interface import Model
@@ -60,9 +60,11 @@ def user_segments(
 )->dict[str, tuple[list[str], np.ndarray]]: # segment -> names of its groups; (n,) number of the group, -1 unknown
     "Group users by what was known of them at the split; raises `EvaluateError` for an unknown column."
     past, _, split = past_and_future(features, period)
-    first_seen = features.user_columns["first_seen"][rows].astype("datetime64[s]")
-    days = (np.datetime64(split) - first_seen)/np.timedelta64(1, "D")
-    segments = {"activity": equal_groups(np.diff(past.counts.indptr)[rows]), "tenure": equal_groups(np.floor(days))}
+    segments = {"activity": equal_groups(np.diff(past.counts.indptr)[rows])}
+    if split != BY_USER:
+        first_seen = features.user_columns["first_seen"][rows].astype("datetime64[s]")
+        days = (np.datetime64(split) - first_seen)/np.timedelta64(1, "D")
+        segments["tenure"] = equal_groups(np.floor(days))
     if segment_by:
         known = [name for name in features.user_columns if name not in Columns.Counted]
         if segment_by not in known:

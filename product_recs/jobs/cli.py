@@ -330,9 +330,10 @@ def _evaluate(
     models_dir = _settings(models_dir=models_dir).models_dir
     result = compare_bundles(*compare, name, models_dir, k, progress=not quiet)
     if not as_json: return comparison_text(result)
-    (a, b), split = result.versions, result.evaluation.facts["split"]
+    (a, b), judged = result.versions, result.evaluation.facts
     comparisons = json.loads(result.table.to_json(orient="records"))
-    facts = {"a": a, "b": b, "run": result.run, "differ": result.differ, "split": split}
+    facts = {"a": a, "b": b, "run": result.run, "differ": result.differ,
+             "split": judged["split"], "judged": judged["judged"]}
     return json.dumps(facts | {"comparisons": comparisons})
 
 @_verb("data", "data --out data/complete_journey")

@@ -18,6 +18,7 @@ from ..bundle.files import current_version, read_manifest
 from ..core.errors import EvaluateError
 from ..core.paths import resolve_path
 from ..data.artifact import Features, open_features
+from ..data.tasks import BY_USER, how_judged
 from ..evaluate import served_models
 from ..evaluation.competition import Fits
 from ..evaluation.judge import Evaluation, evaluate
@@ -46,17 +47,20 @@ def run_of(
                         f"{fingerprint[:12]}); run 02_features on them, or train the bundles again")
 
 # %% ../../nbs/jobs/compare.ipynb #099cbcd9
+_OF_THE_RUN = ("validation_from", "test_from", "split", "split_share", "split_seed") # parameters of its split
+
 def bundle_features(
     manifest:dict,
     features:Features, # of the run
     folder:Path,       # for features that have to be made
 )->Features:
     "Features as the bundle had them, with the split of the run."
-    dates = ("validation_from", "test_from")
     made = manifest["parameters"].get("features") or {}
-    wanted = {name: value for name, value in made.items() if name not in dates}
+    wanted = {name: value for name, value in made.items() if name not in _OF_THE_RUN}
     if all(features.parameters.get(name) == value for name, value in wanted.items()): return features
-    split = {name: features.split[name] for name in dates}
+    how = features.split
+    if "by" in how: split = {"split": how["by"], "split_share": how["share"], "split_seed": how["seed"]}
+    else: split = {name: how[name] for name in ("validation_from", "test_from") if name in how}
     return build_features(features.interactions, folder, **wanted, **split)
 
 class Refitted(Model):
@@ -114,13 +118,13 @@ def _refitted(label:str, manifest:dict, features:Features, folder:Path)->dict[st
             for task, model in served_models(manifest).items()}
 
 def _parameters(manifest:dict)->dict:
-    "All parameters of a bundle in one table; dates aside, because the run has its own."
+    "All parameters of a bundle in one table; those of the split aside, because the run has its own."
     table = dict(manifest["parameters"].get("features") or {})
     table |= {task: model.get("name", "none") for task, model in manifest["models"].items()}
     for part in manifest["parts"].values(): # weights that were learned are no parameters
         table |= {f"{part['name']}: {name}": value for name, value in part["parameters"].items()
                   if name not in ("weights", "task")}
-    return {name: value for name, value in table.items() if name not in ("validation_from", "test_from")}
+    return {name: value for name, value in table.items() if name not in _OF_THE_RUN}
 
 def _differences(a:dict, b:dict)->dict:
     "Parameters in which two manifests differ."
@@ -151,8 +155,11 @@ def compare_bundles(
     with tempfile.TemporaryDirectory() as made:
         of_a, of_b = (_refitted(label, manifest, features, Path(made)/label)
                       for label, manifest in (("A", first), ("B", second)))
-        tasks = [task for task in of_a if task in of_b]
-        if not tasks: raise EvaluateError(f"{a} and {b} have no task in common")
+        how = how_judged(features.split)
+        tasks = [task for task in of_a if task in of_b and task in how["tasks"]]
+        if not tasks:
+            why = how["note"] or "there must be a model for the same task in both"
+            raise EvaluateError(f"{a} and {b} have no task in common that can be judged: {why}")
         models = [models[task] for models in (of_a, of_b) for task in tasks]
         evaluation = evaluate(features, models, [k], tasks, bootstrap=bootstrap, seed=seed, progress=progress)
     rows = []
@@ -173,10 +180,15 @@ def comparison_text(
     "A comparison for a person to read."
     (a, b), facts = result.versions, result.evaluation.facts
     differ = "; ".join(f"{name} {left} / {right}" for name, (left, right) in result.differ.items()) or "nothing"
-    lines = [f"A  {a}", f"B  {b}", f"They differ in (A / B): {differ}", "",
-             f"Both were fitted again with these parameters on what run {result.run} knew before "
-             f"{facts['split'][:10]}, and judged by what followed.",
-             "The models in the bundles know the test period, so they cannot be judged by it."]
+    if facts["split"] == BY_USER:
+        how = [f"Both were fitted again with these parameters on run {result.run} without the items that are hidden of "
+               "each user, and judged by these.", facts["judged"]["note"],
+               "The models in the bundles know the hidden items, so they cannot be judged by them."]
+    else:
+        how = [f"Both were fitted again with these parameters on what run {result.run} knew before "
+               f"{facts['split'][:10]}, and judged by what followed.",
+               "The models in the bundles know the test period, so they cannot be judged by it."]
+    lines = [f"A  {a}", f"B  {b}", f"They differ in (A / B): {differ}", "", *how]
     for task, part in result.table.groupby("task", sort=False):
         first = part.iloc[0]
         lines += ["", f"{task.replace('_', ' ').capitalize()}, {first.users:,} users (A by {first.model_a}, "

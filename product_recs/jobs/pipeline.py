@@ -165,9 +165,8 @@ def _notes(parameters:dict)->list[str]:
 
 def _skip_reason(step:str, reports:Path)->str|None:
     "Why a step has nothing to do; None where it has."
-    features = _metrics(reports).get("02_features", {})
-    if step == "04_evaluate" and features.get("split") == {}:
-        return "nothing to judge by: without timestamps, or in a log of a day, there is no later period to test on"
+    how = _metrics(reports).get("02_features", {}).get("judged", {})
+    if step == "04_evaluate" and how.get("by") == "nothing": return how["note"]
 
 def _worse(metrics:dict)->list[str]:
     "A sentence for each task in which what would be served is significantly worse than popularity."
@@ -287,6 +286,7 @@ def tune(
                 if result.failed: break
         finally:
             result.metrics = _metrics(reports)
+            result.notes += result.metrics.get("02_features", {}).get("warnings", [])
             _summarise(result, shown, started, "tuning")
     return result
 

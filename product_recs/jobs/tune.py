@@ -147,7 +147,7 @@ def pose(
         number(name, value, least, most, whole=True)
     max_users = number("max_users", max_users, 0, 2**31 - 1, whole=True)
     seed = number("seed", seed, 0, 2**32 - 1, whole=True)
-    past, future, _ = past_and_future(features, "validation")
+    past, future, _ = past_and_future(features, "validation", [task])
     counts = {name: features.parameters[name] for name in ("min_user_items", "min_item_users")}
     about = {"split": features.split, **counts, "candidates": dict(candidates), "cut_off": cut_off,
              "max_users": max_users, "seed": seed, "max_factors": max_factors, "max_iterations": max_iterations,
@@ -333,7 +333,7 @@ def on_test(
     if not seeds: raise ProductRecsError("test_seeds=[]: must name at least one")
     cut_off, bootstrap = (number(name, value, 1, 2**31 - 1, whole=True)
                           for name, value in (("cut_off", cut_off), ("bootstrap", bootstrap)))
-    past, future, _ = past_and_future(features, "test")
+    past, future, _ = past_and_future(features, "test", [task])
     judged = make_task(past, future, task, max_users, seeds[0])
     own = {name: {key: point[key] for key in FEATURE_NAMES} for name, point in points.items()}
     snapshots, rows, lead = weigh(features, own, "train_validation"), [], None

@@ -20,14 +20,13 @@ import yaml
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from ..core.columns import TASKS
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write
 from ..core.parameters import number
 from ..core.sql import parquet, timestamp
 from ..data.artifact import Features
 from ..data.snapshots import Snapshot
-from ..data.tasks import PERIODS, Task, make_task, past_and_future
+from ..data.tasks import PERIODS, Task, how_judged, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, find_hits, interval, paired_bootstrap
 from ..models.als import ALS, ALS_DEFAULTS
 from ..models.interface import Model, top_lists
@@ -59,7 +58,7 @@ def weightings(
 
 # %% ../../nbs/jobs/weights.ipynb #b72610f6
 def _sum_sql(parameters:dict, until:str|None)->str:
-    "SQL of the decayed, weighted sum of a pair."
+    "SQL of the decayed, weighted sum of a pair; None: there are no times."
     worth = worth_sql(parameters["event_weights"], parameters["quantity"])
     age = f"coalesce(epoch({timestamp(until)} - timestamp) / 86400, 0)" if until else "0"
     half_life = float(parameters["half_life_days"])
@@ -78,7 +77,8 @@ def weigh(
 )->dict[str, Snapshot]:            # name -> the snapshot with confidences of that weighting
     "One snapshot under many weightings."
     past = getattr(features, snapshot)
-    sums = {name: _sum_sql(parameters, past.until) for name, parameters in candidates.items()}
+    moment = past.until or features.split.get("ends") # a hold-out by user ends with the log
+    sums = {name: _sum_sql(parameters, moment) for name, parameters in candidates.items()}
     columns = {sql: f"s{number}" for number, sql in enumerate(dict.fromkeys(sums.values()))}
     with duckdb.connect() as database:
         database.register("users", pd.DataFrame(_row_table(features.users)))
@@ -241,7 +241,7 @@ def compare_weightings(
     features:Features,
     candidates:Mapping[str, dict]|None=None, # name -> parameters; None: `weightings()`; `counts` must be among them
     *,
-    tasks:Sequence[str]=tuple(TASKS),
+    tasks:Sequence[str]|None=None,              # None: all that the log can be judged by
     strengths:Sequence[float]=(0.25, 1, 4, 16), # mean weight of an observed pair, ascending
     seeds:Sequence[int]=(0, 1),              # of ALS
     factors:int=32, regularization:float=ALS_DEFAULTS["regularization"], iterations:int=10, # of ALS
@@ -254,6 +254,8 @@ def compare_weightings(
     candidates = dict(weightings() if candidates is None else candidates)
     if PLAIN not in candidates:
         raise ProductRecsError(f"the weightings need one that is named {PLAIN!r}: all others are compared with it")
+    past, future, _ = past_and_future(features, "validation", tasks or ())
+    if tasks is None: tasks = how_judged(features.split)["tasks"]
     for name, given in (("tasks", tasks), ("strengths", strengths), ("seeds", seeds)):
         if isinstance(given, str) or not len(given):
             raise ProductRecsError(f"{name}={given!r}: must name at least one, in a list")
@@ -264,20 +266,19 @@ def compare_weightings(
         number(name, value, least, 2**31 - 1, whole=True)
         for name, value, least in (("max_users", max_users, 0), ("cut_off", cut_off, 1), ("bootstrap", bootstrap, 1)))
     als = {"factors": factors, "regularization": regularization, "iterations": iterations}
-    past, future, _ = past_and_future(features, "validation")
-    judged = {task: make_task(past, future, task, max_users, seeds[0]) for task in tasks}
-    fits = _Fits(judged, weigh(features, candidates, PERIODS["validation"]), als, cut_off)
+    work = {task: make_task(past, future, task, max_users, seeds[0]) for task in tasks}
+    fits = _Fits(work, weigh(features, candidates, PERIODS["validation"]), als, cut_off)
     same = distinct(fits.snapshots, candidates)
     names = [name for name in candidates if same[name] == name]
     tried, best, further = _fit_all(fits, names, strengths, seeds, progress)
-    rows = {task: fits.rows(task, best, seeds, bootstrap) for task in judged}
+    rows = {task: fits.rows(task, best, seeds, bootstrap) for task in work}
     screen = [{"task": task, "name": name, "strength": strength, "ndcg": fits.mean(task, name, strength, seeds[0])}
-              for task in judged for name, places in tried.items()
+              for task in work for name, places in tried.items()
               for strength in (strengths[place] for place in sorted(places))]
     settings = dict(tasks=tasks, strengths=strengths, seeds=seeds, **als, max_users=max_users, cut_off=cut_off,
                     bootstrap=bootstrap)
     facts = {"settings": lab_settings(features, candidates, **settings),
-             "users": {task: len(users.rows) for task, users in judged.items()},
+             "users": {task: len(users.rows) for task, users in work.items()},
              "fits": sum(map(len, tried.values())) + further}
     return Lab(rows, screen, candidates, {name: other for name, other in same.items() if name != other}, facts)
 

@@ -13,8 +13,9 @@ from scipy.optimize import minimize
 from scipy.special import expit
 
 from ..core.columns import NEXT_PURCHASE
+from ..core.errors import EvaluateError
 from ..data.artifact import Features
-from ..data.tasks import Task, make_task
+from ..data.tasks import BY_USER, Task, make_task, past_and_future
 from .blend import HabitBlend
 from .interface import Model
 from .signals import EVERYBODY, SIGNALS, BlendError, BlendWeights, Signals, pair_signals
@@ -118,12 +119,11 @@ def learn_weights(
     **options,                   # of `weights_of_task`
 )->HabitBlend:                   # not fitted, with its weights
     "Fit the part before the validation period, and the weights on it; raises `BlendError` where that cannot be."
-    if not features.split:
-        raise BlendError("the weights are learned on a validation period, and these interactions have no time split "
-                         "(no timestamps, or one day only)")
-    judged = make_task(features.train, features.validation, task, max_users, seed)
+    try: past, future, since = past_and_future(features, "validation", [task])
+    except EvaluateError as error: raise BlendError(f"no weights of habits can be learned: {error}") from None
+    judged = make_task(past, future, task, max_users, seed)
     fitted = part if getattr(part, "snapshot", None) is features.train else part.fit(features.train)
     weights = weights_of_task(fitted, judged, **options)
-    weights.facts.update({"seed": seed, "from": features.split["validation_from"],
-                          "until": features.split["test_from"]})
+    weights.facts["seed"] = seed
+    if since != BY_USER: weights.facts.update({"from": since, "until": features.split["test_from"]})
     return HabitBlend(part, task, weights)

@@ -657,6 +657,8 @@ function modelNotes(model) {
   const next = quality["next_purchase_hit_rate@10"], found = quality["discovery_hit_rate@10"];
   if (typeof next === "number" && typeof found === "number")
     notes.push(`Tested on the weeks after ${quality.split ? dayOf(moment(quality.split)) : "its training"}: of ten next purchases proposed, at least one was bought by ${percent.format(next)} of the people; of ten new items, by ${percent.format(found)}.`);
+  else if (typeof found === "number" && quality.judged?.note)
+    notes.push(`Of ten new items proposed, at least one was right for ${percent.format(found)} of the people. ${quality.judged.note}`);
   if (model.data?.run === "complete_journey") notes.push("Sample data: grocery purchases with dates shifted to 2017, described as simulated. Good for looking, not for business conclusions.");
   const refused = model.refused && (Array.isArray(model.refused) ? model.refused.at(-1) : model.refused);
   if (refused) notes.push(`A newer model${refused.version ? `, ${refused.version},` : ""} was refused: ${sentence(String(refused.error ?? refused))}`);
