@@ -1,7 +1,7 @@
 """One generated shop, exported as ten shop systems would export it.
 
-The shop has four tastes: each user buys nearly only tea, mugs, lamps or books. So a sensible list for a tea drinker is a
-list of teas that they have not bought, whatever the export looks like. `test_exports.py` asks for exactly that, and
+The shop has four tastes: each user buys nearly only tea, mugs, lamps or books. So a sensible list for a tea drinker is
+a list of teas that they have not bought, whatever the export looks like. `test_exports.py` asks for exactly that, and
 `make exports` writes what a person sees on the way there.
 """
 
@@ -51,13 +51,16 @@ def shop(seed: int = 0) -> list[Sale]:
         for item in draw.sample(own, draw.randint(6, 11)) + draw.sample(range(4 * PER_KIND), 1):
             time = START + timedelta(minutes=draw.randrange(180 * 24 * 60))
             sales.append((time, user, item, draw.choice([1, 1, 1, 2, 6])))
-    return [Sale(536000 + order, user, item, quantity, time) for order, (time, user, item, quantity) in
-            enumerate(sorted(sales))]
+    return [
+        Sale(536000 + order, user, item, quantity, time)
+        for order, (time, user, item, quantity) in enumerate(sorted(sales))
+    ]
 
 
 @dataclass
 class Export:
     "Files of one system, the command that looks at them, and how to read the lists."
+
     name: str
     about: str
     sources: list[str]  # arguments of `init`
@@ -75,43 +78,94 @@ def write_csv(path: Path, header: list[str], rows, delimiter: str = ",", **optio
 
 
 def european(folder: Path) -> Export:
-    rows = [(s.order, f"K{s.user:05}", f"A-{s.item:04}", s.title, f"{s.quantity},0", f"{s.time:%d.%m.%Y %H:%M}",
-             f"{s.price:.2f}".replace(".", ",")) for s in shop()]
+    rows = [
+        (
+            s.order,
+            f"K{s.user:05}",
+            f"A-{s.item:04}",
+            s.title,
+            f"{s.quantity},0",
+            f"{s.time:%d.%m.%Y %H:%M}",
+            f"{s.price:.2f}".replace(".", ","),
+        )
+        for s in shop()
+    ]
     header = ["Bestellung", "Kundennummer", "Artikelnummer", "Bezeichnung", "Menge", "Datum", "Preis"]
     write_csv(folder / "verkauf.csv", header, rows, ";", encoding="utf-8-sig")
-    return Export("two_commas", "A German shop: semicolons, decimal commas, 24.10.2025.", ["verkauf.csv"],
-                  user=lambda n: f"K{n:05}", item=lambda n: f"A-{n:04}", says=("read day first", "decimal comma"))  # fmt: skip
+    return Export(
+        "two_commas",
+        "A German shop: semicolons, decimal commas, 24.10.2025.",
+        ["verkauf.csv"],
+        user=lambda n: f"K{n:05}",
+        item=lambda n: f"A-{n:04}",
+        says=("read day first", "decimal comma"),
+    )
 
 
 def american(folder: Path) -> Export:
     for number, half in enumerate((shop()[:900], shop()[900:]), 1):
         rows = [(s.order, s.user + 1, 1000 + s.item, s.quantity, f"{s.time:%m/%d/%Y %I:%M %p}") for s in half]
         write_csv(folder / f"orders-{number}.csv", ["Order ID", "Customer Id", "Product Id", "Qty", "Order Date"], rows)
-    rows = [(1000 + item, f"{KINDS[list(KINDS)[item % 4]]} No. {item // 4 + 1}", "No" if item == 5 else "Yes")
-            for item in range(4 * PER_KIND)]  # fmt: skip
+    rows = [
+        (1000 + item, f"{KINDS[list(KINDS)[item % 4]]} No. {item // 4 + 1}", "No" if item == 5 else "Yes")
+        for item in range(4 * PER_KIND)
+    ]
     write_csv(folder / "catalog.csv", ["Product Id", "Product Name", "In Stock"], rows)
-    return Export("two_calendars", "An American shop: 10/24/2025 02:30 PM, a catalogue with words for availability.",
-                  ["orders-*.csv"], ["--products", "catalog.csv"], user=lambda n: str(n + 1), item=lambda n: str(1000 + n), never=("1005",),
-                  says=("read month first",))  # fmt: skip
+    return Export(
+        "two_calendars",
+        "An American shop: 10/24/2025 02:30 PM, a catalogue with words for availability.",
+        ["orders-*.csv"],
+        ["--products", "catalog.csv"],
+        user=lambda n: str(n + 1),
+        item=lambda n: str(1000 + n),
+        never=("1005",),
+        says=("read month first",),
+    )
 
 
 def cancelling(folder: Path) -> Export:
     rows = []
     for s in shop():
-        rows.append((s.order, f"{20000 + s.item}{'A' if s.item % 3 else ''}", s.title.upper(), s.quantity,
-                     f"{s.time:%Y-%m-%d %H:%M:%S}", s.price, 12000 + s.user, "United Kingdom"))  # fmt: skip
+        rows.append(
+            (
+                s.order,
+                f"{20000 + s.item}{'A' if s.item % 3 else ''}",
+                s.title.upper(),
+                s.quantity,
+                f"{s.time:%Y-%m-%d %H:%M:%S}",
+                s.price,
+                12000 + s.user,
+                "United Kingdom",
+            )
+        )
         if s.order % 12 == 0:
             back = s.time + timedelta(days=2)
-            rows.append((f"C{s.order}", rows[-1][1], s.title.upper(), -s.quantity, f"{back:%Y-%m-%d %H:%M:%S}", s.price,
-                         12000 + s.user, "United Kingdom"))  # fmt: skip
+            rows.append(
+                (
+                    f"C{s.order}",
+                    rows[-1][1],
+                    s.title.upper(),
+                    -s.quantity,
+                    f"{back:%Y-%m-%d %H:%M:%S}",
+                    s.price,
+                    12000 + s.user,
+                    "United Kingdom",
+                )
+            )
         if s.order % 5 == 0:
             rows.append((s.order, "POST", "POSTAGE", 1, f"{s.time:%Y-%m-%d %H:%M:%S}", 18.0, 12000 + s.user, "France"))
     header = ["InvoiceNo", "StockCode", "Description", "Quantity", "InvoiceDate", "UnitPrice", "CustomerID", "Country"]
     write_csv(folder / "online_retail.csv", header, rows)
-    return Export("returns_and_postage", "A wholesaler: cancelled invoices, postage among the products, titles in the log.",
-                  ["online_retail.csv"], more=["exclude_items: [POST]"], user=lambda n: str(12000 + n),
-                  item=lambda n: f"{20000 + n}{'A' if n % 3 else ''}",
-                  never=("POST",), says=("Rows that are returns", "Are these products? POST (POSTAGE)"))  # fmt: skip
+    return Export(
+        "returns_and_postage",
+        "A wholesaler: cancelled invoices, postage among the products, titles in the log.",
+        ["online_retail.csv"],
+        more=["exclude_items: [POST]"],
+        user=lambda n: str(12000 + n),
+        item=lambda n: f"{20000 + n}{'A' if n % 3 else ''}",
+        never=("POST",),
+        says=("Rows that are returns", "Are these products? POST (POSTAGE)"),
+    )
 
 
 def fees(folder: Path) -> Export:
@@ -119,35 +173,63 @@ def fees(folder: Path) -> Export:
     for s in shop():
         email, time = f"user{s.user}@example.com", f"{s.time:%Y-%m-%d %H:%M:%S} +0100"
         rows.append((f"#{s.order}", email, time, s.quantity, s.title, f"SKU{s.item:03}", s.price))
-        if s.order % 7 == 0: rows.append((f"#{s.order}", email, time, 1, "Gift Card", "GIFT", 25.0))
-        if s.order % 9 == 0: rows.append((f"#{s.order}", email, time, 1, "Shipping fee", "SHIP", 4.9))
+        if s.order % 7 == 0:
+            rows.append((f"#{s.order}", email, time, 1, "Gift Card", "GIFT", 25.0))
+        if s.order % 9 == 0:
+            rows.append((f"#{s.order}", email, time, 1, "Shipping fee", "SHIP", 4.9))
     header = ["Name", "Email", "Created at", "Lineitem quantity", "Lineitem name", "Lineitem sku", "Lineitem price"]
     write_csv(folder / "orders_export.csv", header, rows)
-    return Export("fees", "A hosted shop: one line an item of an order, e-mail addresses as users, gift cards and fees.",
-                  ["orders_export.csv"], more=["exclude_items: [GIFT, SHIP]"], user=lambda n: f"user{n}@example.com",
-                  item=lambda n: f"SKU{n:03}", never=("GIFT", "SHIP"), says=("Are these products?", "Gift Card"))  # fmt: skip
+    return Export(
+        "fees",
+        "A hosted shop: one line an item of an order, e-mail addresses as users, gift cards and fees.",
+        ["orders_export.csv"],
+        more=["exclude_items: [GIFT, SHIP]"],
+        user=lambda n: f"user{n}@example.com",
+        item=lambda n: f"SKU{n:03}",
+        never=("GIFT", "SHIP"),
+        says=("Are these products?", "Gift Card"),
+    )
 
 
 def workbook(folder: Path) -> Export:
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet("Orders")
     sheet.append(["Order", "Customer", "SKU", "Product Name", "Units", "Date"])
-    for s in shop(): sheet.append([s.order, s.user + 1, f"{s.item:05}", s.title, s.quantity, s.time])
+    for s in shop():
+        sheet.append([s.order, s.user + 1, f"{s.item:05}", s.title, s.quantity, s.time])
     book.save(folder / "orders.xlsx")
-    return Export("excel", "A workbook: dates as dates, article numbers as text with their zeros.", ["orders.xlsx"],
-                  user=lambda n: str(n + 1), item=lambda n: f"{n:05}")  # fmt: skip
+    return Export(
+        "excel",
+        "A workbook: dates as dates, article numbers as text with their zeros.",
+        ["orders.xlsx"],
+        user=lambda n: str(n + 1),
+        item=lambda n: f"{n:05}",
+    )
 
 
 def json_lines(folder: Path) -> Export:
     draw = random.Random(1)
     with open(folder / "events.jsonl", "w") as file:
         for s in shop():
-            event = {"userId": f"u-{s.user}", "productId": f"p-{s.item}", "type": "order", "ts": s.time.timestamp() * 1000}
-            if draw.random() < 0.5: event["qty"] = s.quantity
-            if draw.random() < 0.02: del event["productId"]
+            event = {
+                "userId": f"u-{s.user}",
+                "productId": f"p-{s.item}",
+                "type": "order",
+                "ts": s.time.timestamp() * 1000,
+            }
+            if draw.random() < 0.5:
+                event["qty"] = s.quantity
+            if draw.random() < 0.02:
+                del event["productId"]
             file.write(json.dumps(event) + "\n")
-    return Export("json_lines", "A backend's own log: JSON lines, times in milliseconds, keys that some lines lack.",
-                  ["events.jsonl"], user=lambda n: f"u-{n}", item=lambda n: f"p-{n}", says=("blank id",))  # fmt: skip
+    return Export(
+        "json_lines",
+        "A backend's own log: JSON lines, times in milliseconds, keys that some lines lack.",
+        ["events.jsonl"],
+        user=lambda n: f"u-{n}",
+        item=lambda n: f"p-{n}",
+        says=("blank id",),
+    )
 
 
 def parquet_categories(folder: Path) -> Export:
@@ -158,8 +240,13 @@ def parquet_categories(folder: Path) -> Export:
         con.execute("CREATE TYPE act AS ENUM (SELECT DISTINCT action FROM t)")
         con.execute("ALTER TABLE t ALTER action TYPE act")
         con.execute(f"COPY t TO '{folder}/facts.parquet' (FORMAT parquet)")
-    return Export("parquet", "A warehouse: Parquet with an enumeration of actions and typed times.", ["facts.parquet"],
-                  user=lambda n: f"c{n}", item=lambda n: f"x{n}")  # fmt: skip
+    return Export(
+        "parquet",
+        "A warehouse: Parquet with an enumeration of actions and typed times.",
+        ["facts.parquet"],
+        user=lambda n: f"c{n}",
+        item=lambda n: f"x{n}",
+    )
 
 
 def database_view(folder: Path) -> Export:
@@ -169,24 +256,44 @@ def database_view(folder: Path) -> Export:
         for s in shop():
             database.execute("INSERT INTO orders VALUES (?, ?, ?)", (s.order, s.user, s.time.isoformat()))
             database.execute("INSERT INTO order_lines VALUES (?, ?, ?)", (s.order, f"{s.item:03}", s.quantity))
-        database.execute("CREATE VIEW sales AS SELECT customer_id, article_no, pieces, placed_at FROM order_lines "
-                         "JOIN orders ON orders.id = order_id")  # fmt: skip
+        database.execute(
+            "CREATE VIEW sales AS SELECT customer_id, article_no, pieces, placed_at FROM order_lines "
+            "JOIN orders ON orders.id = order_id"
+        )
     database.close()
-    return Export("database", "A view in the shop's database.", ["sqlite:///{folder}/shop.db"],
-                  ["--query", "SELECT * FROM sales"], item=lambda n: f"{n:03}")  # fmt: skip
+    return Export(
+        "database",
+        "A view in the shop's database.",
+        ["sqlite:///{folder}/shop.db"],
+        ["--query", "SELECT * FROM sales"],
+        item=lambda n: f"{n:03}",
+    )
 
 
 def split_files(folder: Path) -> Export:
     sales = shop()
-    first = [(s.order, f"{84000 + s.item}{'a' if s.order % 9 else 'A'}", s.quantity, f"{s.time:%d/%m/%Y %H:%M}", 100 + s.user)
-             for s in sales if s.time.day <= 12]  # fmt: skip
-    second = [(s.order, f"{84000 + s.item}a", s.quantity, f"{s.time:%d/%m/%Y %H:%M}", 100 + s.user)
-              for s in sales if s.time.day > 12]  # fmt: skip
+    rows = [
+        (
+            s.order,
+            f"{84000 + s.item}{'A' if s.order % 9 == 0 else 'a'}",
+            s.quantity,
+            f"{s.time:%d/%m/%Y %H:%M}",
+            100 + s.user,
+        )
+        for s in sales
+    ]
+    first, second = ([row for s, row in zip(sales, rows) if (s.time.day <= 12) == early] for early in (True, False))
     write_csv(folder / "a.csv", ["Invoice", "StockCode", "Quantity", "InvoiceDate", "CustomerID"], first)
     write_csv(folder / "b.csv", ["Invoice", "StockCode", "Quantity", "InvoiceDate", "Customer ID"], second)
-    return Export("split_files", "Two files of one year with other headers; the first shows only days up to the twelfth.",
-                  ["a.csv", "b.csv"], more=["normalise_ids: case"], user=lambda n: str(100 + n), item=lambda n: f"{84000 + n}a",
-                  says=("All dates are read day first", "differ from another in case alone"))  # fmt: skip
+    return Export(
+        "split_files",
+        "Two files of one year with other headers; the first shows only days up to the twelfth.",
+        ["a.csv", "b.csv"],
+        more=["normalise_ids: case"],
+        user=lambda n: str(100 + n),
+        item=lambda n: f"{84000 + n}a",
+        says=("All dates are read day first", "differ from another in case alone"),
+    )
 
 
 def event_stream(folder: Path) -> Export:
@@ -195,11 +302,24 @@ def event_stream(folder: Path) -> Export:
         seconds = int(s.time.timestamp() * 1000)
         steps = ["view", "addtocart", "transaction"]
         rows += [(seconds + 60_000 * step, s.user, name, s.item) for step, name in enumerate(steps)]
-        if s.order % 4 == 0: rows.append((seconds, s.user, "view", (s.item + 4) % (4 * PER_KIND)))
+        if s.order % 4 == 0:
+            rows.append((seconds, s.user, "view", (s.item + 4) % (4 * PER_KIND)))
     write_csv(folder / "events.csv", ["timestamp", "visitorid", "event", "itemid"], rows)
-    return Export("event_stream", "A tracker: views, carts and transactions in milliseconds.", ["events.csv"])  # fmt: skip
+    return Export("event_stream", "A tracker: views, carts and transactions in milliseconds.", ["events.csv"])
 
 
-EXPORTS = {writer.__name__: writer for writer in (
-    european, american, cancelling, fees, workbook, json_lines, parquet_categories, database_view, split_files,
-    event_stream)}  # fmt: skip
+EXPORTS = {
+    writer.__name__: writer
+    for writer in (
+        european,
+        american,
+        cancelling,
+        fees,
+        workbook,
+        json_lines,
+        parquet_categories,
+        database_view,
+        split_files,
+        event_stream,
+    )
+}

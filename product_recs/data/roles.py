@@ -17,7 +17,7 @@ from ..core.errors import IngestError
 # %% ../../nbs/data/roles.ipynb #d8e253ab
 _NOUNS = { # our column -> what a shop calls it, the likeliest first
     Columns.User: "user customer client buyer member shopper visitor subscriber household account patron person "
-                  "consumer reviewer cust uid usr session kunde kunden cliente utilisateur usuario profile",
+                  "consumer reviewer email mail cust uid usr session kunde kunden cliente utilisateur usuario profile",
     Columns.Item: "item product article sku asin stock material merchandise variant prod isbn ean upc gtin plu listing "
                   "movie book track song artikel producto produit iid pid goods offer",
     Columns.Timestamp: "timestamp datetime time date ts when moment day datum fecha at zeitpunkt",
@@ -31,15 +31,15 @@ _NOUNS = { # our column -> what a shop calls it, the likeliest first
 }
 _OF_AN_ID = {*"id ids nr no num number code key uuid guid identifier hash ref nummer".split()}
 _QUALIFIERS = { # words that may stand beside the noun and change nothing
-    Columns.User: _OF_AN_ID, Columns.Item: _OF_AN_ID,
+    Columns.User: _OF_AN_ID | {"address"}, Columns.Item: _OF_AN_ID | {"line", "lineitem"},
     Columns.Timestamp: {*"order ordered purchase purchased transaction invoice event created create sale sold placed "
                          "interaction bought basket stamp unix utc of the".split()},
-    Columns.Quantity: {*"item items product order ordered units sold purchased".split()},
+    Columns.Quantity: {*"item line lineitem product order ordered units sold purchased".split()},
     Columns.Event: {*"type name kind user".split()},
-    "title": {*"product item article display full short sku stock".split()},
+    "title": {*"product item line lineitem article display full short sku stock".split()},
     "category": {*"product item main name l1 level sub type".split()},
     "brand": {*"product item name".split()},
-    "price": {*"unit list sale sales item product retail usd eur gbp net gross".split()},
+    "price": {*"unit line lineitem list sale sales item product retail usd eur gbp net gross".split()},
     "available": {*"is item product in for sale".split()},
 }
 _WORDS = {word for words in (*_NOUNS.values(), "code invoice order in is created") for word in words.split()}
@@ -83,6 +83,7 @@ def likeness(
     is_id = role in Columns.Required
     if is_id and words == ("stock",): return 0.0 # a number of pieces
     certain = 0.2*(is_id and any(word in _OF_AN_ID for word in words))
+    if role == "title" and len(words) > 1: certain = 0.05 # `product name` before `name`, which may be anything's
     return 0.75 + certain - 0.005*min(known) - 0.01*(len(words) - len(known) - bool(certain))
 
 def guess_columns(

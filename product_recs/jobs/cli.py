@@ -92,6 +92,8 @@ def _pair(text:str)->tuple[str, str]:
 # %% ../../nbs/jobs/cli.ipynb #2c0e0cbe
 _EXAMPLES = """\b
 examples:
+  product-recs init 'exports/*.csv' --out shop.yaml  a parameter file for an export that nobody has cleaned
+  product-recs run -f shop.yaml --name shop
   product-recs run                                   the committed sample: models compete, the winner goes live
   product-recs run -p model EASE -p model_parameters '{regularization: 500}'
   product-recs run -p model 'weighted ALS + item graph' -p next_model 'ALS + habits'
@@ -232,6 +234,26 @@ def _similar(
         titles = bundle.item_columns.get("title")
         title = (bundle.cold_items.get(item) or {}).get("title") if row is None else titles is not None and titles[row]
         return _list_text(recommender, answer, as_json, f"Similar to {item} {title or ''}".rstrip(), item_id=item)
+
+# %% ../../nbs/jobs/cli.ipynb #9af134dd
+@_verb("init", "init 'exports/*.csv' --products catalog.csv --out shop.yaml")
+def _init(
+    source:Annotated[list[str], typer.Argument(help="files of the log, patterns, or one database URL")],
+    products:Annotated[str, typer.Option(metavar="FILE", help="table of products; titles in the log are found by "
+                                         "themselves")]="",
+    users:Annotated[str, typer.Option(metavar="FILE", help="table of users")]="",
+    query:Annotated[str, typer.Option(metavar="SQL", help="the SELECT, for a database")]="",
+    out:Annotated[str, typer.Option(metavar="YAML", help="the file to write")]="shop.yaml",
+    force:Annotated[bool, typer.Option("--force", help="write over a file that is there")]=False,
+)->str:
+    "Look at a shop's export and write a first parameter file."
+    from product_recs.jobs.init import propose, told, write_proposal # DuckDB
+    words = ["product-recs", "init", *source]
+    for name, value in (("--products", products), ("--users", users), ("--query", query)):
+        if value: words += [name, value]
+    proposal = propose(source, products, users, query)
+    path = write_proposal(proposal, out, [*words, "--out", out], force)
+    return told(proposal, path)
 
 # %% ../../nbs/jobs/cli.ipynb #7608bd7b
 def _again(name:str, files:Sequence[str], pairs:Sequence[str], models_dir:str|None)->list[str]:
@@ -436,7 +458,7 @@ def _remove_key(name:Annotated[str, typer.Argument(help="whose key it is")], fil
 
 # %% ../../nbs/jobs/cli.ipynb #3fe5bd60
 # as --help lists them: what a newcomer does first comes first
-_ORDER = ("run", "tune", "evaluate", "recommend", "similar", "serve", "models", "publish", "rollback", "data")
+_ORDER = ("init", "run", "tune", "evaluate", "recommend", "similar", "serve", "models", "publish", "rollback", "data")
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.name))
 
 def _lines_of(error:Exception)->list[str]|None: # None: it is none of those that a message explains

@@ -9,7 +9,6 @@ __all__ = ['LINES', 'sampled', 'Look', 'look_at', 'mapped_columns', 'event_names
 # %% ../../nbs/jobs/init.ipynb #c62d8a3b
 import gzip
 import itertools
-import json
 import shlex
 import shutil
 import tempfile
@@ -25,7 +24,6 @@ from ..core.errors import IngestError, ProductRecsError
 from ..core.events import KNOWN_EVENTS
 from ..core.files import atomic_write
 from ..core.paths import resolve_path
-from ..core.sql import named, quoted
 from ..data.attributes import UNDERSTOOD
 from ..data.database import is_database
 from ..data.roles import guess_columns, guess_event
@@ -245,11 +243,10 @@ def write_proposal(
     if proposal.missing:
         columns = {name: "NAME OF YOUR COLUMN" for name in proposal.missing}
         parameters["columns"] = columns | parameters.get("columns", {})
-    dumped = (yaml.safe_dump({name: value}, default_flow_style=None, allow_unicode=True, sort_keys=False, width=10**6)
-              for name, value in parameters.items())
-    flow = lambda name, value: json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else None
-    lines = [f"{name}: {text}" if (text := flow(name, value)) else next_line.strip()
-             for (name, value), next_line in zip(parameters.items(), dumped)]
+    style = dict(allow_unicode=True, sort_keys=False, width=10**6) # one line for each
+    lines = [yaml.safe_dump({name: value}, default_flow_style=False, **style).strip() if isinstance(value, str) else
+             f"{name}: {yaml.safe_dump(value, default_flow_style=True, **style).strip()}"
+             for name, value in parameters.items()]
     head = f"# written by: {shlex.join(words)}"
     return atomic_write(path, "\n".join([head, *lines]) + "\n")
 
