@@ -12,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export notebooks readme mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
+.PHONY: help run serve test lab data kernels export exports notebooks readme mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -77,6 +77,10 @@ test: .venv/.kernels
 	@$(BIN)/lint-imports --no-cache > /dev/null 2>&1 || $(BIN)/lint-imports --no-cache
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/pytest -q tests
+
+# ten exports of a generated shop, from `init` to a list by the command alone: examples/exports/README.md (some minutes)
+exports: .venv/.kernels
+	@$(BIN)/python tools/run_exports.py $(OPTIONS)
 
 # every exported function in turn does nothing, and its notebook or a test must notice (some minutes; OPTIONS="nbs/models/als.ipynb")
 mutants: .venv/.kernels

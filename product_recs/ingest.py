@@ -86,7 +86,7 @@ REMEDIES = {"not valid text": 'pass the encoding of the file, such as encoding="
             "blank id": "check columns={...}",
             "timestamp": 'name the form of your dates, such as timestamp_format="%d/%m/%Y %H:%M"',
             "quantity is not a number": 'say which mark parts the fraction: decimal="," or decimal="."',
-            "quantity is not above 0": 'read such rows as returns with returns="net"',
+            "quantity is not above 0": 'with returns="net" or "drop" a quantity below 0 is a return; 0 is nothing sold',
             "id is text": "write all ids of the log as text, if these are ids of yours"}
 
 def _event_names(con)->str:
@@ -411,11 +411,20 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
                                "kept.")
 
 # %% ../nbs/01_ingest.ipynb #53583b56
+def _mapping(name:str, given)->dict:
+    "A parameter that maps names to names, or to several."
+    given = {} if given is None or given == "" else given
+    def fits(value): return isinstance(value, str) or (isinstance(value, Sequence) and len(value) > 0 and
+                                                       all(isinstance(one, str) for one in value))
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) and fits(value) for key, value in given.items()):
+        raise IngestError(f"{name}={given!r} must map names to names, such as {{'user_id': 'customer'}}.")
+    return {key: value if isinstance(value, str) else [*value] for key, value in given.items()}
+
 def _checked_names(options:dict)->None:
     "Refuse mappings that cannot be meant."
-    for name, known in (("columns", Columns.All), ("product_columns", None), ("user_columns", None)):
-        options[name] = {ours: theirs if isinstance(theirs, str) else [str(one) for one in theirs]
-                         for ours, theirs in dict(options[name] or {}).items()}
+    for name, known in (("columns", Columns.All), ("product_columns", None), ("user_columns", None),
+                        ("event_names", None), ("return_marker", None)):
+        options[name] = _mapping(name, options[name])
         if known and (unknown := set(options[name]) - set(known)):
             raise IngestError(f"{name}= maps our names to yours, and {sorted(unknown)} are none of ours: "
                               f"{', '.join(known)}.")
@@ -423,7 +432,7 @@ def _checked_names(options:dict)->None:
     if isinstance(options["events"], str): raise IngestError(f"events must be a list, such as [{options['events']!r}].")
     options["events"] = sorted({lower(event) for event in options["events"]})
     if not options["events"]: raise IngestError("events is empty. Name at least one, such as [\"purchase\"].")
-    options["event_names"] = {lower(theirs): lower(ours) for theirs, ours in dict(options["event_names"] or {}).items()}
+    options["event_names"] = {lower(theirs): lower(ours) for theirs, ours in options["event_names"].items()}
     known = {*options["events"]} | ({RETURN} if options["returns"] != "ignore" else set())
     for theirs, ours in options["event_names"].items():
         if ours not in known:
@@ -432,8 +441,6 @@ def _checked_names(options:dict)->None:
     if RETURN in options["events"] and options["returns"] != "ignore":
         raise IngestError(f'events: {RETURN!r} is a row that takes back a purchase. To keep it as an event, say '
                           'returns="ignore".')
-    options["return_marker"] = {str(column): str(pattern)
-                                for column, pattern in dict(options["return_marker"] or {}).items()}
     if options["returns"] == "ignore": options["return_marker"] = {}
 
 def _checked_options(options:dict)->dict:

@@ -264,7 +264,7 @@ def database_view(folder: Path) -> Export:
     return Export(
         "database",
         "A view in the shop's database.",
-        ["sqlite:///{folder}/shop.db"],
+        ["sqlite:///shop.db"],
         ["--query", "SELECT * FROM sales"],
         item=lambda n: f"{n:03}",
     )
