@@ -21,7 +21,7 @@ from support import fresh_project  # noqa: E402
 
 HEAD = """# Ten exports, ten first hours
 
-One generated shop, as ten shop systems would export it, and what `product-recs` says on the way from the file to a list.
+One generated shop, as ten shop systems would export it, and what `product-recs` says on the way from file to list.
 Nobody has renamed a column, converted a date or cleaned an id beforehand. Written by `make exports`; the shop and its
 ten exports are in [tests/exports.py](../../tests/exports.py), and `tests/test_exports.py` asks each of the lists
 whether it is sensible.
