@@ -176,6 +176,8 @@ def _add_others(app:FastAPI, service:Service)->None:
         model = recommender.model
         user = as_id(model.bundle.users, path_id(http_request.scope, -2))
         item = as_id(model.bundle.items, path_id(http_request.scope, -1))
+        if excluded := model.bundle.why_excluded(item):
+            raise UnknownItem(f"item {item!r} is in no list: it is excluded ({excluded})")
         if model.bundle.items.row(item) is None:
             raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
         state, = await view.states([user])

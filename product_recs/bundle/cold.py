@@ -14,6 +14,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
+from ..core.errors import BundleError
 from ..core.ids import IdTable
 from ..core.sql import named, parquet
 
@@ -102,6 +103,14 @@ class ColdTable:
 
     ids = property(lambda self: self._file.ids, doc="The external ids, an `IdTable`.")
     types = property(lambda self: self._file.types, doc="The columns besides the id, each with its type in SQL.")
+
+    def prepared(self)->"ColdTable": # itself
+        "Read the ids now, so that no request does; a `BundleError` where they cannot be read."
+        try: _ = self.ids
+        except duckdb.Error as error:
+            raise BundleError(f"{self.path}: this is not a readable Parquet file ({error}); train again or restore it "
+                              "from a copy") from None
+        return self
 
     def __len__(self): return self._or_nothing(lambda: len(self.ids), 0)
 

@@ -44,6 +44,7 @@ class Bundle:
     cold_items: ColdTable = NO_COLD     # what the products file tells of items without interactions
     cold_users: ColdTable = NO_COLD     # what the users file tells of users without interactions
     left_out: LeftOut = NO_LEFT_OUT     # what users had and training did not see
+    excluded_items: ColdTable = NO_COLD # items that the shop excludes: in no list, and in histories all the same
 
     @property
     def version(self)->str:
@@ -72,6 +73,27 @@ class Bundle:
         except (TypeError, ValueError, ProductRecsError) as error:
             raise BundleError(f"{self.path/'manifest.json'}: the rules of the ingest cannot be read ({error}); "
                               "train again") from None
+
+    def is_excluded(self,
+        item:int|str, # external id
+    )->bool:
+        "Does the shop exclude this item? The ids are in memory."
+        ids = self.excluded_items.ids
+        return len(ids) > 0 and ids.row(item) is not None
+
+    def told(self,
+        item:int|str, # external id of an item that the models do not know
+    )->dict|None:     # column -> value; None: there is no such item
+        "What the products file tells of an item without a row; of an excluded one also why, in `excluded`."
+        table = self.excluded_items if self.is_excluded(item) else self.cold_items
+        return table.get(item)
+
+    def why_excluded(self,
+        item:int|str, # external id
+    )->str|None:      # None: it is not
+        "The shop's reason to exclude an item."
+        if not self.is_excluded(item): return None
+        return str((self.told(item) or {}).get("excluded", "by the shop")) # the file may be gone
 
 # %% ../../nbs/bundle/ready.ipynb #c3b82992
 _AGAIN = "train again or restore it from a copy"
@@ -131,14 +153,15 @@ def open_bundle(
     snapshot = _snapshot(path, (len(users), len(items)), item_columns)
     return Bundle(
         path, manifest, _open_models(path, manifest, snapshot), snapshot, users, items, user_columns, item_columns,
-        *(_cold(path, name, manifest) for name in ("items", "users")),
+        *(_cold(path, name, manifest) for name in ("cold_items", "cold_users")),
         load_left_out(path, len(items)) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
+        _cold(path, "excluded_items", manifest).prepared(),
     )
 
 def _cold(path:Path, name:str, manifest:dict)->ColdTable:
-    "The cold items or users; empty where the bundle has no such file."
-    file = f"cold_{name}.parquet"
-    return ColdTable(path/file, f"{name[:-1]}_id") if file in manifest["files"] else NO_COLD
+    "A table of items or users without a row; empty where the bundle has no such file."
+    file, key = f"{name}.parquet", f"{name.split('_')[1][:-1]}_id"
+    return ColdTable(path/file, key) if file in manifest["files"] else NO_COLD
 
 # %% ../../nbs/bundle/ready.ipynb #0f3a0259
 class Memo:

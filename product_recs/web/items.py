@@ -30,15 +30,16 @@ def item_facts(
 )->dict: # as `ItemFacts`
     "One item; raises `UnknownItem` where neither the model nor the products file has it."
     row = model.bundle.items.row(item)
-    cold = model.bundle.cold_items.get(item) if row is None else None
+    cold = model.bundle.told(item) if row is None else None
     if row is None and cold is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
     columns = cold if row is None else {name: values[row] for name, values in model.bundle.item_columns.items()}
     attributes, key = {name: plain(value) for name, value in columns.items()}, id_key(item)
     if row is None: for_sale = bool(is_available(np.array([attributes.get("available")], object))[0])
     else: for_sale = bool(model.candidates[row])
-    title = attributes.pop("title", None)
+    title, excluded = attributes.pop("title", None), model.bundle.why_excluded(item)
+    if excluded: attributes.pop("excluded")
     return {"item_id": item, "title": None if title is None else str(title), "attributes": attributes,
-            "available": key in shelf.available or (for_sale and key not in shelf.unavailable)}
+            "excluded": excluded, "available": key in shelf.available or (for_sale and key not in shelf.unavailable)}
 
 def item_words(
     model:ReadyModel|None, # None: there is no model
@@ -46,7 +47,7 @@ def item_words(
 )->dict: # title and category, None where they are not known
     "Title and category of an item."
     row, columns = (model.bundle.items.row(item), model.bundle.item_columns) if model else (None, {})
-    cold = (model.bundle.cold_items.get(item) if model and row is None else None) or {}
+    cold = (model.bundle.told(item) if model and row is None else None) or {}
     values = {name: plain(columns[name][row] if row is not None and name in columns else cold.get(name))
               for name in ("title", "category")}
     return {name: None if value is None else str(value) for name, value in values.items()}

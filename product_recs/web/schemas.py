@@ -279,6 +279,7 @@ class ItemFacts(BaseModel):
     item_id: int | str
     title: str | None
     attributes: dict[str, Any]
+    excluded: str | None = Field(None, description="why the shop keeps it out of every list; null: it does not")
     available: bool
 
 class FoundItem(BaseModel):
