@@ -213,6 +213,7 @@ def test_items_and_the_search_know_new_items(server):
         "item_id": 201,
         "title": "Green tea, new",
         "attributes": {"category": "tea", "brand": "Fir", "price": 3.0, "available": True},
+        "excluded": None,
         "available": True,
     }
     assert [server.get(f"/items/{item}")[2]["available"] for item in (202, 203, 204)] == [False, True, True]
