@@ -370,12 +370,12 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
             if name == "all":
                 rows = _write_id_tables(database, folder, interactions, known, parameters)
                 shape = tuple(int(row.max()) + 1 for row in rows.values())
-                gone = [] if isinstance(enough, slice) else [{value: column[~enough] for value, column in every.items()}]
+                few = np.empty(0, np.int64) if isinstance(enough, slice) else np.flatnonzero(~enough)
+                gone = [{value: column[few] for value, column in every.items()}]
                 if len(excluded.user):
                     gone.append(_Pairs(pool, excluded).summed(lambda *part: _snapshot(*part, None, ends, half_life)))
-                if gone:
-                    gone = {value: np.concatenate([pairs[value] for pairs in gone]) for value in every}
-                    save_left_out(folder, _left_out(database, gone, rows, shape[1]))
+                gone = {value: np.concatenate([pairs[value] for pairs in gone]) for value in every}
+                save_left_out(folder, _left_out(database, gone, rows, shape[1]))
             sums = _csr(_numbered(known, rows), "confidence", shape)
             if name == "all" and parameters["weighting"] == "bm25": mean_total = mean_user_total(sums)
             save_csr(folder, f"{name}_confidence", weighted(sums, parameters["weighting"]))

@@ -252,7 +252,7 @@ def ensure_bundle(
     run:str="sample",             # features in data/processed/<run>, made where they are missing
     models_dir:str|Path="models",
 )->str:                           # version
-    """A version made from this run's interactions and without what it excludes, the live one if it can be; where there is
+    """A version made from this run's interactions and with its exclusions, the live one if it can be; where there is
     none, ALS is trained."""
     folder, features = resolve_path(models_dir), ensure_features(run)
     with locked(folder/".train.lock"):

@@ -78,7 +78,8 @@ def open_features(
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
     cold = {name: path/f"{name}.parquet" for name in ("cold_items", "cold_users", "excluded_items")}
     given = {name: facts[name] for name in ("split", "parameters", "fingerprint")}
-    given |= {name: facts[name] for name in ("mean_total", "bm25", "feedback_until", "rules", "exclusions") if name in facts}
+    later = ("mean_total", "bm25", "feedback_until", "rules", "exclusions")
+    given |= {name: facts[name] for name in later if name in facts}
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots, **given,
                     validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape),
                     user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
