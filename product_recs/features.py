@@ -280,7 +280,9 @@ def _id_table(database, key:str, rows:np.ndarray, popularity:np.ndarray, attribu
 def _cold_rows(database, key:str, attributes:Path, table:Path)->None:
     """Write the rows of the attributes that the id table lacks as `cold_users` or `cold_items`, if there are any, but
     for excluded items."""
-    cold = f"{parquet(attributes)} a ANTI JOIN {parquet(table)} USING ({key})"
+    rows = f"(SELECT *, row_number() OVER () AS {named(Columns.FileRow)} FROM {parquet(attributes)})"
+    if key != Columns.Item: rows = parquet(attributes) # what is newest is asked of items only
+    cold = f"{rows} a ANTI JOIN {parquet(table)} USING ({key})"
     if key == Columns.Item: cold += f" ANTI JOIN excluded USING ({key})"
     if not database.execute(f"SELECT count(*) FROM {cold}").fetchall()[0][0]: return
     out = file_name(table.with_name(f"cold_{table.name}"))

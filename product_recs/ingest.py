@@ -266,8 +266,9 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
     good, id = _judge_ids(con, reads, name, key, id_type, options, ledger), _as("id", id_type)
     attributes = "".join(f", {column} AS {named(attribute)}" for attribute, column in columns.items())
     target = out/f"{name}.parquet"
+    order = "file, line" if name == "products" else "1" # the last products of a file are often the newest
     con.execute(f"""COPY (SELECT {id} AS {key}{attributes} FROM {name} JOIN {name}_ids USING (file, line) WHERE {good}
-        QUALIFY row_number() OVER (PARTITION BY {id} ORDER BY file DESC, line DESC) = 1 ORDER BY 1) TO
+        QUALIFY row_number() OVER (PARTITION BY {id} ORDER BY file DESC, line DESC) = 1 ORDER BY {order}) TO
         {file_name(target)} (FORMAT parquet)""")
     written, = con.execute(f"SELECT count(*) FROM {parquet(target)}").fetchone()
     rows, rejected = (sum(file[what] for file in ledger.files if file["role"] == name)

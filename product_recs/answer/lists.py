@@ -30,6 +30,7 @@ class Recommendations:
     shortfall: str|None=None # why there are fewer than asked; None when there are not
     rows: list|None=None     # row of each item in the model
     person: Any = field(default=None, compare=False, repr=False) # of whom the ladder made it, for reasons
+    order: str=""            # how it is sorted, in words, where the source does not say it all
 
     def __len__(self): return len(self.items)
 

@@ -74,23 +74,16 @@ class Bundle:
             raise BundleError(f"{self.path/'manifest.json'}: the rules of the ingest cannot be read ({error}); "
                               "train again") from None
 
-    def is_excluded(self,
-        item:int|str, # external id
-    )->bool:
+    def is_excluded(self, item:int|str)->bool: # external id
         "Does the shop exclude this item? The ids are in memory."
         ids = self.excluded_items.ids
         return len(ids) > 0 and ids.row(item) is not None
 
-    def told(self,
-        item:int|str, # external id of an item that the models do not know
-    )->dict|None:     # column -> value; None: there is no such item
+    def told(self, item:int|str)->dict|None: # column -> value; None: there is no such item
         "What the products file tells of an item without a row; of an excluded one also why, in `excluded`."
-        table = self.excluded_items if self.is_excluded(item) else self.cold_items
-        return table.get(item)
+        return (self.excluded_items if self.is_excluded(item) else self.cold_items).get(item)
 
-    def why_excluded(self,
-        item:int|str, # external id
-    )->str|None:      # None: it is not
+    def why_excluded(self, item:int|str)->str|None: # None: it is not
         "The shop's reason to exclude an item."
         if not self.is_excluded(item): return None
         return str((self.told(item) or {}).get("excluded", "by the shop")) # the file may be gone
