@@ -32,8 +32,9 @@ class _File:
     def __init__(self,
         path:Path|None, # a Parquet file sorted by `key`; None: there are no cold rows
         key:str,        # item_id or user_id
+        folds:Sequence[str]=(), # in what spellings of an id may differ
     ):
-        self.path, self.key, self.row = path, key, lru_cache(1024)(self._row)
+        self.path, self.key, self.folds, self.row = path, key, folds, lru_cache(1024)(self._row)
 
     @cached_property
     def _database(self)->duckdb.DuckDBPyConnection:
@@ -49,7 +50,8 @@ class _File:
     @cached_property
     def ids(self)->IdTable:
         if self.path is None: return IdTable([])
-        return IdTable(self.ask(f"SELECT {named(self.key)} AS id FROM {self.table} ORDER BY 1").fetchnumpy()["id"])
+        return IdTable(self.ask(f"SELECT {named(self.key)} AS id FROM {self.table} ORDER BY 1").fetchnumpy()["id"],
+                       self.folds)
 
     @cached_property
     def types(self)->dict[str, str]: # column -> type in SQL
@@ -167,9 +169,9 @@ class ColdTable:
     "Rows of the products or the users file that have no interactions; nothing is read before it is asked for."
     def __init__(self,
         path:Path|None, # a Parquet file sorted by `key`; None: there are no cold rows
-        key:str,        # item_id or user_id
+        key:str, folds:Sequence[str]=(), # item_id or user_id; in what spellings of an id may differ
     ):
-        self.path, self._file = path, _File(path, key)
+        self.path, self._file = path, _File(path, key, folds)
 
     ids = property(lambda self: self._file.ids, doc="The external ids, an `IdTable`.")
     types = property(lambda self: self._file.types, doc="The columns besides the id, each with its type in SQL.")

@@ -110,11 +110,11 @@ def _open_models(path:Path, manifest:dict, snapshot:Snapshot)->dict[str, Model]:
             raise BundleError(f"{path}: model {key!r}: {error}; {_AGAIN}") from None
     return {task: opened[section["part"]] for task, section in manifest["models"].items() if "part" in section}
 
-def _table(path:Path, key:str)->tuple[IdTable, dict[str, np.ndarray]]: # its ids, its other columns
+def _table(path:Path, key:str, folds:tuple[str, ...])->tuple[IdTable, dict[str, np.ndarray]]: # ids, other columns
     "One of the two tables of a bundle."
     columns = load_table(path)
     if key not in columns: raise BundleError(f"{path}: there is no column {key!r}; {_AGAIN}")
-    try: return IdTable(columns.pop(key)), columns
+    try: return IdTable(columns.pop(key), folds), columns
     except (ValueError, TypeError) as error: raise BundleError(f"{path}: {error}; {_AGAIN}") from None
 
 def _snapshot(path:Path, shape:tuple[int, int], items:Mapping)->Snapshot:
@@ -141,20 +141,27 @@ def open_bundle(
         raise BundleError(f"{models_dir}: {reason}")
     path = models_dir/valid_version(version)
     manifest = verify_files(path, hashes=verify)
-    (users, user_columns), (items, item_columns) = (_table(path/f"{name}s.parquet", f"{name}_id")
+    folds = _folds(manifest)
+    (users, user_columns), (items, item_columns) = (_table(path/f"{name}s.parquet", f"{name}_id", folds)
                                                     for name in ("user", "item"))
     snapshot = _snapshot(path, (len(users), len(items)), item_columns)
     return Bundle(
         path, manifest, _open_models(path, manifest, snapshot), snapshot, users, items, user_columns, item_columns,
         *(_cold(path, name, manifest) for name in ("cold_items", "cold_users")),
-        load_left_out(path, len(items)) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
+        load_left_out(path, len(items), folds) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
         _cold(path, "excluded_items", manifest).prepared(),
     )
 
 def _cold(path:Path, name:str, manifest:dict)->ColdTable:
     "A table of items or users without a row; empty where the bundle has no such file."
     file, key = f"{name}.parquet", f"{name.split('_')[1][:-1]}_id"
-    return ColdTable(path/file, key) if file in manifest["files"] else NO_COLD
+    return ColdTable(path/file, key, _folds(manifest)) if file in manifest["files"] else NO_COLD
+
+def _folds(manifest:dict)->tuple[str, ...]:
+    "In what spellings of one id may differ, by the rules of the ingest."
+    rules = manifest["parameters"].get("ingest")
+    given = rules.get("normalise_ids") if isinstance(rules, dict) else None
+    return tuple(given) if isinstance(given, list) else () # anything else is found with the other rules
 
 # %% ../../nbs/bundle/ready.ipynb #0f3a0259
 class Memo:
@@ -256,6 +263,8 @@ class ReadyModel:
     def prepare(self)->"ReadyModel": # itself
         "Compute now what the first requests would; a `BundleError` where the bundle cannot answer at all."
         _ = self.catalogue, self.popularity, self.bundle.rules
+        for table in (self.bundle.users, self.bundle.items):
+            if table.folds and not table.is_int: _ = table.spellings
         for task, model in self.answering.items():
             try: _rehearse(model)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
