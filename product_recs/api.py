@@ -21,8 +21,9 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from . import __version__
-from .answer.ladder import check_words, new_for
+from .answer.ladder import check_words
 from .answer.lists import Recommendations
+from .answer.new import new_for
 from .answer.recommender import Recommender
 from .bundle.ready import ReadyModel
 from .core.errors import ProductRecsError, StoreError, UnknownItem
@@ -176,6 +177,8 @@ def _add_others(app:FastAPI, service:Service)->None:
         model = recommender.model
         user = as_id(model.bundle.users, path_id(http_request.scope, -2))
         item = as_id(model.bundle.items, path_id(http_request.scope, -1))
+        if excluded := model.bundle.why_excluded(item):
+            raise UnknownItem(f"item {item!r} is in no list: it is excluded ({excluded})")
         if model.bundle.items.row(item) is None:
             raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
         state, = await view.states([user])
@@ -190,7 +193,7 @@ def _add_new(app:FastAPI, service:Service)->None:
     User = Annotated[str | None, Query(max_length=LONGEST_ID, description="absent: a guest",
                                        openapi_examples={"sample": {"value": "1"}})]
     Category = Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]
-    order = "By what they have in common with the user's items; the newest for a stranger."
+    order = "By what they have in common with the user's items, then the newest; `order` says by which column."
     n_default = _default_n(service.settings)
 
     @app.get("/new", response_model=NewList, response_model_exclude_unset=True, tags=["recommendations"],
@@ -204,7 +207,7 @@ def _add_new(app:FastAPI, service:Service)->None:
         recommendations = await run_in_threadpool(new_for, model, request, category)
         version, source, shortfall = model.bundle.version, recommendations.source, recommendations.shortfall
         facts = {"user_id": user, "recommendations": recommendations.items, "source": source,
-                 "model_version": version, "shortfall": shortfall}
+                 "order": recommendations.order, "model_version": version, "shortfall": shortfall}
         if detail: facts["items"] = await run_in_threadpool(ranked_new, model, recommendations)
         return JSONResponse(facts, headers=_headers(version, source, recommendations.model, shortfall))
 

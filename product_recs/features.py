@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'JUDGED_ITEMS', 'TEST', 'VALIDATION', 'LEARNED', 'UNTIMED', 'BLOCK', 'choose_split', 'hidden_pairs',
-           'build_features', 'split_warnings', 'ensure_features']
+           'exclusions_of', 'build_features', 'split_warnings', 'ensure_features']
 
 # %% ../nbs/02_features.ipynb #b205ae75
+import hashlib
 import json
 import os
 import tempfile
@@ -136,14 +137,15 @@ class _Log(NamedTuple):
     def part(self, first:int, end:int)->"_Log": return _Log(*(column[first:end] for column in self))
 
 def _number_ids(database, key:str, table:str)->None:
-    "Table `table`: the ids of the log in order, numbered, with the first and the last time they were seen."
+    """Table `table`: the ids of the log in order, numbered, with the first and the last time they were seen apart from
+    excluded items."""
     database.execute(f"""CREATE TABLE {table} AS SELECT (row_number() OVER (ORDER BY {key}) - 1)::INTEGER AS row,
-        {key}, first_seen, last_seen FROM
-        (SELECT {key}, min(timestamp) AS first_seen, max(timestamp) AS last_seen FROM interactions GROUP BY {key})""")
+        {key}, first_seen, last_seen FROM (SELECT {key}, min(timestamp) FILTER (kept) AS first_seen,
+        max(timestamp) FILTER (kept) AS last_seen FROM every_interaction GROUP BY {key})""")
 
 def _coded(database, key:str, table:str)->tuple[str, np.ndarray|None]:
     "SQL of an id as a whole number, and the sorted ids that turn it into a row number (None: it is one)."
-    type, = database.execute(f"SELECT typeof({key}) FROM interactions LIMIT 1").fetchone()
+    type, = database.execute(f"SELECT typeof({key}) FROM every_interaction LIMIT 1").fetchone()
     if type != "VARCHAR":
         ids = database.execute(f"SELECT {key} FROM {table} ORDER BY row").fetchnumpy()[key]
         low, span = int(ids[0]), int(ids[-1]) - int(ids[0]) + 1
@@ -163,12 +165,12 @@ def _row_numbers(values:np.ndarray, ids:np.ndarray|None)->np.ndarray:
 
 # %% ../nbs/02_features.ipynb #7162c1fc
 def _read_log(database, parameters:dict)->_Log:
-    "The log of the view `interactions`, all of it learned from."
+    "The whole log, that of the view `every_interaction`, all of it learned from."
     user, users = _coded(database, "user_id", "log_users")
     item, items = _coded(database, "item_id", "log_items")
     columns = database.execute(f"""SELECT {user} AS user, {item} AS item,
         {worth_sql(parameters["event_weights"], parameters["quantity"])}::DOUBLE AS worth,
-        coalesce(epoch_us(timestamp), {UNTIMED + 1} - 1) AS time FROM interactions""").fetchnumpy()
+        coalesce(epoch_us(timestamp), {UNTIMED + 1} - 1) AS time FROM every_interaction""").fetchnumpy()
     user, item = _row_numbers(columns.pop("user"), users), _row_numbers(columns.pop("item"), items)
     log = _Log(user, item, columns["worth"], columns["time"], np.zeros(len(user), np.int8))
     def unsorted(first):
@@ -178,6 +180,30 @@ def _read_log(database, parameters:dict)->_Log:
         order = np.lexsort((log.worth, log.time, item, user))
         log = _Log(*(column[order] for column in log))
     return log
+
+# %% ../nbs/02_features.ipynb #737249c5
+def _make_views(database, log:Path, excluded:Path)->None:
+    "The views `excluded`, `every_interaction` and `interactions`; a `FeatureError` where everything is excluded."
+    rows, flag, others = parquet(log), "true", ""
+    named_items = f"SELECT item_id, NULL::VARCHAR AS reason FROM {rows} LIMIT 0"
+    if excluded.exists():
+        named_items = f"SELECT item_id, reason FROM {parquet(excluded)}"
+        flag, others = "item_id NOT IN (SELECT item_id FROM excluded)", " ANTI JOIN excluded USING (item_id)"
+    database.execute(f"CREATE VIEW excluded AS {named_items}")
+    database.execute(f"CREATE VIEW every_interaction AS SELECT *, {flag} AS kept FROM {rows}")
+    database.execute(f"CREATE VIEW interactions AS SELECT * FROM {rows}{others}")
+    if not others or database.execute("SELECT 1 FROM interactions LIMIT 1").fetchone(): return
+    raise FeatureError(f"{excluded}: every interaction is of an excluded item; exclude fewer with exclude_items of "
+                       "01_ingest")
+
+def _parted(database, log:_Log)->tuple[_Log, _Log]:
+    "The rows to learn from, and those of excluded items; the log itself and nothing where no item is excluded."
+    rows = database.execute("SELECT row FROM log_items SEMI JOIN excluded USING (item_id)").fetchnumpy()["row"]
+    if not len(rows): return log, log.part(0, 0)
+    is_excluded = np.zeros(int(log.item.max()) + 1, bool)
+    is_excluded[rows] = True
+    chosen = is_excluded[log.item]
+    return _Log(*(column[~chosen] for column in log)), _Log(*(column[chosen] for column in log))
 
 # %% ../nbs/02_features.ipynb #7dd653dd
 def _micros(moment:str)->int: return int(np.datetime64(moment, "us").astype(np.int64))
@@ -309,11 +335,28 @@ def _id_table(database, key:str, rows:np.ndarray, popularity:np.ndarray, attribu
     if attributes.exists(): _cold_rows(database, key, attributes, out)
 
 def _cold_rows(database, key:str, attributes:Path, table:Path)->None:
-    "Write the rows of the attributes that the id table lacks as `cold_users` or `cold_items`, if there are any."
-    cold = f"{parquet(attributes)} a ANTI JOIN {parquet(table)} USING ({key})"
+    """Write the rows of the attributes that the id table lacks as `cold_users` or `cold_items`, if there are any, but
+    for excluded items."""
+    rows = f"(SELECT *, row_number() OVER () AS {named(Columns.FileRow)} FROM {parquet(attributes)})"
+    if key != Columns.Item: rows = parquet(attributes) # what is newest is asked of items only
+    cold = f"{rows} a ANTI JOIN {parquet(table)} USING ({key})"
+    if key == Columns.Item: cold += f" ANTI JOIN excluded USING ({key})"
     if not database.execute(f"SELECT count(*) FROM {cold}").fetchall()[0][0]: return
     out = file_name(table.with_name(f"cold_{table.name}"))
     database.execute(f"COPY (SELECT a.* FROM {cold} ORDER BY {key}) TO {out} (FORMAT parquet, ROW_GROUP_SIZE 10240)")
+
+def _excluded_rows(database, attributes:Path, out:Path)->None:
+    "Write the excluded items, if there are any, with the reason in `excluded` and what the products file tells."
+    if not database.execute("SELECT count(*) FROM excluded").fetchall()[0][0]: return
+    extra, join = "", ""
+    if attributes.exists():
+        names = [column[0] for column in database.execute(f"DESCRIBE SELECT * FROM {parquet(attributes)}").fetchall()]
+        taken = ("item_id", "excluded") # a column of that name in the products file gives way
+        extra = "".join(f", a.{named(name)}" for name in names if name.lower() not in taken)
+        join = f"LEFT JOIN {parquet(attributes)} a USING (item_id)"
+    reason = "coalesce(nullif(trim(e.reason), ''), 'by the shop')"
+    database.execute(f"""COPY (SELECT item_id, {reason} AS excluded{extra}
+        FROM excluded e {join} ORDER BY item_id) TO {file_name(out)} (FORMAT parquet, ROW_GROUP_SIZE 10240)""")
 
 # %% ../nbs/02_features.ipynb #40bfaefc
 def _write_ids(database, column:np.ndarray, key:str, attributes:Path, out:Path)->np.ndarray:
@@ -373,7 +416,7 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
                     parameters:dict)->tuple[tuple[int, int], float|None, dict]:
     "Id tables, snapshots and targets as files; the shape, the mean total of a user for BM25, and how it was split."
     for key, table in (("user_id", "log_users"), ("item_id", "log_items")): _number_ids(database, key, table)
-    log, half_life = _read_log(database, parameters), parameters["half_life_days"]
+    half_life, (log, excluded) = parameters["half_life_days"], _parted(database, _read_log(database, parameters))
     ends = max(int(log.time.max()), 0) # of the log, also where it is too short for a split; 0 without times
     with ThreadPoolExecutor(os.cpu_count()) as pool: # NumPy releases the interpreter lock while it works
         pairs, mean_total = _Pairs(pool, log), None
@@ -392,9 +435,13 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
             if name == "all":
                 rows = _write_id_tables(database, folder, interactions, known, parameters)
                 shape = tuple(int(row.max()) + 1 for row in rows.values())
-                if not isinstance(enough, slice):
-                    gone = {value: column[~enough] for value, column in every.items()}
-                    save_left_out(folder, _left_out(database, gone, rows, shape[1]))
+                few = np.empty(0, np.int64) if isinstance(enough, slice) else np.flatnonzero(~enough)
+                gone = [{value: column[few] for value, column in every.items()}]
+                if len(excluded.user):
+                    whole = lambda *part: _snapshot(*part, TEST + 1, ends, half_life)
+                    gone.append(_Pairs(pool, excluded).summed(whole))
+                gone = {value: np.concatenate([pairs[value] for pairs in gone]) for value in every}
+                save_left_out(folder, _left_out(database, gone, rows, shape[1]))
             sums = _csr(_numbered(known, rows), "confidence", shape)
             if name == "all" and parameters["weighting"] == "bm25": mean_total = mean_user_total(sums)
             save_csr(folder, f"{name}_confidence", weighted(sums, parameters["weighting"]))
@@ -403,6 +450,13 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
     return shape, mean_total, split
 
 # %% ../nbs/02_features.ipynb #9cb1fb88
+def exclusions_of(
+    interactions:Path, # folder that `ingest` wrote
+)->str|None:           # None: nothing is excluded
+    "What changes with the list of excluded items: the sha256 of its file."
+    file = interactions/"excluded.parquet"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None
+
 def build_features(
     interactions:str|Path,          # folder that `ingest` wrote
     out:str|Path,                   # folder to write
@@ -434,12 +488,14 @@ def build_features(
     with (atomic_folder(out) as folder, tempfile.TemporaryDirectory(dir=out.parent) as spill,
           database_errors(FeatureError, str(log), failed, memory_limit),
           temporary_database(memory_limit, spill, FeatureError) as database):
-        database.execute(f"CREATE VIEW interactions AS SELECT * FROM {parquet(log)}")
+        _make_views(database, log, interactions/"excluded.parquet")
         how = _how(database, parameters)
         shape, mean_total, how = _write_matrices(database, folder, interactions, how, parameters)
+        _excluded_rows(database, interactions/"products.parquet", folder/"excluded_items.parquet")
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
         facts = {"parameters": parameters, "split": how, "fingerprint": ledger["fingerprint"],
                  "feedback_until": ledger.get("feedback_until"), "rules": ledger.get("rules", {}),
+                 "exclusions": exclusions_of(interactions),
                  "interactions": str(interactions), "mean_total": mean_total,
                  "bm25": BM25 if parameters["weighting"] == "bm25" else None, "users": shape[0], "items": shape[1]}
         (folder/"features.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -470,8 +526,9 @@ def ensure_features(
         try: features = open_features(out)
         except FeatureError: features = None
         ledger = json.loads((interactions/"ledger.json").read_text(encoding="utf-8"))
-        now = ledger["fingerprint"], ledger.get("feedback_until"), ledger.get("rules", {})
-        if features and (features.fingerprint, features.feedback_until, features.rules) == now:
+        now = ledger["fingerprint"], ledger.get("feedback_until"), ledger.get("rules", {}), exclusions_of(interactions)
+        made_of = features and (features.fingerprint, features.feedback_until, features.rules, features.exclusions)
+        if made_of == now:
             constants = BM25 if features.parameters["weighting"] == "bm25" else None
             same = all(features.parameters.get(name) == value for name, value in parameters.items())
             if same and features.bm25 == constants: return features

@@ -393,11 +393,13 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
     rows = f"FROM {name} JOIN {name}_ids USING (file, line) WHERE {good}"
     if from_log: # what most rows say: the last one may be a correction or a note of the warehouse
         chosen = "".join(f", mode({value}) AS {named(attribute)}" for attribute, value in values.items())
-        query = f"SELECT {id} AS {key}{chosen} {rows} GROUP BY 1 ORDER BY 1"
+        order = "min((file, line))" if name == "products" else "1"
+        query = f"SELECT {id} AS {key}{chosen} {rows} GROUP BY 1 ORDER BY {order}"
     else:
         chosen = "".join(f", {value} AS {named(attribute)}" for attribute, value in values.items())
+        order = "file, line" if name == "products" else "1" # the last products of a file are often the newest
         query = (f"SELECT {id} AS {key}{chosen} {rows} QUALIFY row_number() OVER (PARTITION BY {id} "
-                 "ORDER BY file DESC, line DESC) = 1 ORDER BY 1")
+                 f"ORDER BY file DESC, line DESC) = 1 ORDER BY {order}")
     con.execute(f"COPY ({query}) TO {file_name(target)} (FORMAT parquet)")
     written, = con.execute(f"SELECT count(*) FROM {parquet(target)}").fetchone()
     if from_log: return ledger.tables.update({name: dict(rows_read=written, rows_kept=written, rows_rejected=0,

@@ -235,13 +235,14 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, index:
         item_columns=features.item_columns,
         parameters={"als": als, "features": features.parameters, "ingest": features.rules},
         data={"run": features.interactions.name, "fingerprint": features.fingerprint,
-              "feedback_until": features.feedback_until, **moments, **bm25},
+              "feedback_until": features.feedback_until, "exclusions": features.exclusions, **moments, **bm25},
         metrics={"judged": how_judged(features.split), "loss": losses[0] if losses else None,
                  "fit_seconds": round(trained.seconds, 3),
                  "competition": {task: one.to_json() for task, one in trained.competitions.items()}},
         cold_items=features.cold_items,
         cold_users=features.cold_users,
         left_out=features.left_out,
+        excluded_items=features.excluded_items,
         index=index,
         index_data=index_data,
     )
@@ -257,7 +258,9 @@ def ensure_bundle(
     run:str="sample",             # features in data/processed/<run>, made where they are missing
     models_dir:str|Path="models",
 )->str:                           # version
-    "A version made from this run's interactions, the live one if it can be; where there is none, ALS is trained."
+    """A version made from this run's interactions and with its exclusions, the live one if it can be; where there is
+    none, ALS is trained."""
     folder, features = resolve_path(models_dir), ensure_features(run)
     with locked(folder/".train.lock"):
-        return version_of(folder, features.fingerprint) or train_bundle(features, folder, progress=False)[0]
+        version = version_of(folder, features.fingerprint, exclusions=features.exclusions)
+        return version or train_bundle(features, folder, progress=False)[0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEGMENT_USERS', 'SEGMENT_SAMPLE', 'Request', 'content_weights', 'content_scores', 'segment', 'segment_scores',
            'person_of', 'described', 'reads_files', 'check_words', 'Scored', 'rung_of', 'score_request', 'answer',
-           'similar_by_content', 'new_for']
+           'similar_by_content']
 
 # %% ../../nbs/answer/ladder.ipynb #e2171af4
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ import numpy as np
 from .lists import UNLIKE, Recommendations, checked_n, made_by_rung, make_list, search_list
 from .person import Person, counted, person_now, score_person
 from .rules import NO_FILTERS, Filters, rule_out
-from ..bundle.catalogue import SEEN, TEXT, YES_NO, Attributes, read_value, rows_of
+from ..bundle.catalogue import SEEN, TEXT, YES_NO, Attributes
 from ..bundle.ready import ReadyModel
 from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS, Columns
 from ..core.errors import ProductRecsError
@@ -282,33 +282,3 @@ def similar_by_content(
         (UNLIKE, np.flatnonzero(scores < 1)),
     ]
     return make_list(model, scores, checked_n(n), "content", ruled_out, filters)
-
-# %% ../../nbs/answer/ladder.ipynb #4848b7bf
-def new_for(
-    model:ReadyModel,
-    request:Request,         # of it the user, n, state and availability count
-    category:str|None=None,  # only these
-)->Recommendations:          # source `content` or `new`; without rows: they have none
-    "The `n` items without interactions that fit best what the user has, and that can be bought."
-    cold, state = model.bundle.cold_items, request.state
-    if category is not None: category = read_value(model.catalogue.attributes, "category", category)
-    person, weights = person_now(model, request.user, state, request.session), {}
-    words = list(described(model, request, person).new_items.values())
-    if len(person.items) or words:
-        for name, worth in content_weights(model, person.items, person.history.confidence, words).items():
-            values = model.catalogue.attributes.coded(name)[1]
-            weights[name] = {value: worth[code] for value, code in values.items() if worth[code] > 0}
-    events = (*state.events, *request.session)
-    unwanted = {*state.denied, *request.unavailable, *(event.item_id for event in events), *person.left_out.others}
-    known = lambda ids: cold.ids.take(rows_of(cold.ids, ids))
-    items = []
-    if category is None or cold.path is not None and "category" in cold.types:
-        again = known(request.available - request.unavailable)
-        items = cold.best(weights, request.n, category=category, leave_out=known(unwanted), for_sale=again)
-    shortfall = None
-    if len(items) < request.n:
-        where = " in this category" if category is not None else ""
-        what = f"the products file has no more that nobody has bought and that can be had{where}"
-        shortfall = f"only {len(items)} of {request.n}: {what}"
-    source = "content" if items and items[0][1] > 0 else "new"
-    return Recommendations([item for item, _ in items], [float(score) for _, score in items], source, source, shortfall)

@@ -30,6 +30,7 @@ class Recommendations:
     shortfall: str|None=None # why there are fewer than asked; None when there are not
     rows: list|None=None     # row of each item in the model
     person: Any = field(default=None, compare=False, repr=False) # of whom the ladder made it, for reasons
+    order: str=""            # how it is sorted, in words, where the source does not say it all
 
     def __len__(self): return len(self.items)
 
@@ -100,6 +101,9 @@ def similar_items(
 )->Recommendations:                    # scores as the model of discovery has them: for factors cosines, from -1 to 1
     "The `n` items most like one, by the model of discovery; an `UnknownItem` where the model has no such item."
     n, row = checked_n(n), model.bundle.items.row(item)
+    if excluded := model.bundle.why_excluded(item):
+        reason = f"only 0 of {n}: item {item!a} is excluded ({excluded})"
+        return Recommendations([], [], "similar", model.model().name, reason, [])
     if row is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
     itself = [("asked about", np.array([row]))]
     ruled_out = rule_out(model.catalogue, filters, itself, unavailable=unavailable, available=available)

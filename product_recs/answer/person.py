@@ -7,7 +7,7 @@ __all__ = ['confidence_with', 'Person', 'counted', 'person_now', 'score_person',
 
 # %% ../../nbs/answer/person.ipynb #97bf96fc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -82,7 +82,8 @@ def counted(
     "The events beyond the model that a training by its rules would learn."
     rules = model.bundle.rules
     stored = state.events if user is None or rules.fits(Columns.User, user) else ()
-    return [event for event in (*stored, *session) if rules.counts(event)]
+    excluded = model.bundle.is_excluded
+    return [event for event in (*stored, *session) if rules.counts(event) and not excluded(event.item_id)]
 
 def person_now(
     model:ReadyModel,
@@ -94,7 +95,7 @@ def person_now(
     "One user as of now; without news, what training found and no solve. A `NoModelForTask` says why nothing answers."
     bundle, asked = model.bundle, model.model(task)
     row = None if user is None or state.forgotten else bundle.users.row(user)
-    left_out = NO_HISTORY if state.forgotten else bundle.left_out.of(user)
+    left_out = NO_HISTORY if state.forgotten else _without_excluded(bundle, bundle.left_out.of(user))
     extra = left_out if row is None else NO_HISTORY # who was trained is what training found, and no more
     events = counted(model, user, state, session)
     news = tuple(event for event in events if bundle.items.row(event.item_id) is not None)
@@ -121,6 +122,13 @@ def _placed(merged:np.ndarray, items:np.ndarray, values:np.ndarray)->np.ndarray:
     placed = np.zeros(len(merged), np.float32)
     placed[np.searchsorted(merged, items)] = values
     return placed
+
+def _without_excluded(bundle:Bundle, had:LeftOutHistory)->LeftOutHistory:
+    "What was left out of the training, but for what the shop excludes."
+    kept = [place for place, item in enumerate(had.others) if not bundle.is_excluded(item)]
+    if len(kept) == len(had.others): return had
+    return replace(had, others=[had.others[place] for place in kept], other_counts=had.other_counts[kept],
+                   other_age_days=had.other_age_days[kept])
 
 # %% ../../nbs/answer/person.ipynb #fc740409
 def score_person(

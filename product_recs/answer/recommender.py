@@ -16,7 +16,7 @@ from .lists import Recommendations, popular_items, similar_items
 from .person import Person
 from .rules import NO_FILTERS, Filters
 from ..bundle.catalogue import read_value
-from ..bundle.ready import ReadyModel, open_bundle
+from ..bundle.ready import Bundle, ReadyModel, open_bundle
 from ..core.errors import StoreError
 from ..core.events import UNCHANGED, Event, UserState
 from ..core.paths import resolve_path
@@ -103,7 +103,7 @@ class Recommender:
 # %% ../../nbs/answer/recommender.ipynb #6422bc6c
 _log = logging.getLogger("product_recs.recommender")
 
-def _open_changes(database_url:str, learned_until:str|None, most:int, closing:ExitStack)->Changes|None:
+def _open_changes(database_url:str, bundle:Bundle, most:int, closing:ExitStack)->Changes|None:
     "What the store says, closed by `closing`; None, after a warning, where it cannot be read."
     store = Store(database_url)
     if store.url.get_backend_name() == "sqlite" and not Path(store.url.database).exists(): return None
@@ -112,7 +112,7 @@ def _open_changes(database_url:str, learned_until:str|None, most:int, closing:Ex
     except StoreError as error:
         _log.warning("No feedback store, recommending from the model alone: %s", error)
         return None
-    changes = Changes(store, learned_until, most=most)
+    changes = Changes(store, bundle.manifest["data"].get("feedback_until"), most=most, folds=bundle.users.folds)
     closing.callback(changes.close)
     changes.start() # which says by itself where it cannot read
     return changes
@@ -128,7 +128,6 @@ def open_recommender(
 )->Iterator[Recommender]:
     "The live model with what happened since; a `BundleError` where no model can be opened."
     bundle = open_bundle(resolve_path(models_dir), version)
-    learned_until = bundle.manifest["data"].get("feedback_until")
     with ExitStack() as closing:
-        changes = _open_changes(database_url, learned_until, events_in_memory, closing) if database_url else None
+        changes = _open_changes(database_url, bundle, events_in_memory, closing) if database_url else None
         yield Recommender(ReadyModel(bundle, index), changes)

@@ -169,6 +169,7 @@ def rows_of(
     ids:Iterable,  # external ids, as somebody wrote them
 )->np.ndarray:     # (m,) int64, ascending and free of duplicates
     "Rows of external ids, found by key; ids that the table does not have are left out."
+    if table.folds: return np.unique(np.array([row for id in ids if (row := table.row(id)) is not None], np.int64))
     keys = {key for id in ids if (key := key_or_none(id)) is not None}
     known = [number for key in keys if type(number := number_or_text(key)) is int] if table.is_int else list(keys)
     if not known or not len(table): return np.empty(0, np.int64)

@@ -132,9 +132,10 @@ def write_bundle(
     metrics:dict,                     # what is known of the quality so far
     cold_items:Path|None=None,        # Parquet file of items without interactions, sorted by `item_id`; None: none
     cold_users:Path|None=None,        # likewise of the users
+    excluded_items:Path|None=None,    # likewise of items that the shop excludes, with the reason in `excluded`
     index:dict|None=None,             # of the items: facts with the name of the `file`, or {"missing": why none}
     index_data:np.ndarray|None=None,  # the index itself, uint8; None: there is none
-    left_out:LeftOut=NO_LEFT_OUT,     # pairs that the minimum counts kept away from the training
+    left_out:LeftOut=NO_LEFT_OUT,     # pairs that minimum counts and exclusions kept away from the training
     version:str|None=None,            # default: UTC time and a hash of what was learned
 )->Path:                              # models_dir/<version>, complete and not yet live
     "Write a whole bundle, which `publish` makes live; a `BundleError` where it is there already or does not fit."
@@ -148,7 +149,8 @@ def write_bundle(
         _save_snapshot(folder, snapshot)
         save_table(folder/"users.parquet", {"user_id": users.ids, **user_columns})
         save_table(folder/"items.parquet", {"item_id": items.ids, "popularity": snapshot.popularity, **item_columns})
-        for name, file in {"cold_items": cold_items, "cold_users": cold_users}.items():
+        others = {"cold_items": cold_items, "cold_users": cold_users, "excluded_items": excluded_items}
+        for name, file in others.items():
             if file is not None: shutil.copyfile(file, folder/f"{name}.parquet")
         if index_data is not None: index_data.tofile(folder/index["file"])
         save_left_out(folder, left_out)
@@ -307,17 +309,19 @@ def list_versions(
 def version_of(
     models_dir:Path,
     fingerprint:str, # of ingested interactions
+    **facts,         # further facts of a manifest's `data` that must be these, such as `exclusions`; None: not there
 )->str|None:         # None where no bundle was made from them
     "The live version if it was made from these interactions, else the newest one that was."
-    models_dir = Path(models_dir)
-    versions = [version for version in list_versions(models_dir) if _fingerprint(models_dir/version) == fingerprint]
+    models_dir, facts = Path(models_dir), facts | {"fingerprint": fingerprint}
+    fits = lambda data: all(data.get(name) == value for name, value in facts.items())
+    versions = [version for version in list_versions(models_dir) if fits(_data(models_dir/version))]
     live = live_version(models_dir)
     return live if live in versions else versions[-1] if versions else None
 
-def _fingerprint(path:Path)->str|None:
-    "Of the interactions that a bundle was made from; None for a folder of something else."
-    try: return read_manifest(path)["data"].get("fingerprint")
-    except (BundleError, OSError): return None
+def _data(path:Path)->dict:
+    "Of what a bundle was made; empty for a folder of something else."
+    try: return read_manifest(path)["data"]
+    except (BundleError, OSError): return {}
 
 def remove_bundle(
     models_dir:Path,

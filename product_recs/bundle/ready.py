@@ -44,6 +44,7 @@ class Bundle:
     cold_items: ColdTable = NO_COLD     # what the products file tells of items without interactions
     cold_users: ColdTable = NO_COLD     # what the users file tells of users without interactions
     left_out: LeftOut = NO_LEFT_OUT     # what users had and training did not see
+    excluded_items: ColdTable = NO_COLD # items that the shop excludes: in no list, and in histories all the same
 
     @property
     def version(self)->str:
@@ -73,6 +74,20 @@ class Bundle:
             raise BundleError(f"{self.path/'manifest.json'}: the rules of the ingest cannot be read ({error}); "
                               "train again") from None
 
+    def is_excluded(self, item:int|str)->bool: # external id
+        "Does the shop exclude this item? The ids are in memory."
+        ids = self.excluded_items.ids
+        return len(ids) > 0 and ids.row(item) is not None
+
+    def told(self, item:int|str)->dict|None: # column -> value; None: there is no such item
+        "What the products file tells of an item without a row; of an excluded one also why, in `excluded`."
+        return (self.excluded_items if self.is_excluded(item) else self.cold_items).get(item)
+
+    def why_excluded(self, item:int|str)->str|None: # None: it is not
+        "The shop's reason to exclude an item."
+        if not self.is_excluded(item): return None
+        return str((self.told(item) or {}).get("excluded", "by the shop")) # the file may be gone
+
 # %% ../../nbs/bundle/ready.ipynb #c3b82992
 _AGAIN = "train again or restore it from a copy"
 
@@ -95,11 +110,11 @@ def _open_models(path:Path, manifest:dict, snapshot:Snapshot)->dict[str, Model]:
             raise BundleError(f"{path}: model {key!r}: {error}; {_AGAIN}") from None
     return {task: opened[section["part"]] for task, section in manifest["models"].items() if "part" in section}
 
-def _table(path:Path, key:str)->tuple[IdTable, dict[str, np.ndarray]]: # its ids, its other columns
+def _table(path:Path, key:str, folds:tuple[str, ...])->tuple[IdTable, dict[str, np.ndarray]]: # ids, other columns
     "One of the two tables of a bundle."
     columns = load_table(path)
     if key not in columns: raise BundleError(f"{path}: there is no column {key!r}; {_AGAIN}")
-    try: return IdTable(columns.pop(key)), columns
+    try: return IdTable(columns.pop(key), folds), columns
     except (ValueError, TypeError) as error: raise BundleError(f"{path}: {error}; {_AGAIN}") from None
 
 def _snapshot(path:Path, shape:tuple[int, int], items:Mapping)->Snapshot:
@@ -126,19 +141,27 @@ def open_bundle(
         raise BundleError(f"{models_dir}: {reason}")
     path = models_dir/valid_version(version)
     manifest = verify_files(path, hashes=verify)
-    (users, user_columns), (items, item_columns) = (_table(path/f"{name}s.parquet", f"{name}_id")
+    folds = _folds(manifest)
+    (users, user_columns), (items, item_columns) = (_table(path/f"{name}s.parquet", f"{name}_id", folds)
                                                     for name in ("user", "item"))
     snapshot = _snapshot(path, (len(users), len(items)), item_columns)
     return Bundle(
         path, manifest, _open_models(path, manifest, snapshot), snapshot, users, items, user_columns, item_columns,
-        *(_cold(path, name, manifest) for name in ("items", "users")),
-        load_left_out(path, len(items)) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
+        *(_cold(path, name, manifest) for name in ("cold_items", "cold_users")),
+        load_left_out(path, len(items), folds) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
+        _cold(path, "excluded_items", manifest).prepared(),
     )
 
 def _cold(path:Path, name:str, manifest:dict)->ColdTable:
-    "The cold items or users; empty where the bundle has no such file."
-    file = f"cold_{name}.parquet"
-    return ColdTable(path/file, f"{name[:-1]}_id") if file in manifest["files"] else NO_COLD
+    "A table of items or users without a row; empty where the bundle has no such file."
+    file, key = f"{name}.parquet", f"{name.split('_')[1][:-1]}_id"
+    return ColdTable(path/file, key, _folds(manifest)) if file in manifest["files"] else NO_COLD
+
+def _folds(manifest:dict)->tuple[str, ...]:
+    "In what spellings of one id may differ, by the rules of the ingest."
+    rules = manifest["parameters"].get("ingest")
+    given = rules.get("normalise_ids") if isinstance(rules, dict) else None
+    return tuple(given) if isinstance(given, list) else () # anything else is found with the other rules
 
 # %% ../../nbs/bundle/ready.ipynb #0f3a0259
 class Memo:
@@ -240,6 +263,8 @@ class ReadyModel:
     def prepare(self)->"ReadyModel": # itself
         "Compute now what the first requests would; a `BundleError` where the bundle cannot answer at all."
         _ = self.catalogue, self.popularity, self.bundle.rules
+        for table in (self.bundle.users, self.bundle.items):
+            if table.folds and not table.is_int: _ = table.spellings
         for task, model in self.answering.items():
             try: _rehearse(model)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ class Columns:
     Optional = (Event, Quantity, Timestamp)
     All = Required + Optional
     Counted = ("popularity", "first_seen", "last_seen") # what a model knows of each user and item
+    FileRow = "\x1frow" # place of an item in the products file; no file can have a name with a control character
 
 # %% ../../nbs/core/columns.ipynb #f744237f
 DISCOVERY, NEXT_PURCHASE = TASKS = ("discovery", "next_purchase")

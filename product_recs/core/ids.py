@@ -10,6 +10,7 @@ __all__ = ['LONGEST_ID', 'BLANK_IDS', 'FOLDS', 'IdError', 'id_key', 'key_or_none
 import re
 from bisect import bisect_left
 from collections.abc import Iterable
+from functools import cached_property
 
 import numpy as np
 
@@ -93,12 +94,31 @@ def folded_sql(
     if "space" in folds: column = f"regexp_replace({column}, '[\\s\\xa0]+', '', 'g')"
     return f"lower({column})" if "case" in folds else column
 
+# %% ../../nbs/core/ids.ipynb #1852afcf
+class _Spellings:
+    "Finds ids by what their spellings have in common; of the ids it keeps an order, and no copy."
+    def __init__(self,
+        ids:np.ndarray,      # (n,) of str
+        folds:Iterable[str], # of FOLDS
+    ):
+        self.ids, self.folds = ids, folds
+        order = np.argsort(np.array([folded(id, folds) for id in ids], object), kind="stable")
+        self.rows = order.astype(np.uint32) # in the order of the folded ids
+
+    def row(self, key:str)->int|None:
+        "Row of the first id with a spelling of this key."
+        fold, rows = folded(key, self.folds), self.rows
+        fold_of = lambda place: folded(self.ids[rows[place]], self.folds)
+        place = bisect_left(range(len(rows)), fold, key=fold_of)
+        return int(rows[place]) if place < len(rows) and fold_of(place) == fold else None
+
 # %% ../../nbs/core/ids.ipynb #07dd9934
 class IdTable:
     """External ids of the rows of a matrix: sorted, unique, all `int` or all `str`; raises `ValueError` where they are
     not."""
     def __init__(self,
         ids:np.ndarray|Iterable, # (n,) int64 or str, strictly ascending
+        folds:Iterable[str]=(),  # in what a spelling may differ from the one here: of FOLDS
     ):
         ids = ids if isinstance(ids, np.ndarray) else np.array(list(ids), dtype=object)
         if ids.dtype == object and len(ids) and isinstance(ids[0], (int, np.integer)): ids = ids.astype(np.int64)
@@ -106,6 +126,7 @@ class IdTable:
         self.ids = ids.astype(np.int64) if self.is_int else ids.astype(object)
         if len(ids) > 1 and not (self.ids[1:] > self.ids[:-1]).all():
             raise ValueError("ids must be unique and in ascending order")
+        self.folds = tuple(fold for fold in FOLDS if fold in folds)
 
     def __len__(self): return len(self.ids)
 
@@ -121,7 +142,9 @@ class IdTable:
         "An id as this table writes it; raises `IdError` where it is none."
         if type(id) is int and self.is_int and -2**63 <= id < 2**63: return id
         key = id_key(id)
-        return number_or_text(key) if self.is_int else key
+        if not self.folds: return number_or_text(key) if self.is_int else key
+        if self.is_int: return number if type(number := number_or_text(folded(key, self.folds))) is int else key
+        return key if (row := self._place(key)) is None else self.ids[row]
 
     def row(self,
         id:int|str # as somebody wrote it
@@ -129,9 +152,18 @@ class IdTable:
         "Row of an external id."
         try: id = self.shown(id)
         except IdError: return None # nothing has it
-        if self.is_int and type(id) is not int: return None
+        return None if self.is_int and type(id) is not int else self._exact(id)
+
+    def _exact(self, id:int|str)->int|None:
         place = bisect_left(self.ids, id)
         return place if place < len(self.ids) and self.ids[place] == id else None
+
+    def _place(self, key:str)->int|None:
+        "Row of a text id, by its own spelling first."
+        return self.spellings.row(key) if (row := self._exact(key)) is None else row
+
+    @cached_property
+    def spellings(self)->_Spellings: return _Spellings(self.ids, self.folds)
 
     def take(self,
         rows:np.ndarray # (m,) row numbers

@@ -45,7 +45,9 @@ class Features:
     feedback_until: str|None=None    # UTC; what the feedback store received until then is in the interactions
     cold_items: Path|None=None       # rows of the products file without a row in the matrices; None: there are none
     cold_users: Path|None=None       # likewise of the users file
-    left_out: LeftOut=NO_LEFT_OUT    # what users had in `all` and the minimum counts took out
+    left_out: LeftOut=NO_LEFT_OUT    # what users had and is not in `all`: minimum counts, excluded items
+    excluded_items: Path|None=None   # items that the shop excludes, with the reason; None: there are none
+    exclusions: str|None=None        # sha256 of the list of excluded items; None: nothing is excluded
     rules: dict=field(default_factory=dict) # what an interaction had to be at the ingest, as of `EventRules`
 
 def item_attributes(
@@ -75,9 +77,10 @@ def open_features(
             others[value].data = np.load(path/f"{name}_{value}.npy", mmap_mode="r" if confidence.nnz else None)
         snapshots[name] = Snapshot(facts["split"].get(moment) if moment else None, confidence, **others)
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
-    cold = {name: path/f"{name}.parquet" for name in ("cold_items", "cold_users")}
+    cold = {name: path/f"{name}.parquet" for name in ("cold_items", "cold_users", "excluded_items")}
     given = {name: facts[name] for name in ("split", "parameters", "fingerprint")}
-    given |= {name: facts[name] for name in ("mean_total", "bm25", "feedback_until", "rules") if name in facts}
+    later = ("mean_total", "bm25", "feedback_until", "rules", "exclusions")
+    given |= {name: facts[name] for name in later if name in facts}
     return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots, **given,
                     validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape),
                     user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),

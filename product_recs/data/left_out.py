@@ -6,6 +6,7 @@
 __all__ = ['NO_HISTORY', 'NO_LEFT_OUT', 'LeftOutHistory', 'LeftOut', 'save_left_out', 'load_left_out']
 
 # %% ../../nbs/data/left_out.ipynb #9c9081aa
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +75,12 @@ def save_left_out(
 def load_left_out(
     folder:Path,
     known:int,     # items of the model
+    folds:Iterable[str]=(), # in what spellings of an id may differ, as `IdTable` takes them
 )->LeftOut:
     "Open what `save_left_out` wrote, `NO_LEFT_OUT` where it wrote nothing; raises `BundleError` for a damaged file."
     if not (folder/"left_out_users.parquet").exists(): return NO_LEFT_OUT
-    users, items = (IdTable(load_table(folder/f"left_out_{name}s.parquet")[f"{name}_id"]) for name in ("user", "item"))
+    users, items = (IdTable(load_table(folder/f"left_out_{name}s.parquet")[f"{name}_id"], folds)
+                    for name in ("user", "item"))
     sums = load_csr(folder, "left_out", (len(users), known + len(items)))
     others = (on_structure(folder/f"left_out_{name}.npy", sums) for name in ("counts", "age_days"))
     return LeftOut(known, users, items, sums, *others)

@@ -13,7 +13,8 @@ import sys
 import threading
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from datetime import datetime
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from sqlalchemy.engine import Connection
 
 from ..core.errors import StoreError
 from ..core.events import INSTRUCTIONS, UNCHANGED, Event, UserState
-from ..core.ids import key_or_none
+from ..core.ids import folded, key_or_none
 from .records import AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, from_micros, to_micros
 from .store import Store
 
@@ -90,13 +91,27 @@ class _Rules:
             if denied or forgotten: self.states[user] = UserState((), denied, forgotten, revision)
             else: self.states.pop(user, None)
 
+# %% ../../nbs/feedback/changes.ipynb #12e39786
+class _Names:
+    "One key for all spellings of an id, and the spellings that the store has of the users."
+    def __init__(self, folds:Sequence[str]=()): self.folds, self._others = tuple(folds), {}
+
+    def one(self, key:str)->str: return folded(key, self.folds) if self.folds else key
+
+    def note(self, user:str)->str: # its one key
+        key = self.one(user)
+        if user != key and user not in self._others.get(key, ()): self._others[key] = *self._others.get(key, ()), user
+        return key
+
+    def of(self, key:str)->tuple[str, ...]: return key, *self._others.get(key, ())
+
 # %% ../../nbs/feedback/changes.ipynb #abad66ef
 class _View:
     "The store at one number of its clock, as a model sees it."
-    def __init__(self, learned:int, most:int, revision:int=0):
+    def __init__(self, learned:int, most:int, revision:int=0, names:_Names|None=None):
         self.learned, self.revision, self.top = learned, revision, -1 # learned: microseconds; -1: nothing
         self.rules, self.items, self.availability = _Rules(), {}, NOTHING_CHANGED
-        self.news, self.people = _News(), _People(most)
+        self.news, self.people, self.names = _News(), _People(most), names or _Names()
 
     def look(self, user:str)->UserState|None: # None: it must be read
         "What a request is told of a user."
@@ -114,7 +129,7 @@ class _View:
 
     def advanced(self, learned:int)->"_View":
         "The same store as another model sees it, as far as that is in memory."
-        view = _View(learned, self.people.most, self.revision + 1)
+        view = _View(learned, self.people.most, self.revision + 1, self.names)
         view.top, view.news, view.items, view.availability = self.top, self.news, self.items, self.availability
         view.rules.denied, view.rules.forgotten = self.rules.denied, self.rules.forgotten
         view.rules.settle({*self.rules.denied, *self.rules.forgotten}, learned, view.revision)
@@ -145,13 +160,13 @@ def _since(connection:Connection, after:int, top:int)->tuple:
         return connection.execute(query.order_by(table.c.seq)).all()
     return rows(FORGOTTEN), rows(AVAILABILITY), rows(EVENTS)
 
-def _of_users(connection:Connection, users:Sequence[str], learned:int, top:int, most:int)->dict[str, list]:
-    "The newest interactions of some users, oldest first."
+def _of_users(connection:Connection, users:Mapping[str, str], learned:int, top:int, most:int)->dict[str, list]:
+    "The newest interactions of some users, oldest first; `users`: a spelling -> the key of the person."
     place = func.row_number().over(partition_by=EVENTS.c.user_id, order_by=EVENTS.c.seq.desc()).label("place")
-    ranked = select(EVENTS, place).where(EVENTS.c.user_id.in_(users), _unlearned(learned, top)).subquery()
-    by_user = {user: [] for user in users}
+    ranked = select(EVENTS, place).where(EVENTS.c.user_id.in_([*users]), _unlearned(learned, top)).subquery()
+    by_user = {user: [] for user in users.values()}
     for row in connection.execute(select(ranked).where(ranked.c.place <= most).order_by(ranked.c.seq)):
-        by_user[row.user_id].append(row)
+        by_user[users[row.user_id]].append(row)
     return by_user
 
 # %% ../../nbs/feedback/changes.ipynb #0154957a
@@ -160,49 +175,56 @@ def _hold_rows(view:_View, user:str, rows:Sequence, seq:int)->UserState:
 
 def _set_items(view:_View, rows:Sequence)->None:
     if not rows: return
-    view.items = view.items | {row.item_id: row.available for row in rows}
+    view.items = view.items | {view.names.one(row.item_id): row.available for row in rows}
     available = frozenset(item for item, is_available in view.items.items() if is_available)
     view.availability = Availability(frozenset(view.items) - available, available, view.revision)
 
 def _begin(view:_View, connection:Connection, top:int)->None:
     "Read everything anew."
-    view.top, view.revision, rules = top, view.revision + 1, view.rules
-    wishes = connection.execute(select(FORGOTTEN).where(FORGOTTEN.c.seq <= top))
-    rules.forgotten = {row.user_id: row.at for row in wishes}
-    for row in connection.execute(select(DENIED)): rules.denied.setdefault(row.user_id, set()).add(row.item_id)
+    view.top, view.revision, rules, names = top, view.revision + 1, view.rules, view.names
+    wishes = connection.execute(select(FORGOTTEN).where(FORGOTTEN.c.seq <= top).order_by(FORGOTTEN.c.at))
+    rules.forgotten = {names.one(row.user_id): row.at for row in wishes}
+    for row in connection.execute(select(DENIED)):
+        rules.denied.setdefault(names.note(row.user_id), set()).add(names.one(row.item_id))
     rules.settle({*rules.denied, *rules.forgotten}, view.learned, view.revision)
-    _set_items(view, connection.execute(select(AVAILABILITY).where(AVAILABILITY.c.seq <= top)).all())
+    said = select(AVAILABILITY).where(AVAILABILITY.c.seq <= top).order_by(AVAILABILITY.c.seq)
+    _set_items(view, connection.execute(said).all())
     newest, by_user = select(EVENTS).where(_unlearned(view.learned, top)).order_by(EVENTS.c.seq.desc()), {}
     rows = connection.execute(newest.limit(view.people.most)).all()
-    for row in reversed(rows): by_user.setdefault(row.user_id, []).append(row)
+    for row in reversed(rows): by_user.setdefault(names.one(row.user_id), []).append(row)
+    counts = Counter()
     for row in _counted(connection, view.learned, top):
-        view.news.note(row.user_id, row.seq)
-        rows = by_user.get(row.user_id, ())
-        if len(rows) == row.events: # else older ones of this user are not among the newest of all
-            _hold_rows(view, row.user_id, rows, top)
+        user = names.note(row.user_id)
+        view.news.note(user, row.seq)
+        if user in by_user: counts[user] += row.events
+    for user, rows in by_user.items():
+        if len(rows) == counts[user]: # else older ones of this user are not among the newest of all
+            _hold_rows(view, user, rows, top)
 
 def _recounted(view:_View, connection:Connection, top:int)->_News:
     "Who has events that are new to the model."
     news = _News()
-    for row in _counted(connection, view.learned, top): news.note(row.user_id, row.seq)
+    for row in _counted(connection, view.learned, top): news.note(view.names.note(row.user_id), row.seq)
     return news
 
 # %% ../../nbs/feedback/changes.ipynb #3a543e1a
 def _apply(view:_View, forgotten:Sequence, items:Sequence, events:Sequence, top:int)->None:
     "Take up what `_since` read."
-    view.revision, rules, new = view.revision + 1, view.rules, {}
-    touched = {row.user_id for row in forgotten}
-    for row in forgotten:
-        rules.forgotten[row.user_id] = row.at
-        rules.denied.pop(row.user_id, None)
+    view.revision, rules, new, names = view.revision + 1, view.rules, {}, view.names
+    gone = {names.one(row.user_id): row for row in forgotten}
+    touched = {*gone}
+    for user, row in gone.items():
+        rules.forgotten[user] = row.at
+        rules.denied.pop(user, None)
     for row in events:
         if row.event in INSTRUCTIONS:
-            denied = rules.denied.setdefault(row.user_id, set())
-            (denied.add if row.event == "deny" else denied.discard)(row.item_id)
-            touched.add(row.user_id)
-        elif row.received_at > view.learned: new.setdefault(row.user_id, []).append(row)
+            user, item = names.note(row.user_id), names.one(row.item_id)
+            denied = rules.denied.setdefault(user, set())
+            (denied.add if row.event == "deny" else denied.discard)(item)
+            touched.add(user)
+        elif row.received_at > view.learned: new.setdefault(names.note(row.user_id), []).append(row)
     rules.settle(touched, view.learned, view.revision)
-    for row in forgotten: view.hold(row.user_id, (), array("q"), row.seq) # of the events before the wish none is left
+    for user, row in gone.items(): view.hold(user, (), array("q"), row.seq) # of the events before it none is left
     for user in {*touched, *new}: _extend(view, user, new.get(user, ()), top)
     _set_items(view, items)
     view.people.evict()
@@ -218,26 +240,37 @@ def _extend(view:_View, user:str, rows:Sequence, top:int)->None:
         view.hold(user, (*person.state.events, *map(_event, added)), received, max(person.seq, top))
     if rows: view.news.note(user, rows[-1].seq)
 
-# %% ../../nbs/feedback/changes.ipynb #3bd56ee2
+# %% ../../nbs/feedback/changes.ipynb #70f481ce
 def learned_micros(
     until:datetime|str|None, # a manifest's data.feedback_until
 )->int:                      # microseconds since 1970; -1 where the model knows nothing of the store
     "The moment up to which a model has learned from the store."
     return -1 if until is None or until == "" else to_micros(until)
 
+# %% ../../nbs/feedback/changes.ipynb #3bd56ee2
 class _Memory:
     "The view of a store, and how it is read; for threads."
-    def __init__(self, learned:int, most:int):
-        self.view, self._anew, self._recount = _View(learned, most), False, False
+    def __init__(self, learned:int, most:int, folds:Sequence[str]=()):
+        self.view, self._anew, self._recount = _View(learned, most, names=_Names(folds)), False, False
+        self._folds = tuple(folds)
         self._reading = threading.Lock()  # while the changes are read
         self._changing = threading.Lock() # while the view changes
 
-    def use(self, learned:int)->bool: # is the model an older one, so that everything is read again?
-        "Another model is served."
+    def use(self, learned:int, folds:Sequence[str]=())->bool: # must everything be read again?
+        "Another model is served, an older one perhaps, or one by whose rules others are one person."
         with self._reading, self._changing:
-            older = learned < self.view.learned
+            self._folds = tuple(folds)
+            older = learned < self.view.learned or self._folds != self.view.names.folds
             self.view, self._anew, self._recount = self.view.advanced(learned), self._anew or older, True
         return older
+
+    def look(self, user:int|str)->UserState|None: # None: it must be read
+        view = self.view
+        return UNCHANGED if (key := key_or_none(user)) is None else view.look(view.names.one(key))
+
+    def spellings(self, user:int|str)->tuple[str, ...]:
+        names = self.view.names
+        return () if (key := key_or_none(user)) is None else names.of(names.one(key))
 
     def read(self, store:Store)->None:
         "Read what is new."
@@ -245,7 +278,7 @@ class _Memory:
             top, view = connection.execute(select(CLOCK.c.seq)).scalar_one(), self.view
             # the first time, an older model, a store from a backup, or more news than are kept
             if self._anew or view.top < 0 or not 0 <= top - view.top <= view.people.most:
-                view = _View(view.learned, view.people.most, view.revision)
+                view = _View(view.learned, view.people.most, view.revision, _Names(self._folds))
                 _begin(view, connection, top)
                 with self._changing: self.view = view
             else:
@@ -261,8 +294,9 @@ class _Memory:
         view = self.view
         for start in range(0, len(users), chunk):
             with store.transaction("events of users") as connection:
+                spelled = {name: user for user in users[start:start + chunk] for name in view.names.of(user)}
                 top = connection.execute(select(CLOCK.c.seq)).scalar_one()
-                rows = _of_users(connection, users[start:start + chunk], view.learned, top, view.people.most)
+                rows = _of_users(connection, spelled, view.learned, top, view.people.most)
             with self._changing:
                 if self.view is not view: return
                 complete = {user: of_user for user, of_user in rows.items() if view.news.latest(user) <= top}
@@ -306,9 +340,9 @@ class _Follower:
         self.failures += not self.stale
         self.stale, self.error = True, reason
 
-    def use(self, learned:int, timeout:float)->None:
+    def use(self, learned:int, timeout:float, folds:Sequence[str])->None:
         "Another model is served; an older one has more events to read, which is waited for."
-        older, asked = self.memory.use(learned), self.ask()
+        older, asked = self.memory.use(learned, folds), self.ask()
         if older and self._thread and not wait([asked], timeout).done: self.failed(_TOO_LATE)
 
     def _run(self)->None:
@@ -333,8 +367,9 @@ _TOO_LATE, _TOO_FAST = "it did not answer in time", "it changes faster than it c
 class _Question:
     "The users of one request."
     def __init__(self, users:Sequence[int|str], follower:_Follower):
-        self.keys, self._follower, self._tries = [key_or_none(user) for user in users], follower, 0
-        self.states = {key: follower.memory.view.look(key) for key in self.keys if key is not None}
+        view, self._follower, self._tries = follower.memory.view, follower, 0
+        self.keys = [None if (key := key_or_none(user)) is None else view.names.one(key) for user in users]
+        self.states = {key: view.look(key) for key in self.keys if key is not None}
 
     def missing(self)->list[str]:
         "Keys of the users who are to be read now; none after some tries, or while the view is behind."
@@ -354,6 +389,15 @@ class _Question:
         "The same in a thread, while the loop goes on."
         loop = asyncio.get_running_loop()
         return await _in_time(loop.run_in_executor(None, self.load, keys), timeout, self._follower) or {}
+
+    def read(self)->list[UserState]:
+        "The states, after what is missing has been read."
+        while keys := self.missing(): self.states |= self.load(keys)
+        return self.answer()
+
+    async def read_in_time(self, timeout:float)->list[UserState]:
+        while keys := self.missing(): self.states |= await self.load_in_time(keys, timeout)
+        return self.answer()
 
     def answer(self)->list[UserState]:
         if self._unknown() and not self._follower.stale: self._follower.failed(_TOO_FAST)
@@ -377,9 +421,9 @@ class Changes:
         wait:float=0.2,                       # seconds that a request waits at most
         poll:float=1.0,                       # seconds between two questions to the database
         most:int=100_000,                     # events in memory
+        folds:Sequence[str]=(),               # in what spellings of one id may differ, by the rules of the model's run
     ):
-        self.wait = wait
-        self._follower = _Follower(store, _Memory(learned_micros(learned_until), most), poll)
+        self.wait, self._follower = wait, _Follower(store, _Memory(learned_micros(learned_until), most, folds), poll)
 
     stale = property(lambda self: self._follower.stale, doc="Is the view behind?")
     error = property(lambda self: self._follower.error, doc="Why the view is behind; None: it is not.")
@@ -396,13 +440,17 @@ class Changes:
         "End the thread; what is known stays."
         self._follower.close()
 
-    def use(self, learned_until:datetime|str|None, timeout:float=10.0)->None:
-        "Another model is served, with this `feedback_until`; wait so many seconds where it is an older one."
-        self._follower.use(learned_micros(learned_until), timeout)
+    def use(self, learned_until:datetime|str|None, timeout:float=10.0, folds:Sequence[str]=())->None:
+        "Another model is served, with this `feedback_until`; wait so many seconds where all is to be read again."
+        self._follower.use(learned_micros(learned_until), timeout, folds)
 
     def look(self, user:int|str)->UserState|None: # `UNCHANGED` for most; None: it must be read
         "What is known of a user beyond the model, as it is in memory; the revision grows with each change."
-        return UNCHANGED if (key := key_or_none(user)) is None else self._follower.memory.view.look(key)
+        return self._follower.memory.look(user)
+
+    def spellings(self, user:int|str)->tuple[str, ...]:
+        "Keys under which the store may have a user whose events are new to the model."
+        return self._follower.memory.spellings(user)
 
     async def catch_up(self)->None:
         "Wait for the thread where it is behind; the loop goes on."
@@ -410,16 +458,12 @@ class Changes:
 
     async def states(self, users:Sequence[int|str])->list[UserState]: # as of the last `catch_up`, or newer
         "What is known of users beyond the model; what is not in memory is read in a thread."
-        question = _Question(users, self._follower)
-        while keys := question.missing(): question.states |= await question.load_in_time(keys, self.wait)
-        return question.answer()
+        return await _Question(users, self._follower).read_in_time(self.wait)
 
     def state(self, user:int|str)->UserState:
         "What is known of a user now, for a thread of one's own: it waits and reads itself."
         self._catch_up()
-        question = _Question([user], self._follower)
-        while keys := question.missing(): question.states |= question.load(keys)
-        return question.answer()[0]
+        return _Question([user], self._follower).read()[0]
 
     def availability(self)->Availability:
         "What was said about items until now, for a thread of one's own."

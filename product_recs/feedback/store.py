@@ -7,13 +7,14 @@ __all__ = ['tick', 'Store']
 
 # %% ../../nbs/feedback/store.ipynb #e84f7f8c
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from sqlalchemy import Row, bindparam, delete, func, insert, literal_column, select, update
 from sqlalchemy.engine import Connection
 
 from ..core.events import INSTRUCTIONS
+from ..core.ids import folded
 from .connection import StoreConnection
 from .records import (AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, IMPRESSIONS, Impression,
                                            NewEvent, StoredEvent, from_micros, stored_key, to_micros)
@@ -44,11 +45,16 @@ def _known_keys(connection:Connection, keys:Sequence[str])->set[str]:
         known.update(connection.scalars(select(EVENTS.c.key).where(part)))
     return known
 
-def _set_denied(connection:Connection, user:str, item:str, denied:bool)->None:
-    connection.execute(delete(DENIED).where(DENIED.c.user_id == user, DENIED.c.item_id == item))
+def _set_denied(connection:Connection, user:str, item:str, denied:bool, folds:Sequence[str])->None:
+    pairs = [(user, item)]
+    if folds: # the table is small: each worker holds all of it
+        same = lambda pair: [folded(key, folds) for key in pair] == [folded(user, folds), folded(item, folds)]
+        pairs = [(row.user_id, row.item_id) for row in connection.execute(select(DENIED)) if same(row)]
+    for pair in pairs:
+        connection.execute(delete(DENIED).where(DENIED.c.user_id == pair[0], DENIED.c.item_id == pair[1]))
     if denied: connection.execute(insert(DENIED), [dict(user_id=user, item_id=item)])
 
-def _add_events(connection:Connection, events:Sequence[NewEvent])->tuple[list[str], bool]:
+def _add_events(connection:Connection, events:Sequence[NewEvent], folds:Sequence[str]=())->tuple[list[str], bool]:
     "For each event `accepted` or `duplicate`; whether one was accepted."
     seq, now = tick(connection, len(events))
     known, statuses, rows = _known_keys(connection, [event.key for event in events]), [], []
@@ -62,16 +68,26 @@ def _add_events(connection:Connection, events:Sequence[NewEvent])->tuple[list[st
     if rows: connection.execute(insert(EVENTS), rows)
     for row in rows:
         if row["event"] in INSTRUCTIONS:
-            _set_denied(connection, row["user_id"], row["item_id"], row["event"] == "deny")
+            _set_denied(connection, row["user_id"], row["item_id"], row["event"] == "deny", folds)
     return statuses, bool(rows)
 
 # %% ../../nbs/feedback/store.ipynb #19592040
-def _forget(connection:Connection, user:str)->tuple[int, bool]:
+def _spellings(connection:Connection, user:str, folds:Sequence[str])->list[str]:
+    "The keys of one person in all tables; without folds the one that was given."
+    if not folds: return [user]
+    wanted, names = folded(user, folds), {user}
+    for table in (EVENTS, DENIED, IMPRESSIONS):
+        known = connection.scalars(select(table.c.user_id).distinct().execution_options(yield_per=10_000))
+        names.update(name for name in known if name is not None and folded(name, folds) == wanted)
+    return sorted(names)
+
+def _forget(connection:Connection, user:str, folds:Sequence[str]=())->tuple[int, bool]:
     "Events that were deleted; True, since the wish is always new."
     seq, now = tick(connection, 1)
-    deleted = connection.execute(delete(EVENTS).where(EVENTS.c.user_id == user)).rowcount
-    for table in (DENIED, IMPRESSIONS, FORGOTTEN): connection.execute(delete(table).where(table.c.user_id == user))
-    connection.execute(insert(FORGOTTEN), [dict(user_id=user, at=now, seq=seq)])
+    names = _spellings(connection, user, folds)
+    deleted = connection.execute(delete(EVENTS).where(EVENTS.c.user_id.in_(names))).rowcount
+    for table in (DENIED, IMPRESSIONS, FORGOTTEN): connection.execute(delete(table).where(table.c.user_id.in_(names)))
+    connection.execute(insert(FORGOTTEN), [dict(user_id=name, at=now, seq=seq) for name in names])
     return deleted, True
 
 def _event(row:Row)->StoredEvent:
@@ -121,13 +137,13 @@ class Store(StoreConnection):
     def _read(self, operation:str, query)->Sequence[Row]:
         with self.transaction(operation) as connection: return connection.execute(query).all()
 
-    def add_events(self, events:Sequence[NewEvent])->list[str]: # for each event `accepted` or `duplicate`
-        "Keep events, each key once; when this returns, they are on the disk."
-        return self._write("add_events", _add_events, events) if events else []
+    def add_events(self, events:Sequence[NewEvent], folds:Sequence[str]=())->list[str]: # `accepted` or `duplicate`
+        "Keep events, each key once, on the disk; an `undeny` finds its `deny` in another spelling that `folds` allow."
+        return self._write("add_events", _add_events, events, folds) if events else []
 
-    def forget(self, user:int|str)->int: # events that were deleted
-        "Delete all that the store has of a user, and remember that the user wants to be forgotten."
-        return self._write("forget", _forget, stored_key(user, "user_id"))
+    def forget(self, user:int|str, folds:Sequence[str]=())->int: # events that were deleted
+        "Delete all that the store has of a user in any spelling, and remember that the user wants to be forgotten."
+        return self._write("forget", _forget, stored_key(user, "user_id"), folds)
 
     def set_availability(self,
         items:Mapping, # item id -> is it available; of two ways to write one id the last counts
@@ -152,9 +168,9 @@ class Store(StoreConnection):
             yield from map(_event, rows)
             if rows: seq = rows[-1].seq
 
-    def history(self, user:int|str, limit:int=50)->list[StoredEvent]: # the newest first, at most `limit`
-        "What the store has of a user, instructions included."
-        query = select(EVENTS).where(EVENTS.c.user_id == stored_key(user, "user_id"))
+    def history(self, user:int|str, limit:int=50, names:Iterable[str]=())->list[StoredEvent]: # the newest first
+        "What the store has of a user, instructions included, at most `limit`; also under these further keys."
+        query = select(EVENTS).where(EVENTS.c.user_id.in_([*{stored_key(user, "user_id"), *names}]))
         newest = query.order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
         return [_event(row) for row in self._read("history", newest)]
 

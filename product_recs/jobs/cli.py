@@ -232,7 +232,7 @@ def _similar(
         item = bundle.items.shown(item)
         answer, row = recommender.similar(item, n), bundle.items.row(item)
         titles = bundle.item_columns.get("title")
-        title = (bundle.cold_items.get(item) or {}).get("title") if row is None else titles is not None and titles[row]
+        title = (bundle.told(item) or {}).get("title") if row is None else titles is not None and titles[row]
         return _list_text(recommender, answer, as_json, f"Similar to {item} {title or ''}".rstrip(), item_id=item)
 
 # %% ../../nbs/jobs/cli.ipynb #9af134dd

@@ -25,20 +25,32 @@ class StateView:
     def __init__(self,
         changes:Changes|None, # None: there is no store
     ):
-        self.changes, self._learned = changes, -1
+        self.changes, self._learned, self._folds = changes, -1, ()
 
     def prepare(self,
         learned_until:str|None, # feedback_until of a model that is about to be taken up
+        folds:Sequence[str]=(), # in what spellings of one id may differ, by its rules
     )->None:
-        "Read events again where a model knows fewer of them than the one before."
-        if self.changes and learned_micros(learned_until) < self._learned: self.changes.use(learned_until)
+        "Read events again where a model knows fewer of them than the one before, or takes others for one person."
+        again = learned_micros(learned_until) < self._learned or tuple(folds) != self._folds
+        if self.changes and again: self.changes.use(learned_until, folds=folds)
 
     def follow(self,
         learned_until:str|None, # feedback_until of the model that answers now
+        folds:Sequence[str]=(), # in what spellings of one id may differ, by its rules
     )->None:
         "Drop the events that the model knows itself."
-        self._learned = learned_micros(learned_until)
-        if self.changes: self.changes.use(learned_until)
+        self._learned, self._folds = learned_micros(learned_until), tuple(folds)
+        if self.changes: self.changes.use(learned_until, folds=folds)
+
+    @property
+    def folds(self)->tuple[str, ...]:
+        "In what spellings of one id may differ, by the rules of the model that answers."
+        return self._folds
+
+    def spellings(self, user:int|str)->tuple[str, ...]:
+        "Keys under which the store may have a user."
+        return self.changes.spellings(user) if self.changes else ()
 
     @property
     def shelf(self)->Availability:

@@ -27,11 +27,11 @@ def title_of(
     titles = model.bundle.item_columns.get("title")
     return None if titles is None or (title := plain(titles[row])) is None else str(title)
 
-def _line(rank:int, item:int|str, score:float, columns:Mapping, reasons:list[dict])->dict:
+def _line(rank:int, item:int|str, score:float|None, columns:Mapping, reasons:list[dict])->dict:
     "One item, as `RankedItem`."
     attributes = {name: plain(value) for name, value in columns.items()}
-    title = attributes.pop("title", None)
-    return {"rank": rank, "item_id": item, "score": float(score), "title": None if title is None else str(title),
+    title, score = attributes.pop("title", None), None if score is None else float(score)
+    return {"rank": rank, "item_id": item, "score": score, "title": None if title is None else str(title),
             "attributes": attributes, "reasons": reasons}
 
 def _reasons(model:ReadyModel, person:Person, row:int, score:float, most:int=3)->list[dict]:
@@ -63,8 +63,8 @@ def ranked_new(
     model:ReadyModel,
     recommendations:Recommendations, # of items that only the products file knows
 )->list[dict]:                       # as `RankedItem`
-    "The same for items without interactions, of which the products file alone tells."
-    return [_line(rank, item, score, model.bundle.cold_items.get(item) or {}, [])
+    "The same for items without interactions, of which the products file alone tells; a score of 0 is none."
+    return [_line(rank, item, score or None, model.bundle.cold_items.get(item) or {}, [])
             for rank, (item, score) in enumerate(zip(recommendations.items, recommendations.scores), 1)]
 
 # %% ../../nbs/web/details.ipynb #0c915771

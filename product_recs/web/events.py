@@ -97,7 +97,7 @@ def add_feedback(
     async def post_events(http_request:Request):
         events, reasons = read_events(await json_body(http_request), max_batch, rules_now(live))
         good = [event for event in events if event]
-        stored = iter(zip(good, await desk.stored("add_events", good) if good else []))
+        stored = iter(zip(good, await desk.stored("add_events", good, desk.view.folds) if good else []))
         results = []
         for index, reason in enumerate(reasons):
             if reason: results.append({"index": index, "status": "rejected", "error": reason})

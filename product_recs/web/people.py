@@ -17,12 +17,11 @@ from ..bundle.live import LiveModel
 from ..bundle.ready import ReadyModel
 from ..core.errors import BundleError
 from ..core.events import INSTRUCTIONS, UserState
-from ..core.ids import id_key
 from ..data.left_out import NO_HISTORY, LeftOutHistory
 from ..feedback.changes import learned_micros
 from ..feedback.records import StoredEvent, to_micros
 from .desk import FeedbackDesk
-from .items import item_words
+from .items import item_words, shown_item
 from .problems import documented, id_in_path, path_id
 from .schemas import Forgotten, History, UserSample, as_id, plain
 
@@ -39,8 +38,7 @@ def history(
     left_out = NO_HISTORY if model is None or state.forgotten else model.bundle.left_out.of(user)
     known = not state.forgotten and (row is not None or left_out is not NO_HISTORY)
     learned = _learned(model, row, left_out) if known else lambda event: False
-    items = model and model.bundle.items
-    lines = [{"item_id": as_id(items, event.item_id), **item_words(model, event.item_id), "event": event.event,
+    lines = [{"item_id": shown_item(model, event.item_id), **item_words(model, event.item_id), "event": event.event,
               "interactions": event.quantity, "last": plain(event.timestamp), "origin": "feedback"}
              for event in [event for event in recent if not learned(event)][:limit]]
     if known and len(lines) < limit: lines += _trained(model, row, left_out, limit - len(lines))
@@ -49,9 +47,9 @@ def history(
 def _learned(model:ReadyModel, row:int|None, left_out:LeftOutHistory)->Callable[[StoredEvent], bool]:
     "A test for the events that are part of what the bundle has of a user."
     until = learned_micros(model.bundle.manifest["data"].get("feedback_until"))
-    others = {str(item) for item in left_out.others}
+    others, table = {*left_out.others}, model.bundle.left_out.items
     rows = {*(left_out.items if row is None else model.bundle.history(row).items).tolist()}
-    known = lambda item: model.bundle.items.row(item) in rows or id_key(item) in others
+    known = lambda item: model.bundle.items.row(item) in rows or as_id(table, item) in others
     return lambda event: (event.event not in INSTRUCTIONS and known(event.item_id)
                           and to_micros(event.received_at) <= until and model.bundle.rules.counts(event))
 
@@ -95,7 +93,8 @@ def add_people(
         users = users_now(live)
         model = live.get() if users else None
         user = as_id(users, path_id(http_request.scope, -2))
-        recent = await desk.stored("history", user, limit) if desk.store else []
+        names = desk.view.spellings(user)
+        recent = await desk.stored("history", user, limit, names) if desk.store else []
         state, = await desk.view.states([user])
         return await run_in_threadpool(history, model, user, state, recent, limit)
 
@@ -104,7 +103,7 @@ def add_people(
                 responses=documented(done, 422, 503, model=False))
     async def forget_user(http_request:Request, user_id:id_in_path("2", "known or not")):
         user = as_id(users_now(live), path_id(http_request.scope, -1))
-        return {"user_id": user, "events_deleted": await desk.stored("forget", user)}
+        return {"user_id": user, "events_deleted": await desk.stored("forget", user, desk.view.folds)}
 
     @app.get("/users", response_model=UserSample, tags=["people"], summary="Some of the users that the model knows",
              responses=documented("Evenly spread over all of them.", 422, 503, model=False))

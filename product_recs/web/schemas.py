@@ -212,9 +212,10 @@ class RankedItem(BaseModel):
     "One item of a detailed answer."
     rank: int = Field(description="1 is the best")
     item_id: int | str
-    score: float = Field(
+    score: float | None = Field(
         description="comparable inside one answer only; what it means depends on the model: an inner product, a sum of "
-                    "similarities, log odds, a number of users"
+                    "similarities, log odds, a number of users; null for a new item that has nothing in common with "
+                    "what the user has"
     )
     title: str | None = Field(description="null where the products file has none")
     attributes: dict[str, Any] = Field(
@@ -268,8 +269,9 @@ class NewList(BaseModel):
     user_id: int | str | None
     recommendations: list[int | str]
     source: str = Field(
-        description="`content`: by what they have in common with the user's items; `new`: the newest, or by title"
+        description="`content`: by what they have in common with the user's items; `new`: the newest"
     )
+    order: str = Field(description="how they are sorted, in words, with the column that says what is new")
     model_version: str
     shortfall: str | None
     items: list[RankedItem] | None = Field(None, description="with detail only")
@@ -279,6 +281,7 @@ class ItemFacts(BaseModel):
     item_id: int | str
     title: str | None
     attributes: dict[str, Any]
+    excluded: str | None = Field(None, description="why the shop keeps it out of every list; null: it does not")
     available: bool
 
 class FoundItem(BaseModel):

@@ -34,7 +34,7 @@ class Service:
     def _ready(self, bundle:Bundle)->ReadyModel:
         "A model ready to answer, after the desk has read again what the model before knew and this one does not."
         model = ReadyModel(bundle, self.settings.index).prepare()
-        self.desk.view.prepare(bundle.manifest["data"].get("feedback_until")) # last: a bundle may be refused before
+        self.desk.view.prepare(bundle.manifest["data"].get("feedback_until"), bundle.users.folds) # last: it is good
         return model
 
     def _swapped(self, result:Reload)->None:
@@ -42,9 +42,9 @@ class Service:
         self.metrics.reload(result.status)
         if result.status != "reloaded": return
         self.kept = KeptAnswers(self.settings.cache_size) # another object: the loop may be filling the old one
-        manifest = self.live.get().bundle.manifest
-        self.metrics.model_taken_up(manifest["version"], manifest["created_at"])
-        self.desk.view.follow(manifest["data"].get("feedback_until"))
+        bundle = self.live.get().bundle
+        self.metrics.model_taken_up(bundle.version, bundle.manifest["created_at"])
+        self.desk.view.follow(bundle.manifest["data"].get("feedback_until"), bundle.users.folds)
 
     def start(self)->"Service": # itself
         "Open the store and the model; what is not there yet is tried again later."
