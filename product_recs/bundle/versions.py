@@ -35,7 +35,8 @@ def span_of(
     data:Mapping, # of a manifest
 )->str:
     "First and last day of the data in words."
-    starts, ends = (str(data.get(name) or "")[:10] for name in ("starts", "ends"))
+    starts, ends = (str(data.get(name) or data.get(older) or "")[:10] for name, older in
+                    (("first_timestamp", "starts"), ("last_timestamp", "ends")))
     return f"{starts} to {ends}" if starts and ends else "without dates"
 
 def live_of_another_run(
