@@ -14,6 +14,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal
@@ -244,8 +245,11 @@ def _given(files:Sequence[str], pairs:Sequence[str])->list[str]:
 def _waits(result)->list[str]:
     "Lines on a model that waits: why, and what can be done."
     from product_recs.jobs.outcome import command_lines
-    return [f"product-recs: model {result.version} needs a person: it was kept, and is not live",
-            *(f"  {sentence}" for sentence in result.held_back), "Next", *command_lines(result.outcome.next_steps)]
+    width = max(40, min(shutil.get_terminal_size().columns, 110))
+    reasons = [line for sentence in result.held_back
+               for line in textwrap.wrap(sentence, width, initial_indent="  ", subsequent_indent="    ")]
+    return [f"product-recs: model {result.version} needs a person: it was kept, and is not live", *reasons,
+            "Next", *command_lines(result.outcome.next_steps)]
 
 def _print_notes(notes:Sequence[str])->None:
     "Print what whoever started a run should know."

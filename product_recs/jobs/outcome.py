@@ -81,6 +81,7 @@ class Standing:
     verdict: str             # better | not distinguishable | worse | simple (it is one of them) | not judged
     phrase: str              # the verdict in words, without the task
     sentence: str            # the same with the differences
+    differences: str=""      # to the simple ones, with their 95 % intervals
     figure: str=""           # such as NDCG@10
     users: int=0
     values: dict=field(default_factory=dict) # model -> value, low, high: the served one first
@@ -115,8 +116,10 @@ def _standing(evaluated:Mapping, task:str, served:Mapping)->Standing:
                             for rival, one in against.items() if rival in found)
     sentence = f"{_words(task).capitalize()}: {phrase}."
     if differences: sentence += f" {figure} {differences}: 95 % interval of the difference, {counted(users, 'user')}."
-    return Standing(task, served["model"], verdict, phrase, sentence, figure, users, values)
+    if same and not itself: sentence += " Buy again is the same as popularity there."
+    return Standing(task, served["model"], verdict, phrase, sentence, differences, figure, users, values)
 
+# %% ../../nbs/jobs/outcome.ipynb #e2b68ce6
 def standings(
     metrics:Mapping,  # content of metrics.json
     why_not:str="",   # why nothing was judged
@@ -170,6 +173,13 @@ class Outcome:
     held_back: list[str]                # why the model waits for a person
     next_steps: list[tuple[str, str]]   # what for, command
 
+    @property
+    def other_reasons(self)->list[str]:
+        "Why the model waits, as far as no standing tells it."
+        told = tuple(f"{_words(one.task).capitalize()}: " for one in self.standings if one.verdict == "worse")
+        return [reason for reason in self.held_back if not reason.startswith(told)]
+
+# %% ../../nbs/jobs/outcome.ipynb #8dbf8707
 def _figures(standing:Standing)->str:
     "The served model with its interval, then the simple ones."
     said = []

@@ -164,22 +164,26 @@ h2.small { font-size: 1rem; margin: .8rem 0 .2rem; }
 .dropped { margin: 0; padding-left: 1.1rem; font-size: .92rem; line-height: 1.45; overflow-wrap: anywhere; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 10px; }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .5rem .9rem .6rem; }
-.card h3 { margin: 0; font-size: .85rem; color: var(--soft); font-weight: 600; }
-.card p { margin: .1rem 0 .3rem; line-height: 1.35; } .card small { color: var(--soft); }
+.card h3 { margin: 0 0 .2rem; font-size: .95rem; color: var(--soft); font-weight: 400; }
+.card h3 b { color: var(--ink); }
+.card p { margin: .25rem 0 0; line-height: 1.3; } .card small { color: var(--soft); }
 .bars { display: grid; grid-template-columns: minmax(5.5rem, max-content) 1fr max-content; gap: 2px 8px;
   font-size: .82rem; align-items: center; } .bars i { display: block; height: 8px; border-radius: 4px;
   background: color-mix(in srgb, var(--soft) 45%, var(--paper)); min-width: 2px; }
 .bars .own { font-weight: 600; } .bars i.own { background: var(--accent); }
 .bars span { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; max-width: 11rem; }
 .next { list-style: none; margin: 0; padding: 0; font-size: .92rem; } .next li { padding: .12rem 0; }
-.next span { color: var(--soft); display: inline-block; min-width: 12.5rem; } code { overflow-wrap: anywhere; }
+.next li { display: grid; grid-template-columns: 13rem 1fr; } .next span { color: var(--soft); }
+code { overflow-wrap: anywhere; }
 .facts { display: flex; flex-wrap: wrap; gap: 8px; margin: 1.2rem 0 0; } .facts div { border: 1px solid var(--line);
   border-radius: 8px; padding: .3rem .8rem; min-width: 90px; }
 .facts b { display: block; font-size: 1.1rem; } .facts span { color: var(--soft); font-size: .8rem; }
 .served td { background: color-mix(in srgb, var(--accent) 10%, var(--paper)); }
 .served td:first-child { color: var(--accent); } .wide { overflow-x: auto; }
-@media (max-width: 500px) { main { padding: 10px 12px 48px; } .next span { display: block; }
-  .outcome .verdict { font-size: 1.05rem; } }
+@media (max-width: 500px) { main { padding: 8px 12px 48px; } h2.small { margin-top: .5rem; }
+  .next li { display: block; }
+  .outcome { padding: .4rem .7rem; font-size: .9rem; line-height: 1.4; } .outcome .verdict { font-size: 1.05rem; }
+  .bars { line-height: 1.35; } .card { padding: .35rem .7rem .45rem; } .card small { font-size: .75rem; } }
 """
 
 # %% ../../nbs/jobs/reports.ipynb #a4e36671
@@ -188,7 +192,7 @@ _OUTCOME = """
 {% for one in outcome.standings %} {{ one.task.replace('_', ' ') | capitalize }}: <b>{{ one.phrase }}</b>.{% endfor
   %}</p>
 <p>{{ outcome.headline }}</p>
-{% for sentence in outcome.held_back %}<p class="wait">{{ sentence }}.</p>{% endfor %}</section>
+{% for sentence in outcome.other_reasons %}<p class="wait">{{ sentence }}.</p>{% endfor %}</section>
 {% if outcome.dropped or outcome.notes %}<h2 class="small">Dropped, and why</h2><ul class="dropped">
 {% for line in outcome.dropped %}<li>{{ line }}</li>{% endfor %}
 {% for step, note in outcome.notes[:3] %}<li>{% if step %}{{ step }}: {% endif %}{{ note }}</li>{% endfor %}</ul>
@@ -196,17 +200,19 @@ _OUTCOME = """
 {% for step, note in outcome.notes[3:] %}<li>{% if step %}{{ step }}: {% endif %}{{ note }}</li>{% endfor
   %}</ul></details>{% endif %}{% endif %}
 {% if outcome.standings %}<h2 class="small">Who won</h2><div class="cards">{% for one in outcome.standings %}
-<div class="card"><h3>{{ one.task.replace('_', ' ') | capitalize }}</h3>
-<p><b>{{ one.model }}</b><br><span class="{{ colours[one.verdict] }}">{{ one.phrase }}</span></p>
+<div class="card"><h3>{{ one.task.replace('_', ' ') | capitalize }}: <b>{{ one.model }}</b></h3>
 {% if one.values %}{% set most = one.values.values() | map(attribute='value') | max %}<div class="bars">
 {% for name, value in one.values.items() %}{% set own = ' class=own' if name == one.model else '' %}
 <span{{ own }}>{{ name }}</span><i{{ own }} style="width: {{ '%.1f' | format(100*value.value/(most or 1)) }}%"></i>
 <span{{ own }}>{{ '%.4f' | format(value.value) }}{% if own and value.low is not none %} <small>({{ '%.4f' |
   format(value.low) }} to {{ '%.4f' | format(value.high) }})</small>{% endif %}</span>{% endfor %}</div>
-<small>{{ one.figure }} of the test period, {{ '{:,}'.format(one.users) }} users</small>{% endif %}</div>
+{% endif %}<p><small><b class="{{ colours[one.verdict] }}">{{ one.phrase | capitalize }}</b>{% if one.differences
+  %}: {{ one.differences }}{% endif %}{% if one.users %}. {{ one.figure }} of the test period, {{
+  '{:,}'.format(one.users) }} users{% endif %}</small></p></div>
 {% endfor %}</div>{% endif %}
 {% if outcome.next_steps %}<h2 class="small">What to do next</h2><ul class="next">{% for what, command in
-  outcome.next_steps %}<li><span>{{ what }}:</span> <code>{{ command }}</code></li>{% endfor %}</ul>{% endif %}
+  outcome.next_steps if not command.endswith('index.html') %}<li><span>{{ what }}:</span> <code>{{ command
+  }}</code></li>{% endfor %}</ul>{% endif %}
 """
 
 # %% ../../nbs/jobs/reports.ipynb #e4a93833
