@@ -219,7 +219,7 @@ def outcome_text(
            for one in outcome.standings]
     lines = textwrap.wrap(outcome.headline, width, break_on_hyphens=False, break_long_words=False)
     lines += _section("Dropped, and why", [*outcome.dropped, *short], width)
-    lines += _section(f"Served{f' ({judged.figure}, 95 % interval)' if judged else ''}", who, width)
+    lines += _section(f"Chosen models{f' ({judged.figure}, 95 % interval)' if judged else ''}", who, width)
     lines += _section("Better than the simple ones?", [one.sentence for one in outcome.standings], width)
     if outcome.next_steps: lines += ["Next", *command_lines(outcome.next_steps)]
     return "\n".join(lines)
