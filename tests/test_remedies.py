@@ -32,6 +32,8 @@ FOREIGN = {
 }
 # follows "raise", "set" ... without being a name
 WORDS = {"a", "an", "the", "it", "them", "its", "their", "your", "by", "of", "case", "one", "so"}
+# SQL, HTML and CSS are no messages
+CODE = re.compile(r"\s*(SELECT|COPY|CREATE|WITH|INSERT|UPDATE|, file_row)|.*<[a-z]+[ >]|.*\{[^}]*:[^}]*;", re.S)
 WORDS |= {"center", "left", "right"}  # places of a legend
 
 
@@ -42,8 +44,8 @@ def cells(path):
 def job_parameters():
     found = set()
     for path in NOTEBOOKS.values():
-        lines = next("".join(cell["source"]) for cell in cells(path) if "parameters" in cell["metadata"].get("tags", []))
-        found |= {node.targets[0].id for node in ast.parse(lines).body}
+        declared = next(cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", []))
+        found |= {node.targets[0].id for node in ast.parse("".join(declared["source"])).body}
     return found
 
 
@@ -86,7 +88,7 @@ def said():
         if path.name == "_modidx.py":
             continue
         for line, text in texts(ast.parse(path.read_text())):
-            if not re.match(r"\s*(SELECT|COPY|CREATE|WITH|INSERT|UPDATE|, file_row)|.*<[a-z]+[ >]|.*\{[^}]*:[^}]*;", text, re.S):
+            if not CODE.match(text):
                 yield f"{path.relative_to(ROOT)}:{line}", text
     for step, path in NOTEBOOKS.items():
         parts = cells(path)
@@ -127,7 +129,7 @@ def unknown(text, parameters, options, names):
     if "product-recs" not in text:
         wanted = re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)
         found += [option for option in wanted if option not in every and option[2:] not in FOREIGN]
-    for setting in re.findall(r"PRODUCT_RECS_[A-Z_]*[A-Z](?!_)", text):
+    for setting in re.findall(r"PRODUCT_RECS_[A-Z_]*[A-Z]\b", text):
         if setting not in names:
             found.append(setting)
     return found

@@ -199,7 +199,8 @@ _OUTCOME = """
 {% if outcome.notes | length > 3 %}<details><summary>{{ outcome.notes | length - 3 }} more</summary><ul class="dropped">
 {% for step, note in outcome.notes[3:] %}<li>{% if step %}{{ step }}: {% endif %}{{ note }}</li>{% endfor
   %}</ul></details>{% endif %}{% endif %}
-{% if outcome.standings %}<h2 class="small">Chosen models, beside popularity and buy again</h2><div class="cards">{% for one in outcome.standings %}
+{% if outcome.standings %}<h2 class="small">Chosen models, beside popularity and buy again</h2>
+<div class="cards">{% for one in outcome.standings %}
 <div class="card"><h3>{{ one.task.replace('_', ' ') | capitalize }}: <b>{{ one.model }}</b></h3>
 {% if one.values %}{% set most = one.values.values() | map(attribute='value') | max %}<div class="bars">
 {% for name, value in one.values.items() %}{% set own = ' class=own' if name == one.model else '' %}
