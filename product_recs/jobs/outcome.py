@@ -217,7 +217,8 @@ def outcome_text(
     judged = next((one for one in outcome.standings if one.figure), None)
     who = [f"{_words(one.task)}: {visible(one.model)}{f', {_figures(one)}' if one.values else ''}"
            for one in outcome.standings]
-    lines = textwrap.wrap(outcome.headline, width, break_on_hyphens=False, break_long_words=False)
+    lines = [line for sentence in re.split(r"(?<=\.) (?=[A-Z])", outcome.headline)
+             for line in textwrap.wrap(sentence, width, break_on_hyphens=False, break_long_words=False)]
     lines += _section("Dropped, and why", [*outcome.dropped, *short], width)
     lines += _section(f"Chosen models{f' ({judged.figure}, 95 % interval)' if judged else ''}", who, width)
     lines += _section("Better than the simple ones?", [one.sentence for one in outcome.standings], width)

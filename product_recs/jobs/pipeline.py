@@ -350,7 +350,7 @@ def _headline(result:RunResult, seconds:float, what:str)->str:
     if result.other:
         whose = "the committed sample" if result.other.sample else f"run {result.other.run}"
         said += f" It replaced the model of {whose}; `product-recs rollback` goes back to that."
-    return f"{said} Model {result.version} is live; running services take it up within a second."
+    return f"{said} Model {result.version} is live; services take it up in a second."
 
 def _next_steps(result:RunResult)->list[tuple[str, str]]:
     "What to do after a run: what for, command."
