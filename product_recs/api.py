@@ -37,7 +37,7 @@ from .web.items import add_items
 from .web.monitor import workers_folder
 from .web.people import add_people
 from .web.problems import (RequestLog, documented, http_problem, id_in_path, known_problem, log_to_stdout,
-                                       parameter_problem, path_id, unavailable)
+                                       of_sample, parameter_problem, path_id, unavailable)
 from .web.schemas import (DetailedRecommendationList, DetailedSimilarList, ExplainAnswer, NewList,
                                       PopularList, RecommendAnswer, RecommendationList, ReloadAnswer, SimilarList,
                                       Task, as_id, plain, recommend_body)
@@ -191,7 +191,7 @@ def _add_new(app:FastAPI, service:Service)->None:
     "/new: what nobody has bought yet."
     N = Annotated[int, Query(ge=1, le=service.settings.max_n)]
     User = Annotated[str | None, Query(max_length=LONGEST_ID, description="absent: a guest",
-                                       openapi_examples={"sample": {"value": "1"}})]
+                                       openapi_examples=of_sample("1"))]
     Category = Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]
     order = "By what they have in common with the user's items, then the newest; `order` says by which column."
     n_default = _default_n(service.settings)

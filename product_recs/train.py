@@ -6,7 +6,9 @@
 __all__ = ['parameters_of', 'with_parameters', 'Choice', 'names_of', 'choose_models', 'Trained', 'train_bundle', 'ensure_bundle']
 
 # %% ../nbs/03_train.ipynb #b896fdaa
+import hashlib
 import inspect
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle.files import current_version, publish, read_manifest, version_of, write_bundle
+from .bundle.files import publish, version_of, write_bundle
+from .bundle.versions import OtherLive, hold_back, live_of_another_run
 from .core.columns import DISCOVERY, NEXT_PURCHASE
-from .core.errors import BundleError, EvaluateError, TrainError
+from .core.errors import EvaluateError, TrainError
 from .core.files import locked
 from .core.parameters import typed
 from .core.paths import resolve_path
@@ -24,6 +27,7 @@ from .data.artifact import Features
 from .data.tasks import how_judged
 from .evaluation.competition import Competition, Fits, compete, says_worse, worse_than_popularity
 from .features import ensure_features
+from .ingest import DEFAULT_SOURCE, open_ledger
 from .models.all import all_models, fit_sharing, named
 from .models.als import ALS, ALS_DEFAULTS, check_als, fit_als
 from .models.blend import HabitBlend
@@ -131,6 +135,13 @@ class Trained:
     notes: list[str]                     # what a person should know
     worse: list[str]                     # a sentence for each task in which popularity is better
     seconds: float                       # of the fits on everything
+    other: OtherLive|None = None         # a live model of another run
+
+    @property
+    def held_back(self)->list[str]:
+        "Why a person should look before it goes live: sentences; empty where nothing stands against it."
+        theirs = [self.other.sentence] if self.other and not self.other.sample else []
+        return [*self.worse, *theirs]
 
     @property
     def als(self)->list[ALS]:
@@ -197,14 +208,30 @@ def train_bundle(
     models = {task: one if isinstance(one, str) else fit_sharing(one, features.all, fitted)
               for task, one in recipes.items()}
     seconds = time.perf_counter() - started
-    run = features.interactions.name
-    ours = publish_it == "auto" and _live_run(models_dir) in (None, run)
-    worse = _worse(features, recipes, choice) if ours else []
-    trained = Trained(models, choice.competitions, choice.notes, worse, seconds)
+    data, asked = _data_of(features), publish_it == "auto"
+    trained = Trained(models, choice.competitions, choice.notes, _worse(features, recipes, choice) if asked else [],
+                      seconds, live_of_another_run(models_dir, data) if asked else None)
     index_data, facts = _index_of(features, models[DISCOVERY], index, seed, als.get("num_threads", 0), progress)
-    path = _write(features, models_dir, trained, als, facts, index_data)
-    if publish_it is True or (ours and not worse): publish(path.parent, path.name)
+    path = _write(features, models_dir, trained, als, data, facts, index_data)
+    if publish_it is True or (asked and not trained.held_back): publish(path.parent, path.name)
+    elif asked: hold_back(path, trained.held_back)
     return path.name, trained
+
+# %% ../nbs/03_train.ipynb #b498c44e
+def _data_of(features:Features)->dict:
+    "What the manifest says of the interactions: whose they are, and their span."
+    moments = {name: features.split[name] for name in ("starts", "validation_from", "test_from", "ends")
+               if name in features.split}
+    facts = {"run": features.interactions.name, "fingerprint": features.fingerprint,
+             "feedback_until": features.feedback_until, "exclusions": features.exclusions, **moments}
+    if features.bm25: facts |= {"mean_total": features.mean_total, "bm25": features.bm25}
+    if not (features.interactions/"ledger.json").exists(): return facts
+    ledger = open_ledger(features.interactions)
+    facts |= {name: getattr(ledger, name) for name in ("first_timestamp", "last_timestamp")} # also without a split
+    source, query, feedback = (ledger.parameters.get(name, "") for name in ("source", "query", "feedback"))
+    named = json.dumps([source, query, "" if source else feedback])
+    sample = isinstance(source, str) and bool(source) and resolve_path(source) == resolve_path(DEFAULT_SOURCE)
+    return facts | {"log": hashlib.sha256(named.encode()).hexdigest()[:16], "sample": sample}
 
 # %% ../nbs/03_train.ipynb #5b600fb2
 def _worse(features:Features, recipes:dict, choice:Choice)->list[str]:
@@ -217,14 +244,11 @@ def _worse(features:Features, recipes:dict, choice:Choice)->list[str]:
         if against: found.append(says_worse(model.name, task, against))
     return found
 
-def _write(features:Features, models_dir:Path, trained:Trained, als:dict, index:dict,
+def _write(features:Features, models_dir:Path, trained:Trained, als:dict, data:dict, index:dict,
            index_data:np.ndarray|None)->Path:
     "Write the bundle."
     known = features.all
     losses = [one.model.losses[-1][1] for one in trained.als if one.model.losses]
-    moments = {name: features.split[name] for name in ("starts", "validation_from", "test_from", "ends")
-               if name in features.split}
-    bm25 = {"mean_total": features.mean_total, "bm25": features.bm25} if features.bm25 else {}
     return write_bundle(
         models_dir,
         models=trained.models,
@@ -234,8 +258,7 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, index:
         user_columns=features.user_columns,
         item_columns=features.item_columns,
         parameters={"als": als, "features": features.parameters, "ingest": features.rules},
-        data={"run": features.interactions.name, "fingerprint": features.fingerprint,
-              "feedback_until": features.feedback_until, "exclusions": features.exclusions, **moments, **bm25},
+        data=data,
         metrics={"judged": how_judged(features.split), "loss": losses[0] if losses else None,
                  "fit_seconds": round(trained.seconds, 3),
                  "competition": {task: one.to_json() for task, one in trained.competitions.items()}},
@@ -248,12 +271,6 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, index:
     )
 
 # %% ../nbs/03_train.ipynb #ac5f5584
-def _live_run(models_dir:Path)->str|None:
-    "Run that the live model is of; None where nothing is live that this version reads."
-    live = current_version(models_dir)
-    try: return read_manifest(models_dir/live)["data"].get("run", "") if live else None
-    except BundleError: return None # of an older version, say: it cannot be served any more
-
 def ensure_bundle(
     run:str="sample",             # features in data/processed/<run>, made where they are missing
     models_dir:str|Path="models",

@@ -18,7 +18,8 @@ from support import bundle_by_hand, once_today
 
 from product_recs.answer.recommender import Recommender
 from product_recs.bundle.files import current_version, previous_versions, publish
-from product_recs.bundle.live import LiveModel, NoModel, Reload, rollback, version_lines
+from product_recs.bundle.live import LiveModel, NoModel, Reload, rollback
+from product_recs.bundle.versions import version_facts
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.errors import BundleError
 from product_recs.core.files import atomic_write
@@ -290,8 +291,8 @@ def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(model
         (models / name / "manifest.json").write_text(
             json.dumps(whole | {"shape" if name == "shape" else "files": part})
         )
-    usable = [line for line in version_lines(models) if "not usable" not in line]
-    assert [line.split()[:2] for line in usable] == [["live", "v2"], ["-1", "v1"]]
+    usable = [(one["mark"], one["version"]) for one in version_facts(models) if "error" not in one]
+    assert usable == [("live", "v2"), ("-1", "v1")]
     for name in ("tool", "older", "list", "text", "shape", "files", "path", "a b", "empty"):
         with pytest.raises(BundleError):
             publish(models, name)

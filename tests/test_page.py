@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
-from support import Server, bundle_by_hand
+from support import Server, bundle_by_hand, publish_board
 
 from product_recs.bundle.files import publish
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
@@ -322,6 +322,27 @@ def test_a_guest_is_known_by_the_basket_alone(visit):
     page.get_by_role("button", name="Remove from basket: Tea 3", exact=True).click()
     expect(step(page)).to_have_text("Popular")
     expect(page.get_by_text("Empty. Add an item")).to_be_visible()
+
+
+def test_the_hint_of_the_search_is_a_word_of_this_shop(visit):
+    page = visit.person("#user=2")
+    box = page.get_by_role("searchbox", name="Find an item")
+    expect(box).to_have_attribute("placeholder", re.compile("^for example [a-z]+$"))
+    word = box.get_attribute("placeholder").rpartition(" ")[2]
+    assert word in " ".join(COFFEE + TEA).lower().split()
+    box.fill(word)
+    found = page.get_by_role("list", name="Items found").get_by_role("listitem").first
+    expect(found.get_by_role("button").first).to_have_text(re.compile(rf"\b{word}\b", re.I))
+
+
+def test_a_shop_without_titles_gets_no_hint(browser, tmp_path):
+    publish_board(tmp_path / "models", item_columns={})
+    with run_server(tmp_path, tmp_path / "models") as server:
+        opened = Visit(browser, f"http://127.0.0.1:{server.port}/")
+        page = opened.person("#user=2")
+        expect(titles(page).first).to_have_text(re.compile("^Item 1"))
+        expect(page.get_by_role("searchbox", name="Find an item")).to_have_attribute("placeholder", "")
+        opened.context.close()
 
 
 def test_a_search_without_a_hit_says_so(visit):

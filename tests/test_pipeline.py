@@ -1,8 +1,10 @@
 """The whole pipeline as a user runs it: processes, files and signals, in a project folder of its own."""
 
+import html
 import json
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -15,10 +17,11 @@ import pandas as pd
 import pytest
 from support import call, fresh_project, only_the_jobs
 
-from product_recs.bundle.files import current_version, list_versions
+from product_recs.bundle.files import current_version, list_versions, read_manifest
 from product_recs.bundle.ready import open_bundle
 
 ALONE = ("-p", "model", "ALS", "-p", "next_model", "none")  # no competition: it is not what is tested
+BEST = ("-p", "model", "popularity", "-p", "next_model", "none")
 PROJECT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
@@ -48,6 +51,55 @@ def test_run_leaves_reports_metrics_and_a_live_model(finished):
         assert 'src="http' not in text and 'href="http' not in text.split("<main>")[0]
         assert (reports / page).with_suffix(".ipynb").exists()
     assert all(page in (reports / "index.html").read_text() for page in pages)
+
+
+def first_screen(root, run):
+    "What the index of a run says, from its top to the table of the steps, as text."
+    page = (root / "reports" / run / "index.html").read_text().split("<body>")[1].partition("<h2>Steps")[0]
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def printed(text, what):
+    "The command that stands behind some words."
+    line = next(line for line in text.splitlines() if line.strip().startswith(f"{what}:"))
+    return shlex.split(line.partition(": ")[2])
+
+
+def test_console_and_index_say_what_was_dropped_who_won_and_what_is_next(finished):
+    root, done = finished
+    metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
+    names, said = metrics["03_train"]["models"], done.stdout
+    order = ["Run night succeeded in", "Dropped, and why", "Chosen models", "Better than the simple ones?", "Next"]
+    places = [said.index(word) for word in order]
+    assert places == sorted(places) and len(said.splitlines()) <= 26, said
+    flat, page = " ".join(said.split()), first_screen(root, "night")
+    for text in (flat, page):
+        assert f"all {metrics['01_ingest']['rows_read']:,} rows kept" in text
+        assert f"{names['discovery']}" in text and f"{names['next_purchase']}" in text and "buy again" in text
+    for record in metrics["04_evaluate"]["table"]:
+        if record["metric"] == "ndcg" and record["model"] in (names[record["task"]], "popularity", "buy again"):
+            assert f"{record['value']:.4f}" in flat and f"{record['value']:.4f}" in page, record
+    assert "Discovery: better than popularity." in flat and "Discovery: better than popularity" in page
+    asked = printed(said, "ask for one user")
+    assert " ".join(asked) in page and all("product-recs tune --name night" in text for text in (flat, page))
+    answer = call(root, *asked)
+    assert answer.returncode == 0 and "personalised" in answer.stdout
+
+
+def test_models_are_listed_with_run_span_and_quality(finished):
+    root, _ = finished
+    metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
+    listed = call(root, "product-recs", "models").stdout
+    facts = json.loads(call(root, "product-recs", "models", "--json").stdout)
+    one = next(one for one in facts if one["mark"] == "live")
+    assert one["run"] == "night" and one["span"][:10] == metrics["01_ingest"]["first_timestamp"][:10]
+    assert {task: model["name"] for task, model in one["models"].items()} == metrics["03_train"]["models"]
+    figures = {(r["task"], r["model"]): r["value"] for r in metrics["04_evaluate"]["table"] if r["metric"] == "ndcg"}
+    for task, model in one["models"].items():
+        assert model["ndcg"] == pytest.approx(figures[task, model["name"]], abs=1e-5)
+        assert model["popularity"] == pytest.approx(figures[task, "popularity"], abs=1e-5)
+        assert f"NDCG@10 {model['ndcg']:.4f} (popularity {model['popularity']:.4f})" in listed
+    assert max(map(len, listed.splitlines())) <= 100
 
 
 def test_parameters_reach_their_notebooks(finished):
@@ -110,9 +162,10 @@ def test_failing_notebook_leaves_its_report_and_the_old_model(finished):
         done.returncode == 1
         and "03_train failed: TrainError: factors=0: must be a whole number from 1 to 4096" in done.stderr
     )
+    assert "note: Nothing: all" in done.stderr and "rows kept" in first_screen(root, "broken")  # known before it failed
     assert "TrainError</strong>: factors=0" in (root / "reports" / "broken" / "03_train.html").read_text()
     assert not (root / "reports" / "broken" / "04_evaluate.html").exists()
-    assert "no model was published" in (root / "reports" / "broken" / "index.html").read_text()
+    assert "No model was published" in first_screen(root, "broken")
     assert current_version(root / "models") == before and list_versions(root / "models") == versions
 
 
@@ -162,21 +215,28 @@ def test_a_model_that_popularity_beats_needs_a_person(harmful):
     assert done.returncode == 3, done.stderr + done.stdout
     assert metrics["run"]["status"] == "needs a person" and current_version(root / "models") is None
     assert list_versions(root / "models") == [version]
-    assert "Discovery: ALS is worse than popularity by 0." in done.stderr and "is live" not in done.stdout
-    assert f"product-recs publish {version}" in done.stderr and "-p model=auto" in done.stderr
-    page = (root / "reports" / "shop" / "index.html").read_text()
-    assert "Needs a person" in page and "Succeeded" not in page and f"product-recs publish {version}" in page
-    published = call(root, "product-recs", "publish", version)
+    reason = "Discovery: ALS is worse than popularity by 0."
+    assert reason in done.stderr and "is live" not in done.stdout + done.stderr
+    publishing = printed(done.stderr, "publish it all the same")
+    training = printed(done.stderr, "let the models compete")
+    assert publishing == ["product-recs", "publish", version] and training[-1] == "model=auto"
+    page, listed = first_screen(root, "shop"), call(root, "product-recs", "models").stdout
+    assert "Needs a person" in page and "Succeeded" not in page and "Discovery: worse than popularity" in page
+    assert listed.splitlines()[1].startswith("waits") and f"needs a person: {reason}" in listed
+    for text in (page, listed):
+        assert shlex.join(publishing) in text and shlex.join(training) in text, text
+    published = call(root, *publishing)
     assert published.returncode == 0 and "is live" in published.stdout, published.stderr
     assert current_version(root / "models") == version
-    assert "ALS" in call(root, "product-recs", "models").stdout
+    listed = call(root, "product-recs", "models").stdout
+    assert "ALS" in listed and "needs a person" not in listed  # somebody has decided
 
 
 def test_the_models_that_win_the_competition_of_such_a_shop_go_live(harmful):
     "The command that the run printed."
     root, shop, done = harmful
-    command = next(line for line in done.stderr.splitlines() if "-p model=auto" in line).partition(": ")[2]
-    words = [*shlex.split(command), "--quiet", "-p", "candidates", "popularity, ALS, EASE, popularity + habits"]
+    words = printed(done.stderr, "let the models compete")
+    words = [*words, "--quiet", "-p", "candidates", "popularity, ALS, EASE, popularity + habits"]
     done = call(root, *words)
     assert done.returncode == 0 and "is live" in done.stdout, done.stderr
     metrics = json.loads((root / "reports" / "shop" / "metrics.json").read_text())
@@ -185,6 +245,32 @@ def test_the_models_that_win_the_competition_of_such_a_shop_go_live(harmful):
     for figures in metrics["04_evaluate"]["served"].values():
         against = figures["beats_popularity"]
         assert against is None or against["high"] >= 0, figures
+
+
+def test_the_live_model_of_a_shop_is_not_replaced_by_the_log_of_another(harmful):
+    root, _, _ = harmful
+    before = current_version(root / "models")
+    span = read_manifest(root / "models" / before)["data"]["first_timestamp"][:10]
+    done = call(root, "product-recs", "run", "--name", "other", "--quiet", "-p", "models", "popularity, ALS", *ALONE)
+    assert done.returncode == 3 and current_version(root / "models") == before, done.stdout + done.stderr
+    version = json.loads((root / "reports" / "other" / "metrics.json").read_text())["run"]["version"]
+    page, listed = first_screen(root, "other"), " ".join(call(root, "product-recs", "models").stdout.split())
+    for text in (" ".join(done.stderr.split()), page, listed):
+        assert f"The live model {before} is of another run: run shop, data {span}" in text
+        assert f"product-recs publish {version}" in text and "product-recs run --name other" in text
+    again = printed(done.stderr, "publish without this question the next time")
+    assert again[-1] == "--publish"
+    published = call(root, *printed(done.stderr, "publish it all the same"))
+    assert published.returncode == 0 and current_version(root / "models") == version
+
+
+def test_a_model_of_the_committed_sample_stands_in_nobodys_way(harmful):
+    "The sample is live now, and the shop's model was before."
+    root, shop, _ = harmful
+    assert read_manifest(root / "models" / current_version(root / "models"))["data"]["sample"]
+    done = call(root, "product-recs", "run", "--name", "third", "--quiet", *shop, "-p", "models", "popularity", *BEST)
+    assert done.returncode == 0, done.stderr
+    assert "It replaced the model of the committed sample" in " ".join(done.stdout.split())
 
 
 def test_alone_the_notebook_holds_such_a_model_back(harmful, tmp_path):

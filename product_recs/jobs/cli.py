@@ -6,12 +6,15 @@
 __all__ = ['app', 'keys', 'ModelsDir', 'HowMany', 'AsJson', 'Quiet', 'Pairs', 'Files', 'KeysFile', 'read_parameters', 'main']
 
 # %% ../../nbs/jobs/cli.ipynb #91931c76
+import contextlib
 import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal
@@ -106,7 +109,7 @@ examples:
   product-recs similar 101 --json
   product-recs recommend 1 --task next_purchase
   product-recs evaluate --compare current 20260101T120000-0a1b2c3d
-  product-recs models                                what is there, what is live, what was
+  product-recs models                                what is there, what is live, what was, and how good
   product-recs publish 20260101T120000-0a1b2c3d      make a model live, such as one that needs a person
   product-recs rollback                              back to the model before
   product-recs keys add shop --scope read            an API key, shown once
@@ -256,26 +259,27 @@ def _init(
     return told(proposal, path)
 
 # %% ../../nbs/jobs/cli.ipynb #7608bd7b
-def _again(name:str, files:Sequence[str], pairs:Sequence[str], models_dir:str|None)->list[str]:
-    "The words of a run, without its model."
-    words = ["product-recs", "run", "--name", name, *(["--models-dir", models_dir] if models_dir else [])]
-    for file in files: words += ["-f", file]
-    for pair in pairs:
-        if pair.partition("=")[0] != "model": words += ["-p", pair]
-    return words
+def _given(files:Sequence[str], pairs:Sequence[str])->list[str]:
+    "The parameters as they were typed, without a password."
+    words = [("-f", file) for file in files] + [("-p", pair) for pair in pairs]
+    return [masked(word) for pair in words for word in pair]
 
-def _waits(result, again:Sequence[str], models_dir:str|None)->list[str]:
-    "Lines on a model that popularity beats: in which task, by how much, and what can be done."
-    (publishing, publish), (competing, run) = result.remedies
-    publish += f" --models-dir {shlex.quote(models_dir)}" if models_dir else ""
-    run = masked(shlex.join([*again, "-p", f"model={run.split()[-1]}"]))
-    return ["product-recs: this model needs a person: it was kept, and is not live",
-            *(f"  {sentence}" for sentence in result.worse),
-            f"  To {publishing}: {publish}", f"  To {competing}: {run}"]
+def _waits(result)->list[str]:
+    "Lines on a model that waits: why, and what can be done."
+    from product_recs.jobs.outcome import command_lines
+    width = max(40, min(shutil.get_terminal_size().columns, 110))
+    reasons = [line for sentence in result.held_back
+               for line in textwrap.wrap(sentence, width, initial_indent="  ", subsequent_indent="    ")]
+    return [f"product-recs: model {result.version} needs a person: it was kept, and is not live", *reasons,
+            "Next", *command_lines(result.outcome.next_steps)]
 
 def _print_notes(notes:Sequence[str])->None:
     "Print what whoever started a run should know."
     for note in notes: print(f"product-recs: note: {note}", file=sys.stderr)
+
+def _told(outcome)->list[str]:
+    "What a run found out before it failed."
+    return [*outcome.dropped, *(f"{step}: {note}" if step else note for step, note in outcome.notes)]
 
 # %% ../../nbs/jobs/cli.ipynb #e4cac6d8
 @_verb("run", "run -f examples/complete_journey.yaml -p factors 64")
@@ -286,29 +290,31 @@ def _run(
     name:Annotated[str, typer.Option(
         help="name of the run: reports/NAME and data/processed/NAME (default: date and time)")]="",
     models_dir:ModelsDir=None,
+    publish:Annotated[bool, typer.Option("--publish", help="make the model live in any case: also where popularity is "
+                                         "better, or the live model is of another run")]=False,
     list_parameters:Annotated[bool, typer.Option("--list-parameters",
                                                  help="print every parameter with its default, and stop")]=False,
 )->str:
-    "Run notebooks 01 to 05 and publish the model, unless popularity is better."
+    "Run notebooks 01 to 05 and publish the model, unless a person should look first."
+    from dataclasses import replace
+    from product_recs.jobs.outcome import outcome_text
     from product_recs.jobs.pipeline import STEPS, JobError, declared_parameters, run # nbconvert: 1 s
     if list_parameters:
         declared, lines = declared_parameters(project_root()/"nbs"), []
         for step in STEPS: lines += [step, *(f"  {name:<18} {text}" for name, text in declared[step].items())]
         return "\n".join(lines)
-    given_dir, models_dir = models_dir, _settings(models_dir=models_dir).models_dir
-    result = run(read_parameters(file, [*map(_pair, parameter)]), name, models_dir, progress=not quiet)
-    _print_notes(result.notes)
-    where = f"Reports: {result.reports/'index.html'}"
+    models_dir, publish = _settings(models_dir=models_dir).models_dir, True if publish else "auto"
+    result = run(read_parameters(file, [*map(_pair, parameter)]), name, models_dir, progress=not quiet,
+                 publish_it=publish, given=_given(file, parameter))
+    outcome, width = result.outcome, shutil.get_terminal_size().columns
     if failed := result.failed:
-        if failed.html: where = where.replace("index", failed.name)
-        raise JobError(f"{failed.name} failed: {failed.error}\nNo model was published. {where}")
-    if result.worse:
-        print("\n".join(_waits(result, _again(name or result.name, file, parameter, given_dir), given_dir)),
-              file=sys.stderr)
-        print(where)
-        raise typer.Exit(3)
-    live = f"Model {result.version} is live in {resolve_path(models_dir)}"
-    return f"{live}; services that watch this folder take it up within a second\n{where}"
+        _print_notes(_told(outcome))
+        page = result.reports/(failed.html or "index.html")
+        raise JobError(f"{failed.name} failed: {failed.error}\nNo model was published. Reports: {page}")
+    if not result.held_back: return outcome_text(outcome, width)
+    print(outcome_text(replace(outcome, next_steps=[]), width), flush=True)
+    print("\n".join(_waits(result)), file=sys.stderr)
+    raise typer.Exit(3)
 
 # %% ../../nbs/jobs/cli.ipynb #63dec32e
 @_verb("tune", "tune -f examples/complete_journey.yaml --minutes 8")
@@ -367,13 +373,31 @@ def _data(
     return f"Written to {write_complete_journey(out)}"
 
 # %% ../../nbs/jobs/cli.ipynb #566d3faf
-@_verb("models", "models --models-dir models")
-def _models(models_dir:ModelsDir=None)->str:
-    "List the versions, the newest first: which is live, which were before, and what they serve."
-    from product_recs.bundle.live import version_lines # numpy and scipy
-    models_dir = _settings(models_dir=models_dir).models_dir
-    return "\n".join(version_lines(models_dir)) or f"No model in {resolve_path(models_dir)}"
+def _remedies(facts:Sequence[dict], models_dir)->dict[str, list]:
+    "Version -> what somebody can do about a model that waits, as its run printed it."
+    at = "" if resolve_path(models_dir) == resolve_path("models") else f" --models-dir {shlex.quote(str(models_dir))}"
+    found = {}
+    for one in facts:
+        if not one.get("needs_a_person"): continue
+        said = {}
+        with contextlib.suppress(OSError, ValueError): # its reports may have been deleted
+            metrics = json.loads((resolve_path("reports")/one["run"]/"metrics.json").read_text(encoding="utf-8"))
+            said = metrics.get("run", {})
+        if said.get("version") != one["version"]: said = {} # a later run of that name
+        publishing = "publish it all the same", f"product-recs publish {one['version']}{at}"
+        found[one["version"]] = said.get("remedies") or [publishing]
+    return found
 
+@_verb("models", "models --json")
+def _models(models_dir:ModelsDir=None, as_json:AsJson=False)->str:
+    "List the versions, the newest first: which is live, which were before, what they serve and how good that is."
+    from product_recs.bundle.versions import version_facts, version_table # numpy and scipy
+    models_dir = _settings(models_dir=models_dir).models_dir
+    facts = version_facts(models_dir)
+    if as_json: return json.dumps(facts, indent=2)
+    return version_table(facts, remedies=_remedies(facts, models_dir)) or f"No model in {resolve_path(models_dir)}"
+
+# %% ../../nbs/jobs/cli.ipynb #82d26242
 @_verb("publish", "publish 20260101T120000-0a1b2c3d")
 def _publish(
     version:Annotated[str, typer.Argument(help="the version that goes live; `product-recs models` lists them")],

@@ -4,28 +4,33 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'TUNE_STEPS', 'JobError', 'step_notebook', 'declared_parameters', 'assign', 'Step', 'run_step', 'RunResult',
-           'run', 'tune']
+           'run', 'tune', 'outcome_of']
 
 # %% ../../nbs/jobs/pipeline.ipynb #f91395ef
 import ast
 import difflib
 import fcntl
 import json
+import re
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from ..bundle.files import list_versions, publish, remove_bundle
+from ..bundle.files import list_versions, publish, read_manifest, remove_bundle
+from ..bundle.versions import OtherLive, hold_back, live_of_another_run
 from ..core.credentials import by_reference, is_reference, masked, masked_parameters, password_note
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write, write_metrics
 from ..core.parameters import ParameterError, typed
 from ..core.paths import project_root, resolve_path
+from ..core.text import counted
 from ..evaluation.competition import says_worse
+from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
+                                       step_notes, typed_command, user_command)
 from .reports import to_html, write_index
 
 # %% ../../nbs/jobs/pipeline.ipynb #89e9ba21
@@ -33,7 +38,7 @@ STEPS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference")
 TUNE_STEPS = ("01_ingest", "02_features", "weights", "tune")
 # parameters that a run sets itself -> what to use instead
 _SET_BY_RUN = {"run": "--name", "report_dir": "--name", "models_dir": "--models-dir",
-               "publish_bundle": "nothing", "version": "nothing"}
+               "publish_bundle": "--publish", "version": "nothing"}
 
 class JobError(ProductRecsError):
     "A run could not start, or one of its steps failed."
@@ -136,8 +141,13 @@ class RunResult:
     steps: list[Step]
     version: str|None    # of the model that went live, or that waits for a person
     metrics: dict        # content of metrics.json
-    notes: list[str]     # for whoever started it
-    worse: list[str]     # a sentence for each task in which popularity is better: the model waits
+    notes: list[str]     # of the run itself, for whoever started it; those of the steps are in `metrics`
+    worse: list[str]     # a sentence for each task in which popularity is better
+    other: OtherLive|None = None # a model of another run that was live before
+    published: bool = False      # the model is live
+    given: list[str] = field(default_factory=list) # parameters as words of a command line: -f and -p
+    at: list[str] = field(default_factory=list)    # words that name the folder of the models; none for the usual one
+    outcome: Outcome|None = None # in words; when it has ended
 
     @property
     def failed(self)->Step|None:
@@ -145,19 +155,40 @@ class RunResult:
         return next((step for step in self.steps if step.status == "failed"), None)
 
     @property
+    def held_back(self)->list[str]:
+        "Why the model waits for a person: sentences."
+        if self.published: return []
+        return [*self.worse, *([self.other.sentence] if self.other and not self.other.sample else [])]
+
+    @property
     def status(self)->str:
         "`succeeded`, `needs a person` or `failed`."
         if not all(step.status in ("done", "skipped") for step in self.steps): return "failed"
-        return "needs a person" if self.worse else "succeeded"
+        return "needs a person" if self.held_back else "succeeded"
 
     @property
     def remedies(self)->list[tuple[str, str]]: # what for, command
         "What somebody can do about a model that waits."
+        if not self.held_back: return []
         auto = self.metrics.get("03_train", {}).get("parameters", {}).get("model") == "auto"
-        return [("publish it all the same", f"product-recs publish {self.version}"),
-                ("serve the best sellers" if auto else "let the models compete",
-                 f"product-recs run --name {self.name} -p model {'popularity' if auto else 'auto'}")]
+        best = _run_words(self, "popularity" if auto else "auto")
+        asked = [("serve the best sellers" if auto else "let the models compete", typed_command(best))] if self.worse \
+            else [("publish without this question the next time", typed_command([*_run_words(self), "--publish"]))]
+        return [("publish it all the same", typed_command(["product-recs", "publish", self.version, *self.at])), *asked]
 
+def _run_words(result:RunResult, model:str="")->list[str]:
+    "The words that repeat a run, with another model where one is named."
+    words = ["product-recs", "run", "--name", result.name, *result.at]
+    if not model: return [*words, *result.given]
+    pairs = list(zip(result.given[::2], result.given[1::2]))
+    kept = [word for pair in pairs for word in pair if not re.match(r"model(_parameters)?=", pair[1])]
+    other = ["-p", f"model={model}"]
+    # those of the model that was named; they may also stand in a file
+    if result.metrics.get("03_train", {}).get("parameters", {}).get("model_parameters"):
+        other += ["-p", "model_parameters={}"]
+    return [*words, *kept, *other]
+
+# %% ../../nbs/jobs/pipeline.ipynb #538aa45b
 def _notes(parameters:dict)->list[str]:
     "A note for each parameter that was given with a password."
     return [password_note(name) for name, value in parameters.items()
@@ -175,12 +206,10 @@ def _worse(metrics:dict)->list[str]:
                        one["beats_popularity"]["k"])
             for task, one in served.items() if one["beats_popularity"] and one["beats_popularity"]["high"] < 0]
 
-def _found(metrics:dict, steps:Sequence[Step])->list[str]:
-    "Notes on the model that was trained."
-    notes = list(metrics.get("03_train", {}).get("notes", []))
-    if any(step.name == "04_evaluate" and step.status == "skipped" for step in steps):
-        notes.append("Nobody knows whether this model is better than popularity: the evaluation was skipped.")
-    return notes
+def _unjudged(steps:Sequence[Step])->list[str]:
+    "A note where nobody could judge."
+    skipped = any(step.name == "04_evaluate" and step.status == "skipped" for step in steps)
+    return ["Nobody knows whether this model is better than popularity: the evaluation was skipped."]*skipped
 
 def _metrics(reports:Path)->dict:
     "Content of metrics.json; empty before the first step has written it."
@@ -223,8 +252,10 @@ def run(
     name:str="",                  # of the run: data/processed/<name> and reports/<name>; "": date and time
     models_dir:str|Path="models", # where the bundle goes live
     progress:bool=True,
+    publish_it:bool|str="auto",   # True: go live in any case; "auto": unless somebody should look first
+    given:Sequence[str]|None=None,# -f and -p words that stand for the parameters, masked; None: one -p each
 )->RunResult:
-    """Execute 01 to 05 and publish the model if all went well and popularity is not better; raises `JobError` where it
+    """Execute 01 to 05 and publish the model if all went well and nothing speaks against it; raises `JobError` where it
     cannot start."""
     root, started = project_root(), datetime.now()
     name = name or f"{started:%Y%m%d-%H%M%S}"
@@ -233,33 +264,48 @@ def run(
     shown, declared = masked_parameters(parameters), declared_parameters(root/"nbs")
     assign(shown, declared)
     models, reports = resolve_path(models_dir), resolve_path("reports")/name
+    result = RunResult(name, reports, [Step(step) for step in STEPS], None, {}, _notes(parameters), [],
+                       given=parameter_words(shown) if given is None else list(given),
+                       at=[] if models == resolve_path("models") else ["--models-dir", str(models_dir)])
     with _claim(reports), by_reference(parameters) as references:
         _clear(reports, STEPS)
         per_step = assign(references, declared)
-        steps, version = [Step(step) for step in STEPS], None
         try:
             for number, step in enumerate(STEPS):
                 if reason := _skip_reason(step, reports):
-                    steps[number] = Step(step, "skipped", error=reason)
+                    result.steps[number] = Step(step, "skipped", error=reason)
                     continue
                 own = {"run": name, "report_dir": _from_root(reports), "models_dir": _from_root(models),
-                       "publish_bundle": False, "version": version or ""}
+                       "publish_bundle": False, "version": result.version or ""}
                 own = {key: value for key, value in own.items() if key in declared[step]}
-                steps[number] = run_step(step, per_step[step] | own, reports, root, progress)
-                version = version or _metrics(reports).get("03_train", {}).get("version")
-                if step == "04_evaluate" and (steps[number].error or "").startswith("NothingToJudge"):
-                    steps[number].status = "skipped"
-                if steps[number].status == "failed": break
-            else:
-                if not _worse(_metrics(reports)): publish(models, version)
-        finally:
-            metrics = _metrics(reports)
-            whole = all(step.status in ("done", "skipped") for step in steps)
-            if version and not whole and version in list_versions(models): remove_bundle(models, version)
-            result = RunResult(name, reports, steps, version if whole else None, metrics,
-                               _notes(parameters) + _found(metrics, steps), _worse(metrics) if whole else [])
-            _summarise(result, shown, started)
+                result.steps[number] = run_step(step, per_step[step] | own, reports, root, progress)
+                result.version = result.version or _metrics(reports).get("03_train", {}).get("version")
+                if step == "04_evaluate" and (result.steps[number].error or "").startswith("NothingToJudge"):
+                    result.steps[number].status = "skipped"
+                if result.failed: break
+            else: _go_live(result, models, publish_it)
+        finally: _end(result, models, shown, started)
     return result
+
+# %% ../../nbs/jobs/pipeline.ipynb #c1bc2ed7
+def _go_live(result:RunResult, models:Path, publish_it:bool|str)->None:
+    "Publish the model of a run that went well, or note in it why it waits."
+    path = models/result.version
+    result.worse = _worse(_metrics(result.reports))
+    result.other = live_of_another_run(models, read_manifest(path)["data"])
+    if result.held_back and publish_it is not True: hold_back(path, result.held_back)
+    else:
+        publish(models, result.version)
+        result.published = True
+
+def _end(result:RunResult, models:Path, shown:dict, started:datetime)->None:
+    "Remove the model of a run that did not end well, and say what became of the run."
+    result.metrics = _metrics(result.reports)
+    if result.status == "failed":
+        if result.version and result.version in list_versions(models): remove_bundle(models, result.version)
+        result.version = None
+    result.notes += _unjudged(result.steps)
+    _summarise(result, shown, started)
 
 # %% ../../nbs/jobs/pipeline.ipynb #2b039eca
 def tune(
@@ -286,31 +332,75 @@ def tune(
                 if result.failed: break
         finally:
             result.metrics = _metrics(reports)
-            result.notes += result.metrics.get("02_features", {}).get("warnings", [])
             _summarise(result, shown, started, "tuning")
     return result
 
 # %% ../../nbs/jobs/pipeline.ipynb #5500952e
+def _headline(result:RunResult, seconds:float, what:str)->str:
+    "How a run ended, and what is live."
+    took, failed = counted(round(seconds), "second"), result.failed
+    none = "" if what == "Tuning" else " No model was published."
+    if failed: return f"{what} {result.name} failed in {STEP_NAMES[failed.name]}, after {took}.{none}"
+    if result.status == "failed": return f"{what} {result.name} was interrupted after {took}.{none}"
+    if result.held_back:
+        return f"{what} {result.name} needs a person, after {took}: model {result.version} was kept and is not live."
+    said = f"{what} {result.name} succeeded in {took}."
+    if not result.published: return said
+    if result.other:
+        whose = "the committed sample" if result.other.sample else f"run {result.other.run}"
+        said += f" It replaced the model of {whose}; `product-recs rollback` goes back to that."
+    return f"{said} Model {result.version} is live; services take it up in a second."
+
+def _next_steps(result:RunResult)->list[tuple[str, str]]:
+    "What to do after a run: what for, command."
+    report = [("read the report", str(result.reports/"index.html"))]
+    if result.status == "failed":
+        page = result.failed.html if result.failed else None
+        return [("read the report of the step", str(result.reports/page))] if page else []
+    if result.held_back: return [*result.remedies, *report]
+    if not result.published: return report
+    user = result.metrics.get("05_inference", {}).get("parameters", {}).get("user", "")
+    asked = [] if user == "" else [("ask for one user", user_command(user, result.at))]
+    return [*report, *asked, ("serve it", typed_command(["product-recs", "serve", *result.at])),
+            ("search better parameters", typed_command(["product-recs", "tune", "--name", result.name, *result.given]))]
+
+def outcome_of(
+    result:RunResult,
+    seconds:float,    # that it took
+    what:str="Run",   # or Tuning
+)->Outcome:
+    "A run in words."
+    skipped = next((step.error for step in result.steps if step.status == "skipped"), None)
+    words = [("", note) for note in result.notes] + step_notes(result.metrics)
+    excluded = excluded_items(resolve_path("data/processed")/result.name)
+    return Outcome(result.name, result.status, _headline(result, seconds, what),
+                   dropped(result.metrics.get("01_ingest", {}), excluded), words,
+                   standings(result.metrics, skipped or "") if result.status != "failed" else [], result.held_back,
+                   _next_steps(result))
+
+# %% ../../nbs/jobs/pipeline.ipynb #f1f4ad0e
 def _summarise(result:RunResult, parameters:dict, started:datetime, section:str="run")->None:
     "Write a section of metrics.json, and the index; the parameters are masked."
     seconds, failed = (datetime.now() - started).total_seconds(), result.failed
+    result.outcome = outcome_of(result, seconds, "Run" if section == "run" else "Tuning")
     write_metrics(result.reports, section, {
         "name": result.name, "parameters": parameters, "seconds": round(seconds, 1), "version": result.version,
         "status": result.status, "notes": result.notes, "worse_than_popularity": result.worse,
+        "needs_a_person": result.held_back, "remedies": result.remedies, "headline": result.outcome.headline,
         "steps": {step.name: {"status": step.status, "seconds": round(step.seconds, 1), "error": step.error}
                   for step in result.steps}})
     result.metrics = metrics = _metrics(result.reports)
     ledger, features = metrics.get("01_ingest", {}), metrics.get("02_features", {})
-    facts = [("rows read", ledger.get("rows_read")), ("rows rejected", ledger.get("rows_rejected")),
+    facts = [("rows read", ledger.get("rows_read")), ("rows kept", ledger.get("rows_kept")),
              ("users", features.get("users")), ("items", features.get("items"))]
     tasks, columns = _tables(metrics.get("04_evaluate", {}).get("table", []))
+    steps = [*result.steps, *_other_steps(result)]
     write_index(result.reports, dict(
-        run=result.name, started=f"{started:%Y-%m-%d %H:%M}", seconds=seconds,
-        steps=[*result.steps, *_other_steps(result)], version=result.version,
-        failed=failed.name if failed else None, error=failed.error if failed else None,
-        facts=[(key, f"{value:,}") for key, value in facts if value is not None],
-        tasks=tasks, columns=columns, parameters=parameters, notes=result.notes, worse=result.worse,
-        remedies=result.remedies if result.worse else [], models=_served(metrics)))
+        run=result.name, started=f"{started:%Y-%m-%d %H:%M}", outcome=result.outcome,
+        steps=[{**vars(step), "words": STEP_NAMES.get(step.name, step.name)} for step in steps],
+        error=failed.error if failed else None,
+        facts=[(key, f"{value:,}") for key, value in facts if value is not None], tasks=tasks,
+        columns=columns, parameters=parameters, models=_served(metrics)))
 
 def _served(metrics:dict)->dict[str, dict[str, str]]:
     "Task -> the names, here and in the evaluation, of what the bundle serves, and how it won."

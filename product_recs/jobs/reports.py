@@ -152,38 +152,88 @@ def to_html(
     return atomic_write(html, body)
 
 # %% ../../nbs/jobs/reports.ipynb #6faef5a8
+_INDEX_STYLE = """
+main > h1 { margin: 0; font-size: 1.25rem; color: var(--soft); font-weight: 600; }
+h1 small { font-weight: 400; font-size: .85rem; white-space: nowrap; }
+.ok { color: var(--good); } .no { color: var(--bad); } .wait { color: var(--wait); }
+.outcome { border: 1px solid var(--line); border-left: 6px solid var(--tone); border-radius: 8px; margin: .6rem 0;
+  padding: .6rem 1rem; background: color-mix(in srgb, var(--tone) 6%, var(--paper)); }
+.outcome p { margin: .2rem 0; overflow-wrap: anywhere; } .outcome .verdict { font-size: 1.2rem; line-height: 1.35; }
+.tone-succeeded { --tone: var(--good); } .tone-needs { --tone: var(--wait); } .tone-failed { --tone: var(--bad); }
+h2.small { font-size: 1rem; margin: .8rem 0 .2rem; }
+.dropped { margin: 0; padding-left: 1.1rem; font-size: .92rem; line-height: 1.45; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); gap: 10px; }
+.card { border: 1px solid var(--line); border-radius: 8px; padding: .5rem .9rem .6rem; }
+.card h3 { margin: 0 0 .2rem; font-size: .95rem; color: var(--soft); font-weight: 400; }
+.card h3 b { color: var(--ink); }
+.card p { margin: .25rem 0 0; line-height: 1.3; } .card small { color: var(--soft); }
+.bars { display: grid; grid-template-columns: minmax(5.5rem, max-content) 1fr max-content; gap: 2px 8px;
+  font-size: .82rem; align-items: center; } .bars i { display: block; height: 8px; border-radius: 4px;
+  background: color-mix(in srgb, var(--soft) 45%, var(--paper)); min-width: 2px; }
+.bars .own { font-weight: 600; } .bars i.own { background: var(--accent); }
+.bars span { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; max-width: 11rem; }
+.next { list-style: none; margin: 0; padding: 0; font-size: .92rem; } .next li { padding: .12rem 0; }
+.next li { display: grid; grid-template-columns: 13rem 1fr; } .next span { color: var(--soft); }
+code { overflow-wrap: anywhere; }
+.facts { display: flex; flex-wrap: wrap; gap: 8px; margin: 1.2rem 0 0; } .facts div { border: 1px solid var(--line);
+  border-radius: 8px; padding: .3rem .8rem; min-width: 90px; }
+.facts b { display: block; font-size: 1.1rem; } .facts span { color: var(--soft); font-size: .8rem; }
+.served td { background: color-mix(in srgb, var(--accent) 10%, var(--paper)); }
+.served td:first-child { color: var(--accent); } .wide { overflow-x: auto; }
+@media (max-width: 500px) { main { padding: 8px 12px 48px; } h2.small { margin-top: .5rem; }
+  .next li { display: block; }
+  .outcome { padding: .4rem .7rem; font-size: .9rem; line-height: 1.4; } .outcome .verdict { font-size: 1.05rem; }
+  .bars { line-height: 1.35; } .card { padding: .35rem .7rem .45rem; } .card small { font-size: .75rem; } }
+"""
+
+# %% ../../nbs/jobs/reports.ipynb #a4e36671
+_OUTCOME = """
+<section class="outcome tone-{{ tone }}"><p class="verdict"><strong class="{{ colour }}">{{ word }}.</strong>
+{% for one in outcome.standings %} {{ one.task.replace('_', ' ') | capitalize }}: <b>{{ one.phrase }}</b>.{% endfor
+  %}</p>
+<p>{{ outcome.headline }}</p>
+{% for sentence in outcome.other_reasons %}<p class="wait">{{ sentence }}.</p>{% endfor %}</section>
+{% if outcome.dropped or outcome.notes %}<h2 class="small">Dropped, and why</h2><ul class="dropped">
+{% for line in outcome.dropped %}<li>{{ line }}</li>{% endfor %}
+{% for step, note in outcome.notes[:3] %}<li>{% if step %}{{ step }}: {% endif %}{{ note }}</li>{% endfor %}</ul>
+{% if outcome.notes | length > 3 %}<details><summary>{{ outcome.notes | length - 3 }} more</summary><ul class="dropped">
+{% for step, note in outcome.notes[3:] %}<li>{% if step %}{{ step }}: {% endif %}{{ note }}</li>{% endfor
+  %}</ul></details>{% endif %}{% endif %}
+{% if outcome.standings %}<h2 class="small">Chosen models, beside popularity and buy again</h2>
+<div class="cards">{% for one in outcome.standings %}
+<div class="card"><h3>{{ one.task.replace('_', ' ') | capitalize }}: <b>{{ one.model }}</b></h3>
+{% if one.values %}{% set most = one.values.values() | map(attribute='value') | max %}<div class="bars">
+{% for name, value in one.values.items() %}{% set own = ' class=own' if name == one.model else '' %}
+<span{{ own }}>{{ name }}</span><i{{ own }} style="width: {{ '%.1f' | format(100*value.value/(most or 1)) }}%"></i>
+<span{{ own }}>{{ '%.4f' | format(value.value) }}{% if own and value.low is not none %} <small>({{ '%.4f' |
+  format(value.low) }} to {{ '%.4f' | format(value.high) }})</small>{% endif %}</span>{% endfor %}</div>
+{% endif %}<p><small><b class="{{ colours[one.verdict] }}">{{ one.phrase | capitalize }}</b>{% if one.differences
+  %}: {{ one.differences }}{% endif %}{% if one.users %}. {{ one.figure }} of the test period, {{
+  '{:,}'.format(one.users) }} users{% endif %}</small></p></div>
+{% endfor %}</div>{% endif %}
+{% if outcome.next_steps %}<h2 class="small">What to do next</h2><ul class="next">{% for what, command in
+  outcome.next_steps if not what.startswith('read the report') %}<li><span>{{ what }}:</span> <code>{{ command
+  }}</code></li>{% endfor %}</ul>{% endif %}
+"""
+
+# %% ../../nbs/jobs/reports.ipynb #e4a93833
 _INDEX = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
   content="{{ policy | safe }}"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ run
-  }}</title><style>{{ style | safe }}
-.facts { display: flex; flex-wrap: wrap; gap: 12px; padding: 0; } .facts div { border: 1px solid var(--line);
-  border-radius: 8px; padding: .6rem 1rem; min-width: 120px; }
-.facts b { display: block; font-size: 1.4rem; } .facts span { color: var(--soft); font-size: .85rem; } .ok { color:
-  var(--good); } .no { color: var(--bad); } .wait { color: var(--wait); }
-.waits { border-left: 4px solid var(--wait); background: #fff8eb; padding: .4rem 1rem; margin: .8rem 0; }
-.served td { background: #eef4fb; } .served td:first-child { color: var(--accent); } .wide { overflow-x: auto; }
-</style></head><body><main>
-<h1>{{ run }}</h1>
-<p>{% if failed %}<strong class="no">Failed</strong> in {{ failed }}; no model was published.{% elif worse %}<strong
-  class="wait">Needs a person.</strong> Model <code>{{ version }}</code> is not live.{% else %}<strong
-  class="ok">Succeeded.</strong>
-{% if version %}Model <code>{{ version }}</code> is live.{% endif %}{% endif %} {{ started }}, {{ '%.0f' |
-  format(seconds) }} seconds.</p>
+  }}</title><style>{{ style | safe }}</style></head><body><main>
+<h1>{{ run }} <small>{{ started }}</small></h1>
+""" + _OUTCOME + """
 {% if error %}<div class="failed">{{ error }}</div>{% endif %}
-{% if worse %}<div class="waits"><p>This model would do worse than a list of best sellers, so it was kept and not
-  published:</p><ul>{% for sentence in worse %}<li>{{ sentence }}</li>{% endfor %}</ul><p>What can be done, with the
-  other parameters of this run where they matter:</p><ul>{% for what, command in remedies %}<li>{{ what }}: <code>{{
-  command }}</code></li>{% endfor %}</ul></div>{% endif %}
-{% for note in notes or [] %}<p class="note">{{ note }}</p>{% endfor %}
 {% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{%
   endfor %}</div>{% endif %}
 <h2>Steps</h2>
 <table class="text"><thead><tr><th>report</th><th>result</th><th>seconds</th><th>notebook</th></tr></thead><tbody>
-{% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.name }}</a>{% else %}{{ step.name
+{% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.words }}</a>{% else %}{{ step.words
   }}{% endif %}</td>
 <td class="{{ 'ok' if step.status == 'done' else 'no' }}">{{ step.status }}{% if step.status == 'skipped' %}: {{
   step.error }}{% endif %}</td><td>{{ '%.1f' | format(step.seconds) if step.seconds else '' }}</td>
-<td>{% if step.html %}<a href="{{ step.name }}.ipynb">ipynb</a>{% endif %}</td></tr>{% endfor %}</tbody></table>
+<td>{% if step.html %}<a href="{{ step.name }}.ipynb">{{ step.name }}</a>{% endif %}</td></tr>{% endfor
+  %}</tbody></table>
 {% for task, rows in tasks.items() %}{% set model = (models or {}).get(task) %}<h2>{{ headings.get(task, task) }}</h2>
 {% if model %}<p>Served by <strong>{{ model.name }}</strong>. {{ model.sentence }}</p>{% endif %}
 <div class="wide"><table><thead><tr><th>model</th>{% for
@@ -193,8 +243,9 @@ _INDEX = """<!DOCTYPE html>
   %}<b>{% endif %}{{ '%.3f' | format(row[name].value) }}{% if row[name].best %}</b>{% endif %}
 {%- if loop.first and row[name].low is defined %} <small>({{ '%.3f' | format(row[name].low) }} to {{ '%.3f' |
   format(row[name].high) }})</small>{% endif %}{% endif %}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
-<p><small>{{ rows[0][columns[0]].users if rows[0][columns[0]] else '' }} users; in brackets the 95 % bootstrap
-  interval, in bold the largest value. Definitions are in 04_evaluate.</small></p>{% endfor %}
+<p><small>{{ '{:,}'.format(rows[0][columns[0]].users) if rows[0][columns[0]] and rows[0][columns[0]].users else ''
+  }} users; in brackets the 95 % bootstrap interval, in bold the largest value. Definitions are in the report of the
+  evaluation.</small></p>{% endfor %}
 {% if parameters %}<h2>Parameters given</h2><table class="text"><tbody>{% for name, value in parameters.items()
   %}<tr><td><code>{{ name }}</code></td><td>{{ value }}</td></tr>{% endfor %}</tbody></table>{% endif %}
 <p><a href="metrics.json">metrics.json</a> has every figure.</p></main></body></html>
@@ -205,12 +256,17 @@ _HEADINGS = {
     "discovery": "Discovery: items that are new to the user",
     "next_purchase": "Next purchase: any item, repeat buying counts",
 }
+_COLOURS = {"better": "ok", "worse": "no", "not distinguishable": "wait", "not judged": "wait", "simple": ""}
+_ENDS = {"succeeded": ("Succeeded", "succeeded", "ok"), "needs a person": ("Needs a person", "needs", "wait"),
+         "failed": ("Failed", "failed", "no")} # status -> word, tone, colour
 
 def write_index(
     folder:Path, # of the run's reports
-    facts:dict,  # run, started, seconds, steps, failed, error, version, facts, tasks, columns, parameters, worse, ...
+    facts:dict,  # run, started, outcome, steps, error, facts, tasks, columns, parameters, models
 )->Path:         # the index.html
     "Write the page that summarises a run."
     template = Environment(autoescape=True).from_string(_INDEX)
-    page = template.render(style=STYLE, policy=CONTENT_POLICY, headings=_HEADINGS, **facts)
+    word, tone, colour = _ENDS[facts["outcome"].status]
+    page = template.render(style=STYLE + _INDEX_STYLE, policy=CONTENT_POLICY, headings=_HEADINGS, colours=_COLOURS,
+                           word=word, tone=tone, colour=colour, **facts)
     return atomic_write(folder/"index.html", page)

@@ -57,8 +57,9 @@ class BPR(FactorModel):
         model = implicit_module("cpu.bpr").BayesianPersonalizedRanking(**given)
         with one_blas_thread(): model.fit(int32_matrix(snapshot.confidence), show_progress=self.progress)
         if not np.isfinite(model.item_factors).all():
-            raise TrainError("BPR: the factors became infinite; lower "
-                             f"learning_rate={self.parameters['learning_rate']}")
+            slower = f"'{{learning_rate: {self.parameters['learning_rate']/5:.2g}}}'"
+            raise TrainError("BPR: the factors became infinite. Train it with smaller steps: -p model BPR "
+                             f"-p model_parameters {slower}")
         self.item_factors = model.item_factors # the last column: the item's bias
         self.candidates = self.candidates & self.item_factors.any(axis=1)
         users = self._means(snapshot.confidence.indptr, snapshot.confidence.indices)

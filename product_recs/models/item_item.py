@@ -220,8 +220,8 @@ class _Regression(Model):
         return (
             f"EASE: {users:,} users and {items:,} items have a past, and the limit max_size is {most:,} for "
             f"the fewer of the two. The dense matrix would take {4*min(users, items)**2/1e9:.1f} GB. "
-            "Raise min_item_users in 02_features to leave out rare items, or raise max_size where there are memory and "
-            "time."
+            "Raise min_item_users to leave out rare items. Where there are memory and time, train EASE by its name "
+            f"with a higher limit: -p model EASE -p model_parameters '{{max_size: {min(users, items)}}}'."
         )
 
     def _fit(self, snapshot):
@@ -245,7 +245,8 @@ class _Regression(Model):
                                        arrays["gain"], self.parameters["regularization"])
 
 # %% ../../nbs/models/item_item.ipynb #6058e201
-_CANNOT_INVERT = "EASE: the matrix cannot be inverted in float32; raise the regularization"
+_CANNOT_INVERT = ("EASE: the matrix cannot be inverted in float32. Train it with more regularization: -p model EASE "
+                  "-p model_parameters '{regularization: 1000}'")
 
 def _invert(
     matrix:np.ndarray, # (n, n) float32, symmetric positive definite; overwritten by its inverse

@@ -19,7 +19,7 @@ from ..core.errors import UnknownItem
 from ..core.ids import folded, id_key
 from ..feedback.changes import Availability
 from .desk import FeedbackDesk
-from .problems import documented, id_in_path, path_id
+from .problems import documented, id_in_path, of_sample, path_id
 from .schemas import FoundItems, ItemFacts, as_id, plain
 
 # %% ../../nbs/web/items.ipynb #760b0f71
@@ -104,7 +104,7 @@ def add_items(
         return await run_in_threadpool(item_facts, model, item, shelf)
 
     Words = Annotated[str, Query(min_length=1, max_length=200, description="words of the title, or an id",
-                                 openapi_examples={"sample": {"value": "milk"}})]
+                                 openapi_examples=of_sample("milk"))]
     order = "The most popular first, then those that nobody has bought yet."
     @app.get("/items", response_model=FoundItems, tags=["items"], summary="Find items by words of their title",
              responses=documented(order, 422, 503, model=False))

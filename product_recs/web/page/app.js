@@ -291,6 +291,7 @@ const emptyBox = (title, text) => h("div", {class: "big-empty"}, h("strong", {},
 function showList(answer, milliseconds, change) {
   const before = state.answer && change ? new Set(state.answer.items.map(item => keyOf(item.item_id))) : null;
   state.answer = answer;
+  hint(answer);
   showRung(answer, milliseconds);
   const fresh = before ? answer.items.filter(item => !before.has(keyOf(item.item_id))) : [];
   state.fresh = new Set(fresh.map(item => keyOf(item.item_id)));
@@ -446,7 +447,14 @@ function showBasket() {
 
 // ---------------------------------------------------------------------------------------------- search
 
-const search = {timer: null, abort: null, items: null, error: null, query: ""};
+const search = {timer: null, abort: null, items: null, error: null, query: "", hintOf: null};
+// a word that this shop's items have, once for each model; where there are no titles, nothing is promised
+function hint(answer) {
+  if (search.hintOf === answer.model_version) return;
+  const [word] = answer.items.map(item => /(?:^|\s)(\p{L}[\p{L}\p{N}]{2,})(?=\s|$)/u.exec(item.title ?? "")?.[1]).filter(Boolean);
+  $("search").placeholder = word ? `for example ${word.toLowerCase()}` : "";
+  if (word) search.hintOf = answer.model_version;
+}
 function lookFor(query) {
   clearTimeout(search.timer);
   search.abort?.abort();
