@@ -10,7 +10,6 @@ __all__ = ['LINES', 'sampled', 'Look', 'look_at', 'mapped_columns', 'event_names
 import gzip
 import itertools
 import shlex
-import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -69,7 +69,7 @@ def step_notes(
     said = [(STEP_NAMES[step], note) for step in STEP_NAMES
             for note in (*metrics.get(step, {}).get("warnings", ()), *metrics.get(step, {}).get("notes", ()))]
     first = {}
-    for step, note in said: first.setdefault(visible(str(note)), step) # a later step may repeat what an earlier one said
+    for step, note in said: first.setdefault(visible(str(note)), step) # a later step may repeat an earlier one
     return [(step, note) for note, step in first.items()]
 
 # %% ../../nbs/jobs/outcome.ipynb #3d51830a
