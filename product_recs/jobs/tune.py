@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPACE', 'ALS_NAMES', 'IMPLICIT_DEFAULTS', 'PROJECT_DEFAULTS', 'power_of_two', 'continued_fit', 'on_plateau',
            'own_weighting', 'choose_candidates', 'Problem', 'pose', 'starting_points', 'as_trial', 'guesses',
-           'open_study', 'finished', 'search', 'best_parameters', 'on_test', 'tuned_sentence']
+           'open_study', 'finished', 'Search', 'search', 'past_searches', 'search_tasks', 'best_parameters', 'on_test',
+           'tuned_sentence']
 
 # %% ../../nbs/jobs/tune.ipynb #83d65e7c
 import fcntl
@@ -15,9 +16,10 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +31,26 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
+from ..bundle.files import version_of
 from ..core.errors import ProductRecsError
 from ..core.kernels import implicit_module, one_blas_thread
 from ..core.parameters import number
+from ..core.paths import resolve_path
 from ..data.artifact import Features
 from ..data.snapshots import Snapshot
-from ..data.tasks import Task, make_task, past_and_future
-from ..evaluation.metrics import bootstrap_means, interval, paired_bootstrap
+from ..data.tasks import PERIODS, Task, make_task, past_and_future
+from ..evaluate import judged_bundle
+from ..evaluation.competition import USUAL_BLEND, Fits, crossed_figures
+from ..evaluation.metrics import Comparison, bootstrap_means, compared, interval, paired_bootstrap
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
+from ..models.all import all_models
 from ..models.als import ALS, ALS_DEFAULTS, chosen_solver
+from ..models.baselines import BuyAgain, Popularity
+from ..models.blend import HabitBlend
 from ..models.foldin import fold_in
+from ..models.interface import Model
 from ..models.solver import RotatedALS, int32_matrix
+from ..train import Choice
 
 # %% ../../nbs/jobs/tune.ipynb #f8ed9fe3
 SPACE = {"factors": (8, 256), "strength": (0.1, 100.0), "lambda": (0.01, 300.0)} # all on log scales
@@ -129,7 +140,7 @@ class Problem:
     study_name: str
     cut_off: int
     seed: int                       # of ALS and of the sampler
-    max_factors: int
+    space: dict[str, tuple]         # factors, strength, lambda -> ends of the range
     looks: list[int]                # iterations after which a trial is looked at
 
 def pose(
@@ -138,24 +149,38 @@ def pose(
     candidates:Mapping[str, dict], # name -> parameters of 02_features
     *,
     cut_off:int=10, max_users:int=0, seed:int=0,
-    max_factors:int=SPACE["factors"][1], max_iterations:int=30,
+    min_factors:int=SPACE["factors"][0], max_factors:int=SPACE["factors"][1],
+    strength_range:Sequence[float]=SPACE["strength"], lambda_range:Sequence[float]=SPACE["lambda"],
+    max_iterations:int=30,
     every:int=5,                   # iterations between two looks
 )->Problem:
     "Set up a search on the validation period; raises `ProductRecsError` where a setting is out of range."
-    for name, value, least, most in (("cut_off", cut_off, 1, 10_000), ("max_factors", max_factors, 16, 4096),
+    for name, value, least, most in (("cut_off", cut_off, 1, 10_000), ("max_factors", max_factors, 16, _MOST_FACTORS),
+                                     ("min_factors", min_factors, 1, max_factors),
                                      ("every", every, 1, 10_000), ("max_iterations", max_iterations, every, 10_000)):
         number(name, value, least, most, whole=True)
     max_users = number("max_users", max_users, 0, 2**31 - 1, whole=True)
     seed = number("seed", seed, 0, 2**32 - 1, whole=True)
+    ranges = {"factors": (min_factors, SPACE["factors"][1]), "strength": _range("strength_range", strength_range),
+              "lambda": _range("lambda_range", lambda_range)}
     past, future, _ = past_and_future(features, "validation")
     counts = {name: features.parameters[name] for name in ("min_user_items", "min_item_users")}
     about = {"split": features.split, **counts, "candidates": dict(candidates), "cut_off": cut_off,
              "max_users": max_users, "seed": seed, "max_factors": max_factors, "max_iterations": max_iterations,
-             "every": every, "space": SPACE}
+             "every": every, "space": ranges}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return Problem(make_task(past, future, task, max_users, seed), weigh(features, candidates, "train"),
-                   dict(candidates), f"{task} {features.fingerprint[:12]} {digest[:8]}", cut_off, seed, max_factors,
-                   [*range(every, max_iterations + 1, every)])
+                   dict(candidates), f"{task} {features.fingerprint[:12]} {digest[:8]}", cut_off, seed,
+                   ranges | {"factors": (min_factors, max_factors)}, [*range(every, max_iterations + 1, every)])
+
+_MOST_FACTORS, _ENDS = 4096, (1e-6, 1e6) # the widest that a range may be
+
+def _range(name:str, ends:Sequence[float])->tuple[float, float]:
+    "The ends of a range; raises `ProductRecsError` where they are none."
+    if isinstance(ends, str) or len(ends) != 2: raise ProductRecsError(f"{name}={ends!r}: must be two numbers")
+    low, high = (number(name, end, *_ENDS) for end in ends)
+    if low >= high: raise ProductRecsError(f"{name}={ends!r}: the first must be below the second")
+    return low, high
 
 # %% ../../nbs/jobs/tune.ipynb #e3df95e5
 def starting_points(
@@ -194,7 +219,7 @@ def guesses(
 )->list[dict]:                # parameters of trials
     "Trials to make before any is drawn: the last starting point with more factors, and with a smaller lambda."
     last = list(first.values())[-1]
-    sizes = [factors for factors in (128, 256) if last["factors"] < factors <= problem.max_factors]
+    sizes = [factors for factors in (128, 256) if last["factors"] < factors <= problem.space["factors"][1]]
     return [*(last | {"factors": factors} for factors in sizes), last | {"lambda": last["lambda"]/5}]
 
 # %% ../../nbs/jobs/tune.ipynb #5dea01dc
@@ -202,18 +227,20 @@ def _draw(trial:Trial, problem:Problem)->dict:
     "Parameters of ALS and the weighting; a drawn number of factors becomes a power of two."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Fixed parameter") # yours may lie outside of the ranges
-        factors = trial.suggest_int("factors", SPACE["factors"][0], problem.max_factors, log=True)
-        strength, relative = (trial.suggest_float(name, *SPACE[name], log=True) for name in ("strength", "lambda"))
+        factors = trial.suggest_int("factors", *problem.space["factors"], log=True)
+        strength, relative = (trial.suggest_float(name, *problem.space[name], log=True)
+                              for name in ("strength", "lambda"))
         weighting = trial.suggest_categorical("weighting", list(problem.candidates))
-    if "origin" not in trial.user_attrs: factors = min(power_of_two(factors), problem.max_factors)
+    least, most = problem.space["factors"]
+    if "origin" not in trial.user_attrs: factors = min(max(power_of_two(factors), least), most)
     return {"weighting": weighting, "factors": factors, "regularization": float(f"{relative*strength:.4g}"),
             "alpha": alpha_for(problem.snapshots[weighting].confidence, strength)}
 
-def _attempt(study:optuna.Study, problem:Problem, deadline:float)->FrozenTrial:
+def _attempt(study:optuna.Study, problem:Problem, deadline:float, clock:Callable[[], float])->FrozenTrial:
     "Ask for a trial, make it, tell what it was worth."
     trial = study.ask()
     drawn, fixed, own = _draw(trial, problem), "origin" in trial.user_attrs, trial.user_attrs.get("iterations", 0)
-    snapshot, started, values = problem.snapshots[drawn["weighting"]], time.monotonic(), {}
+    snapshot, started, values = problem.snapshots[drawn["weighting"]], clock(), {}
     als = {name: drawn[name] for name in ("factors", "regularization", "alpha")}
     looks = sorted({*problem.looks, own} - {0})
     for done, users, items in continued_fit(snapshot.confidence, **als, looks=looks, seed=problem.seed):
@@ -223,11 +250,11 @@ def _attempt(study:optuna.Study, problem:Problem, deadline:float)->FrozenTrial:
         trial.report(values[done], done)
         if done >= own and on_plateau(list(values.values())): break
         # it is made again next time
-        if not fixed and time.monotonic() > deadline: return study.tell(trial, state=TrialState.FAIL)
+        if not fixed and clock() > deadline: return study.tell(trial, state=TrialState.FAIL)
         if not fixed and trial.should_prune(): break
     best = max(values, key=values.get, default=0)
     trial.set_user_attr("als", als | {"iterations": best})
-    trial.set_user_attr("seconds", round(time.monotonic() - started, 2))
+    trial.set_user_attr("seconds", round(clock() - started, 2))
     cut = not values or (not fixed and trial.should_prune())
     return study.tell(trial, state=TrialState.PRUNED) if cut else study.tell(trial, values[best])
 
@@ -266,6 +293,26 @@ def _trials(study:optuna.Study, *states:TrialState)->list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=states)
 
 # %% ../../nbs/jobs/tune.ipynb #8ab3e404
+@dataclass(frozen=True)
+class Search:
+    "What a search did."
+    study: optuna.Study
+    earlier: int          # finished trials of earlier searches
+    made: int             # finished trials of this one
+    minutes: float        # that it took
+    budget_minutes: float
+    max_trials: int       # 0: no limit
+    ended: str            # time | trials
+
+    @property
+    def sentence(self)->str:
+        "What ended it."
+        before = f", after {self.earlier:,} of earlier searches" if self.earlier else ""
+        made = f"{self.made:,} trials in {self.minutes:.1f} of {self.budget_minutes:.1f} minutes{before}"
+        if self.ended == "trials":
+            return f"The search ended with trial {self.max_trials:,}, the last that max_trials allows: {made}."
+        return f"The search ended because its time was over: {made}."
+
 def search(
     file:str|Path,               # SQLite
     problem:Problem,
@@ -273,35 +320,87 @@ def search(
     iterations:Mapping[str, int],# name -> its own number of iterations
     *,
     budget_minutes:float=10,     # of this search; the first trials are made in any case
-    max_trials:int=100,          # of this search
+    max_trials:int=0,            # of this search; 0: as many as the time allows
     progress:bool=True,
-)->tuple[optuna.Study, int]:     # the study, and its finished trials of earlier searches
+    clock:Callable[[], float]=time.monotonic, # seconds
+)->Search:
     """Go on with a study until the time or the number of trials is used up; raises `ProductRecsError` where another
     process searches in the file."""
     budget_minutes = number("budget_minutes", budget_minutes, 1e-6, 1e6)
-    max_trials = number("max_trials", max_trials, 1, 10**6, whole=True)
-    study, file = open_study(file, problem), Path(file)
-    with _alone(file), tqdm(total=max_trials, desc=problem.task.name, bar_format=_BAR, disable=not progress,
+    max_trials = number("max_trials", max_trials, 0, 10**6, whole=True)
+    started, file = clock(), Path(file)
+    end, study, ended = started + 60*budget_minutes, open_study(file, problem), "time"
+    with _alone(file), tqdm(total=max_trials or None, desc=problem.task.name, bar_format=_BAR, disable=not progress,
                             mininterval=0, file=sys.stdout) as bar:
         # of a process that was killed
         for trial in _trials(study, TrialState.RUNNING): study.tell(trial.number, state=TrialState.FAIL)
         _enqueue(study, problem, first, iterations)
-        before, end = len(finished(study)), time.monotonic() + 60*budget_minutes
-        while (made := len(finished(study)) - before) < max_trials:
+        before, made = len(finished(study)), 0
+        remember = _diary(study, budget_minutes, max_trials)
+        while True:
+            if max_trials and made >= max_trials:
+                ended = "trials"
+                break
             must = any("origin" in trial.user_attrs for trial in _trials(study, TrialState.WAITING))
-            if not must and made and time.monotonic() > end: break
+            if not must and made and clock() > end: break
             study.sampler = optuna.samplers.TPESampler(seed=(problem.seed*1_000_003 + before + made) % 2**32,
                                                        multivariate=True, n_startup_trials=_DRAWN_AT_RANDOM)
-            trial = _attempt(study, problem, end if made else math.inf)
-            if trial.state == TrialState.FAIL: break
-            minutes = max(0, end - time.monotonic())/60
-            bar.set_postfix_str(f"best NDCG@{problem.cut_off} {study.best_value:.4f}, {minutes:.1f} min left",
-                                refresh=False)
+            if _attempt(study, problem, end if made else math.inf, clock).state == TrialState.FAIL: break
+            made, minutes = made + 1, (clock() - started)/60
+            remember(made, minutes, "interrupted")
+            bar.set_postfix_str(f"best NDCG@{problem.cut_off} {_best(study):.4f}, "
+                                f"{max(0, budget_minutes - minutes):.1f} min left", refresh=False)
             bar.update()
-    return study, before
+        minutes = (clock() - started)/60
+        remember(made, minutes, ended)
+    return Search(study, before, made, minutes, budget_minutes, max_trials, ended)
 
-_BAR = "{desc} {n_fmt}/{total_fmt} trials |{bar:12}| [{elapsed}{postfix}]"
+_BAR = "{desc} {n_fmt} trials |{bar:12}| [{elapsed}{postfix}]"
 
+# %% ../../nbs/jobs/tune.ipynb #1da3e72f
+def _best(study:optuna.Study)->float:
+    "The best value of a study, NaN where no trial is complete."
+    return study.best_value if _trials(study, TrialState.COMPLETE) else math.nan
+
+def _diary(study:optuna.Study, budget_minutes:float, max_trials:int)->Callable:
+    "Keep what this search does in its study; called after each trial."
+    earlier, when = study.user_attrs.get("searches", []), datetime.now().astimezone().isoformat(timespec="seconds")
+    def remember(made:int, minutes:float, ended:str)->None:
+        entry = {"when": when, "trials": made, "minutes": round(minutes, 3), "budget_minutes": budget_minutes,
+                 "max_trials": max_trials, "best": _best(study), "ended": ended}
+        study.set_user_attr("searches", [*earlier, entry])
+    return remember
+
+def past_searches(
+    file:str|Path, # SQLite, of `search`
+    task:str,
+)->list[dict]:     # when, trials, minutes, budget_minutes, max_trials, best, ended, study; oldest first
+    "All searches for a task that a file knows, also those of other data or other ranges."
+    studies = optuna.get_all_study_summaries(f"sqlite:///{Path(file).absolute()}")
+    found = [{**entry, "study": study.study_name} for study in studies if study.study_name.split(" ")[0] == task
+             for entry in study.user_attrs.get("searches", [])]
+    return sorted(found, key=lambda entry: entry["when"])
+
+def search_tasks(
+    file:str|Path,                  # SQLite
+    problems:Mapping[str, Problem], # task -> its problem
+    first:Mapping[str, Mapping],    # task -> `first` of `search`
+    iterations:Mapping[str, Mapping],
+    *,
+    budget_minutes:float=10,        # of all tasks together
+    max_trials:int=0,               # of each task; 0: as many as the time allows
+    progress:bool=True,
+    clock:Callable[[], float]=time.monotonic, # seconds
+)->dict[str, Search]:
+    "Search for one task after the other, each with an equal share of the time that is left; raises like `search`."
+    end, searches = clock() + 60*number("budget_minutes", budget_minutes, 1e-6, 1e6), {}
+    for place, (task, problem) in enumerate(problems.items()):
+        share = max((end - clock())/60/(len(problems) - place), 1e-6)
+        searches[task] = search(file, problem, first[task], iterations[task], budget_minutes=share,
+                                max_trials=max_trials, progress=progress, clock=clock)
+    return searches
+
+# %% ../../nbs/jobs/tune.ipynb #9a9e4a95
 def _enqueue(study:optuna.Study, problem:Problem, first:Mapping[str, dict], iterations:Mapping[str, int])->None:
     "Let the starting points and the guesses that the study does not have yet be its next trials."
     known = [(trial.user_attrs.get("origin"), trial.params or trial.system_attrs.get("fixed_params"))
