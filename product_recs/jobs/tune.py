@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SPACE', 'ALS_NAMES', 'IMPLICIT_DEFAULTS', 'PROJECT_DEFAULTS', 'power_of_two', 'continued_fit', 'on_plateau',
            'own_weighting', 'choose_candidates', 'Problem', 'pose', 'starting_points', 'as_trial', 'guesses',
-           'open_study', 'finished', 'Search', 'search', 'past_searches', 'search_tasks', 'best_parameters', 'on_test',
-           'tuned_sentence']
+           'open_study', 'finished', 'Search', 'search', 'past_searches', 'search_tasks', 'best_parameters', 'at_edges',
+           'served_model', 'rivals_of', 'on_period', 'tuned_sentence']
 
 # %% ../../nbs/jobs/tune.ipynb #83d65e7c
 import fcntl
@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -31,11 +31,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from ..bundle.files import version_of
+from ..core.columns import NEXT_PURCHASE
 from ..core.errors import ProductRecsError
 from ..core.kernels import implicit_module, one_blas_thread
 from ..core.parameters import number
-from ..core.paths import resolve_path
 from ..data.artifact import Features
 from ..data.snapshots import Snapshot
 from ..data.tasks import PERIODS, Task, make_task, past_and_future
@@ -313,6 +312,31 @@ class Search:
             return f"The search ended with trial {self.max_trials:,}, the last that max_trials allows: {made}."
         return f"The search ended because its time was over: {made}."
 
+_BAR = "{desc} {n_fmt} trials |{bar:12}| [{elapsed}{postfix}]"
+
+# %% ../../nbs/jobs/tune.ipynb #1da3e72f
+def _best(study:optuna.Study)->float:
+    "The best value of a study, NaN where no trial is complete."
+    return study.best_value if _trials(study, TrialState.COMPLETE) else math.nan
+
+def _diary(study:optuna.Study, budget_minutes:float, max_trials:int)->Callable:
+    "Keep what this search does in its study; called after each trial."
+    earlier, when = study.user_attrs.get("searches", []), datetime.now().astimezone().isoformat(timespec="seconds")
+    def remember(made:int, minutes:float, ended:str)->None:
+        entry = {"when": when, "trials": made, "minutes": round(minutes, 3), "budget_minutes": budget_minutes,
+                 "max_trials": max_trials, "best": _best(study), "ended": ended}
+        study.set_user_attr("searches", [*earlier, entry])
+    return remember
+
+def _enqueue(study:optuna.Study, problem:Problem, first:Mapping[str, dict], iterations:Mapping[str, int])->None:
+    "Let the starting points and the guesses that the study does not have yet be its next trials."
+    known = [(trial.user_attrs.get("origin"), trial.params or trial.system_attrs.get("fixed_params"))
+             for trial in _trials(study, TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)]
+    for name, parameters in [*first.items(), *((None, guess) for guess in guesses(problem, first))]:
+        attributes = {"origin": name, "iterations": iterations[name]} if name else {}
+        if (name, parameters) not in known: study.enqueue_trial(parameters, user_attrs=attributes)
+
+# %% ../../nbs/jobs/tune.ipynb #5028ec3a
 def search(
     file:str|Path,               # SQLite
     problem:Problem,
@@ -355,22 +379,7 @@ def search(
         remember(made, minutes, ended)
     return Search(study, before, made, minutes, budget_minutes, max_trials, ended)
 
-_BAR = "{desc} {n_fmt} trials |{bar:12}| [{elapsed}{postfix}]"
-
-# %% ../../nbs/jobs/tune.ipynb #1da3e72f
-def _best(study:optuna.Study)->float:
-    "The best value of a study, NaN where no trial is complete."
-    return study.best_value if _trials(study, TrialState.COMPLETE) else math.nan
-
-def _diary(study:optuna.Study, budget_minutes:float, max_trials:int)->Callable:
-    "Keep what this search does in its study; called after each trial."
-    earlier, when = study.user_attrs.get("searches", []), datetime.now().astimezone().isoformat(timespec="seconds")
-    def remember(made:int, minutes:float, ended:str)->None:
-        entry = {"when": when, "trials": made, "minutes": round(minutes, 3), "budget_minutes": budget_minutes,
-                 "max_trials": max_trials, "best": _best(study), "ended": ended}
-        study.set_user_attr("searches", [*earlier, entry])
-    return remember
-
+# %% ../../nbs/jobs/tune.ipynb #7d0a42e9
 def past_searches(
     file:str|Path, # SQLite, of `search`
     task:str,
@@ -400,15 +409,6 @@ def search_tasks(
                                 max_trials=max_trials, progress=progress, clock=clock)
     return searches
 
-# %% ../../nbs/jobs/tune.ipynb #9a9e4a95
-def _enqueue(study:optuna.Study, problem:Problem, first:Mapping[str, dict], iterations:Mapping[str, int])->None:
-    "Let the starting points and the guesses that the study does not have yet be its next trials."
-    known = [(trial.user_attrs.get("origin"), trial.params or trial.system_attrs.get("fixed_params"))
-             for trial in _trials(study, TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)]
-    for name, parameters in [*first.items(), *((None, guess) for guess in guesses(problem, first))]:
-        attributes = {"origin": name, "iterations": iterations[name]} if name else {}
-        if (name, parameters) not in known: study.enqueue_trial(parameters, user_attrs=attributes)
-
 # %% ../../nbs/jobs/tune.ipynb #f45125e8
 def best_parameters(
     study:optuna.Study,
@@ -418,66 +418,143 @@ def best_parameters(
     best = study.best_trial
     return problem.candidates[best.params["weighting"]] | best.user_attrs["als"]
 
+# %% ../../nbs/jobs/tune.ipynb #7ef75735
+_WIDENED = {"strength": "strength_range", "lambda": "lambda_range"}
+
+def _wider(problem:Problem, name:str, high:bool)->str:
+    "The parameter that widens a range at one end, with a value; empty where it can be no wider."
+    low, top = problem.space[name]
+    if name == "factors":
+        value = min(2*top, _MOST_FACTORS) if high else max(low//2, 1)
+        return "" if value == problem.space[name][high] else f"{'max' if high else 'min'}_factors {value}"
+    ends = [low, min(10*top, _ENDS[1])] if high else [max(low/10, _ENDS[0]), top]
+    return "" if ends == [low, top] else f"{_WIDENED[name]} '{[float(f'{end:g}') for end in ends]}'"
+
+def at_edges(
+    study:optuna.Study,
+    problem:Problem,
+    margin:float=0.03, # of the range, on its log scale, that counts as its end
+)->list[dict]:         # name, value, end (low | high), range, remedy, sentence
+    "The best values that lie at an end of their range, or outside of it, and what widens it."
+    best, found = study.best_trial, []
+    values = best.params | {"factors": best.user_attrs["als"]["factors"]}
+    for name, (low, high) in problem.space.items():
+        place = math.log(values[name]/low)/math.log(high/low) if high > low else 0.5
+        if margin < place < 1 - margin: continue
+        end = "high" if place > 0.5 else "low"
+        widened = _wider(problem, name, end == "high")
+        remedy = f"widen it with -p {widened}" if widened else "it can be no wider"
+        says = (f"The best {name}, {values[name]:.4g}, lies at the {end} end of its range, {low:g} to {high:g}: "
+                f"{remedy}.")
+        found.append({"name": name, "value": values[name], "end": end, "range": [low, high], "remedy": remedy,
+                      "sentence": says})
+    iterations = best.user_attrs["als"]["iterations"]
+    if iterations >= problem.looks[-1]:
+        remedy = f"allow more with -p max_iterations {min(2*problem.looks[-1], 10_000)}"
+        found.append({"name": "iterations", "value": iterations, "end": "high", "range": [1, problem.looks[-1]],
+                      "remedy": remedy, "sentence": f"The best fit was still rising after {iterations} iterations: "
+                                                    f"{remedy}."})
+    return found
+
 # %% ../../nbs/jobs/tune.ipynb #33e236e0
-def on_test(
+def served_model(
     features:Features,
     task:str,
-    points:Mapping[str, dict], # name -> parameters of 02_features and of ALS; the first is compared with each other one
+    models_dir:str|Path="models",
+)->tuple[Model, str]: # not fitted, and what it is
+    "What a run serves, or would; raises `ProductRecsError` where there is nothing."
+    models, _, version = judged_bundle(str(models_dir), "", features.fingerprint)
+    if task in models: return models[task], f"what version {version} serves"
+    name = " + ".join([*USUAL_BLEND, *(["habits"] if task == NEXT_PURCHASE else [])])
+    return Choice(features, all_models(), progress=False).by_name(name, task), "the usual blend, for there is no bundle"
+
+def rivals_of(
+    features:Features,
+    task:str,
+    models_dir:str|Path="models",
+)->tuple[list[Model], dict[str, str]]: # not fitted, the served one last; name -> what it is
+    "The models that a tuned ALS has to beat; what cannot be served here is left out."
+    simple, roles = [Popularity(), BuyAgain()], {}
+    try: served, what = served_model(features, task, models_dir)
+    except ProductRecsError: return simple, roles
+    return [*(model for model in simple if model.name != served.name), served], {served.name: what}
+
+# %% ../../nbs/jobs/tune.ipynb #8887163f
+def _model_figures(model:Model, fits:Fits, judged:Task, period:str, cut_off:int, seed:int)->np.ndarray:
+    "NDCG of each user; on the validation period habits are judged by weights that the user did not give."
+    if isinstance(model, HabitBlend) and period == "validation":
+        return crossed_figures(fits.fit(model.parts[0]), judged, "ndcg", cut_off, seed)
+    return user_ndcg(fits.fit(model), judged, cut_off)
+
+def on_period(
+    features:Features,
+    task:str,
+    points:Mapping[str, dict],   # name -> parameters of 02_features and of ALS; the first is compared with all others
+    models:Sequence[Model]=(),   # others to compare it with, not fitted
+    period:str="test",           # test | validation
     *,
     cut_off:int=10, max_users:int=0, seeds:Sequence[int]=(0, 1, 2), bootstrap:int=1000,
     progress:bool=True,
 )->list[dict]: # name, ndcg and its interval, by_seed, and the first one's lead with its interval and probability
-    "Judge parameters by the test period; raises `ProductRecsError` where a setting is out of range."
+    "Judge parameters and models by a period; raises `ProductRecsError` where a setting is out of range."
     seeds = [number("test_seeds", seed, 0, 2**32 - 1, whole=True) for seed in seeds]
     if not seeds: raise ProductRecsError("test_seeds=[]: must name at least one")
     cut_off, bootstrap = (number(name, value, 1, 2**31 - 1, whole=True)
                           for name, value in (("cut_off", cut_off), ("bootstrap", bootstrap)))
-    past, future, _ = past_and_future(features, "test")
-    judged = make_task(past, future, task, max_users, seeds[0])
+    past, future, _ = past_and_future(features, period)
+    judged, fits = make_task(past, future, task, max_users, seeds[0]), Fits(past)
     own = {name: {key: point[key] for key in FEATURE_NAMES} for name, point in points.items()}
-    snapshots, rows, lead = weigh(features, own, "train_validation"), [], None
-    with tqdm(total=len(points)*len(seeds), unit=" fits", desc="test period", disable=not progress,
-              file=sys.stdout) as bar:
-        for name, point in points.items():
-            values, als = [], {key: point[key] for key in ALS_NAMES}
-            for seed in seeds:
-                model = ALS(**als, seed=seed, loss_every=0).fit(snapshots[name])
-                values.append(user_ndcg(model, judged, cut_off))
+    snapshots, rows, lead = weigh(features, own, PERIODS[period]), [], None
+    def fitted(name, seed): return ALS(**{key: points[name][key] for key in ALS_NAMES}, seed=seed,
+                                       loss_every=0).fit(snapshots[name])
+    with tqdm(total=len(points)*len(seeds) + len(models), unit=" fits", desc=f"{period} period",
+              disable=not progress, file=sys.stdout) as bar:
+        for entry in (*points, *models):
+            values = []
+            for seed in seeds if entry in points else seeds[:1]:
+                values.append(user_ndcg(fitted(entry, seed), judged, cut_off) if entry in points else
+                              _model_figures(entry, fits, judged, period, cut_off, seed))
                 bar.update()
             mean = np.mean(values, axis=0)
             lead = mean if lead is None else lead
             low, high = interval(bootstrap_means(mean, bootstrap, seeds[0]))
             against = paired_bootstrap(lead, mean, bootstrap, seeds[0])
-            rows.append({"name": name, "ndcg": float(mean.mean()), "low": float(low), "high": float(high),
-                         "by_seed": [float(value.mean()) for value in values], "lead": against.difference,
-                         "lead_low": against.low, "lead_high": against.high, "probability": against.probability,
-                         "users": against.users})
+            rows.append({"name": entry if entry in points else entry.name, "ndcg": float(mean.mean()),
+                         "low": float(low), "high": float(high), "by_seed": [float(value.mean()) for value in values],
+                         "lead": against.difference, "lead_low": against.low, "lead_high": against.high,
+                         "probability": against.probability, "users": against.users})
     return rows
 
 # %% ../../nbs/jobs/tune.ipynb #dfeb3213
+_SIMPLE = (Popularity().name, BuyAgain().name)
+
+def _against(row:dict)->Comparison:
+    "The tuned ALS compared with the one of this row."
+    return Comparison(row["lead"], row["lead_low"], row["lead_high"], row["probability"], row["users"])
+
 def tuned_sentence(
-    task:str, rows:Sequence[dict], # of `on_test`
+    task:str,
+    rows:Sequence[dict],        # of `on_period`, for the test period
+    roles:Mapping[str, str]={}, # name of the served model -> what it is, of `rivals_of`
     cut_off:int=10,
     resamples:int=1000,
 )->str:
     "What tuning bought."
-    tuned, others = rows[0], rows[1:]
-    head = (f"{task.replace('_', ' ').capitalize()}: tuned ALS reaches NDCG@{cut_off} {tuned['ndcg']:.4f} "
-            f"({tuned['low']:.4f} to {tuned['high']:.4f}) on the test period, {tuned['users']:,} users, "
-            f"{len(tuned['by_seed'])} seed{'s'*(len(tuned['by_seed']) > 1)}. ")
-    same = [row["name"] for row in others if row["lead"] == row["lead_low"] == row["lead_high"] == 0]
-    if same: head += f"The search found nothing better than {same[0]}. "
-    parts = [f"{_verdict(row)} {row['name']} ({row['ndcg']:.4f}): {row['lead']:+.4f}, 95 % interval "
-             f"{row['lead_low']:+.4f} to {row['lead_high']:+.4f}, probability of being better "
-             f"{_likely(row['probability'], resamples)}" for row in others if row["name"] not in same]
-    return head + "; ".join(parts).capitalize() + "."
-
-def _verdict(row:dict)->str:
-    "What an interval says of the first one against this one."
-    if row["lead_low"] > 0: return "better than"
-    return "worse than" if row["lead_high"] < 0 else "not clearly different from"
-
-def _likely(probability:float, resamples:int)->str:
-    "A probability, as sharp as so many resamples tell it."
-    if probability == 1: return f"more than {1 - 1/resamples:.1%}"
-    return f"less than {1/resamples:.1%}" if probability == 0 else f"{probability:.1%}"
+    tuned, name = rows[0], f"NDCG@{cut_off}"
+    def against(row, rival=""): return compared("tuned ALS", row["name"], _against(row), name, resamples, rival)
+    def best_of(rows): return max(rows, key=lambda row: row["ndcg"], default=None)
+    served = next((row for row in rows if row["name"] in roles), None)
+    parts = [f"tuned ALS has {name} {tuned['ndcg']:.4f} ({tuned['low']:.4f} to {tuned['high']:.4f}) on the test "
+             f"period, {tuned['users']:,} users, {len(tuned['by_seed'])} seed{'s'*(len(tuned['by_seed']) > 1)}"]
+    if served:
+        worth = ("was worth it" if served["lead_low"] > 0 else
+                 "was not worth it" if served["lead_high"] < 0 else "changes little")
+        parts.insert(0, f"tuning {worth}: {against(served, roles[served['name']])}")
+    if simple := best_of([row for row in rows if row["name"] in _SIMPLE and row is not served]):
+        parts.append(against(simple, "the best simple list"))
+    untuned = [row for row in rows[1:] if row["name"] not in (*_SIMPLE, *roles)]
+    if same := [row["name"] for row in untuned if row["lead"] == row["lead_low"] == row["lead_high"] == 0]:
+        parts.append(f"the search found nothing better than {same[0]}")
+    elif untuned: parts.append(against(best_of(untuned), "the best ALS before it"))
+    rest = "".join(f" {part[0].upper()}{part[1:]}." for part in parts[1:])
+    return f"{task.replace('_', ' ').capitalize()}: {parts[0]}.{rest}"
