@@ -150,7 +150,11 @@ def first_reason(model, request, row, seen, asked_about=None):
     bundle, id, rules = model.bundle, model.bundle.items[row], request.filters
     known = model.model(request.task).candidates[row]
     listed = bool(bundle.item_columns["available"][row]) if "available" in bundle.item_columns else True
-    if not known or bundle.item_columns["popularity"][row] == 0 or not (listed or id in request.available):
+    if (
+        not known
+        or bundle.item_columns["popularity"][row] == 0
+        or not (listed or id in request.available)
+    ):
         return "not available or without interactions"
     if id in request.unavailable:
         return "not available at the moment"
