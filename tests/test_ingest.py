@@ -105,8 +105,8 @@ def test_paths_that_cannot_be_read(write, tmp_path):
     assert "No file matches" in refused(tmp_path / "none-*.csv", out)
     assert "no such file" in refused(tmp_path / "none.csv", out)
     assert "is a folder" in refused(tmp_path, out)
-    message = refused(write("x", "log.xlsx"), out)
-    assert "ending .xlsx is not known" in message and ".parquet" in message and ".jsonl" in message
+    message = refused(write("x", "log.docx"), out)
+    assert "ending .docx is not known" in message and ".parquet" in message and ".jsonl" in message
     assert "not a readable Parquet file" in refused(write("x", "log.parquet"), out)
     assert "one JSON list" in refused(write('[{"user_id": 1, "item_id": 2}]', "log.json"), out)
     loop = tmp_path / "loop.csv"

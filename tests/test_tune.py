@@ -17,7 +17,17 @@ from support import QUICK, call, fresh_project, only_the_jobs
 from product_recs.bundle.ready import open_bundle
 from product_recs.features import build_features, ensure_features
 from product_recs.ingest import ingest
-from product_recs.jobs.tune import as_trial, choose_candidates, finished, open_study, pose, search, starting_points
+from product_recs.jobs.tune import (
+    as_trial,
+    choose_candidates,
+    finished,
+    open_study,
+    past_searches,
+    pose,
+    search,
+    search_tasks,
+    starting_points,
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +79,68 @@ def test_a_second_call_goes_on(tuned):
         and len(a["starting_points"]) >= 2
     )
     assert a["sentence"] in out and "best_discovery.yaml" in out
+    assert a["ended"]["sentence"] in out and a["ended"]["by"] == "trials" and a["ended"]["trials"] == 4
+    assert [entry["trials"] for entry in b["history"]] == [4, 4] and a["history"] == b["history"][:1]
+    assert all(edge["sentence"] in out for edge in a["edges"])
+
+
+def test_the_winner_meets_what_a_shop_has_already(tuned):
+    _, ((_, first), _) = tuned
+    task = first["tune"]["tasks"]["discovery"]
+    names = [row["name"] for row in task["test"]]
+    assert names[0] == "tuned" and {"popularity", "buy again", *task["roles"]} <= set(names) and len(task["roles"]) == 1
+    assert [row["name"] for row in task["validation"]] == names == sorted(names, key=names.index)
+    assert {row["model"] for row in task["figures"]} == set(names)
+    values = [row["test"] for row in task["figures"]]
+    assert values == sorted(values, reverse=True)
+    [served] = [row for row in task["test"] if row["name"] in task["roles"]]
+    worth = (
+        "was worth it"
+        if served["lead_low"] > 0
+        else "was not worth it"
+        if served["lead_high"] < 0
+        else "changes little"
+    )
+    assert f"Discovery: tuning {worth}: " in task["sentence"] and served["name"] in task["sentence"]
+
+
+class Clock:
+    "A clock on which each look takes a while."
+
+    def __init__(self, step):
+        self.seconds, self.step = 0, step
+
+    def __call__(self):
+        self.seconds += self.step
+        return self.seconds
+
+
+def test_the_minutes_are_used(tmp_path, problem_of):
+    "Twice the time is twice the trials; no number of trials ends a search early, and tasks share what is left."
+    problem, *first = problem_of(ensure_features("sample"))
+    made = {}
+    for minutes in (2, 4):
+        clock = Clock(3)
+        done = search(tmp_path / f"{minutes}.db", problem, *first, budget_minutes=minutes, progress=False, clock=clock)
+        longest = max(trial.user_attrs["seconds"] for trial in finished(done.study)) + 5 * clock.step
+        assert done.ended == "time" and minutes * 60 <= clock.seconds <= minutes * 60 + longest
+        assert (
+            done.made
+            == len(finished(done.study))
+            == past_searches(tmp_path / f"{minutes}.db", "discovery")[0]["trials"]
+        )
+        made[minutes] = done.made
+    assert 1.5 * made[2] < made[4] < 3 * made[2]
+    clock, tasks = Clock(3), dict.fromkeys(("one", "two", "three"), problem)
+    shared = search_tasks(
+        tmp_path / "tasks.db",
+        tasks,
+        *(dict.fromkeys(tasks, each) for each in first),
+        budget_minutes=6,
+        progress=False,
+        clock=clock,
+    )
+    assert all(each.ended == "time" for each in shared.values()) and 360 <= clock.seconds <= 360 + longest + 30
 
 
 def test_the_answer_runs_and_the_reports_stay(tuned):
@@ -168,9 +240,12 @@ search(
         killed_in_a_trial += count(root / "tune.db", "RUNNING") > 0
     problem, *first = problem_of(features)
     before = len(finished(open_study(root / "tune.db", problem)))
-    study, there = search(root / "tune.db", problem, *first, max_trials=2, progress=False)
-    assert there == before and len(finished(study)) == before + 2 and not count(root / "tune.db", "RUNNING")
-    whole, _ = search(root / "whole.db", problem, *first, max_trials=before + 2, progress=False)
+    last = search(root / "tune.db", problem, *first, max_trials=2, progress=False)
+    study = last.study
+    known = past_searches(root / "tune.db", "discovery")
+    assert [entry["ended"] for entry in known] == ["interrupted"] * (len(known) - 1) + ["trials"]
+    assert last.earlier == before and len(finished(study)) == before + 2 and not count(root / "tune.db", "RUNNING")
+    whole = search(root / "whole.db", problem, *first, max_trials=before + 2, progress=False).study
     assert [(trial.params, trial.value) for trial in finished(study)] == [
         (trial.params, trial.value) for trial in finished(whole)
     ]

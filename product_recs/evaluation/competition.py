@@ -265,7 +265,7 @@ def _sentence(competition:Competition)->str:
             f"({won.low:.4f} to {won.high:.4f}, {facts['users']:,} users {whose})")
     if won.model != first.model:
         says += (f". {first.model} has {first.value:.4f}; {won.model} gives up {abs(won.difference):.4f} of it, which "
-                 f"is not significant ({won.difference_low:+.4f} to {won.difference_high:+.4f}), for "
+                 f"is not significant ({0 - won.difference_high:+.4f} to {0 - won.difference_low:+.4f}), for "
                  f"{won.work/max(first.work, 1):.0%} of the work")
     elif len(table) > 1:
         second = table.iloc[1]
@@ -302,5 +302,5 @@ def says_worse(
     "The sentence for whoever has to decide."
     facts = against if isinstance(against, Mapping) else against._asdict()
     return (f"{task.replace('_', ' ').capitalize()}: {model} is worse than popularity by {-facts['difference']:.4f} "
-            f"{METRIC_NAMES[metric]}@{k} (95 % interval of the difference {facts['low']:+.4f} to {facts['high']:+.4f}, "
+            f"{METRIC_NAMES[metric]}@{k} (95 % interval {-facts['high']:.4f} to {-facts['low']:.4f}, "
             f"{facts['users']:,} users)")

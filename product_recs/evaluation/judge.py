@@ -23,8 +23,8 @@ from ..data.artifact import Features
 from ..data.snapshots import Snapshot
 from ..data.tasks import Task, cold_shares, how_judged, make_task, past_and_future
 from .metrics import (METRIC_NAMES, METRICS, Comparison, Hits, bootstrap_means,
-                                             category_diversity, cosine_diversity, coverage, exposure, find_hits, gini,
-                                             interval, novelty, paired_bootstrap)
+                                             category_diversity, compared, cosine_diversity, coverage, exposure,
+                                             find_hits, gini, interval, novelty, paired_bootstrap)
 from ..models.all import KINDS, fit_sharing
 from ..models.interface import Model, top_lists
 
@@ -212,17 +212,10 @@ def verdict(
     without:Sequence[str]=(),      # models that it is not compared with
     rivals:str="the best baseline",# what the sentence calls the best of the others
 )->tuple[str, dict]: # a sentence, and the same as figures
-    "Compare a model with the best of the others."
+    "Compare a model with the best of the others, in the words of `compared`."
     rival = evaluation.best(task, metric, k, without=[model, *without])
     result = evaluation.compare(task, model, rival, metric, k, resamples)
     name = f"{METRIC_NAMES[metric]}@{k}"
-    likely = f"{result.probability:.1%}"
-    if result.probability in (0, 1):
-        likely = f"more than {1 - 1/resamples:.1%}" if result.probability else f"less than {1/resamples:.1%}"
-    proof = (f"95 % interval of the difference {result.low:+.4f} to {result.high:+.4f}, probability that {model} is "
-             f"better {likely}, {result.users:,} users")
-    if result.low > 0: says = f"{model} beats {rival}, {rivals}, by {result.difference:.4f} {name}"
-    elif result.high < 0: says = f"{rival} beats {model} by {-result.difference:.4f} {name}"
-    else: says = f"no clear winner between {model} and {rival}, {rivals}: {result.difference:+.4f} {name}"
+    says = compared(model, rival, result, name, resamples, rivals)
     figures = {"task": task, "model": model, "baseline": rival, "metric": metric, "k": k, **result._asdict()}
-    return f"{task.replace('_', ' ').capitalize()}: {says} ({proof}).", figures
+    return f"{task.replace('_', ' ').capitalize()}: {says}, {result.users:,} users.", figures

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'METRIC_NAMES', 'Hits', 'find_hits', 'recall', 'recall_capped', 'precision', 'hit_rate', 'ndcg',
            'average_precision', 'reciprocal_rank', 'exposure', 'coverage', 'gini', 'novelty', 'category_diversity',
-           'cosine_diversity', 'bootstrap_means', 'interval', 'Comparison', 'paired_bootstrap']
+           'cosine_diversity', 'bootstrap_means', 'interval', 'Comparison', 'paired_bootstrap', 'compared']
 
 # %% ../../nbs/evaluation/metrics.ipynb #dc1305b2
 from dataclasses import dataclass
@@ -267,6 +267,11 @@ class Comparison(NamedTuple):
     probability: float # that a is better than b
     users: int
 
+    def turned(self)->"Comparison":
+        "The same, of b with a."
+        # 0 - x, because a -0.0 would be shown as one
+        return Comparison(0 - self.difference, 0 - self.high, 0 - self.low, 1 - self.probability, self.users)
+
 def paired_bootstrap(
     a:np.ndarray,       # (n,) metric of one model, by user
     b:np.ndarray,       # (n,) metric of the other, the same users in the same order
@@ -281,3 +286,26 @@ def paired_bootstrap(
     low, high = interval(means, level)
     return Comparison(float((a - b).mean()), float(low), float(high),
                       float((means > 0).mean() + (means == 0).mean()/2), len(a))
+
+# %% ../../nbs/evaluation/metrics.ipynb #da288a9d
+def compared(
+    a:str, b:str,        # names of two models
+    against:Comparison,  # of a with b
+    metric:str,          # what the figures are, such as NDCG@10
+    resamples:int=1000,  # of the bootstrap: a probability is no sharper
+    rival:str="",        # what b is, such as `the best baseline`
+)->str:                  # without a stop at its end
+    "Which of two models is better, by how much, and how sure that is."
+    ahead, behind = (a, b) if against.difference >= 0 else (b, a)
+    of_first = against if against.difference >= 0 else against.turned()
+    also = f", {rival}," if rival else ""
+    named = {a: a, b: b + also}
+    likely = f"{of_first.probability:.1%}"
+    if of_first.probability == 1: likely = f"more than {1 - 1/resamples:.1%}"
+    proof = (f"95 % interval of the difference {of_first.low:+.4f} to {of_first.high:+.4f}, probability that {ahead} "
+             f"is better {likely}")
+    by = f"by {of_first.difference:.4f} {metric}"
+    if of_first.low > 0: return f"{named[ahead]} beats {named[behind]} {by} ({proof})"
+    unclear = f"no clear winner between {a} and {b}{also.rstrip(',')}"
+    if not of_first.difference: return f"{unclear}: both have the same {metric} ({proof})"
+    return f"{unclear}: {ahead} is ahead {by} ({proof})"

@@ -324,6 +324,7 @@ def _tune(
     quiet:Quiet=False,
     name:Annotated[str, typer.Option(
         help="name of the run whose data/processed/NAME is tuned (default: name of the first file, or sample)")]="",
+    models_dir:ModelsDir=None,
     minutes:Annotated[str|None, typer.Option(metavar="N", help="how long to search (default: the notebook's 10); "
         "the weights lab and the final comparison come on top")]=None,
 )->str:
@@ -332,12 +333,14 @@ def _tune(
     from product_recs.jobs.pipeline import JobError, tune # nbconvert: 1 s
     name = name or (Path(file[0]).stem if file else "sample")
     pairs = [*map(_pair, parameter), *([("budget_minutes", minutes)] if minutes else [])]
-    result = tune(read_parameters(file, pairs), name, progress=not quiet)
+    models_dir = _settings(models_dir=models_dir).models_dir
+    result = tune(read_parameters(file, pairs), name, models_dir, progress=not quiet)
     _print_notes(result.notes)
     if failed := result.failed:
         raise JobError(f"{failed.name} failed: {failed.error}\nReports: {result.reports/(failed.html or '')}")
     tasks = result.metrics["tune"]["tasks"]
-    lines = [task["sentence"] for task in tasks.values()]
+    lines = [line for task in tasks.values()
+             for line in (task["sentence"], task["ended"]["sentence"], *(edge["sentence"] for edge in task["edges"]))]
     lines += [f"Parameters: {resolve_path('data/processed')/name/f'best_{task}.yaml'}" for task in tasks]
     return "\n".join([*lines, f"Reports: {result.reports/'index.html'}"])
 

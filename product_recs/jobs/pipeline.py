@@ -311,6 +311,7 @@ def _end(result:RunResult, models:Path, shown:dict, started:datetime)->None:
 def tune(
     parameters:dict|None=None, # name -> value; each reaches the notebooks that declare it
     name:str="sample",         # of the run: data/processed/<name>, where the study lies, and reports/<name>
+    models_dir:str|Path="models", # where the bundle lies that the tuned ALS is compared with
     progress:bool=True,
 )->RunResult:
     "Compare weightings and search parameters, going on with an earlier search; raises `JobError` like `run`."
@@ -326,7 +327,8 @@ def tune(
         result = RunResult(name, reports, [Step(step) for step in TUNE_STEPS], None, {}, _notes(parameters), [])
         try:
             for number, step in enumerate(TUNE_STEPS):
-                own = {"run": name, "report_dir": _from_root(reports)}
+                own = {"run": name, "report_dir": _from_root(reports),
+                       "models_dir": _from_root(resolve_path(models_dir))}
                 own = {key: value for key, value in own.items() if key in declared[step]}
                 result.steps[number] = run_step(step, per_step[step] | own, reports, root, progress)
                 if result.failed: break

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPACE', 'ALS_NAMES', 'IMPLICIT_DEFAULTS', 'PROJECT_DEFAULTS', 'power_of_two', 'continued_fit', 'on_plateau',
            'own_weighting', 'choose_candidates', 'Problem', 'pose', 'starting_points', 'as_trial', 'guesses',
-           'open_study', 'finished', 'search', 'best_parameters', 'on_test', 'tuned_sentence']
+           'open_study', 'finished', 'Search', 'search', 'past_searches', 'search_tasks', 'best_parameters', 'at_edges',
+           'served_model', 'rivals_of', 'on_period', 'tuned_sentence']
 
 # %% ../../nbs/jobs/tune.ipynb #83d65e7c
 import fcntl
@@ -15,9 +16,10 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +31,25 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
+from ..core.columns import NEXT_PURCHASE
 from ..core.errors import ProductRecsError
 from ..core.kernels import implicit_module, one_blas_thread
 from ..core.parameters import number
 from ..data.artifact import Features
 from ..data.snapshots import Snapshot
-from ..data.tasks import Task, make_task, past_and_future
-from ..evaluation.metrics import bootstrap_means, interval, paired_bootstrap
+from ..data.tasks import PERIODS, Task, make_task, past_and_future
+from ..evaluate import judged_bundle
+from ..evaluation.competition import USUAL_BLEND, Fits, crossed_figures
+from ..evaluation.metrics import Comparison, bootstrap_means, compared, interval, paired_bootstrap
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
+from ..models.all import all_models
 from ..models.als import ALS, ALS_DEFAULTS, chosen_solver
+from ..models.baselines import BuyAgain, Popularity
+from ..models.blend import HabitBlend
 from ..models.foldin import fold_in
+from ..models.interface import Model
 from ..models.solver import RotatedALS, int32_matrix
+from ..train import Choice
 
 # %% ../../nbs/jobs/tune.ipynb #f8ed9fe3
 SPACE = {"factors": (8, 256), "strength": (0.1, 100.0), "lambda": (0.01, 300.0)} # all on log scales
@@ -129,7 +139,7 @@ class Problem:
     study_name: str
     cut_off: int
     seed: int                       # of ALS and of the sampler
-    max_factors: int
+    space: dict[str, tuple]         # factors, strength, lambda -> ends of the range
     looks: list[int]                # iterations after which a trial is looked at
 
 def pose(
@@ -138,24 +148,38 @@ def pose(
     candidates:Mapping[str, dict], # name -> parameters of 02_features
     *,
     cut_off:int=10, max_users:int=0, seed:int=0,
-    max_factors:int=SPACE["factors"][1], max_iterations:int=30,
+    min_factors:int=SPACE["factors"][0], max_factors:int=SPACE["factors"][1],
+    strength_range:Sequence[float]=SPACE["strength"], lambda_range:Sequence[float]=SPACE["lambda"],
+    max_iterations:int=30,
     every:int=5,                   # iterations between two looks
 )->Problem:
     "Set up a search on the validation period; raises `ProductRecsError` where a setting is out of range."
-    for name, value, least, most in (("cut_off", cut_off, 1, 10_000), ("max_factors", max_factors, 16, 4096),
+    for name, value, least, most in (("cut_off", cut_off, 1, 10_000), ("max_factors", max_factors, 16, _MOST_FACTORS),
+                                     ("min_factors", min_factors, 1, max_factors),
                                      ("every", every, 1, 10_000), ("max_iterations", max_iterations, every, 10_000)):
         number(name, value, least, most, whole=True)
     max_users = number("max_users", max_users, 0, 2**31 - 1, whole=True)
     seed = number("seed", seed, 0, 2**32 - 1, whole=True)
+    ranges = {"factors": (min_factors, SPACE["factors"][1]), "strength": _range("strength_range", strength_range),
+              "lambda": _range("lambda_range", lambda_range)}
     past, future, _ = past_and_future(features, "validation", [task])
     counts = {name: features.parameters[name] for name in ("min_user_items", "min_item_users")}
     about = {"split": features.split, **counts, "candidates": dict(candidates), "cut_off": cut_off,
              "max_users": max_users, "seed": seed, "max_factors": max_factors, "max_iterations": max_iterations,
-             "every": every, "space": SPACE}
+             "every": every, "space": ranges}
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
     return Problem(make_task(past, future, task, max_users, seed), weigh(features, candidates, "train"),
-                   dict(candidates), f"{task} {features.fingerprint[:12]} {digest[:8]}", cut_off, seed, max_factors,
-                   [*range(every, max_iterations + 1, every)])
+                   dict(candidates), f"{task} {features.fingerprint[:12]} {digest[:8]}", cut_off, seed,
+                   ranges | {"factors": (min_factors, max_factors)}, [*range(every, max_iterations + 1, every)])
+
+_MOST_FACTORS, _ENDS = 4096, (1e-6, 1e6) # the widest that a range may be
+
+def _range(name:str, ends:Sequence[float])->tuple[float, float]:
+    "The ends of a range; raises `ProductRecsError` where they are none."
+    if isinstance(ends, str) or len(ends) != 2: raise ProductRecsError(f"{name}={ends!r}: must be two numbers")
+    low, high = (number(name, end, *_ENDS) for end in ends)
+    if low >= high: raise ProductRecsError(f"{name}={ends!r}: the first must be below the second")
+    return low, high
 
 # %% ../../nbs/jobs/tune.ipynb #e3df95e5
 def starting_points(
@@ -194,7 +218,7 @@ def guesses(
 )->list[dict]:                # parameters of trials
     "Trials to make before any is drawn: the last starting point with more factors, and with a smaller lambda."
     last = list(first.values())[-1]
-    sizes = [factors for factors in (128, 256) if last["factors"] < factors <= problem.max_factors]
+    sizes = [factors for factors in (128, 256) if last["factors"] < factors <= problem.space["factors"][1]]
     return [*(last | {"factors": factors} for factors in sizes), last | {"lambda": last["lambda"]/5}]
 
 # %% ../../nbs/jobs/tune.ipynb #5dea01dc
@@ -202,18 +226,20 @@ def _draw(trial:Trial, problem:Problem)->dict:
     "Parameters of ALS and the weighting; a drawn number of factors becomes a power of two."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Fixed parameter") # yours may lie outside of the ranges
-        factors = trial.suggest_int("factors", SPACE["factors"][0], problem.max_factors, log=True)
-        strength, relative = (trial.suggest_float(name, *SPACE[name], log=True) for name in ("strength", "lambda"))
+        factors = trial.suggest_int("factors", *problem.space["factors"], log=True)
+        strength, relative = (trial.suggest_float(name, *problem.space[name], log=True)
+                              for name in ("strength", "lambda"))
         weighting = trial.suggest_categorical("weighting", list(problem.candidates))
-    if "origin" not in trial.user_attrs: factors = min(power_of_two(factors), problem.max_factors)
+    least, most = problem.space["factors"]
+    if "origin" not in trial.user_attrs: factors = min(max(power_of_two(factors), least), most)
     return {"weighting": weighting, "factors": factors, "regularization": float(f"{relative*strength:.4g}"),
             "alpha": alpha_for(problem.snapshots[weighting].confidence, strength)}
 
-def _attempt(study:optuna.Study, problem:Problem, deadline:float)->FrozenTrial:
+def _attempt(study:optuna.Study, problem:Problem, deadline:float, clock:Callable[[], float])->FrozenTrial:
     "Ask for a trial, make it, tell what it was worth."
     trial = study.ask()
     drawn, fixed, own = _draw(trial, problem), "origin" in trial.user_attrs, trial.user_attrs.get("iterations", 0)
-    snapshot, started, values = problem.snapshots[drawn["weighting"]], time.monotonic(), {}
+    snapshot, started, values = problem.snapshots[drawn["weighting"]], clock(), {}
     als = {name: drawn[name] for name in ("factors", "regularization", "alpha")}
     looks = sorted({*problem.looks, own} - {0})
     for done, users, items in continued_fit(snapshot.confidence, **als, looks=looks, seed=problem.seed):
@@ -223,11 +249,11 @@ def _attempt(study:optuna.Study, problem:Problem, deadline:float)->FrozenTrial:
         trial.report(values[done], done)
         if done >= own and on_plateau(list(values.values())): break
         # it is made again next time
-        if not fixed and time.monotonic() > deadline: return study.tell(trial, state=TrialState.FAIL)
+        if not fixed and clock() > deadline: return study.tell(trial, state=TrialState.FAIL)
         if not fixed and trial.should_prune(): break
     best = max(values, key=values.get, default=0)
     trial.set_user_attr("als", als | {"iterations": best})
-    trial.set_user_attr("seconds", round(time.monotonic() - started, 2))
+    trial.set_user_attr("seconds", round(clock() - started, 2))
     cut = not values or (not fixed and trial.should_prune())
     return study.tell(trial, state=TrialState.PRUNED) if cut else study.tell(trial, values[best])
 
@@ -266,41 +292,41 @@ def _trials(study:optuna.Study, *states:TrialState)->list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=states)
 
 # %% ../../nbs/jobs/tune.ipynb #8ab3e404
-def search(
-    file:str|Path,               # SQLite
-    problem:Problem,
-    first:Mapping[str, dict],    # name -> parameters of a trial, of `as_trial`
-    iterations:Mapping[str, int],# name -> its own number of iterations
-    *,
-    budget_minutes:float=10,     # of this search; the first trials are made in any case
-    max_trials:int=100,          # of this search
-    progress:bool=True,
-)->tuple[optuna.Study, int]:     # the study, and its finished trials of earlier searches
-    """Go on with a study until the time or the number of trials is used up; raises `ProductRecsError` where another
-    process searches in the file."""
-    budget_minutes = number("budget_minutes", budget_minutes, 1e-6, 1e6)
-    max_trials = number("max_trials", max_trials, 1, 10**6, whole=True)
-    study, file = open_study(file, problem), Path(file)
-    with _alone(file), tqdm(total=max_trials, desc=problem.task.name, bar_format=_BAR, disable=not progress,
-                            mininterval=0, file=sys.stdout) as bar:
-        # of a process that was killed
-        for trial in _trials(study, TrialState.RUNNING): study.tell(trial.number, state=TrialState.FAIL)
-        _enqueue(study, problem, first, iterations)
-        before, end = len(finished(study)), time.monotonic() + 60*budget_minutes
-        while (made := len(finished(study)) - before) < max_trials:
-            must = any("origin" in trial.user_attrs for trial in _trials(study, TrialState.WAITING))
-            if not must and made and time.monotonic() > end: break
-            study.sampler = optuna.samplers.TPESampler(seed=(problem.seed*1_000_003 + before + made) % 2**32,
-                                                       multivariate=True, n_startup_trials=_DRAWN_AT_RANDOM)
-            trial = _attempt(study, problem, end if made else math.inf)
-            if trial.state == TrialState.FAIL: break
-            minutes = max(0, end - time.monotonic())/60
-            bar.set_postfix_str(f"best NDCG@{problem.cut_off} {study.best_value:.4f}, {minutes:.1f} min left",
-                                refresh=False)
-            bar.update()
-    return study, before
+@dataclass(frozen=True)
+class Search:
+    "What a search did."
+    study: optuna.Study
+    earlier: int          # finished trials of earlier searches
+    made: int             # finished trials of this one
+    minutes: float        # that it took
+    budget_minutes: float
+    max_trials: int       # 0: no limit
+    ended: str            # time | trials
 
-_BAR = "{desc} {n_fmt}/{total_fmt} trials |{bar:12}| [{elapsed}{postfix}]"
+    @property
+    def sentence(self)->str:
+        "What ended it."
+        before = f", after {self.earlier:,} of earlier searches" if self.earlier else ""
+        made = f"{self.made:,} trials in {self.minutes:.1f} of {self.budget_minutes:.1f} minutes{before}"
+        if self.ended == "trials":
+            return f"The search ended with trial {self.max_trials:,}, the last that max_trials allows: {made}."
+        return f"The search ended because its time was over: {made}."
+
+_BAR = "{desc} {n_fmt} trials |{bar:12}| [{elapsed}{postfix}]"
+
+# %% ../../nbs/jobs/tune.ipynb #1da3e72f
+def _best(study:optuna.Study)->float:
+    "The best value of a study, NaN where no trial is complete."
+    return study.best_value if _trials(study, TrialState.COMPLETE) else math.nan
+
+def _diary(study:optuna.Study, budget_minutes:float, max_trials:int)->Callable:
+    "Keep what this search does in its study; called after each trial."
+    earlier, when = study.user_attrs.get("searches", []), datetime.now().astimezone().isoformat(timespec="seconds")
+    def remember(made:int, minutes:float, ended:str)->None:
+        entry = {"when": when, "trials": made, "minutes": round(minutes, 3), "budget_minutes": budget_minutes,
+                 "max_trials": max_trials, "best": _best(study), "ended": ended}
+        study.set_user_attr("searches", [*earlier, entry])
+    return remember
 
 def _enqueue(study:optuna.Study, problem:Problem, first:Mapping[str, dict], iterations:Mapping[str, int])->None:
     "Let the starting points and the guesses that the study does not have yet be its next trials."
@@ -309,6 +335,79 @@ def _enqueue(study:optuna.Study, problem:Problem, first:Mapping[str, dict], iter
     for name, parameters in [*first.items(), *((None, guess) for guess in guesses(problem, first))]:
         attributes = {"origin": name, "iterations": iterations[name]} if name else {}
         if (name, parameters) not in known: study.enqueue_trial(parameters, user_attrs=attributes)
+
+# %% ../../nbs/jobs/tune.ipynb #5028ec3a
+def search(
+    file:str|Path,               # SQLite
+    problem:Problem,
+    first:Mapping[str, dict],    # name -> parameters of a trial, of `as_trial`
+    iterations:Mapping[str, int],# name -> its own number of iterations
+    *,
+    budget_minutes:float=10,     # of this search; the first trials are made in any case
+    max_trials:int=0,            # of this search; 0: as many as the time allows
+    progress:bool=True,
+    clock:Callable[[], float]=time.monotonic, # seconds
+)->Search:
+    """Go on with a study until the time or the number of trials is used up; raises `ProductRecsError` where another
+    process searches in the file."""
+    budget_minutes = number("budget_minutes", budget_minutes, 1e-6, 1e6)
+    max_trials = number("max_trials", max_trials, 0, 10**6, whole=True)
+    started, file = clock(), Path(file)
+    end, study, ended = started + 60*budget_minutes, open_study(file, problem), "time"
+    with _alone(file), tqdm(total=max_trials or None, desc=problem.task.name, bar_format=_BAR, disable=not progress,
+                            mininterval=0, file=sys.stdout) as bar:
+        # of a process that was killed
+        for trial in _trials(study, TrialState.RUNNING): study.tell(trial.number, state=TrialState.FAIL)
+        _enqueue(study, problem, first, iterations)
+        before, made = len(finished(study)), 0
+        remember = _diary(study, budget_minutes, max_trials)
+        while True:
+            if max_trials and made >= max_trials:
+                ended = "trials"
+                break
+            must = any("origin" in trial.user_attrs for trial in _trials(study, TrialState.WAITING))
+            if not must and made and clock() > end: break
+            study.sampler = optuna.samplers.TPESampler(seed=(problem.seed*1_000_003 + before + made) % 2**32,
+                                                       multivariate=True, n_startup_trials=_DRAWN_AT_RANDOM)
+            if _attempt(study, problem, end if made else math.inf, clock).state == TrialState.FAIL: break
+            made, minutes = made + 1, (clock() - started)/60
+            remember(made, minutes, "interrupted")
+            bar.set_postfix_str(f"best NDCG@{problem.cut_off} {_best(study):.4f}, "
+                                f"{max(0, budget_minutes - minutes):.1f} min left", refresh=False)
+            bar.update()
+        minutes = (clock() - started)/60
+        remember(made, minutes, ended)
+    return Search(study, before, made, minutes, budget_minutes, max_trials, ended)
+
+# %% ../../nbs/jobs/tune.ipynb #7d0a42e9
+def past_searches(
+    file:str|Path, # SQLite, of `search`
+    task:str,
+)->list[dict]:     # when, trials, minutes, budget_minutes, max_trials, best, ended, study; oldest first
+    "All searches for a task that a file knows, also those of other data or other ranges."
+    studies = optuna.get_all_study_summaries(f"sqlite:///{Path(file).absolute()}")
+    found = [{**entry, "study": study.study_name} for study in studies if study.study_name.split(" ")[0] == task
+             for entry in study.user_attrs.get("searches", [])]
+    return sorted(found, key=lambda entry: entry["when"])
+
+def search_tasks(
+    file:str|Path,                  # SQLite
+    problems:Mapping[str, Problem], # task -> its problem
+    first:Mapping[str, Mapping],    # task -> `first` of `search`
+    iterations:Mapping[str, Mapping],
+    *,
+    budget_minutes:float=10,        # of all tasks together
+    max_trials:int=0,               # of each task; 0: as many as the time allows
+    progress:bool=True,
+    clock:Callable[[], float]=time.monotonic, # seconds
+)->dict[str, Search]:
+    "Search for one task after the other, each with an equal share of the time that is left; raises like `search`."
+    end, searches = clock() + 60*number("budget_minutes", budget_minutes, 1e-6, 1e6), {}
+    for place, (task, problem) in enumerate(problems.items()):
+        share = max((end - clock())/60/(len(problems) - place), 1e-6)
+        searches[task] = search(file, problem, first[task], iterations[task], budget_minutes=share,
+                                max_trials=max_trials, progress=progress, clock=clock)
+    return searches
 
 # %% ../../nbs/jobs/tune.ipynb #f45125e8
 def best_parameters(
@@ -319,66 +418,143 @@ def best_parameters(
     best = study.best_trial
     return problem.candidates[best.params["weighting"]] | best.user_attrs["als"]
 
+# %% ../../nbs/jobs/tune.ipynb #7ef75735
+_WIDENED = {"strength": "strength_range", "lambda": "lambda_range"}
+
+def _wider(problem:Problem, name:str, high:bool)->str:
+    "The parameter that widens a range at one end, with a value; empty where it can be no wider."
+    low, top = problem.space[name]
+    if name == "factors":
+        value = min(2*top, _MOST_FACTORS) if high else max(low//2, 1)
+        return "" if value == problem.space[name][high] else f"{'max' if high else 'min'}_factors {value}"
+    ends = [low, min(10*top, _ENDS[1])] if high else [max(low/10, _ENDS[0]), top]
+    return "" if ends == [low, top] else f"{_WIDENED[name]} '{[float(f'{end:g}') for end in ends]}'"
+
+def at_edges(
+    study:optuna.Study,
+    problem:Problem,
+    margin:float=0.03, # of the range, on its log scale, that counts as its end
+)->list[dict]:         # name, value, end (low | high), range, remedy, sentence
+    "The best values that lie at an end of their range, or outside of it, and what widens it."
+    best, found = study.best_trial, []
+    values = best.params | {"factors": best.user_attrs["als"]["factors"]}
+    for name, (low, high) in problem.space.items():
+        place = math.log(values[name]/low)/math.log(high/low) if high > low else 0.5
+        if margin < place < 1 - margin: continue
+        end = "high" if place > 0.5 else "low"
+        widened = _wider(problem, name, end == "high")
+        remedy = f"widen it with -p {widened}" if widened else "it can be no wider"
+        says = (f"The best {name}, {values[name]:.4g}, lies at the {end} end of its range, {low:g} to {high:g}: "
+                f"{remedy}.")
+        found.append({"name": name, "value": values[name], "end": end, "range": [low, high], "remedy": remedy,
+                      "sentence": says})
+    iterations = best.user_attrs["als"]["iterations"]
+    if iterations >= problem.looks[-1]:
+        remedy = f"allow more with -p max_iterations {min(2*problem.looks[-1], 10_000)}"
+        found.append({"name": "iterations", "value": iterations, "end": "high", "range": [1, problem.looks[-1]],
+                      "remedy": remedy, "sentence": f"The best fit was still rising after {iterations} iterations: "
+                                                    f"{remedy}."})
+    return found
+
 # %% ../../nbs/jobs/tune.ipynb #33e236e0
-def on_test(
+def served_model(
     features:Features,
     task:str,
-    points:Mapping[str, dict], # name -> parameters of 02_features and of ALS; the first is compared with each other one
+    models_dir:str|Path="models",
+)->tuple[Model, str]: # not fitted, and what it is
+    "What a run serves, or would; raises `ProductRecsError` where there is nothing."
+    models, _, version = judged_bundle(str(models_dir), "", features.fingerprint)
+    if task in models: return models[task], f"what version {version} serves"
+    name = " + ".join([*USUAL_BLEND, *(["habits"] if task == NEXT_PURCHASE else [])])
+    return Choice(features, all_models(), progress=False).by_name(name, task), "the usual blend, for there is no bundle"
+
+def rivals_of(
+    features:Features,
+    task:str,
+    models_dir:str|Path="models",
+)->tuple[list[Model], dict[str, str]]: # not fitted, the served one last; name -> what it is
+    "The models that a tuned ALS has to beat; what cannot be served here is left out."
+    simple, roles = [Popularity(), BuyAgain()], {}
+    try: served, what = served_model(features, task, models_dir)
+    except ProductRecsError: return simple, roles
+    return [*(model for model in simple if model.name != served.name), served], {served.name: what}
+
+# %% ../../nbs/jobs/tune.ipynb #8887163f
+def _model_figures(model:Model, fits:Fits, judged:Task, period:str, cut_off:int, seed:int)->np.ndarray:
+    "NDCG of each user; on the validation period habits are judged by weights that the user did not give."
+    if isinstance(model, HabitBlend) and period == "validation":
+        return crossed_figures(fits.fit(model.parts[0]), judged, "ndcg", cut_off, seed)
+    return user_ndcg(fits.fit(model), judged, cut_off)
+
+def on_period(
+    features:Features,
+    task:str,
+    points:Mapping[str, dict],   # name -> parameters of 02_features and of ALS; the first is compared with all others
+    models:Sequence[Model]=(),   # others to compare it with, not fitted
+    period:str="test",           # test | validation
     *,
     cut_off:int=10, max_users:int=0, seeds:Sequence[int]=(0, 1, 2), bootstrap:int=1000,
     progress:bool=True,
 )->list[dict]: # name, ndcg and its interval, by_seed, and the first one's lead with its interval and probability
-    "Judge parameters by the test period; raises `ProductRecsError` where a setting is out of range."
+    "Judge parameters and models by a period; raises `ProductRecsError` where a setting is out of range."
     seeds = [number("test_seeds", seed, 0, 2**32 - 1, whole=True) for seed in seeds]
     if not seeds: raise ProductRecsError("test_seeds=[]: must name at least one")
     cut_off, bootstrap = (number(name, value, 1, 2**31 - 1, whole=True)
                           for name, value in (("cut_off", cut_off), ("bootstrap", bootstrap)))
-    past, future, _ = past_and_future(features, "test", [task])
-    judged = make_task(past, future, task, max_users, seeds[0])
+    past, future, _ = past_and_future(features, period, [task])
+    judged, fits = make_task(past, future, task, max_users, seeds[0]), Fits(past)
     own = {name: {key: point[key] for key in FEATURE_NAMES} for name, point in points.items()}
-    snapshots, rows, lead = weigh(features, own, "train_validation"), [], None
-    with tqdm(total=len(points)*len(seeds), unit=" fits", desc="test period", disable=not progress,
-              file=sys.stdout) as bar:
-        for name, point in points.items():
-            values, als = [], {key: point[key] for key in ALS_NAMES}
-            for seed in seeds:
-                model = ALS(**als, seed=seed, loss_every=0).fit(snapshots[name])
-                values.append(user_ndcg(model, judged, cut_off))
+    snapshots, rows, lead = weigh(features, own, PERIODS[period]), [], None
+    def fitted(name, seed): return ALS(**{key: points[name][key] for key in ALS_NAMES}, seed=seed,
+                                       loss_every=0).fit(snapshots[name])
+    with tqdm(total=len(points)*len(seeds) + len(models), unit=" fits", desc=f"{period} period",
+              disable=not progress, file=sys.stdout) as bar:
+        for entry in (*points, *models):
+            values = []
+            for seed in seeds if entry in points else seeds[:1]:
+                values.append(user_ndcg(fitted(entry, seed), judged, cut_off) if entry in points else
+                              _model_figures(entry, fits, judged, period, cut_off, seed))
                 bar.update()
             mean = np.mean(values, axis=0)
             lead = mean if lead is None else lead
             low, high = interval(bootstrap_means(mean, bootstrap, seeds[0]))
             against = paired_bootstrap(lead, mean, bootstrap, seeds[0])
-            rows.append({"name": name, "ndcg": float(mean.mean()), "low": float(low), "high": float(high),
-                         "by_seed": [float(value.mean()) for value in values], "lead": against.difference,
-                         "lead_low": against.low, "lead_high": against.high, "probability": against.probability,
-                         "users": against.users})
+            rows.append({"name": entry if entry in points else entry.name, "ndcg": float(mean.mean()),
+                         "low": float(low), "high": float(high), "by_seed": [float(value.mean()) for value in values],
+                         "lead": against.difference, "lead_low": against.low, "lead_high": against.high,
+                         "probability": against.probability, "users": against.users})
     return rows
 
 # %% ../../nbs/jobs/tune.ipynb #dfeb3213
+_SIMPLE = (Popularity().name, BuyAgain().name)
+
+def _against(row:dict)->Comparison:
+    "The tuned ALS compared with the one of this row."
+    return Comparison(row["lead"], row["lead_low"], row["lead_high"], row["probability"], row["users"])
+
 def tuned_sentence(
-    task:str, rows:Sequence[dict], # of `on_test`
+    task:str,
+    rows:Sequence[dict],        # of `on_period`, for the test period
+    roles:Mapping[str, str]={}, # name of the served model -> what it is, of `rivals_of`
     cut_off:int=10,
     resamples:int=1000,
 )->str:
     "What tuning bought."
-    tuned, others = rows[0], rows[1:]
-    head = (f"{task.replace('_', ' ').capitalize()}: tuned ALS reaches NDCG@{cut_off} {tuned['ndcg']:.4f} "
-            f"({tuned['low']:.4f} to {tuned['high']:.4f}) on the test period, {tuned['users']:,} users, "
-            f"{len(tuned['by_seed'])} seed{'s'*(len(tuned['by_seed']) > 1)}. ")
-    same = [row["name"] for row in others if row["lead"] == row["lead_low"] == row["lead_high"] == 0]
-    if same: head += f"The search found nothing better than {same[0]}. "
-    parts = [f"{_verdict(row)} {row['name']} ({row['ndcg']:.4f}): {row['lead']:+.4f}, 95 % interval "
-             f"{row['lead_low']:+.4f} to {row['lead_high']:+.4f}, probability of being better "
-             f"{_likely(row['probability'], resamples)}" for row in others if row["name"] not in same]
-    return head + "; ".join(parts).capitalize() + "."
-
-def _verdict(row:dict)->str:
-    "What an interval says of the first one against this one."
-    if row["lead_low"] > 0: return "better than"
-    return "worse than" if row["lead_high"] < 0 else "not clearly different from"
-
-def _likely(probability:float, resamples:int)->str:
-    "A probability, as sharp as so many resamples tell it."
-    if probability == 1: return f"more than {1 - 1/resamples:.1%}"
-    return f"less than {1/resamples:.1%}" if probability == 0 else f"{probability:.1%}"
+    tuned, name = rows[0], f"NDCG@{cut_off}"
+    def against(row, rival=""): return compared("tuned ALS", row["name"], _against(row), name, resamples, rival)
+    def best_of(rows): return max(rows, key=lambda row: row["ndcg"], default=None)
+    served = next((row for row in rows if row["name"] in roles), None)
+    parts = [f"tuned ALS has {name} {tuned['ndcg']:.4f} ({tuned['low']:.4f} to {tuned['high']:.4f}) on the test "
+             f"period, {tuned['users']:,} users, {len(tuned['by_seed'])} seed{'s'*(len(tuned['by_seed']) > 1)}"]
+    if served:
+        worth = ("was worth it" if served["lead_low"] > 0 else
+                 "was not worth it" if served["lead_high"] < 0 else "changes little")
+        parts.insert(0, f"tuning {worth}: {against(served, roles[served['name']])}")
+    if simple := best_of([row for row in rows if row["name"] in _SIMPLE and row is not served]):
+        parts.append(against(simple, "the best simple list"))
+    untuned = [row for row in rows[1:] if row["name"] not in (*_SIMPLE, *roles)]
+    if same := [row["name"] for row in untuned if row["lead"] == row["lead_low"] == row["lead_high"] == 0]:
+        parts.append(f"the search found nothing better than {same[0]}")
+    elif untuned: parts.append(against(best_of(untuned), "the best ALS before it"))
+    rest = "".join(f" {part[0].upper()}{part[1:]}." for part in parts[1:])
+    return f"{task.replace('_', ' ').capitalize()}: {parts[0]}.{rest}"
