@@ -86,7 +86,7 @@ def with_article(
     noun:str,
 )->str:
     "`a user_id`, `an item_id`."
-    return f"{'an' if re.match('(?i)[aeiou](?!ser|ni|se|su|til|ro)', noun) else 'a'} {noun}"
+    return f"{'an' if re.match('(?i)[aeiou](?!ser|ni|se|su|til|ro)|hour', noun) else 'a'} {noun}"
 
 # %% ../../nbs/core/text.ipynb #af8adcac
 _AMOUNT = r"[-+]?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?\s?[km]?"
