@@ -145,8 +145,8 @@ nav { font-size: .9rem; }
 img { max-width: 100%; height: auto; } .figure { overflow-x: auto; margin: .8rem 0; }
 @media screen and (max-width: 640px) { main { padding: 12px 12px 48px; } h1 { font-size: 1.45rem; }
   .figure img { max-width: none; width: 640px; } th, td { padding: .3rem .45rem; } }
-@media print { main { max-width: none; padding: 0; } nav, details.code, details.definitions { display: none !important; }
-  h1, h2, h3, caption { break-after: avoid; } tr, img, .figure, .verdict, .failed { break-inside: avoid; }
+@media print { main { max-width: none; padding: 0; } nav, details.code, details.definitions { display: none
+  !important; } h1, h2, h3, caption { break-after: avoid; } tr, img, .figure, .verdict, .failed { break-inside: avoid; }
   thead { display: table-header-group; } a { color: inherit; text-decoration: none; } }
 """
 
@@ -172,7 +172,8 @@ _NOTEBOOK_STYLE = """
 .jp-RenderedHTMLCommon table { margin-left: 0; font-size: .9rem; table-layout: auto; } .jp-RenderedHTMLCommon td,
   .jp-RenderedHTMLCommon th { white-space: normal; max-width: none; vertical-align: top; }
 .jp-RenderedHTMLCommon td[style*="right"] { white-space: nowrap; font-variant-numeric: tabular-nums; }
-.jp-RenderedHTMLCommon code { background: var(--panel); color: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
+.jp-RenderedHTMLCommon code { background: var(--panel); color: inherit; white-space: pre-wrap; overflow-wrap:
+  anywhere; }
 .jp-RenderedHTMLCommon h1, .jp-RenderedHTMLCommon h2 { border: 0; } .jp-InputPrompt, .jp-OutputPrompt { display:
   none; } .jp-OutputArea-child { display: block; }
 .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: var(--panel); }
@@ -194,11 +195,12 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {% block any_cell %}{% if not cell.metadata.skip %}
 {% if cell.metadata.opens %}<details class="definitions"><summary>How this notebook works: its definitions, each with
   its check ({{ cell.metadata.opens }} cells)</summary>{% endif %}
-{% if cell.metadata.verdict %}<div class="verdict">{% endif %}{{ super() }}{% if cell.metadata.verdict %}</div>{% endif %}
+{% if cell.metadata.verdict %}<div class="verdict">{% endif %}{{ super() }}
+{% if cell.metadata.verdict %}</div>{% endif %}
 {% if cell.metadata.closes %}</details>{% endif %}{% endif %}{% endblock %}
-{% block data_png scoped %}<div class="figure jp-OutputArea-output"><img alt="{{ output.data.get('text/plain', '') | e }}"
-  src="data:image/png;base64,{{ output.data['image/png'] | e }}"{% if output | get_metadata('width', 'image/png') %}
-  width="{{ output | get_metadata('width', 'image/png') | e }}"{% endif %}></div>{% endblock %}
+{% block data_png scoped %}<div class="figure jp-OutputArea-output"><img
+  alt="{{ output.data.get('text/plain', '') | e }}" src="data:image/png;base64,{{ output.data['image/png'] | e }}"
+  {% if output | get_metadata('width', 'image/png') %}width="{{ output | get_metadata('width', 'image/png') | e }}"{% endif %}></div>{% endblock %}
 {% block input %}<details class="{% if 'parameters' in cell.metadata.tags or 'injected-parameters' in
   cell.metadata.tags %}parameters" open{% else %}code"{% endif %}><summary>
 {%- if 'injected-parameters' in cell.metadata.tags %}parameters of this run{% elif 'parameters' in cell.metadata.tags
