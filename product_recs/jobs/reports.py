@@ -156,6 +156,7 @@ _NOTEBOOK_STYLE = """
 :root { --jp-layout-color0: var(--paper); --jp-layout-color1: var(--paper); --jp-layout-color2: var(--panel);
   --jp-layout-color3: var(--line); --jp-border-color0: var(--line); --jp-border-color1: var(--line);
   --jp-border-color2: var(--line); --jp-border-color3: var(--line); --jp-content-font-color0: var(--ink);
+  --jp-ui-font-color0: var(--ink); --jp-ui-font-color1: var(--ink); --jp-ui-font-color2: var(--soft);
   --jp-content-font-color1: var(--ink); --jp-content-font-color2: var(--soft); --jp-content-font-color3: var(--soft);
   --jp-content-link-color: var(--accent); --jp-cell-editor-background: var(--panel);
   --jp-cell-editor-border-color: var(--line); --jp-rendermime-table-row-background: var(--panel);
@@ -198,9 +199,10 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {% if cell.metadata.verdict %}<div class="verdict">{% endif %}{{ super() }}
 {% if cell.metadata.verdict %}</div>{% endif %}
 {% if cell.metadata.closes %}</details>{% endif %}{% endif %}{% endblock %}
-{% block data_png scoped %}<div class="figure jp-OutputArea-output"><img
-  alt="{{ output.data.get('text/plain', '') | e }}" src="data:image/png;base64,{{ output.data['image/png'] | e }}"
-  {% if output | get_metadata('width', 'image/png') %}width="{{ output | get_metadata('width', 'image/png') | e }}"{% endif %}></div>{% endblock %}
+{% block data_png scoped %}{% set width = output | get_metadata('width', 'image/png') %}
+<div class="figure jp-OutputArea-output"><img alt="{{ output.data.get('text/plain', '') | e }}"
+  {% if width %}width="{{ width | e }}"{% endif %} src="data:image/png;base64,{{ output.data['image/png'] | e }}">
+</div>{% endblock %}
 {% block input %}<details class="{% if 'parameters' in cell.metadata.tags or 'injected-parameters' in
   cell.metadata.tags %}parameters" open{% else %}code"{% endif %}><summary>
 {%- if 'injected-parameters' in cell.metadata.tags %}parameters of this run{% elif 'parameters' in cell.metadata.tags
