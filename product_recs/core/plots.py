@@ -6,14 +6,14 @@
 __all__ = ['PALETTE', 'INK', 'SOFT', 'GREY', 'LINE', 'MARKERS', 'WIDTH', 'compact', 'Picture', 'drawing', 'clashes', 'name_rows',
            'bars', 'timeline', 'dots', 'points', 'spread', 'curves', 'scatter', 'histograms']
 
-# %% ../../nbs/core/plots.ipynb #a3e06108
+# %% ../../nbs/core/plots.ipynb #149a4747
 import math
 import textwrap
 import warnings
 from base64 import b64encode
 from contextlib import contextmanager
 from io import BytesIO
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from .text import counted, is_ordered, natural_order, plot_label, visible, with_article
 
-# %% ../../nbs/core/plots.ipynb #faf44107
+# %% ../../nbs/core/plots.ipynb #a7c54ca5
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9") # Okabe and Ito 2008, without yellow
 _PALE = "#80b9d9" # of the first
 INK, SOFT, GREY, LINE = "#1f2933", "#52606d", "#8a939c", "#dde3e9"
@@ -60,9 +60,9 @@ def compact(
     if abs(value) >= 1e15: return f"{value:.0e}"
     for least, unit, letter in ((1e12, 1e12, "T"), (1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= least: return f"{value/unit:.4g}{letter}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
-# %% ../../nbs/core/plots.ipynb #d898d1e4
+# %% ../../nbs/core/plots.ipynb #dcbf2ad4
 class Picture:
     "A figure that shows itself in a notebook, and says in words what it shows."
     def __init__(self, figure:Figure|None, title:str):
@@ -108,7 +108,7 @@ def drawing(
         yield picture
         _foot(picture)
 
-# %% ../../nbs/core/plots.ipynb #d31b4fd3
+# %% ../../nbs/core/plots.ipynb #6ab399fd
 def _foot(picture:Picture)->None:
     "The legend, where a panel asks for one, and the notes below it."
     handles = {label: handle for ax in picture.axes for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -142,7 +142,7 @@ def clashes(
         found += [f"{word!r} on {other!r}" for other, its in boxes[place + 1:] if box.overlaps(its)]
     return found
 
-# %% ../../nbs/core/plots.ipynb #88007ad5
+# %% ../../nbs/core/plots.ipynb #ba8fb27b
 def _rest(picture:Picture, shown:int, whole:int, what:str)->None:
     "Say how many groups are not in the picture."
     if shown < whole: picture.notes.append(f"Shown are {shown:,} of {whole:,} {what}.")
@@ -188,7 +188,7 @@ def bars(
         ax.xaxis.set_major_formatter(FuncFormatter(compact))
     return picture
 
-# %% ../../nbs/core/plots.ipynb #27b92bbd
+# %% ../../nbs/core/plots.ipynb #71e5f1c6
 _UNITS = {"hour": ("h", 4), "day": ("D", 120), "week": ("W-SUN", 1000), "month": ("M", 9500), "year": ("Y", math.inf)}
 
 def _periods(times:pd.Series)->tuple[str, pd.PeriodIndex, np.ndarray]:
@@ -221,7 +221,7 @@ def _marks(picture:Picture, marked:dict, edges:np.ndarray)->None:
         if room: picture.axes[0].annotate(plot_label(name), (start + (end - start)/2, 0.98), va="top", ha="center",
                                           xycoords=("data", "axes fraction"), fontsize=9, color=INK)
 
-# %% ../../nbs/core/plots.ipynb #060112bb
+# %% ../../nbs/core/plots.ipynb #ae573e95
 def _counts_by_period(events:pd.DataFrame, periods:pd.PeriodIndex, most:int)->pd.DataFrame:
     "One column a kind, the largest first; the smallest kinds are one column."
     kinds = events["kind"].astype(str) if "kind" in events else pd.Series("", events.index)
@@ -261,7 +261,7 @@ def timeline(
                                              f"{', hatched' if empty.mean() <= 0.3 else ''}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #2c759cbd
+# %% ../../nbs/core/plots.ipynb #8300e70a
 def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty:np.ndarray)->None:
     "Steps over the periods; pale where the log begins or ends, hatched where there is nothing of any kind."
     days = edges.astype("datetime64[s]").astype(float)/86_400 # as matplotlib counts
@@ -284,7 +284,7 @@ def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty
     ax.yaxis.set_major_formatter(FuncFormatter(compact))
     ax.set(xlim=(days[0], days[-1]), ylim=(0, 1.18*counts.max() or 1))
 
-# %% ../../nbs/core/plots.ipynb #c5508592
+# %% ../../nbs/core/plots.ipynb #ea0ba012
 def _rows_of(groups:pd.DataFrame, most:int, given:bool)->tuple[list[str], int, bool]:
     "Names of the groups that are shown, how many there are, and whether they have an order."
     names = list(dict.fromkeys(groups["group"]))
@@ -320,7 +320,7 @@ def dots(
         ax.plot(group["value"], row, marker, color=hue, ms=6, alpha=alpha, zorder=3, mfc="white" if pale else hue)
     if label is not None: ax.plot([], [], marker, color=colours[0], ls="-", lw=1.8, label=plot_label(label, 44))
 
-# %% ../../nbs/core/plots.ipynb #41691613
+# %% ../../nbs/core/plots.ipynb #5d15c04a
 def _beside(ax, texts, header:str)->None:
     "Numbers at the right of the rows."
     at = ax.get_yaxis_transform()
@@ -374,7 +374,7 @@ def points(
             picture.notes.append(f"Hollow and pale: fewer than {few} {what}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #30681f9c
+# %% ../../nbs/core/plots.ipynb #72545e2a
 def spread(
     heights,          # wanted; any order
     least:float,      # distance
@@ -396,13 +396,17 @@ def spread(
     places[order] = np.clip(pooled, low, high - least*max(len(heights) - 1, 0)) + least*steps
     return places
 
-def _looks(names, emphasised)->dict[str, dict]:
-    "Colour and width of each name."
-    names, emphasised = list(names), [name for name in dict.fromkeys(emphasised) if name]
-    if not emphasised and len(names) <= len(PALETTE): emphasised = names
-    strong = {name: {"color": PALETTE[place % len(PALETTE)], "lw": 2.4, "zorder": 3}
-              for place, name in enumerate(emphasised)}
-    return {name: strong.get(name, {"color": GREY, "lw": 1.0, "zorder": 2}) for name in names}
+def _looks(panels:dict, emphasised)->dict[str, dict]:
+    "Panel -> name -> colour and width; a name that is emphasised has one colour in all panels."
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    if not len(emphasised) and len(names) <= len(PALETTE): emphasised = names
+    of_panel = emphasised if isinstance(emphasised, dict) else dict.fromkeys(panels, emphasised)
+    ranks = zip_longest(*of_panel.values()) # the first of each panel, then the second
+    colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(dict.fromkeys(
+        name for rank in ranks for name in rank if name in names))}
+    plain = {"color": GREY, "lw": 1.0, "zorder": 2}
+    return {panel: {name: {"color": colours[name], "lw": 2.4, "zorder": 3} if name in of_panel.get(panel, ()) else plain
+                    for name in shown} for panel, shown in panels.items()}
 
 def _name_points(ax, ends:dict, looks:dict, height:float, column:bool)->int:
     "Names at the right, each with a line to its point; says how many there was no room for."
@@ -418,7 +422,7 @@ def _name_points(ax, ends:dict, looks:dict, height:float, column:bool)->int:
                                 "shrinkB": 4 if column else 0, "alpha": 0.7, "relpos": (0, 0.5)})
     return len(ends) - len(kept)
 
-# %% ../../nbs/core/plots.ipynb #9d8576f4
+# %% ../../nbs/core/plots.ipynb #c47d64be
 def _axis(axis, log:bool, low:float, high:float)->None:
     "Ticks that do not touch: few of them, in few characters."
     if log and low > 0:
@@ -442,7 +446,8 @@ def curves(
     xlabel:str,
     ylabel:str,
     title:str="",
-    emphasised=(),   # names, the most important first
+    emphasised=(),   # names, the most important first; or panel -> names
+    zero:bool=True,  # the y axis begins at zero
     ends:bool=True,  # names at the ends; otherwise a legend of those emphasised
     log:bool=False,  # the x axis
     ticks=(),        # of the x axis; (): chosen here
@@ -452,9 +457,10 @@ def curves(
     panels = {name: lines for name, lines in panels.items() if lines}
     if not panels: return Picture(None, f"{title or ylabel}: nothing to draw.")
     begun, tall = _named_panels(title, panels, ends, most)
+    every = _looks(panels, emphasised)
     with begun as picture:
         for ax, (panel, lines) in zip(picture.axes, panels.items()):
-            looks = _looks(lines, emphasised)
+            looks = every[panel]
             for name, (x, y, *band) in lines.items():
                 strong = looks[name]["lw"] > 2
                 label = plot_label(name, 44) if strong and not ends else None
@@ -467,31 +473,36 @@ def curves(
             if len(ticks):
                 ax.xaxis.set_major_locator(FixedLocator(ticks))
                 ax.xaxis.set_minor_locator(FixedLocator([]))
-            ax.set(xlabel=xlabel, ylabel=ylabel, title=plot_label(panel, 60), ylim=(min(0, np.nanmin(ys)), None))
+            ax.set(xlabel=xlabel, ylabel=ylabel, title=plot_label(panel, 60))
+            if zero: ax.set_ylim(bottom=min(0, np.nanmin(ys)))
             if not ends: continue
             unnamed = _name_points(ax, {name: (line[0][-1], line[1][-1]) for name, line in lines.items()}, looks, tall,
                                    column=False)
             if unnamed: picture.notes.append(f"{counted(unnamed, 'more line')} without a name.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #716c5a69
+# %% ../../nbs/core/plots.ipynb #d94307f3
 def scatter(
     panels:dict,     # title -> DataFrame: `x`, `y`, and `name` where points have one
     xlabel:str,
     ylabel:str,
     title:str="",
-    emphasised=(),   # names, the most important first
+    emphasised=(),   # names, the most important first; or panel -> names
     log:str="",      # axes that are logarithmic: "", "x", "y", "xy"
     most:int=24,     # names
     dense:int=5000,  # from so many points on, their density
 )->Picture:
     "Points of two figures, with their names at the right where they have names."
-    panels = {name: frame.dropna(subset=["x", "y"]) for name, frame in panels.items()}
+    # nothing is at zero of a logarithmic axis
+    fits = {name: frame[["x", "y"]].notna().all(axis=1) & frame[list(log)].gt(0).all(axis=1)
+            for name, frame in panels.items()}
+    panels = {name: frame[fits[name]] for name, frame in panels.items()}
     panels = {name: frame for name, frame in panels.items() if len(frame)}
     if not panels: return Picture(None, f"{title or ylabel}: nothing to draw.")
     named = all("name" in frame for frame in panels.values())
     names = {key: frame["name"] for key, frame in panels.items()} if named else panels
     begun, tall = _named_panels(title, names, named, most)
+    looks = _looks(names, emphasised) if named else {}
     with begun as picture:
         for ax, (panel, frame) in zip(list(picture.axes), panels.items()):
             if "x" in log: ax.set_xscale("log")
@@ -499,7 +510,7 @@ def scatter(
             ax.set(xlabel=xlabel, ylabel=ylabel, title=plot_label(panel, 60))
             sides = (ax.xaxis, frame["x"]), (ax.yaxis, frame["y"])
             for axis, values in sides: _axis(axis, axis.axis_name in log, values.min(), values.max())
-            if named: picture.notes += _with_names(ax, frame, emphasised, tall)
+            if named: picture.notes += _with_names(ax, frame, looks[panel], tall)
             elif len(frame) < dense: ax.scatter(frame["x"], frame["y"], s=14, alpha=0.5, color=PALETTE[0], lw=0)
             else:
                 cells = ax.hexbin(frame["x"], frame["y"], gridsize=(60, 24), bins="log", mincnt=1, cmap="Blues", lw=0.1,
@@ -509,16 +520,15 @@ def scatter(
                 _axis(scale, True, max(cells.get_clim()[0], 1), cells.get_clim()[1])
     return picture
 
-def _with_names(ax, frame:pd.DataFrame, emphasised, tall:float)->list[str]:
+def _with_names(ax, frame:pd.DataFrame, looks:dict, tall:float)->list[str]:
     "Points and their names; notes on what is without one."
-    looks = _looks(frame["name"], emphasised)
     ax.scatter(frame["x"], frame["y"], s=36, c=[looks[name]["color"] for name in frame["name"]], zorder=3)
     ax.set_ylim(*ax.get_ylim()) # what follows is placed by it
     ends = {row.name: (row.x, row.y) for row in frame.itertuples(index=False)}
     unnamed = _name_points(ax, ends, looks, tall, column=True)
     return [f"{counted(unnamed, 'more point')} without a name."] if unnamed else []
 
-# %% ../../nbs/core/plots.ipynb #ec59b524
+# %% ../../nbs/core/plots.ipynb #b7d18f2f
 def _edges(values:np.ndarray)->tuple[np.ndarray, bool]:
     "Where the bars of a histogram end, and whether the axis is logarithmic."
     low, high, whole = values.min(), values.max(), bool((values == np.round(values)).all())
