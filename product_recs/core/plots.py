@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'INK', 'SOFT', 'GREY', 'LINE', 'MARKERS', 'WIDTH', 'compact', 'Picture', 'drawing', 'clashes', 'name_rows',
            'bars', 'timeline', 'dots', 'points', 'spread', 'curves', 'scatter', 'histograms']
 
-# %% ../../nbs/core/plots.ipynb #149a4747
+# %% ../../nbs/core/plots.ipynb #d85e9c88
 import math
 import textwrap
 import warnings
@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from .text import counted, is_ordered, natural_order, plot_label, visible, with_article
 
-# %% ../../nbs/core/plots.ipynb #a7c54ca5
+# %% ../../nbs/core/plots.ipynb #9977a1b7
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9") # Okabe and Ito 2008, without yellow
 _PALE = "#80b9d9" # of the first
 INK, SOFT, GREY, LINE = "#1f2933", "#52606d", "#8a939c", "#dde3e9"
@@ -62,7 +62,7 @@ def compact(
         if abs(value) >= least: return f"{value/unit:.4g}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
-# %% ../../nbs/core/plots.ipynb #dcbf2ad4
+# %% ../../nbs/core/plots.ipynb #d27b4faa
 class Picture:
     "A figure that shows itself in a notebook, and says in words what it shows."
     def __init__(self, figure:Figure|None, title:str):
@@ -108,7 +108,7 @@ def drawing(
         yield picture
         _foot(picture)
 
-# %% ../../nbs/core/plots.ipynb #6ab399fd
+# %% ../../nbs/core/plots.ipynb #300beeff
 def _foot(picture:Picture)->None:
     "The legend, where a panel asks for one, and the notes below it."
     handles = {label: handle for ax in picture.axes for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -142,7 +142,7 @@ def clashes(
         found += [f"{word!r} on {other!r}" for other, its in boxes[place + 1:] if box.overlaps(its)]
     return found
 
-# %% ../../nbs/core/plots.ipynb #ba8fb27b
+# %% ../../nbs/core/plots.ipynb #6b225018
 def _rest(picture:Picture, shown:int, whole:int, what:str)->None:
     "Say how many groups are not in the picture."
     if shown < whole: picture.notes.append(f"Shown are {shown:,} of {whole:,} {what}.")
@@ -188,7 +188,7 @@ def bars(
         ax.xaxis.set_major_formatter(FuncFormatter(compact))
     return picture
 
-# %% ../../nbs/core/plots.ipynb #71e5f1c6
+# %% ../../nbs/core/plots.ipynb #6faaf663
 _UNITS = {"hour": ("h", 4), "day": ("D", 120), "week": ("W-SUN", 1000), "month": ("M", 9500), "year": ("Y", math.inf)}
 
 def _periods(times:pd.Series)->tuple[str, pd.PeriodIndex, np.ndarray]:
@@ -221,7 +221,7 @@ def _marks(picture:Picture, marked:dict, edges:np.ndarray)->None:
         if room: picture.axes[0].annotate(plot_label(name), (start + (end - start)/2, 0.98), va="top", ha="center",
                                           xycoords=("data", "axes fraction"), fontsize=9, color=INK)
 
-# %% ../../nbs/core/plots.ipynb #ae573e95
+# %% ../../nbs/core/plots.ipynb #a11b0775
 def _counts_by_period(events:pd.DataFrame, periods:pd.PeriodIndex, most:int)->pd.DataFrame:
     "One column a kind, the largest first; the smallest kinds are one column."
     kinds = events["kind"].astype(str) if "kind" in events else pd.Series("", events.index)
@@ -261,7 +261,7 @@ def timeline(
                                              f"{', hatched' if empty.mean() <= 0.3 else ''}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #8300e70a
+# %% ../../nbs/core/plots.ipynb #d677293e
 def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty:np.ndarray)->None:
     "Steps over the periods; pale where the log begins or ends, hatched where there is nothing of any kind."
     days = edges.astype("datetime64[s]").astype(float)/86_400 # as matplotlib counts
@@ -284,7 +284,7 @@ def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty
     ax.yaxis.set_major_formatter(FuncFormatter(compact))
     ax.set(xlim=(days[0], days[-1]), ylim=(0, 1.18*counts.max() or 1))
 
-# %% ../../nbs/core/plots.ipynb #ea0ba012
+# %% ../../nbs/core/plots.ipynb #b6c742be
 def _rows_of(groups:pd.DataFrame, most:int, given:bool)->tuple[list[str], int, bool]:
     "Names of the groups that are shown, how many there are, and whether they have an order."
     names = list(dict.fromkeys(groups["group"]))
@@ -320,7 +320,7 @@ def dots(
         ax.plot(group["value"], row, marker, color=hue, ms=6, alpha=alpha, zorder=3, mfc="white" if pale else hue)
     if label is not None: ax.plot([], [], marker, color=colours[0], ls="-", lw=1.8, label=plot_label(label, 44))
 
-# %% ../../nbs/core/plots.ipynb #5d15c04a
+# %% ../../nbs/core/plots.ipynb #e3a4ddb2
 def _beside(ax, texts, header:str)->None:
     "Numbers at the right of the rows."
     at = ax.get_yaxis_transform()
@@ -354,6 +354,7 @@ def points(
             for place, one in enumerate(series):
                 part = (frame if one is None else frame[frame["series"] == one]).set_index("group")
                 part = part.loc[[name for name in names if name in part.index]].reset_index()
+                if part.empty: continue
                 rows = [names.index(name) + step*(place - (len(series) - 1)/2) for name in part["group"]]
                 plain = PALETTE[0] if not emphasised else [
                     PALETTE[0] if name in emphasised else GREY for name in part["group"]]
@@ -374,7 +375,7 @@ def points(
             picture.notes.append(f"Hollow and pale: fewer than {few} {what}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #72545e2a
+# %% ../../nbs/core/plots.ipynb #286bb117
 def spread(
     heights,          # wanted; any order
     least:float,      # distance
@@ -422,7 +423,7 @@ def _name_points(ax, ends:dict, looks:dict, height:float, column:bool)->int:
                                 "shrinkB": 4 if column else 0, "alpha": 0.7, "relpos": (0, 0.5)})
     return len(ends) - len(kept)
 
-# %% ../../nbs/core/plots.ipynb #c47d64be
+# %% ../../nbs/core/plots.ipynb #a3d5fab7
 def _axis(axis, log:bool, low:float, high:float)->None:
     "Ticks that do not touch: few of them, in few characters."
     if log and low > 0:
@@ -454,7 +455,8 @@ def curves(
     most:int=24,     # names at the ends
 )->Picture:
     "Lines with their names."
-    panels = {name: lines for name, lines in panels.items() if lines}
+    panels = {panel: {name: [np.asarray(side, float) for side in line] for name, line in lines.items()}
+              for panel, lines in panels.items() if lines}
     if not panels: return Picture(None, f"{title or ylabel}: nothing to draw.")
     begun, tall = _named_panels(title, panels, ends, most)
     every = _looks(panels, emphasised)
@@ -466,7 +468,7 @@ def curves(
                 label = plot_label(name, 44) if strong and not ends else None
                 ax.plot(x, y, label=label, marker="o" if len(x) < 12 else None, ms=3.5, **looks[name])
                 if band and strong: ax.fill_between(x, *band, color=looks[name]["color"], alpha=0.14, lw=0)
-            xs, ys = (np.concatenate([np.asarray(line[side], float) for line in lines.values()]) for side in (0, 1))
+            xs, ys = (np.concatenate([line[side] for line in lines.values()]) for side in (0, 1))
             if log: ax.set_xscale("log")
             _axis(ax.xaxis, log, xs.min(), xs.max())
             _axis(ax.yaxis, False, 0, 1)
@@ -481,7 +483,7 @@ def curves(
             if unnamed: picture.notes.append(f"{counted(unnamed, 'more line')} without a name.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #d94307f3
+# %% ../../nbs/core/plots.ipynb #87d5c741
 def scatter(
     panels:dict,     # title -> DataFrame: `x`, `y`, and `name` where points have one
     xlabel:str,
@@ -528,7 +530,7 @@ def _with_names(ax, frame:pd.DataFrame, looks:dict, tall:float)->list[str]:
     unnamed = _name_points(ax, ends, looks, tall, column=True)
     return [f"{counted(unnamed, 'more point')} without a name."] if unnamed else []
 
-# %% ../../nbs/core/plots.ipynb #b7d18f2f
+# %% ../../nbs/core/plots.ipynb #5bc3ff2f
 def _edges(values:np.ndarray)->tuple[np.ndarray, bool]:
     "Where the bars of a histogram end, and whether the axis is logarithmic."
     low, high, whole = values.min(), values.max(), bool((values == np.round(values)).all())
