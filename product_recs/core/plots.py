@@ -6,14 +6,14 @@
 __all__ = ['PALETTE', 'INK', 'SOFT', 'GREY', 'LINE', 'MARKERS', 'WIDTH', 'compact', 'Picture', 'drawing', 'clashes', 'name_rows',
            'bars', 'timeline', 'dots', 'points', 'spread', 'curves', 'scatter', 'histograms']
 
-# %% ../../nbs/core/plots.ipynb #d85e9c88
+# %% ../../nbs/core/plots.ipynb #452d330b
 import math
 import textwrap
 import warnings
 from base64 import b64encode
 from contextlib import contextmanager
 from io import BytesIO
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from .text import counted, is_ordered, natural_order, plot_label, visible, with_article
 
-# %% ../../nbs/core/plots.ipynb #9977a1b7
+# %% ../../nbs/core/plots.ipynb #50af947b
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9") # Okabe and Ito 2008, without yellow
 _PALE = "#80b9d9" # of the first
 INK, SOFT, GREY, LINE = "#1f2933", "#52606d", "#8a939c", "#dde3e9"
@@ -62,7 +62,7 @@ def compact(
         if abs(value) >= least: return f"{value/unit:.4g}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
-# %% ../../nbs/core/plots.ipynb #d27b4faa
+# %% ../../nbs/core/plots.ipynb #39dca548
 class Picture:
     "A figure that shows itself in a notebook, and says in words what it shows."
     def __init__(self, figure:Figure|None, title:str):
@@ -108,7 +108,7 @@ def drawing(
         yield picture
         _foot(picture)
 
-# %% ../../nbs/core/plots.ipynb #300beeff
+# %% ../../nbs/core/plots.ipynb #d168d18e
 def _foot(picture:Picture)->None:
     "The legend, where a panel asks for one, and the notes below it."
     handles = {label: handle for ax in picture.axes for handle, label in zip(*ax.get_legend_handles_labels())}
@@ -142,11 +142,7 @@ def clashes(
         found += [f"{word!r} on {other!r}" for other, its in boxes[place + 1:] if box.overlaps(its)]
     return found
 
-# %% ../../nbs/core/plots.ipynb #6b225018
-def _rest(picture:Picture, shown:int, whole:int, what:str)->None:
-    "Say how many groups are not in the picture."
-    if shown < whole: picture.notes.append(f"Shown are {shown:,} of {whole:,} {what}.")
-
+# %% ../../nbs/core/plots.ipynb #6ef35b40
 def name_rows(
     ax,             # matplotlib Axes; row 0 is on top
     names,          # one a row; data
@@ -188,7 +184,7 @@ def bars(
         ax.xaxis.set_major_formatter(FuncFormatter(compact))
     return picture
 
-# %% ../../nbs/core/plots.ipynb #6faaf663
+# %% ../../nbs/core/plots.ipynb #df023682
 _UNITS = {"hour": ("h", 4), "day": ("D", 120), "week": ("W-SUN", 1000), "month": ("M", 9500), "year": ("Y", math.inf)}
 
 def _periods(times:pd.Series)->tuple[str, pd.PeriodIndex, np.ndarray]:
@@ -221,7 +217,7 @@ def _marks(picture:Picture, marked:dict, edges:np.ndarray)->None:
         if room: picture.axes[0].annotate(plot_label(name), (start + (end - start)/2, 0.98), va="top", ha="center",
                                           xycoords=("data", "axes fraction"), fontsize=9, color=INK)
 
-# %% ../../nbs/core/plots.ipynb #a11b0775
+# %% ../../nbs/core/plots.ipynb #38f3a323
 def _counts_by_period(events:pd.DataFrame, periods:pd.PeriodIndex, most:int)->pd.DataFrame:
     "One column a kind, the largest first; the smallest kinds are one column."
     kinds = events["kind"].astype(str) if "kind" in events else pd.Series("", events.index)
@@ -261,7 +257,7 @@ def timeline(
                                              f"{', hatched' if empty.mean() <= 0.3 else ''}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #d677293e
+# %% ../../nbs/core/plots.ipynb #701c63ca
 def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty:np.ndarray)->None:
     "Steps over the periods; pale where the log begins or ends, hatched where there is nothing of any kind."
     days = edges.astype("datetime64[s]").astype(float)/86_400 # as matplotlib counts
@@ -284,7 +280,7 @@ def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty
     ax.yaxis.set_major_formatter(FuncFormatter(compact))
     ax.set(xlim=(days[0], days[-1]), ylim=(0, 1.18*counts.max() or 1))
 
-# %% ../../nbs/core/plots.ipynb #b6c742be
+# %% ../../nbs/core/plots.ipynb #f5448bfa
 def _rows_of(groups:pd.DataFrame, most:int, given:bool)->tuple[list[str], int, bool]:
     "Names of the groups that are shown, how many there are, and whether they have an order."
     names = list(dict.fromkeys(groups["group"]))
@@ -320,14 +316,27 @@ def dots(
         ax.plot(group["value"], row, marker, color=hue, ms=6, alpha=alpha, zorder=3, mfc="white" if pale else hue)
     if label is not None: ax.plot([], [], marker, color=colours[0], ls="-", lw=1.8, label=plot_label(label, 44))
 
-# %% ../../nbs/core/plots.ipynb #e3a4ddb2
-def _beside(ax, texts, header:str)->None:
+# %% ../../nbs/core/plots.ipynb #18e75123
+def _beside(ax, values, header:str)->None:
     "Numbers at the right of the rows."
     at = ax.get_yaxis_transform()
-    for row, text in enumerate(texts):
+    for row, value in enumerate(values):
+        text = "" if value != value else value if isinstance(value, str) else f"{value:,.0f}"
         ax.text(1.02, row, text, transform=at, va="center", fontsize=8.5, color=SOFT)
     ax.text(1.02, -0.72, header, transform=at, va="bottom", fontsize=8.5, color=SOFT)
 
+def _in_turn(lists)->list:
+    "The first of each list, then the second of each: one order for names that several panels share."
+    lists = [list(one) for one in lists]
+    longest = max(map(len, lists), default=0)
+    return list(dict.fromkeys(name for place in range(longest) for one in lists for name in one[place:place + 1]))
+
+def _shifts(series:list)->list[tuple[float, str]]:
+    "How far from the middle of a row each series lies."
+    step = min(0.24, 0.7/len(series))
+    return [(step*(place - (len(series) - 1)/2), one) for place, one in enumerate(series)]
+
+# %% ../../nbs/core/plots.ipynb #256473d8
 def points(
     panels:dict,        # title -> DataFrame: `group`, `value`; where known `low`, `high`, `size`, `series`, `spots`
     xlabel:str,
@@ -340,42 +349,44 @@ def points(
     reference:float|None=None, # a line to compare with
     beside:str="size",  # column at the right of the rows
 )->Picture:
-    "Figures of groups with their intervals, side by side in panels that share the groups."
+    "Figures of groups with their intervals, in panels side by side; panels with the same groups share the rows."
     panels = {name: frame.assign(group=frame["group"].astype(str)) for name, frame in panels.items() if len(frame)}
     if not panels: return Picture(None, f"{title or xlabel}: no groups.")
+    alike = len({frozenset(frame["group"]) for frame in panels.values()}) == 1
     every = pd.concat(panels.values())
-    names, whole, ordered = _rows_of(every, most, given)
-    series = list(dict.fromkeys(every["series"])) if "series" in every else [None]
-    step = min(0.24, 0.7/len(series))
-    height = 1.0 + (0.12 + 0.16*max(len(series), 1.2))*len(names) + 0.3*bool(title)
-    with drawing(title, len(panels), height=height, sharey=True) as picture:
+    chosen = {name: _rows_of(every if alike else frame, most, given) for name, frame in panels.items()}
+    series = {name: list(dict.fromkeys(frame["series"])) if "series" in frame else [None]
+              for name, frame in panels.items()}
+    looks = {name: (PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)])
+             for place, name in enumerate(_in_turn(series.values()))}
+    height = 1.0 + (0.12 + 0.16*max(*map(len, series.values()), 1.2))*max(len(names) for names, *_ in chosen.values())
+    with drawing(title, len(panels), height=height + 0.3*bool(title), sharey=alike) as picture:
         for ax, (panel, frame) in zip(picture.axes, panels.items()):
+            names, whole, ordered = chosen[panel]
             if reference is not None: ax.axvline(reference, color=GREY, lw=1)
-            for place, one in enumerate(series):
+            for shift, one in _shifts(series[panel]):
                 part = (frame if one is None else frame[frame["series"] == one]).set_index("group")
                 part = part.loc[[name for name in names if name in part.index]].reset_index()
                 if part.empty: continue
-                rows = [names.index(name) + step*(place - (len(series) - 1)/2) for name in part["group"]]
-                plain = PALETTE[0] if not emphasised else [
+                colours = looks[one][0] if one is not None or not emphasised else [
                     PALETTE[0] if name in emphasised else GREY for name in part["group"]]
-                dots(ax, part, rows, plain if one is None else PALETTE[place % len(PALETTE)],
-                     MARKERS[place % len(MARKERS)], few, one, joined=ordered and len(part) > 1)
+                dots(ax, part, [names.index(name) + shift for name in part["group"]], colours, looks[one][1], few, one,
+                     joined=ordered and len(part) > 1)
             if beside in frame:
-                values = frame.drop_duplicates("group").set_index("group")[beside].reindex(names)
-                _beside(ax, ["" if value != value else value if isinstance(value, str) else f"{value:,.0f}"
-                             for value in values], what)
+                _beside(ax, frame.drop_duplicates("group").set_index("group")[beside].reindex(names), what)
+            if not alike or ax is picture.axes[0]: name_rows(ax, names, emphasised, 44 if len(panels) < 2 else 28)
+            else: ax.tick_params(axis="y", length=0)
             ax.set(xlabel=xlabel, title=plot_label(panel, 60))
             ax.xaxis.set_major_locator(MaxNLocator(5 if len(panels) < 3 else 3))
             ax.xaxis.set_major_formatter(FuncFormatter(compact))
             ax.grid(axis="x")
-        name_rows(picture.axes[0], names, emphasised, 44 if len(panels) < 3 else 28)
-        for ax in picture.axes[1:]: ax.tick_params(axis="y", length=0)
-        _rest(picture, len(names), whole, "groups, the largest" if "size" in every else "groups")
-        if "size" in every and (every.loc[every["group"].isin(names), "size"] < few).any():
-            picture.notes.append(f"Hollow and pale: fewer than {few} {what}.")
+            if len(names) < whole: picture.notes.append(
+                f"Shown are {len(names):,} of {whole:,} groups{', the largest' if 'size' in frame else ''}.")
+            if "size" in frame and (frame.loc[frame["group"].isin(names), "size"] < few).any():
+                picture.notes.append(f"Hollow and pale: fewer than {few} {what}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #286bb117
+# %% ../../nbs/core/plots.ipynb #d97064af
 def spread(
     heights,          # wanted; any order
     least:float,      # distance
@@ -402,9 +413,8 @@ def _looks(panels:dict, emphasised)->dict[str, dict]:
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
     if not len(emphasised) and len(names) <= len(PALETTE): emphasised = names
     of_panel = emphasised if isinstance(emphasised, dict) else dict.fromkeys(panels, emphasised)
-    ranks = zip_longest(*of_panel.values()) # the first of each panel, then the second
-    colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(dict.fromkeys(
-        name for rank in ranks for name in rank if name in names))}
+    known = (name for name in _in_turn(of_panel.values()) if name in names)
+    colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(known)}
     plain = {"color": GREY, "lw": 1.0, "zorder": 2}
     return {panel: {name: {"color": colours[name], "lw": 2.4, "zorder": 3} if name in of_panel.get(panel, ()) else plain
                     for name in shown} for panel, shown in panels.items()}
@@ -423,7 +433,7 @@ def _name_points(ax, ends:dict, looks:dict, height:float, column:bool)->int:
                                 "shrinkB": 4 if column else 0, "alpha": 0.7, "relpos": (0, 0.5)})
     return len(ends) - len(kept)
 
-# %% ../../nbs/core/plots.ipynb #a3d5fab7
+# %% ../../nbs/core/plots.ipynb #4c660d10
 def _axis(axis, log:bool, low:float, high:float)->None:
     "Ticks that do not touch: few of them, in few characters."
     if log and low > 0:
@@ -483,7 +493,7 @@ def curves(
             if unnamed: picture.notes.append(f"{counted(unnamed, 'more line')} without a name.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #87d5c741
+# %% ../../nbs/core/plots.ipynb #1c9f03c0
 def scatter(
     panels:dict,     # title -> DataFrame: `x`, `y`, and `name` where points have one
     xlabel:str,
@@ -530,7 +540,7 @@ def _with_names(ax, frame:pd.DataFrame, looks:dict, tall:float)->list[str]:
     unnamed = _name_points(ax, ends, looks, tall, column=True)
     return [f"{counted(unnamed, 'more point')} without a name."] if unnamed else []
 
-# %% ../../nbs/core/plots.ipynb #5bc3ff2f
+# %% ../../nbs/core/plots.ipynb #a3e82e4c
 def _edges(values:np.ndarray)->tuple[np.ndarray, bool]:
     "Where the bars of a histogram end, and whether the axis is logarithmic."
     low, high, whole = values.min(), values.max(), bool((values == np.round(values)).all())

@@ -82,7 +82,8 @@ def _verdict(cells:list)->list:
     "A cell with what the cells tagged `verdict` say; none where they say nothing."
     said = [output.data["text/markdown"] for cell in cells if "verdict" in cell.metadata.get("tags", [])
             for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})]
-    cell = nbformat.v4.new_markdown_cell("\n\n".join(said))
+    lines = all(text.startswith("- ") for text in said)
+    cell = nbformat.v4.new_markdown_cell(("\n" if lines else "\n\n").join(said))
     cell.metadata["verdict"] = True
     return [cell] if said else []
 
@@ -138,7 +139,7 @@ thead th { border-bottom: 2px solid var(--line); }
 .text td { overflow-wrap: anywhere; } .text td:first-child { overflow-wrap: normal; }
 caption { text-align: left; padding: .3rem 0; color: var(--soft); }
 .note { border-left: 4px solid var(--accent); background: var(--panel); padding: .6rem 1rem; }
-.verdict { border-left: 4px solid var(--good); background: var(--panel); padding: .4rem 1rem; margin: 1rem 0; }
+.found { border-left: 4px solid var(--good); background: var(--panel); padding: .4rem 1rem; margin: 1rem 0; }
 .failed { border-left: 4px solid var(--bad); background: var(--panel-bad); padding: .6rem 1rem; margin: .8rem 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 nav { font-size: .9rem; }
@@ -146,7 +147,7 @@ img { max-width: 100%; height: auto; } .figure { overflow-x: auto; margin: .8rem
 @media screen and (max-width: 640px) { main { padding: 12px 12px 48px; } h1 { font-size: 1.45rem; }
   .figure img { max-width: none; width: 640px; } th, td { padding: .3rem .45rem; } }
 @media print { main { max-width: none; padding: 0; } nav, details.code, details.definitions { display: none
-  !important; } h1, h2, h3, caption { break-after: avoid; } tr, img, .figure, .verdict, .failed { break-inside: avoid; }
+  !important; } h1, h2, h3, caption { break-after: avoid; } tr, img, .figure, .found, .failed { break-inside: avoid; }
   thead { display: table-header-group; } a { color: inherit; text-decoration: none; } }
 """
 
@@ -171,7 +172,8 @@ _NOTEBOOK_STYLE = """
 .jp-RenderedHTMLCommon { font-size: 16px; padding: 0; } .jp-RenderedHTMLCommon blockquote { border-left: 4px solid
   var(--accent); }
 .jp-RenderedHTMLCommon table { margin-left: 0; font-size: .9rem; table-layout: auto; } .jp-RenderedHTMLCommon td,
-  .jp-RenderedHTMLCommon th { white-space: normal; max-width: none; vertical-align: top; }
+  .jp-RenderedHTMLCommon th, .jp-RenderedHTMLCommon tbody th { white-space: normal; max-width: none; vertical-align:
+  top; } .jp-RenderedHTMLCommon table { margin-bottom: 1rem; }
 .jp-RenderedHTMLCommon td[style*="right"] { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .jp-RenderedHTMLCommon code { background: var(--panel); color: inherit; white-space: pre-wrap; overflow-wrap:
   anywhere; }
@@ -196,7 +198,7 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {% block any_cell %}{% if not cell.metadata.skip %}
 {% if cell.metadata.opens %}<details class="definitions"><summary>How this notebook works: its definitions, each with
   its check ({{ cell.metadata.opens }} cells)</summary>{% endif %}
-{% if cell.metadata.verdict %}<div class="verdict">{% endif %}{{ super() }}
+{% if cell.metadata.verdict %}<div class="found">{% endif %}{{ super() }}
 {% if cell.metadata.verdict %}</div>{% endif %}
 {% if cell.metadata.closes %}</details>{% endif %}{% endif %}{% endblock %}
 {% block data_png scoped %}{% set width = output | get_metadata('width', 'image/png') %}
