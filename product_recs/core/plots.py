@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'INK', 'SOFT', 'GREY', 'LINE', 'MARKERS', 'WIDTH', 'compact', 'Picture', 'drawing', 'clashes', 'name_rows',
            'bars', 'timeline', 'dots', 'points', 'spread', 'curves', 'scatter', 'histograms']
 
-# %% ../../nbs/core/plots.ipynb #452d330b
+# %% ../../nbs/core/plots.ipynb #d3d6dcd5
 import math
 import textwrap
 import warnings
@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from .text import counted, is_ordered, natural_order, plot_label, visible, with_article
 
-# %% ../../nbs/core/plots.ipynb #50af947b
+# %% ../../nbs/core/plots.ipynb #4da91ed3
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9") # Okabe and Ito 2008, without yellow
 _PALE = "#80b9d9" # of the first
 INK, SOFT, GREY, LINE = "#1f2933", "#52606d", "#8a939c", "#dde3e9"
@@ -62,7 +62,7 @@ def compact(
         if abs(value) >= least: return f"{value/unit:.4g}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
-# %% ../../nbs/core/plots.ipynb #39dca548
+# %% ../../nbs/core/plots.ipynb #535141b1
 class Picture:
     "A figure that shows itself in a notebook, and says in words what it shows."
     def __init__(self, figure:Figure|None, title:str):
@@ -108,20 +108,22 @@ def drawing(
         yield picture
         _foot(picture)
 
-# %% ../../nbs/core/plots.ipynb #d168d18e
+# %% ../../nbs/core/plots.ipynb #5f55f842
 def _foot(picture:Picture)->None:
     "The legend, where a panel asks for one, and the notes below it."
     handles = {label: handle for ax in picture.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     notes = "\n".join(_wrapped(note, 118) for note in dict.fromkeys(picture.notes))
     if not handles and not notes: return
-    picture.figure.legend(handles.values(), handles.keys(), title=notes or None, loc="outside lower left", ncols=4,
-                          alignment="left", title_fontsize=9, borderpad=0.1, labelcolor=INK)
+    columns = int(118/(max(map(len, handles), default=0) + 9)) # as many as the width has room for
+    picture.figure.legend(handles.values(), handles.keys(), title=notes or None, loc="outside lower left",
+                          ncols=min(max(columns, 1), 4), alignment="left", title_fontsize=9, borderpad=0.1, labelcolor=INK)
 
 def clashes(
     picture:Picture,
 )->list[str]: # empty where all is well
     "Words of a figure that touch each other or leave the figure."
     figure, found = picture.figure, []
+    if figure is None: return found
     with rc_context(_style()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         canvas = FigureCanvasAgg(figure)
@@ -142,7 +144,7 @@ def clashes(
         found += [f"{word!r} on {other!r}" for other, its in boxes[place + 1:] if box.overlaps(its)]
     return found
 
-# %% ../../nbs/core/plots.ipynb #6ef35b40
+# %% ../../nbs/core/plots.ipynb #71c26e66
 def name_rows(
     ax,             # matplotlib Axes; row 0 is on top
     names,          # one a row; data
@@ -184,7 +186,7 @@ def bars(
         ax.xaxis.set_major_formatter(FuncFormatter(compact))
     return picture
 
-# %% ../../nbs/core/plots.ipynb #df023682
+# %% ../../nbs/core/plots.ipynb #83d2273d
 _UNITS = {"hour": ("h", 4), "day": ("D", 120), "week": ("W-SUN", 1000), "month": ("M", 9500), "year": ("Y", math.inf)}
 
 def _periods(times:pd.Series)->tuple[str, pd.PeriodIndex, np.ndarray]:
@@ -217,7 +219,7 @@ def _marks(picture:Picture, marked:dict, edges:np.ndarray)->None:
         if room: picture.axes[0].annotate(plot_label(name), (start + (end - start)/2, 0.98), va="top", ha="center",
                                           xycoords=("data", "axes fraction"), fontsize=9, color=INK)
 
-# %% ../../nbs/core/plots.ipynb #38f3a323
+# %% ../../nbs/core/plots.ipynb #bbc51b02
 def _counts_by_period(events:pd.DataFrame, periods:pd.PeriodIndex, most:int)->pd.DataFrame:
     "One column a kind, the largest first; the smallest kinds are one column."
     kinds = events["kind"].astype(str) if "kind" in events else pd.Series("", events.index)
@@ -257,7 +259,7 @@ def timeline(
                                              f"{', hatched' if empty.mean() <= 0.3 else ''}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #701c63ca
+# %% ../../nbs/core/plots.ipynb #c8a935d5
 def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty:np.ndarray)->None:
     "Steps over the periods; pale where the log begins or ends, hatched where there is nothing of any kind."
     days = edges.astype("datetime64[s]").astype(float)/86_400 # as matplotlib counts
@@ -280,7 +282,7 @@ def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty
     ax.yaxis.set_major_formatter(FuncFormatter(compact))
     ax.set(xlim=(days[0], days[-1]), ylim=(0, 1.18*counts.max() or 1))
 
-# %% ../../nbs/core/plots.ipynb #f5448bfa
+# %% ../../nbs/core/plots.ipynb #294d4c48
 def _rows_of(groups:pd.DataFrame, most:int, given:bool)->tuple[list[str], int, bool]:
     "Names of the groups that are shown, how many there are, and whether they have an order."
     names = list(dict.fromkeys(groups["group"]))
@@ -316,7 +318,7 @@ def dots(
         ax.plot(group["value"], row, marker, color=hue, ms=6, alpha=alpha, zorder=3, mfc="white" if pale else hue)
     if label is not None: ax.plot([], [], marker, color=colours[0], ls="-", lw=1.8, label=plot_label(label, 44))
 
-# %% ../../nbs/core/plots.ipynb #18e75123
+# %% ../../nbs/core/plots.ipynb #9504f026
 def _beside(ax, values, header:str)->None:
     "Numbers at the right of the rows."
     at = ax.get_yaxis_transform()
@@ -336,7 +338,7 @@ def _shifts(series:list)->list[tuple[float, str]]:
     step = min(0.24, 0.7/len(series))
     return [(step*(place - (len(series) - 1)/2), one) for place, one in enumerate(series)]
 
-# %% ../../nbs/core/plots.ipynb #256473d8
+# %% ../../nbs/core/plots.ipynb #11f6d615
 def points(
     panels:dict,        # title -> DataFrame: `group`, `value`; where known `low`, `high`, `size`, `series`, `spots`
     xlabel:str,
@@ -359,7 +361,7 @@ def points(
               for name, frame in panels.items()}
     looks = {name: (PALETTE[place % len(PALETTE)], MARKERS[place % len(MARKERS)])
              for place, name in enumerate(_in_turn(series.values()))}
-    height = 1.0 + (0.12 + 0.16*max(*map(len, series.values()), 1.2))*max(len(names) for names, *_ in chosen.values())
+    height = 1.15 + (0.12 + 0.16*max(*map(len, series.values()), 1.2))*max(len(names) for names, *_ in chosen.values())
     with drawing(title, len(panels), height=height + 0.3*bool(title), sharey=alike) as picture:
         for ax, (panel, frame) in zip(picture.axes, panels.items()):
             names, whole, ordered = chosen[panel]
@@ -376,7 +378,8 @@ def points(
                 _beside(ax, frame.drop_duplicates("group").set_index("group")[beside].reindex(names), what)
             if not alike or ax is picture.axes[0]: name_rows(ax, names, emphasised, 44 if len(panels) < 2 else 28)
             else: ax.tick_params(axis="y", length=0)
-            ax.set(xlabel=xlabel, title=plot_label(panel, 60))
+            ax.set_title(plot_label(panel, 60), pad=18 if beside in frame else 6) # above the words beside the rows
+            ax.set_xlabel(xlabel)
             ax.xaxis.set_major_locator(MaxNLocator(5 if len(panels) < 3 else 3))
             ax.xaxis.set_major_formatter(FuncFormatter(compact))
             ax.grid(axis="x")
@@ -386,7 +389,7 @@ def points(
                 picture.notes.append(f"Hollow and pale: fewer than {few} {what}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #d97064af
+# %% ../../nbs/core/plots.ipynb #9a162d02
 def spread(
     heights,          # wanted; any order
     least:float,      # distance
@@ -433,7 +436,7 @@ def _name_points(ax, ends:dict, looks:dict, height:float, column:bool)->int:
                                 "shrinkB": 4 if column else 0, "alpha": 0.7, "relpos": (0, 0.5)})
     return len(ends) - len(kept)
 
-# %% ../../nbs/core/plots.ipynb #4c660d10
+# %% ../../nbs/core/plots.ipynb #e4e60037
 def _axis(axis, log:bool, low:float, high:float)->None:
     "Ticks that do not touch: few of them, in few characters."
     if log and low > 0:
@@ -493,7 +496,7 @@ def curves(
             if unnamed: picture.notes.append(f"{counted(unnamed, 'more line')} without a name.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #1c9f03c0
+# %% ../../nbs/core/plots.ipynb #3701ecc6
 def scatter(
     panels:dict,     # title -> DataFrame: `x`, `y`, and `name` where points have one
     xlabel:str,
@@ -540,7 +543,7 @@ def _with_names(ax, frame:pd.DataFrame, looks:dict, tall:float)->list[str]:
     unnamed = _name_points(ax, ends, looks, tall, column=True)
     return [f"{counted(unnamed, 'more point')} without a name."] if unnamed else []
 
-# %% ../../nbs/core/plots.ipynb #a3e82e4c
+# %% ../../nbs/core/plots.ipynb #1768e1a9
 def _edges(values:np.ndarray)->tuple[np.ndarray, bool]:
     "Where the bars of a histogram end, and whether the axis is logarithmic."
     low, high, whole = values.min(), values.max(), bool((values == np.round(values)).all())

@@ -181,9 +181,10 @@ _NOTEBOOK_STYLE = """
   none; } .jp-OutputArea-child { display: block; }
 .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: var(--panel); }
 .anchor-link { display: none; }
-.jp-OutputArea-output { overflow-x: auto; padding-left: 0; } .jp-RenderedText pre { white-space: pre-wrap; }
+.jp-OutputArea-child .jp-OutputArea-output { display: block; width: auto; overflow-x: auto; padding-left: 0; }
+  .jp-RenderedText pre { white-space: pre-wrap; }
 .jp-MarkdownCell table { display: block; overflow-x: auto; max-width: 100%; } .jp-InputArea-editor { overflow-x: auto; }
-@media print { .jp-OutputArea-output { overflow: visible; } }
+@media print { .jp-OutputArea-child .jp-OutputArea-output, .jp-OutputArea-child { overflow: visible; } }
 """
 
 # %% ../../nbs/jobs/reports.ipynb #795b20be
