@@ -14,6 +14,7 @@ import pandas as pd
 from ..core.columns import Columns
 from ..core.errors import EvaluateError
 from ..core.parameters import number
+from ..core.text import counted, natural_order
 from ..data.artifact import Features
 from ..data.tasks import BY_USER, past_and_future
 from .judge import Evaluation, evaluate
@@ -48,8 +49,7 @@ def _by_value(values:np.ndarray, most:int=12)->tuple[list[str], np.ndarray]:
     if len(names) > most:
         text = np.where(np.isin(text, names[np.argsort(-counts, kind="stable")[:most - 1]]), text, "other")
         names = np.unique(text)
-    last = [name for name in ("other", "unknown") if name in names]
-    names = [name for name in names if name not in last] + last
+    names = natural_order(names)
     return names, np.array([names.index(value) for value in text])
 
 def user_segments(
@@ -85,7 +85,7 @@ def item_bands(
     codes = np.empty(len(order), int)
     codes[order] = np.minimum(before*3//max(interactions.sum(), 1), 2)
     codes[interactions <= 0] = -1
-    return [f"{name} ({(codes == number).sum():,} items)" for number, name in enumerate(BANDS)], codes
+    return [f"{name} ({counted(int((codes == number).sum()), 'item')})" for number, name in enumerate(BANDS)], codes
 
 # %% ../../nbs/evaluation/segments.ipynb #0d03be53
 _COLUMNS = ["segment", "group", "task", "model", "metric", "k", "value", "low", "high", "users"]

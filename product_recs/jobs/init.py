@@ -240,7 +240,7 @@ def write_proposal(
         raise ProductRecsError(f"{path} is there already. Name another with --out, or say --force.")
     parameters = dict(proposal.parameters)
     if proposal.missing:
-        columns = {name: "NAME OF YOUR COLUMN" for name in proposal.missing}
+        columns = dict.fromkeys(proposal.missing, "NAME OF YOUR COLUMN")
         parameters["columns"] = columns | parameters.get("columns", {})
     style = dict(allow_unicode=True, sort_keys=False, width=10**6) # one line for each
     lines = [yaml.safe_dump({name: value}, default_flow_style=False, **style).strip() if isinstance(value, str) else

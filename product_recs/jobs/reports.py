@@ -14,16 +14,29 @@ from jinja2 import DictLoader, Environment
 from nbconvert import HTMLExporter
 
 from ..core.files import atomic_write
+from ..core.text import shown_path
 
 # %% ../../nbs/jobs/reports.ipynb #94b77757
+# a bar of tqdm: signs that fill up between two lines, or the time that has passed and that is left
+_BAR = re.compile(r"\|[ #\d\u2580-\u259f]*\| ?[\d\[]|\[\d+:\d\d(:\d\d)?[<,\]]")
+_PATH = re.compile(r"(?:Posix|Windows|PurePosix|PureWindows)Path\((?:'|&#x27;|&#39;)(.*?)(?:'|&#x27;|&#39;)\)")
+_OBJECT = re.compile(r"<[\w.]+(?: [\w.]+)* at 0x[0-9a-f]+>")
+
 def _last_state(text:str)->str:
-    "What a terminal would show in the end of text that rewrites its lines."
-    return "\n".join(line.rstrip("\r").rsplit("\r", 1)[-1] for line in text.split("\n"))
+    "What a terminal would show in the end of text that rewrites its lines, without the bars."
+    lines = text.split("\n")
+    shown = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in lines]
+    return "\n".join(line for line in shown if not _BAR.search(line))
+
+def _without_python(text:str)->str:
+    "Text with its paths from the project on."
+    return _PATH.sub(lambda match: shown_path(match[1]), text)
 
 def joined_streams(
     outputs:list, # of a code cell
 )->list:          # fewer of them
-    "Outputs with neighbouring pieces of one stream joined, each as a terminal would show it in the end."
+    """Outputs for a reader: neighbouring pieces of one stream joined, each as a terminal would show it in the end;
+    no bars, no empty ones, no names of objects in memory."""
     merged = []
     for output in outputs:
         last = merged[-1] if merged else None
@@ -31,29 +44,66 @@ def joined_streams(
             last.text += output.text
         else: merged.append(output)
     for output in merged:
-        if output.output_type == "stream": output.text = _last_state(output.text)
-    return merged
+        if output.output_type == "stream": output.text = _without_python(_last_state(output.text))
+        for kind in ("text/plain", "text/html"):
+            if kind in output.get("data", {}): output.data[kind] = _without_python(output.data[kind])
+    def says(output):
+        data = output.get("data", {})
+        if output.output_type == "stream": return output.text.strip()
+        return output.output_type == "error" or set(data) - {"text/plain"} or (
+            data.get("text/plain", "").strip() and not _OBJECT.fullmatch(data["text/plain"].strip()))
+    return [output for output in merged if says(output)]
 
+# %% ../../nbs/jobs/reports.ipynb #dca3998e
 def _heading(cells:list, pattern:str)->int|None:
     "Number of the first markdown cell that begins like this."
     return next((number for number, cell in enumerate(cells)
                  if cell.cell_type == "markdown" and re.match(pattern, cell.source)), None)
 
+def _is_parameters(cell)->bool:
+    "Whether the cell is one that papermill reads or writes."
+    return any(tag.endswith("parameters") for tag in cell.metadata.get("tags", []))
+
+def _silent_joined(cells:list)->list:
+    "Code that shows nothing goes before the code of the next cell that does."
+    kept, waiting = [], []
+    for cell in cells:
+        if cell.cell_type != "code" or _is_parameters(cell): kept.append(cell)
+        elif not cell.outputs: waiting.append(cell)
+        else:
+            cell.source = "\n\n".join([*(one.source for one in waiting), cell.source])
+            kept, waiting = [*kept, cell], []
+    if waiting:
+        waiting[-1].source = "\n\n".join(one.source for one in waiting)
+        kept.append(waiting[-1])
+    return kept
+
+def _verdict(cells:list)->list:
+    "A cell with what the cells tagged `verdict` say; none where they say nothing."
+    said = [output.data["text/markdown"] for cell in cells if "verdict" in cell.metadata.get("tags", [])
+            for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})]
+    lines = all(text.startswith("- ") for text in said)
+    cell = nbformat.v4.new_markdown_cell(("\n" if lines else "\n\n").join(said))
+    cell.metadata["verdict"] = True
+    return [cell] if said else []
+
+# %% ../../nbs/jobs/reports.ipynb #1c612a6b
 def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
-    "Merge streams, keep the last state of progress bars, mark the cells that open and close the fold."
+    "Leave out what says nothing, put the verdict on top, mark the cells that open and close the fold."
     hidden = ("#| hide", "#| default_exp")
-    cells = notebook.cells = [cell for cell in notebook.cells
-                              if cell.source.strip() and not any(mark in cell.source for mark in hidden)]
+    cells = [cell for cell in notebook.cells
+             if cell.source.strip() and not any(mark in cell.source for mark in hidden)]
     for cell in cells:
         if cell.cell_type == "code": cell.outputs = joined_streams(cell.outputs)
         # papermill's own note on a failure repeats what the failing cell says
         if "papermill-error-cell-tag" in cell.metadata.get("tags", []): cell.metadata["skip"] = True
     run_at, first = _heading(cells, r"#+ Run\b"), (_heading(cells, "# ") or 0) + 1
-    definitions = cells[:run_at or 0]
+    definitions, run = cells[:run_at or 0], cells[run_at or 0:]
     failed = any(output.output_type == "error" for cell in definitions for output in cell.get("outputs", []))
     if first < len(definitions) and not failed:
         cells[first].metadata["opens"] = run_at - first
         cells[run_at - 1].metadata["closes"] = True
+    notebook.cells = [*definitions[:first], *_verdict(run), *definitions[first:], *_silent_joined(run)]
     return notebook
 
 # %% ../../nbs/jobs/reports.ipynb #f20582d7
@@ -61,20 +111,26 @@ def _clean(notebook:nbformat.NotebookNode)->nbformat.NotebookNode:
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE = """
-:root { --ink: #1f2933; --soft: #52606d; --line: #dde3e9; --accent: #2f6db5; --good: #1a7f4b; --bad: #b42318;
-  --wait: #b45309;
-  --paper: #ffffff; }
+:root { color-scheme: light dark; --ink: #1f2933; --soft: #52606d; --line: #dde3e9; --accent: #2f6db5; --good: #1a7f4b;
+  --bad: #b42318; --wait: #b45309; --paper: #ffffff; --panel: #f6f8fa; --panel-accent: #eef4fb; --panel-bad: #fef3f2;
+  --panel-wait: #fff8eb; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e3e8ed; --soft: #a7b3bf; --line: #3a444f; --accent: #82b6f2; --good: #63c993; --bad: #f59a92;
+    --wait: #f0b45f; --paper: #14181d; --panel: #1d232a; --panel-accent: #1b2b3f; --panel-bad: #3b1f1d;
+    --panel-wait: #35290f; }
+  /* a picture is drawn on white: turned around it is drawn on black, and its ground takes the colour of the page */
+  .figure img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; } }
 body, body.jp-Notebook { background: var(--paper); color: var(--ink); font: 16px/1.55 "Segoe UI", Roboto,
   "Helvetica Neue", Arial, "DejaVu Sans", sans-serif; margin: 0; padding: 0; overflow: auto; }
-main { max-width: 940px; margin: 0 auto; padding: 24px 20px 64px; display: block; }
+main { max-width: 940px; margin: 0 auto; padding: 24px 20px 64px; display: block; overflow-wrap: break-word; }
 h1 { font-size: 1.8rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin-top: 2rem; }
 a { color: var(--accent); }
 blockquote { margin: 0 0 1rem; padding: .1rem 1rem; border-left: 4px solid var(--accent); color: var(--soft);
   font-size: 1.05rem; }
-details { border: 1px solid var(--line); border-radius: 6px; margin: .5rem 0; padding: 0 .8rem; }
-details > summary { cursor: pointer; color: var(--soft); padding: .35rem 0; font-size: .85rem; }
-details.definitions { background: #f8fafc; padding: .2rem 1rem; margin: 1.2rem 0; }
-details.definitions > summary { font-size: .95rem; }
+details > summary { cursor: pointer; color: var(--soft); padding: .1rem 0; font-size: .8rem; }
+details.definitions { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .2rem 1rem;
+  margin: 1.2rem 0; }
+details.definitions > summary { font-size: .95rem; padding: .35rem 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
@@ -82,25 +138,53 @@ th:first-child, td:first-child, .text td { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); }
 .text td { overflow-wrap: anywhere; } .text td:first-child { overflow-wrap: normal; }
 caption { text-align: left; padding: .3rem 0; color: var(--soft); }
-.note { border-left: 4px solid var(--accent); background: #f8fafc; padding: .6rem 1rem; }
-.failed { border-left: 4px solid var(--bad); background: #fef3f2; padding: .6rem 1rem; margin: .8rem 0; white-space:
-  pre-wrap; }
+.note { border-left: 4px solid var(--accent); background: var(--panel); padding: .6rem 1rem; }
+.found { border-left: 4px solid var(--good); background: var(--panel); padding: .4rem 1rem; margin: 1rem 0; }
+.failed { border-left: 4px solid var(--bad); background: var(--panel-bad); padding: .6rem 1rem; margin: .8rem 0;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 nav { font-size: .9rem; }
-img { max-width: 100%; height: auto; }
+img { max-width: 100%; height: auto; } .figure { overflow-x: auto; margin: .8rem 0; }
+@media screen and (max-width: 640px) { main { padding: 12px 12px 48px; } h1 { font-size: 1.45rem; }
+  .figure img { max-width: none; width: 640px; } th, td { padding: .3rem .45rem; } }
+@media print { main { max-width: none; padding: 0; } nav, details.code, details.definitions { display: none
+  !important; } h1, h2, h3, caption { break-after: avoid; } tr, img, .figure, .found, .failed { break-inside: avoid; }
+  thead { display: table-header-group; } a { color: inherit; text-decoration: none; } }
 """
 
+# %% ../../nbs/jobs/reports.ipynb #2859f949
+# nbconvert brings the colours of JupyterLab as variables: each becomes one of the page, light or dark
 _NOTEBOOK_STYLE = """
+:root { --jp-layout-color0: var(--paper); --jp-layout-color1: var(--paper); --jp-layout-color2: var(--panel);
+  --jp-layout-color3: var(--line); --jp-border-color0: var(--line); --jp-border-color1: var(--line);
+  --jp-border-color2: var(--line); --jp-border-color3: var(--line); --jp-content-font-color0: var(--ink);
+  --jp-ui-font-color0: var(--ink); --jp-ui-font-color1: var(--ink); --jp-ui-font-color2: var(--soft);
+  --jp-content-font-color1: var(--ink); --jp-content-font-color2: var(--soft); --jp-content-font-color3: var(--soft);
+  --jp-content-link-color: var(--accent); --jp-cell-editor-background: var(--panel);
+  --jp-cell-editor-border-color: var(--line); --jp-rendermime-table-row-background: var(--panel);
+  --jp-rendermime-table-row-hover-background: var(--panel-accent); --jp-rendermime-error-background: var(--panel-bad);
+  --jp-mirror-editor-variable-color: var(--ink); --jp-mirror-editor-punctuation-color: var(--soft);
+  --jp-mirror-editor-comment-color: var(--soft); --jp-mirror-editor-keyword-color: var(--accent);
+  --jp-mirror-editor-operator-color: var(--accent); --jp-mirror-editor-number-color: var(--good);
+  --jp-mirror-editor-string-color: var(--wait); --jp-mirror-editor-builtin-color: var(--good);
+  --jp-mirror-editor-def-color: var(--accent); --jp-mirror-editor-meta-color: var(--accent); }
 .jp-Notebook .jp-Cell { padding: 0; } .jp-Notebook { --jp-content-font-size1: 16px; --jp-content-line-height: 1.55;
   --jp-code-font-size: 13px; }
 .jp-RenderedHTMLCommon { font-size: 16px; padding: 0; } .jp-RenderedHTMLCommon blockquote { border-left: 4px solid
   var(--accent); }
 .jp-RenderedHTMLCommon table { margin-left: 0; font-size: .9rem; table-layout: auto; } .jp-RenderedHTMLCommon td,
-  .jp-RenderedHTMLCommon th { white-space: normal; max-width: none; }
+  .jp-RenderedHTMLCommon th, .jp-RenderedHTMLCommon tbody th { white-space: normal; max-width: none; vertical-align:
+  top; } .jp-RenderedHTMLCommon table { margin-bottom: 1rem; }
+.jp-RenderedHTMLCommon td[style*="right"] { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.jp-RenderedHTMLCommon code { background: var(--panel); color: inherit; white-space: pre-wrap; overflow-wrap:
+  anywhere; }
 .jp-RenderedHTMLCommon h1, .jp-RenderedHTMLCommon h2 { border: 0; } .jp-InputPrompt, .jp-OutputPrompt { display:
   none; } .jp-OutputArea-child { display: block; }
-.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: #f8fafc; }
+.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"] { background: var(--panel); }
 .anchor-link { display: none; }
-.jp-OutputArea-output { overflow-x: auto; padding-left: 0; }
+.jp-OutputArea-child .jp-OutputArea-output { display: block; width: auto; overflow-x: auto; padding-left: 0; }
+  .jp-RenderedText pre { white-space: pre-wrap; }
+.jp-MarkdownCell table { display: block; overflow-x: auto; max-width: 100%; } .jp-InputArea-editor { overflow-x: auto; }
+@media print { .jp-OutputArea-child .jp-OutputArea-output, .jp-OutputArea-child { overflow: visible; } }
 """
 
 # %% ../../nbs/jobs/reports.ipynb #795b20be
@@ -115,10 +199,15 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {% block any_cell %}{% if not cell.metadata.skip %}
 {% if cell.metadata.opens %}<details class="definitions"><summary>How this notebook works: its definitions, each with
   its check ({{ cell.metadata.opens }} cells)</summary>{% endif %}
-{{ super() }}
+{% if cell.metadata.verdict %}<div class="found">{% endif %}{{ super() }}
+{% if cell.metadata.verdict %}</div>{% endif %}
 {% if cell.metadata.closes %}</details>{% endif %}{% endif %}{% endblock %}
-{% block input %}<details class="code"{% if 'parameters' in cell.metadata.tags or 'injected-parameters' in
-  cell.metadata.tags %} open{% endif %}><summary>
+{% block data_png scoped %}{% set width = output | get_metadata('width', 'image/png') %}
+<div class="figure jp-OutputArea-output"><img alt="{{ output.data.get('text/plain', '') | e }}"
+  {% if width %}width="{{ width | e }}"{% endif %} src="data:image/png;base64,{{ output.data['image/png'] | e }}">
+</div>{% endblock %}
+{% block input %}<details class="{% if 'parameters' in cell.metadata.tags or 'injected-parameters' in
+  cell.metadata.tags %}parameters" open{% else %}code"{% endif %}><summary>
 {%- if 'injected-parameters' in cell.metadata.tags %}parameters of this run{% elif 'parameters' in cell.metadata.tags
   %}parameters, with their defaults{% else %}code{% endif %}</summary>{{ super() }}</details>{% endblock %}
 {% block error %}<div class="failed"><strong>{{ output.ename }}</strong>: {{ output.evalue | e
