@@ -6,7 +6,7 @@
 __all__ = ['PALETTE', 'INK', 'SOFT', 'GREY', 'LINE', 'MARKERS', 'WIDTH', 'compact', 'Picture', 'drawing', 'clashes', 'name_rows',
            'bars', 'timeline', 'dots', 'points', 'spread', 'curves', 'scatter', 'histograms']
 
-# %% ../../nbs/core/plots.ipynb #d3d6dcd5
+# %% ../../nbs/core/plots.ipynb #a4eed873
 import math
 import textwrap
 import warnings
@@ -27,7 +27,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from .text import counted, is_ordered, natural_order, plot_label, visible, with_article
 
-# %% ../../nbs/core/plots.ipynb #4da91ed3
+# %% ../../nbs/core/plots.ipynb #7ae6083c
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9") # Okabe and Ito 2008, without yellow
 _PALE = "#80b9d9" # of the first
 INK, SOFT, GREY, LINE = "#1f2933", "#52606d", "#8a939c", "#dde3e9"
@@ -62,7 +62,7 @@ def compact(
         if abs(value) >= least: return f"{value/unit:.4g}{letter}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
-# %% ../../nbs/core/plots.ipynb #535141b1
+# %% ../../nbs/core/plots.ipynb #e906e81c
 class Picture:
     "A figure that shows itself in a notebook, and says in words what it shows."
     def __init__(self, figure:Figure|None, title:str):
@@ -80,7 +80,8 @@ class Picture:
             self.figure.savefig(file, format="png", dpi=_DOTS, metadata={"Software": None})
             return file.getvalue()
 
-    def __repr__(self)->str: return visible("\n".join([self.title, *dict.fromkeys(self.notes)]))
+    def __repr__(self)->str:
+        return visible("\n".join([self.title, *dict.fromkeys(self.notes)]))
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         words = {"text/plain": repr(self)}
@@ -108,13 +109,13 @@ def drawing(
         yield picture
         _foot(picture)
 
-# %% ../../nbs/core/plots.ipynb #5f55f842
+# %% ../../nbs/core/plots.ipynb #6837bc29
 def _foot(picture:Picture)->None:
     "The legend, where a panel asks for one, and the notes below it."
     handles = {label: handle for ax in picture.axes for handle, label in zip(*ax.get_legend_handles_labels())}
     notes = "\n".join(_wrapped(note, 118) for note in dict.fromkeys(picture.notes))
     if not handles and not notes: return
-    columns = int(118/(max(map(len, handles), default=0) + 9)) # as many as the width has room for
+    columns = int(118/(max(map(len, handles), default=0) + 9)) # for which there is room
     picture.figure.legend(handles.values(), handles.keys(), title=notes or None, loc="outside lower left",
                           ncols=min(max(columns, 1), 4), alignment="left", title_fontsize=9, borderpad=0.1,
                           labelcolor=INK)
@@ -145,7 +146,7 @@ def clashes(
         found += [f"{word!r} on {other!r}" for other, its in boxes[place + 1:] if box.overlaps(its)]
     return found
 
-# %% ../../nbs/core/plots.ipynb #71c26e66
+# %% ../../nbs/core/plots.ipynb #fd4019f6
 def name_rows(
     ax,             # matplotlib Axes; row 0 is on top
     names,          # one a row; data
@@ -187,7 +188,7 @@ def bars(
         ax.xaxis.set_major_formatter(FuncFormatter(compact))
     return picture
 
-# %% ../../nbs/core/plots.ipynb #83d2273d
+# %% ../../nbs/core/plots.ipynb #168a262c
 _UNITS = {"hour": ("h", 4), "day": ("D", 120), "week": ("W-SUN", 1000), "month": ("M", 9500), "year": ("Y", math.inf)}
 
 def _periods(times:pd.Series)->tuple[str, pd.PeriodIndex, np.ndarray]:
@@ -220,7 +221,7 @@ def _marks(picture:Picture, marked:dict, edges:np.ndarray)->None:
         if room: picture.axes[0].annotate(plot_label(name), (start + (end - start)/2, 0.98), va="top", ha="center",
                                           xycoords=("data", "axes fraction"), fontsize=9, color=INK)
 
-# %% ../../nbs/core/plots.ipynb #bbc51b02
+# %% ../../nbs/core/plots.ipynb #71d3cd95
 def _counts_by_period(events:pd.DataFrame, periods:pd.PeriodIndex, most:int)->pd.DataFrame:
     "One column a kind, the largest first; the smallest kinds are one column."
     kinds = events["kind"].astype(str) if "kind" in events else pd.Series("", events.index)
@@ -260,7 +261,7 @@ def timeline(
                                              f"{', hatched' if empty.mean() <= 0.3 else ''}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #c8a935d5
+# %% ../../nbs/core/plots.ipynb #b3576ce7
 def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty:np.ndarray)->None:
     "Steps over the periods; pale where the log begins or ends, hatched where there is nothing of any kind."
     days = edges.astype("datetime64[s]").astype(float)/86_400 # as matplotlib counts
@@ -283,7 +284,7 @@ def _one_kind(ax, counts:np.ndarray, edges:np.ndarray, partial:np.ndarray, empty
     ax.yaxis.set_major_formatter(FuncFormatter(compact))
     ax.set(xlim=(days[0], days[-1]), ylim=(0, 1.18*counts.max() or 1))
 
-# %% ../../nbs/core/plots.ipynb #294d4c48
+# %% ../../nbs/core/plots.ipynb #565fd941
 def _rows_of(groups:pd.DataFrame, most:int, given:bool)->tuple[list[str], int, bool]:
     "Names of the groups that are shown, how many there are, and whether they have an order."
     names = list(dict.fromkeys(groups["group"]))
@@ -319,7 +320,7 @@ def dots(
         ax.plot(group["value"], row, marker, color=hue, ms=6, alpha=alpha, zorder=3, mfc="white" if pale else hue)
     if label is not None: ax.plot([], [], marker, color=colours[0], ls="-", lw=1.8, label=plot_label(label, 44))
 
-# %% ../../nbs/core/plots.ipynb #9504f026
+# %% ../../nbs/core/plots.ipynb #260e76bc
 def _beside(ax, values, header:str)->None:
     "Numbers at the right of the rows."
     at = ax.get_yaxis_transform()
@@ -339,7 +340,7 @@ def _shifts(series:list)->list[tuple[float, str]]:
     step = min(0.24, 0.7/len(series))
     return [(step*(place - (len(series) - 1)/2), one) for place, one in enumerate(series)]
 
-# %% ../../nbs/core/plots.ipynb #11f6d615
+# %% ../../nbs/core/plots.ipynb #4157fe62
 def points(
     panels:dict,        # title -> DataFrame: `group`, `value`; where known `low`, `high`, `size`, `series`, `spots`
     xlabel:str,
@@ -390,7 +391,7 @@ def points(
                 picture.notes.append(f"Hollow and pale: fewer than {few} {what}.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #9a162d02
+# %% ../../nbs/core/plots.ipynb #ee799500
 def spread(
     heights,          # wanted; any order
     least:float,      # distance
@@ -437,7 +438,7 @@ def _name_points(ax, ends:dict, looks:dict, height:float, column:bool)->int:
                                 "shrinkB": 4 if column else 0, "alpha": 0.7, "relpos": (0, 0.5)})
     return len(ends) - len(kept)
 
-# %% ../../nbs/core/plots.ipynb #e4e60037
+# %% ../../nbs/core/plots.ipynb #c625a656
 def _axis(axis, log:bool, low:float, high:float)->None:
     "Ticks that do not touch: few of them, in few characters."
     if log and low > 0:
@@ -456,6 +457,7 @@ def _named_panels(title:str, panels:dict, named:bool, most:int):
     rows = len(panels) if below else 1
     return drawing(title, 1 if below else len(panels), rows, height=(tall + 0.75)*rows + 0.4), tall
 
+# %% ../../nbs/core/plots.ipynb #74b60dc0
 def curves(
     panels:dict,     # title -> name -> x and y, and where known low and high: sequences
     xlabel:str,
@@ -491,13 +493,15 @@ def curves(
                 ax.xaxis.set_minor_locator(FixedLocator([]))
             ax.set(xlabel=xlabel, ylabel=ylabel, title=plot_label(panel, 60))
             if zero: ax.set_ylim(bottom=min(0, np.nanmin(ys)))
-            if not ends: continue
+            if not ends:
+                if GREY in {look["color"] for look in looks.values()}: picture.notes.append("Grey: the others.")
+                continue
             unnamed = _name_points(ax, {name: (line[0][-1], line[1][-1]) for name, line in lines.items()}, looks, tall,
                                    column=False)
             if unnamed: picture.notes.append(f"{counted(unnamed, 'more line')} without a name.")
     return picture
 
-# %% ../../nbs/core/plots.ipynb #3701ecc6
+# %% ../../nbs/core/plots.ipynb #51eddfea
 def scatter(
     panels:dict,     # title -> DataFrame: `x`, `y`, and `name` where points have one
     xlabel:str,
@@ -544,7 +548,7 @@ def _with_names(ax, frame:pd.DataFrame, looks:dict, tall:float)->list[str]:
     unnamed = _name_points(ax, ends, looks, tall, column=True)
     return [f"{counted(unnamed, 'more point')} without a name."] if unnamed else []
 
-# %% ../../nbs/core/plots.ipynb #1768e1a9
+# %% ../../nbs/core/plots.ipynb #94d51d9b
 def _edges(values:np.ndarray)->tuple[np.ndarray, bool]:
     "Where the bars of a histogram end, and whether the axis is logarithmic."
     low, high, whole = values.min(), values.max(), bool((values == np.round(values)).all())

@@ -184,7 +184,7 @@ _NOTEBOOK_STYLE = """
 .jp-OutputArea-child .jp-OutputArea-output { display: block; width: auto; overflow-x: auto; padding-left: 0; }
   .jp-RenderedText pre { white-space: pre-wrap; }
 .jp-MarkdownCell table { display: block; overflow-x: auto; max-width: 100%; } .jp-InputArea-editor { overflow-x: auto; }
-@media print { .jp-OutputArea-child .jp-OutputArea-output, .jp-OutputArea-child { overflow: visible; } }
+@media print { .jp-OutputArea, .jp-OutputArea-child, .jp-OutputArea-child .jp-OutputArea-output { overflow: visible; } }
 """
 
 # %% ../../nbs/jobs/reports.ipynb #795b20be
