@@ -26,7 +26,7 @@ from .core.parameters import number
 from .core.paths import resolve_path
 from .core.sql import (case_of, database_errors, file_name, local_name, named, parquet, quoted,
                                    temporary_database)
-from .core.text import safe_cell_sql
+from .core.text import counted, safe_cell_sql
 from .data.attributes import UNDERSTOOD, table_columns, united, yes_or_no
 from .data.csvfiles import staged_query
 from .data.database import is_database
@@ -409,8 +409,8 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
     ledger.tables[name] = dict(rows_read=rows, rows_kept=written, rows_rejected=rejected,
                                duplicates_merged=rows - rejected - written)
     if repeated := rows - rejected - written:
-        ledger.warnings.append(f"{name}: rows that repeat the {key} of another: {repeated:,}. The last row of each was "
-                               "kept.")
+        ledger.warnings.append(f"{name}: {counted(repeated, 'row')} with the {key} of another row. The last of each "
+                               "was kept.")
 
 # %% ../nbs/01_ingest.ipynb #53583b56
 def _mapping(name:str, given)->dict:

@@ -10,6 +10,7 @@ __all__ = ['visible', 'decimals', 'shown_value', 'shown_path', 'plain_words', 'c
 # %% ../../nbs/core/text.ipynb #b3434184
 import csv
 import math
+import os
 import re
 from datetime import date, datetime
 from html import escape
@@ -44,7 +45,7 @@ def shown_value(
 )->str:
     "A number, a moment, a path or a text as a person reads it; nothing for what is missing."
     if isinstance(value, str): return visible(value)
-    if isinstance(value, PurePath): return shown_path(value)
+    if isinstance(value, PurePath): return visible(shown_path(value))
     if isinstance(value, (list, tuple, set)): return ", ".join(map(shown_value, value))
     if isinstance(value, bool) or type(value).__name__ == "bool": return "yes" if value else "no"
     if value is None or value != value: return ""
@@ -57,12 +58,11 @@ def shown_value(
 
 # %% ../../nbs/core/text.ipynb #b5746a6d
 def shown_path(
-    path, # str or Path
-)->str:   # with `/`
+    path, # str or Path, absolute
+)->str:   # with `/`; in UTF-8, whatever the locale of the machine
     "A path from the project on; the whole path where it leads elsewhere."
-    path = PurePath(path)
-    root = project_root()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else visible(path.as_posix())
+    path, root = PurePath(path), project_root()
+    return os.fsencode(path.relative_to(root) if path.is_relative_to(root) else path).decode(errors="backslashreplace")
 
 def plain_words(
     name:str, # of a column, a parameter or a figure
