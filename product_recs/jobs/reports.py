@@ -206,8 +206,9 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 <div class="figure jp-OutputArea-output"><img alt="{{ output.data.get('text/plain', '') | e }}"
   {% if width %}width="{{ width | e }}"{% endif %} src="data:image/png;base64,{{ output.data['image/png'] | e }}">
 </div>{% endblock %}
-{% block input %}<details class="{% if 'parameters' in cell.metadata.tags or 'injected-parameters' in
-  cell.metadata.tags %}parameters" open{% else %}code"{% endif %}><summary>
+{% block input %}<details class="{% if 'injected-parameters' in cell.metadata.tags %}parameters" open
+  {%- elif 'parameters' in cell.metadata.tags %}parameters"{% if not resources.given %} open{% endif %}
+  {%- else %}code"{% endif %}><summary>
 {%- if 'injected-parameters' in cell.metadata.tags %}parameters of this run{% elif 'parameters' in cell.metadata.tags
   %}parameters, with their defaults{% else %}code{% endif %}</summary>{{ super() }}</details>{% endblock %}
 {% block error %}<div class="failed"><strong>{{ output.ename }}</strong>: {{ output.evalue | e
@@ -235,8 +236,9 @@ def to_html(
     cleaned = _clean(nbformat.read(notebook, as_version=4))
     for cell in cleaned.cells:
         if cell.cell_type == "markdown": cell.source = _links_of_a_page(cell.source)
-    resources = {"metadata": {"name": title}, "page_style": STYLE + _NOTEBOOK_STYLE, "navigation": navigation,
-                 "content_policy": CONTENT_POLICY}
+    given = any("injected-parameters" in cell.metadata.get("tags", ()) for cell in cleaned.cells)
+    resources = {"given": given, "metadata": {"name": title}, "page_style": STYLE + _NOTEBOOK_STYLE,
+                 "navigation": navigation, "content_policy": CONTENT_POLICY}
     body, _ = exporter.from_notebook_node(cleaned, resources=resources)
     return atomic_write(html, body)
 
@@ -256,7 +258,7 @@ h2.small { font-size: 1rem; margin: .8rem 0 .2rem; }
 .card h3 { margin: 0 0 .2rem; font-size: .95rem; color: var(--soft); font-weight: 400; }
 .card h3 b { color: var(--ink); }
 .card p { margin: .25rem 0 0; line-height: 1.3; } .card small { color: var(--soft); }
-.bars { display: grid; grid-template-columns: minmax(5.5rem, max-content) 1fr max-content; gap: 2px 8px;
+.bars { display: grid; grid-template-columns: minmax(5.5rem, max-content) minmax(3.5rem, 1fr) max-content; gap: 2px 8px;
   font-size: .82rem; align-items: center; } .bars i { display: block; height: 8px; border-radius: 4px;
   background: color-mix(in srgb, var(--soft) 45%, var(--paper)); min-width: 2px; }
 .bars .own { font-weight: 600; } .bars i.own { background: var(--accent); }
@@ -272,7 +274,8 @@ code { overflow-wrap: anywhere; }
 @media (max-width: 500px) { main { padding: 8px 12px 48px; } h2.small { margin-top: .5rem; }
   .next li { display: block; }
   .outcome { padding: .4rem .7rem; font-size: .9rem; line-height: 1.4; } .outcome .verdict { font-size: 1.05rem; }
-  .bars { line-height: 1.35; } .card { padding: .35rem .7rem .45rem; } .card small { font-size: .75rem; } }
+  .bars { line-height: 1.35; grid-template-columns: minmax(0, 7rem) minmax(3.5rem, 1fr) max-content; }
+  .card { padding: .35rem .7rem .45rem; } .card small { font-size: .75rem; } }
 """
 
 # %% ../../nbs/jobs/reports.ipynb #a4e36671
