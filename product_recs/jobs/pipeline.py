@@ -401,8 +401,15 @@ def _summarise(result:RunResult, parameters:dict, started:datetime, section:str=
         run=result.name, started=f"{started:%Y-%m-%d %H:%M}", outcome=result.outcome,
         steps=[{**vars(step), "words": STEP_NAMES.get(step.name, step.name)} for step in steps],
         error=failed.error if failed else None,
-        facts=[(key, f"{value:,}") for key, value in facts if value is not None], tasks=tasks,
+        facts=[(key, f"{value:,}") for key, value in facts if value is not None], tuned=_tuned(metrics), tasks=tasks,
         columns=columns, parameters=parameters, models=_served(metrics)))
+
+def _tuned(metrics:dict)->dict[str, dict]:
+    "Task -> what a search of parameters on the same data has found."
+    tuned = metrics.get("tune", {})
+    same = tuned.get("fingerprint") == metrics.get("02_features", {}).get("fingerprint")
+    # an earlier version wrote no figures
+    return {task: one for task, one in tuned.get("tasks", {}).items() if "figures" in one} if same else {}
 
 def _served(metrics:dict)->dict[str, dict[str, str]]:
     "Task -> the names, here and in the evaluation, of what the bundle serves, and how it won."

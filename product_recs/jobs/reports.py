@@ -318,6 +318,16 @@ _INDEX = """<!DOCTYPE html>
 {% if error %}<div class="failed">{{ error }}</div>{% endif %}
 {% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{%
   endfor %}</div>{% endif %}
+{% for task, one in tuned.items() %}<h2>Tuning, {{ task.replace('_', ' ') }}</h2>
+<p><strong>{{ one.sentence }}</strong></p><p>{{ one.ended.sentence }}{% for edge in one.edges %} {{ edge.sentence
+  }}{% endfor %}</p>
+<div class="wide"><table><thead><tr><th>model</th><th>what it is</th><th>{{ one.metric }}, test (95 % interval)</th><th>
+  {{- one.metric }}, validation</th></tr></thead><tbody>
+{% for row in one.figures %}<tr{% if row.model == 'tuned' %} class="served"{% endif %}><td>{{ row.model }}</td><td>
+  {{- row.what }}</td><td>{{ '%.4f' | format(row.test) }} <small>({{ '%.4f' | format(row.test_low) }} to {{ '%.4f' |
+  format(row.test_high) }})</small></td><td>{{ '%.4f' | format(row.validation) }}</td></tr>{% endfor %}</tbody></table>
+</div>{% if one.history | length > 1 %}<p><small>{{ one.history | length }} searches so far; <a href="tune.html">the
+  report</a> lists them.</small></p>{% endif %}{% endfor %}
 <h2>Steps</h2>
 <table class="text"><thead><tr><th>report</th><th>result</th><th>seconds</th><th>notebook</th></tr></thead><tbody>
 {% for step in steps %}<tr><td>{% if step.html %}<a href="{{ step.html }}">{{ step.words }}</a>{% else %}{{ step.words
@@ -354,7 +364,7 @@ _ENDS = {"succeeded": ("Succeeded", "succeeded", "ok"), "needs a person": ("Need
 
 def write_index(
     folder:Path, # of the run's reports
-    facts:dict,  # run, started, outcome, steps, error, facts, tasks, columns, parameters, models
+    facts:dict,  # run, started, outcome, steps, error, facts, tuned, tasks, columns, parameters, models
 )->Path:         # the index.html
     "Write the page that summarises a run."
     template = Environment(autoescape=True).from_string(_INDEX)
