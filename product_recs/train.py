@@ -27,7 +27,7 @@ from .data.artifact import Features
 from .data.tasks import how_judged
 from .evaluation.competition import Competition, Fits, compete, says_worse, worse_than_popularity
 from .features import ensure_features
-from .ingest import DEFAULT_SOURCE, open_ledger
+from .ingest import SAMPLES, open_ledger
 from .models.all import all_models, fit_sharing, named
 from .models.als import ALS, ALS_DEFAULTS, check_als, fit_als
 from .models.blend import HabitBlend
@@ -230,7 +230,7 @@ def _data_of(features:Features)->dict:
     facts |= {name: getattr(ledger, name) for name in ("first_timestamp", "last_timestamp")} # also without a split
     source, query, feedback = (ledger.parameters.get(name, "") for name in ("source", "query", "feedback"))
     named = json.dumps([source, query, "" if source else feedback])
-    sample = isinstance(source, str) and bool(source) and resolve_path(source) == resolve_path(DEFAULT_SOURCE)
+    sample = isinstance(source, str) and bool(source) and resolve_path(source) in map(resolve_path, SAMPLES)
     return facts | {"log": hashlib.sha256(named.encode()).hexdigest()[:16], "sample": sample}
 
 # %% ../nbs/03_train.ipynb #5b600fb2

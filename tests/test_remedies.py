@@ -33,7 +33,7 @@ FOREIGN = {
 # follows "raise", "set" ... without being a name
 WORDS = {"a", "an", "the", "it", "them", "its", "their", "your", "by", "of", "case", "one", "so"}
 # SQL, HTML and CSS are no messages
-CODE = re.compile(r"\s*(SELECT|COPY|CREATE|WITH|INSERT|UPDATE|, file_row)|.*<[a-z]+[ >]|.*\{[^}]*:[^}]*;", re.S)
+CODE = re.compile(r"\s*(SELECT|COPY|CREATE|WITH|INSERT|UPDATE|, file_row)|.*<([a-z]+|\{\})[ >]|.*\{[^}]*:[^}]*;", re.S)
 WORDS |= {"center", "left", "right"}  # places of a legend
 
 

@@ -23,7 +23,7 @@ class OtherLive:
     version: str
     run: str     # "" where the bundle does not say
     span: str    # of its data
-    sample: bool # it is of the committed sample, which anybody may replace
+    sample: bool # it is of a sample of the project, which anybody may replace
 
     @property
     def sentence(self)->str:

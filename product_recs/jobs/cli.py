@@ -279,7 +279,7 @@ def _print_notes(notes:Sequence[str])->None:
 
 def _told(outcome)->list[str]:
     "What a run found out before it failed."
-    return [*outcome.dropped, *(f"{step}: {note}" if step else note for step, note in outcome.notes)]
+    return [*outcome.dropped, *(f"{step}: {note}" for step, note in outcome.notes)]
 
 # %% ../../nbs/jobs/cli.ipynb #e4cac6d8
 @_verb("run", "run -f examples/complete_journey.yaml -p factors 64")
@@ -306,7 +306,9 @@ def _run(
     models_dir, publish = _settings(models_dir=models_dir).models_dir, True if publish else "auto"
     result = run(read_parameters(file, [*map(_pair, parameter)]), name, models_dir, progress=not quiet,
                  publish_it=publish, given=_given(file, parameter))
+    _print_notes(result.notes)
     outcome, width = result.outcome, shutil.get_terminal_size().columns
+    outcome = replace(outcome, notes=[(step, note) for step, note in outcome.notes if step]) # the others are told
     if failed := result.failed:
         _print_notes(_told(outcome))
         page = result.reports/(failed.html or "index.html")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ..bundle.files import list_versions, publish, read_manifest, remove_bundle
 from ..bundle.versions import OtherLive, hold_back, live_of_another_run
-from ..core.credentials import by_reference, is_reference, masked, masked_parameters, password_note
+from ..core.credentials import STARS, by_reference, is_reference, masked, masked_parameters, password_note
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write, write_metrics
 from ..core.parameters import ParameterError, typed
@@ -349,7 +349,7 @@ def _headline(result:RunResult, seconds:float, what:str)->str:
     said = f"{what} {result.name} succeeded in {took}."
     if not result.published: return said
     if result.other:
-        whose = "the committed sample" if result.other.sample else f"run {result.other.run}"
+        whose = f"{'a sample, ' * result.other.sample}run {result.other.run}"
         said += f" It replaced the model of {whose}; `product-recs rollback` goes back to that."
     return f"{said} Model {result.version} is live; services take it up in a second."
 
@@ -378,7 +378,8 @@ def outcome_of(
     return Outcome(result.name, result.status, _headline(result, seconds, what),
                    dropped(result.metrics.get("01_ingest", {}), excluded), words,
                    standings(result.metrics, skipped or "") if result.status != "failed" else [], result.held_back,
-                   _next_steps(result))
+                   [(f"{why} (give the password again)" if STARS in command else why, command)
+                    for why, command in _next_steps(result)])
 
 # %% ../../nbs/jobs/pipeline.ipynb #f1f4ad0e
 def _summarise(result:RunResult, parameters:dict, started:datetime, section:str="run")->None:
