@@ -336,7 +336,7 @@ def _tune(
     name = name or (Path(file[0]).stem if file else "sample")
     pairs = [*map(_pair, parameter), *([("budget_minutes", minutes)] if minutes else [])]
     models_dir = _settings(models_dir=models_dir).models_dir
-    result = tune(read_parameters(file, pairs), name, models_dir, progress=not quiet)
+    result = tune(read_parameters(file, pairs), name, models_dir, progress=not quiet, given=_given(file, parameter))
     _print_notes(result.notes)
     if failed := result.failed:
         raise JobError(f"{failed.name} failed: {failed.error}\nReports: {result.reports/(failed.html or '')}")
@@ -344,7 +344,7 @@ def _tune(
     lines = [line for task in tasks.values()
              for line in (task["sentence"], task["ended"]["sentence"], *(edge["sentence"] for edge in task["edges"]))]
     lines += [f"Parameters: {resolve_path('data/processed')/name/f'best_{task}.yaml'}" for task in tasks]
-    return "\n".join([*lines, f"Reports: {result.reports/'index.html'}"])
+    return "\n".join([*lines, "Next", *command_lines(result.outcome.next_steps)])
 
 # %% ../../nbs/jobs/cli.ipynb #3044770e
 @_verb("evaluate", "evaluate --compare current 20260101T120000-0a1b2c3d")

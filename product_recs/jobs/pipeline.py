@@ -313,6 +313,7 @@ def tune(
     name:str="sample",         # of the run: data/processed/<name>, where the study lies, and reports/<name>
     models_dir:str|Path="models", # where the bundle lies that the tuned ALS is compared with
     progress:bool=True,
+    given:Sequence[str]=(),    # -f and -p words that a run would need, masked
 )->RunResult:
     "Compare weightings and search parameters, going on with an earlier search; raises `JobError` like `run`."
     root, started = project_root(), datetime.now()
@@ -324,7 +325,8 @@ def tune(
     with _claim(reports), by_reference(parameters) as references:
         _clear(reports, TUNE_STEPS)
         per_step = assign(references, declared)
-        result = RunResult(name, reports, [Step(step) for step in TUNE_STEPS], None, {}, _notes(parameters), [])
+        result = RunResult(name, reports, [Step(step) for step in TUNE_STEPS], None, {}, _notes(parameters), [],
+                           given=list(given))
         try:
             for number, step in enumerate(TUNE_STEPS):
                 own = {"run": name, "report_dir": _from_root(reports),
@@ -353,13 +355,18 @@ def _headline(result:RunResult, seconds:float, what:str)->str:
         said += f" It replaced the model of {whose}; `product-recs rollback` goes back to that."
     return f"{said} Model {result.version} is live; services take it up in a second."
 
-def _next_steps(result:RunResult)->list[tuple[str, str]]:
+def _next_steps(result:RunResult, what:str)->list[tuple[str, str]]:
     "What to do after a run: what for, command."
     report = [("read the report", str(result.reports/"index.html"))]
     if result.status == "failed":
         page = result.failed.html if result.failed else None
         return [("read the report of the step", str(result.reports/page))] if page else []
     if result.held_back: return [*result.remedies, *report]
+    if what == "Tuning":
+        best = [_from_root(resolve_path("data/processed")/result.name/f"best_{task}.yaml")
+                for task in result.metrics.get("tune", {}).get("tasks", {})]
+        run = ["product-recs", "run", "--name", result.name, *result.at, *result.given, "-f"]
+        return [*report, *(("train with what was found", typed_command([*run, file])) for file in best)]
     if not result.published: return report
     user = result.metrics.get("05_inference", {}).get("parameters", {}).get("user", "")
     asked = [] if user == "" else [("ask for one user", user_command(user, result.at))]
@@ -379,7 +386,7 @@ def outcome_of(
                    dropped(result.metrics.get("01_ingest", {}), excluded), words,
                    standings(result.metrics, skipped or "") if result.status != "failed" else [], result.held_back,
                    [(f"{why} (give the password again)" if STARS in command else why, command)
-                    for why, command in _next_steps(result)])
+                    for why, command in _next_steps(result, what)])
 
 # %% ../../nbs/jobs/pipeline.ipynb #f1f4ad0e
 def _summarise(result:RunResult, parameters:dict, started:datetime, section:str="run")->None:

@@ -271,6 +271,7 @@ code { overflow-wrap: anywhere; }
 .facts b { display: block; font-size: 1.1rem; } .facts span { color: var(--soft); font-size: .8rem; }
 .served td { background: color-mix(in srgb, var(--accent) 10%, var(--paper)); }
 .served td:first-child { color: var(--accent); } .wide { overflow-x: auto; }
+td.words, th.words { text-align: left; }
 @media (max-width: 500px) { main { padding: 8px 12px 48px; } h2.small { margin-top: .5rem; }
   .next li { display: block; }
   .outcome { padding: .4rem .7rem; font-size: .9rem; line-height: 1.4; } .outcome .verdict { font-size: 1.05rem; }
@@ -319,11 +320,11 @@ _INDEX = """<!DOCTYPE html>
 {% if facts %}<div class="facts">{% for name, value in facts %}<div><b>{{ value }}</b><span>{{ name }}</span></div>{%
   endfor %}</div>{% endif %}
 {% for task, one in tuned.items() %}<h2>Tuning, {{ task.replace('_', ' ') }}</h2>
-<p><strong>{{ one.sentence }}</strong></p><p>{{ one.ended.sentence }}{% for edge in one.edges %} {{ edge.sentence
+<p>{{ one.sentence }}</p><p>{{ one.ended.sentence }}{% for edge in one.edges %} {{ edge.sentence
   }}{% endfor %}</p>
-<div class="wide"><table><thead><tr><th>model</th><th>what it is</th><th>{{ one.metric }}, test (95 % interval)</th><th>
+<div class="wide"><table><thead><tr><th>model</th><th class="words">what it is</th><th>{{ one.metric }}, test (95 % interval)</th><th>
   {{- one.metric }}, validation</th></tr></thead><tbody>
-{% for row in one.figures %}<tr{% if row.model == 'tuned' %} class="served"{% endif %}><td>{{ row.model }}</td><td>
+{% for row in one.figures %}<tr{% if row.model == 'tuned' %} class="served"{% endif %}><td>{{ row.model }}</td><td class="words">
   {{- row.what }}</td><td>{{ '%.4f' | format(row.test) }} <small>({{ '%.4f' | format(row.test_low) }} to {{ '%.4f' |
   format(row.test_high) }})</small></td><td>{{ '%.4f' | format(row.validation) }}</td></tr>{% endfor %}</tbody></table>
 </div>{% if one.history | length > 1 %}<p><small>{{ one.history | length }} searches so far; <a href="tune.html">the
