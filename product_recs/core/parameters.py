@@ -37,7 +37,8 @@ def number(
     raise error(f"{name}={value!r}: must be {' '.join(['a whole number' if whole else 'a number', *ends])}")
 
 # %% ../../nbs/core/parameters.ipynb #927bf24c
-LIST_TOO = ("source", "models", "candidates") # texts that may also be a list of texts
+# texts that may also be a list of texts
+LIST_TOO = ("source", "models", "candidates", "products", "users", "timestamp_format", "normalise_ids")
 
 def _read(text:str):
     "A text as YAML, with dates left as text and 1e-3 as a number; itself where it is not readable."
@@ -84,7 +85,10 @@ def _names(value, name:str, default:dict)->dict|None:
     if isinstance(value, str): value = _read(value) if value.strip() else {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value): return None
     like = next(iter(default.values()), "")
-    return {key: typed(f"{name}[{key!r}]", entry, like) for key, entry in value.items()}
+    def entry(key, one): # where the job says nothing of the values, one may be several texts
+        if not default and isinstance(one, (list, tuple)): return [typed(f"{name}[{key!r}]", text, "") for text in one]
+        return typed(f"{name}[{key!r}]", one, like)
+    return {key: entry(key, one) for key, one in value.items()}
 
 def typed(
     name:str,  # of the parameter

@@ -332,6 +332,7 @@ def _tune(
 )->str:
     "Search the best parameters for your data; a second call goes on."
     from pathlib import Path
+    from product_recs.jobs.outcome import command_lines
     from product_recs.jobs.pipeline import JobError, tune # nbconvert: 1 s
     name = name or (Path(file[0]).stem if file else "sample")
     pairs = [*map(_pair, parameter), *([("budget_minutes", minutes)] if minutes else [])]
