@@ -322,10 +322,12 @@ _INDEX = """<!DOCTYPE html>
 {% for task, one in tuned.items() %}<h2>Tuning, {{ task.replace('_', ' ') }}</h2>
 <p>{{ one.sentence }}</p><p>{{ one.ended.sentence }}{% for edge in one.edges %} {{ edge.sentence
   }}{% endfor %}</p>
-<div class="wide"><table><thead><tr><th>model</th><th class="words">what it is</th><th>{{ one.metric }}, test (95 % interval)</th><th>
+<div class="wide"><table><thead><tr><th>model</th><th class="words">what it is</th><th>
+  {{- one.metric }}, test (95 % interval)</th><th>
   {{- one.metric }}, validation</th></tr></thead><tbody>
 {% for row in one.figures %}<tr{% if row.model == 'tuned' %} class="served"{% endif %}><td>{{ row.model }}</td>
-<td class="words">{{ row.what }}</td><td>{{ '%.4f' | format(row.test) }} <small>({{ '%.4f' | format(row.test_low) }} to {{ '%.4f' |
+<td class="words">{{ row.what }}</td>
+<td>{{ '%.4f' | format(row.test) }} <small>({{ '%.4f' | format(row.test_low) }} to {{ '%.4f' |
   format(row.test_high) }})</small></td><td>{{ '%.4f' | format(row.validation) }}</td></tr>{% endfor %}</tbody></table>
 </div>{% if one.history | length > 1 %}<p><small>{{ one.history | length }} searches so far; <a href="tune.html">the
   report</a> lists them.</small></p>{% endif %}{% endfor %}
