@@ -169,8 +169,8 @@ def test_the_answer_runs_and_the_reports_stay(tuned):
     taken = bundle.manifest["parameters"]["features"] | bundle.model("discovery").parameters
     assert taken | best == taken
     judged = json.loads((root / "reports/sample/metrics.json").read_text())["04_evaluate"]["table"]
-    # those that were named, and what is served for the next purchase
-    assert {row["model"] for row in judged} == {"popularity", "ALS", "ALS + habits"}
+    # those that were named, what is served for the next purchase, and the simple ones beside it
+    assert {row["model"] for row in judged} == {"popularity", "buy again", "ALS", "ALS + habits"}
     page = (root / "reports/sample/index.html").read_text()
     assert "tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/weights.html").exists()
     assert (root / "data/processed/sample/tune.db").exists()
