@@ -266,8 +266,16 @@ def _as(column:str, type:str)->str:
     return whole_number(column) if type == "BIGINT" else column
 
 # %% ../nbs/01_ingest.ipynb #399b0772
-def _merge_spellings(con, types:Mapping[str, str], folds:Sequence[str], warnings:list[str])->None:
+def _as_texts(con, events:Sequence[str])->None:
+    "Put the rows with numbers for ids beside the others."
+    con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, "
+                "timestamp, NULL, NULL, false FROM plain", [list(events)])
+    con.execute("DELETE FROM plain")
+
+def _merge_spellings(con, types:Mapping[str, str], options:dict, warnings:list[str])->None:
     "Write one spelling for all that are one id."
+    folds = options["normalise_ids"]
+    if "zeros" in folds and "VARCHAR" in types.values(): _as_texts(con, options["events"]) # 42 may be 00042
     for column, type in types.items():
         if type != "VARCHAR" or not folds: continue
         ids = f"SELECT {column} AS id, count(*) AS rows FROM checked WHERE fault IS NULL GROUP BY 1"
@@ -281,7 +289,7 @@ def _write(con, folder:Path, types:Mapping[str, str], options:dict, ledger:Ledge
     numbers = ", ".join(f"{column}::{type} AS {column}" for column, type in types.items())
     texts = ", ".join(f"{_as(column, type)} AS {column}" for column, type in types.items())
     event = case_of("event", {quoted(name): place for place, name in enumerate(options["events"])})
-    _merge_spellings(con, types, options["normalise_ids"], ledger.warnings)
+    _merge_spellings(con, types, options, ledger.warnings)
     con.execute(f"""CREATE VIEW every_row AS SELECT {numbers}, event, quantity, timestamp FROM plain
         UNION ALL SELECT {texts}, {event}, quantity, timestamp FROM checked WHERE fault IS NULL""")
     returned = take_returns(con, "every_row", options["returns"], options["progress"])
@@ -474,10 +482,7 @@ def _connect(folder:Path, memory_limit:str):
 def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules, latest:datetime, options:dict,
                   ledger:Ledger)->dict[str, str]:
     "Load the feedback, drop the rows of forgotten users, and give the types of the ids."
-    if feedback.forgotten: # the rows of one user are taken out of one table
-        con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], "
-                    "quantity, timestamp, NULL, NULL, false FROM plain", [list(rules.events)])
-        con.execute("DELETE FROM plain")
+    if feedback.forgotten: _as_texts(con, rules.events) # the rows of one user are taken out of one table
     ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten, options["normalise_ids"])
     faults = interaction_rules(rules, latest)
     con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, faults))
@@ -615,7 +620,7 @@ def ingest(
     returns:str = "net",                        # net, drop or ignore: what a quantity below 0 means
     return_marker:Mapping[str, str]|None = None,# your column -> a pattern: rows that fit it are returns
     exclude_items:Sequence = (),                # what is no product: ids, patterns, {attribute: value}
-    normalise_ids:str|Sequence[str] = "none",   # in what spellings of one id differ: none, case, space
+    normalise_ids:str|Sequence[str] = "none",   # in what spellings of one id differ: none, case, space, zeros
     max_quantity:float = 1000,                  # a larger quantity is a mistake
     on_error:str = "skip",                      # or "fail": the first bad row stops the job
     max_reject_share:float = 0.05,              # more bad rows than this stop the job
