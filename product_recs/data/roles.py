@@ -128,7 +128,7 @@ def find_column(
 
 def match_columns(
     names:Iterable[str],       # columns of the file
-    columns:Mapping[str, str|Sequence[str]], # ours -> the file's, or several of which a file has one
+    columns:Mapping[str, str|Sequence[str]], # ours -> the file's, or several of which a file has one; "": none
     required:Iterable[str],    # ours
     optional:Iterable[str],    # ours
     shown:str,                 # how messages name the file
@@ -137,6 +137,7 @@ def match_columns(
     "Find our columns in a file; raises `IngestError` where one that is needed is missing, or is there twice."
     names, required, wanted, missing = list(names), list(required), {}, []
     for name in [*required, *optional]:
+        if columns.get(name) == "" and name not in required: continue # somebody wants to do without it
         if column := find_column(name, columns.get(name, name), names, shown): wanted[name] = column
         elif name in required or name in columns: missing.append(name)
     if not missing: return wanted
