@@ -32,6 +32,7 @@ from .data.csvfiles import staged_query
 from .data.database import is_database
 from .data.dates import AmbiguousDates, checked_formats
 from .data.dialect import Dialect, find_dialect
+from .data.doubts import crowd_note, row_number_note, text_notes
 from .data.exclude import checked_exclusions, suspects, suspects_note, write_excluded
 from .data.merge import write_merged
 from .data.returns import checked_returns, returns_note, take_returns
@@ -546,11 +547,15 @@ def _row_notes(con, options:dict, types:Mapping[str, str], folder:Path)->list[st
     edged, = con.execute("SELECT count(*) FROM checked WHERE edged AND fault IS NULL").fetchone()
     if edged: notes.append(f"Rows with spaces around an id, which were cut off: {edged:,}.")
     if names := _event_names(con): notes.append(f"Some rows were rejected for the name of their event; {names}.")
+    log = parquet(folder/"interactions.parquet")
+    given = options["columns"].get(Columns.User, Columns.User)
+    notes.append(crowd_note(con, f"SELECT user_id AS id, count(*) AS rows FROM {log} GROUP BY 1",
+                            given if isinstance(given, str) else given[0]))
     for column, type in types.items():
+        if type == "VARCHAR": notes += text_notes(con, f"SELECT value AS id FROM {column}_list", column)
         if type == "VARCHAR" and not options["normalise_ids"]: # the list is there since the rows were merged
             ids = f"SELECT value AS id, 1 AS rows FROM {column}_list"
             if spellings_note(con, ids, column): # only then are the rows counted
-                log = parquet(folder/"interactions.parquet")
                 counted = f"SELECT {column} AS id, count(*) AS rows FROM {log} GROUP BY 1"
                 notes.append(spellings_note(con, counted, column))
     return [note for note in notes if note]
@@ -621,6 +626,7 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
                 ledger.rows_returned + ledger.rows_skipped)
     assert ledger.rows_read == outcomes, "the ledger does not add up"
     ledger.warnings += _row_notes(con, options, types, out)
+    if note := row_number_note(ledger.rows_kept, ledger.items): ledger.warnings.append(note)
     _add_tables(con, source, types, options, wishes, work, out, ledger)
     _exclude(con, out, options, ledger)
     texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}'
