@@ -346,6 +346,7 @@ def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledge
     given, of_log = options[option], options["columns"].get(key, [])
     key_names = [of_log] if isinstance(of_log, str) else [*of_log]
     def match(names, shown):
+        if from_log and key_names: names = [name for name in names if name != key or name in key_names] # a row's number
         ours, note = table_columns(names, key, given, key_names, shown, option, columns, partly=several)
         if from_log: # quantity and invoice are no attributes of a product
             ours = {name: column for name, column in ours.items() if name in {key, *given, *UNDERSTOOD}}
