@@ -128,7 +128,12 @@ def _decimal(con, sql:str)->str|None:
     marks = con.execute(f"SELECT {decimal_sql(signed_sql('text'))} AS mark, count(*), any_value(text) FROM (SELECT "
                         f"{trimmed('quantity')} AS text FROM ({sql})) GROUP BY 1 HAVING mark IS NOT NULL "
                         "ORDER BY 2 DESC").fetchall()
-    return marks[0][0] if marks else None
+    if marks: return marks[0][0]
+    # 1,000 and 6,000 and nothing else: nobody sells by the thousand alone
+    texts = f"SELECT {signed_sql(trimmed('quantity'))} AS text FROM ({sql})"
+    whole, = con.execute(f"SELECT bool_and(regexp_full_match(text, {quoted(GROUPED)}) AND suffix(text, ',000')) "
+                         f"FROM ({texts}) WHERE text <> ''").fetchone()
+    return "," if whole else None
 
 def find_dialect(
     con:duckdb.DuckDBPyConnection,

@@ -39,7 +39,7 @@ _QUALIFIERS = { # words that may stand beside the noun and change nothing
                          "interaction bought basket stamp unix utc of the".split()},
     Columns.Quantity: {*"item line lineitem product order ordered units sold purchased".split()},
     Columns.Event: {*"type name kind user".split()},
-    "title": {*"product item line lineitem article display full short sku stock".split()},
+    "title": {*"product produit item line lineitem article artikel display full short sku stock".split()},
     "category": {*"product item main name l1 level sub type".split()},
     "brand": {*"product item name".split()},
     "price": {*"unit line lineitem list sale sales item product retail usd eur gbp net gross".split()},

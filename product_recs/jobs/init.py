@@ -455,8 +455,9 @@ def write_proposal(
         columns = dict.fromkeys(proposal.missing, "NAME OF YOUR COLUMN")
         parameters["columns"] = columns | parameters.get("columns", {})
     style = dict(allow_unicode=True, sort_keys=False, width=10**6) # one line for each
-    lines = [yaml.safe_dump({name: value}, default_flow_style=False, **style).strip() if isinstance(value, str) else
-             f"{name}: {yaml.safe_dump(value, default_flow_style=True, **style).strip()}"
+    lines = [f"{name}: {yaml.safe_dump(value, default_flow_style=True, **style).strip()}"
+             if isinstance(value, (dict, list)) else
+             yaml.safe_dump({name: value}, default_flow_style=False, **style).strip()
              for name, value in parameters.items()]
     head = f"# written by: {shlex.join(words)}"
     return atomic_write(path, "\n".join([head, *lines]) + "\n")
