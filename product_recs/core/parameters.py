@@ -37,7 +37,7 @@ def number(
     raise error(f"{name}={value!r}: must be {' '.join(['a whole number' if whole else 'a number', *ends])}")
 
 # %% ../../nbs/core/parameters.ipynb #927bf24c
-LIST_TOO = ("source", "models", "candidates") # texts that may also be a list of texts
+LIST_TOO = ("source", "models", "candidates", "timestamp_format", "normalise_ids") # texts that may also be a list of texts
 
 def _read(text:str):
     "A text as YAML, with dates left as text and 1e-3 as a number; itself where it is not readable."
@@ -84,7 +84,11 @@ def _names(value, name:str, default:dict)->dict|None:
     if isinstance(value, str): value = _read(value) if value.strip() else {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value): return None
     like = next(iter(default.values()), "")
-    return {key: typed(f"{name}[{key!r}]", entry, like) for key, entry in value.items()}
+    def entry_of(key, entry): # one text may be several: names of a column, patterns of rows
+        one = f"{name}[{key!r}]"
+        return [typed(one, part, like) for part in entry] if like == "" and isinstance(entry, (list, tuple)) else (
+            typed(one, entry, like))
+    return {key: entry_of(key, entry) for key, entry in value.items()}
 
 def typed(
     name:str,  # of the parameter
