@@ -37,7 +37,8 @@ def number(
     raise error(f"{name}={value!r}: must be {' '.join(['a whole number' if whole else 'a number', *ends])}")
 
 # %% ../../nbs/core/parameters.ipynb #927bf24c
-LIST_TOO = ("source", "models", "candidates", "timestamp_format", "normalise_ids") # texts that may also be a list of texts
+# texts that may also be a list of texts
+LIST_TOO = ("source", "models", "candidates", "timestamp_format", "normalise_ids")
 
 def _read(text:str):
     "A text as YAML, with dates left as text and 1e-3 as a number; itself where it is not readable."

@@ -132,7 +132,8 @@ def standings(
     for task, name in metrics.get("03_train", {}).get("models", {}).items():
         if served := evaluated.get("served", {}).get(task): found.append(_standing(evaluated, task, served))
         else:
-            phrase = f"not judged{f': {why_not}' if why_not else ''}"
+            reason = why_not.removeprefix("NothingToJudge: ").rstrip(".") # a sentence may come with either
+            phrase = f"not judged{f': {reason}' if reason else ''}"
             found.append(Standing(task, name, "not judged", phrase, f"{_words(task).capitalize()}: {phrase}."))
     return found
 
