@@ -78,7 +78,7 @@ test: .venv/.kernels
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
 	@$(BIN)/pytest -q tests
 
-# ten exports of a generated shop, from `init` to a list by the command alone: examples/exports/README.md (some minutes)
+# exports of a generated shop, from `init` to a list by the command alone: examples/exports/README.md (some minutes)
 exports: .venv/.kernels
 	@$(BIN)/python tools/run_exports.py $(OPTIONS)
 

@@ -33,6 +33,7 @@ from .data.csvfiles import staged_query
 from .data.database import is_database
 from .data.dates import AmbiguousDates, checked_formats
 from .data.dialect import Dialect, find_dialect
+from .data.doubts import crowd_note, row_number_note, text_notes
 from .data.exclude import checked_exclusions, suspects, suspects_note, write_excluded
 from .data.merge import write_merged
 from .data.returns import checked_returns, returns_note, take_returns
@@ -40,18 +41,19 @@ from .data.roles import guess_columns, guess_event, match_columns
 from .data.sources import FileRead, find_files, read_source, run_query
 from .data.spellings import checked_folds, find_spellings, spellings_note
 from .data.stored import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
-from .data.validate import (ODD, RETURN, TABLES, check_query, first_fault, id_rules, interaction_rules,
-                                        is_number, odd_query, plain_query, trimmed)
+from .data.validate import (ODD, RETURN, SKIP, SKIPPED, TABLES, check_query, first_fault, id_rules,
+                                        interaction_rules, is_number, odd_query, plain_query, trimmed)
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass
 class Ledger:
-    "What became of every row: `rows_read` is the sum of the five counts below it."
+    "What became of every row: `rows_read` is the sum of the six counts below it."
     rows_read: int = 0
     rows_kept: int = 0
     rows_rejected: int = 0
     duplicates_merged: int = 0
     rows_returned: int = 0                         # returns, and purchases that nothing is left of
+    rows_skipped: int = 0                          # what skip_rows leaves out
     rows_forgotten: int = 0                        # from before the wish of a user to be forgotten
     reasons: dict = field(default_factory=dict)    # reason -> rows, the most frequent first
     files: list = field(default_factory=list)      # file, role, rows_read, rows_rejected, bytes, changed
@@ -79,15 +81,20 @@ def open_ledger(
 
 # %% ../nbs/01_ingest.ipynb #addf8bd4
 REMEDIES = {"not valid text": 'pass the encoding of the file, such as encoding="latin-1" or "cp1252"',
-            "unknown event": "map your names of events with event_names={...}, or add them to events=[...]",
+            "unknown event": "map your names of events with event_names={...}, such as 'skip' for those that nobody "
+                             "wants, or add them to events=[...]",
             "NUL byte": 'the file may be UTF-16: encoding="utf-16"',
             "too ": 'check delimiter="..."',
             "quantity above": "raise max_quantity",
             "number too large": "write ids as whole numbers of 64 bits, or as text",
-            "blank id": "check columns={...}",
+            "blank id": "check columns={...}, or raise max_reject_share to do without the rows of guests",
             "timestamp": 'name the form of your dates, such as timestamp_format="%d/%m/%Y %H:%M"',
             "quantity is not a number": 'say which mark parts the fraction: decimal="," or decimal="."',
-            "quantity is not above 0": 'with returns="net" or "drop" a quantity below 0 is a return; 0 is nothing sold',
+            "quantity is not above 0": 'with returns="net" or "drop" a quantity below 0 is a return; 0 is nothing '
+                                       'sold: do without these rows, or say columns={"quantity": ""} to count each '
+                                       'row as 1',
+            "id is not a number or a text": "name a key inside the object, such as customer.id, in columns={...}; a "
+                                            "list becomes rows by jq -c '.items[] as $item | . + {items: $item}'",
             "id is text": "write all ids of the log as text, if these are ids of yours"}
 
 def _event_names(con)->str:
@@ -96,6 +103,16 @@ def _event_names(con)->str:
                         "ORDER BY count(*) DESC, 1 LIMIT 20").fetchall()
     guessed = {name: ours for name, in names if (ours := guess_event(name))}
     return f"perhaps event_names={guessed}" if guessed else ""
+
+def _examples(con, where:str)->tuple[str, str]:
+    "The commonest reasons of the rejects that `where` selects, one a line, and what can be done about them."
+    top = con.execute("SELECT reason, count(*), arg_min(file, line), min(line), arg_min(value, line) FROM rejects "
+                      f"WHERE {where} GROUP BY reason ORDER BY 2 DESC, 1 LIMIT 3").fetchall()
+    examples = "\n".join(f"  {count:,} x {reason}, first {file}, line {line}: {(value or '')[:60]!r}"
+                         for reason, count, file, line, value in top)
+    remedies = {remedy for reason, *_ in top for start, remedy in REMEDIES.items() if reason.startswith(start)}
+    if any(reason == "unknown event" for reason, *_ in top): remedies |= {_event_names(con)} - {""}
+    return examples, "; ".join(sorted(remedies)) or "mend these lines"
 
 def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->None:
     "Raise if the rejects that `where` selects are too many."
@@ -107,15 +124,10 @@ def _judge(con, where:str, rows:int, on_error:str, max_share:float, what:str)->N
         raise IngestError(f"{place}: {reason}: {(value or '')[:80]!r}. "
                           'Nothing was written. Mend the line, or skip bad rows with on_error="skip".')
     if not rejected or rejected <= max_share * rows: return
-    top = con.execute("SELECT reason, count(*), arg_min(file, line), min(line), arg_min(value, line) FROM rejects "
-                      f"WHERE {where} GROUP BY reason ORDER BY 2 DESC, 1 LIMIT 3").fetchall()
-    examples = "\n".join(f"  {count:,} x {reason}, first {file}, line {line}: {(value or '')[:60]!r}"
-                         for reason, count, file, line, value in top)
-    remedies = {remedy for reason, *_ in top for start, remedy in REMEDIES.items() if reason.startswith(start)}
-    if any(reason == "unknown event" for reason, *_ in top): remedies |= {_event_names(con)} - {""}
+    examples, remedy = _examples(con, where)
     raise IngestError(f"{rejected:,} of {rows:,} rows of {what} are bad ({rejected / rows:.1%}; max_reject_share is "
                       f"{max_share:.1%}). Nothing was written.\n{examples}\n"
-                      f"Remedy: {'; '.join(sorted(remedies)) or 'mend these lines'}, or raise max_reject_share.")
+                      f"Remedy: {remedy}, or raise max_reject_share.")
 
 # %% ../nbs/01_ingest.ipynb #2fe74fbf
 def add_faults(
@@ -152,15 +164,18 @@ def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
     "Put the faulty rows of a loaded file into `rejects` and the file into the ledger; the number of its rows."
     add_faults(con, read)
     file = f"file = {len(ledger.files)}"
+    skip = next(number for number, (_, reason, _) in enumerate(rules, 1) if reason == SKIPPED)
     names = case_of("fault", {number: quoted(name) for number, (name, _, _) in enumerate(rules, 1)})
     reasons = case_of("fault", {number: quoted(reason) for number, (_, reason, _) in enumerate(rules, 1)})
     con.execute(f"INSERT INTO rejects SELECT {quoted(read.shown)}, line, {names}, value, {reasons} FROM checked "
-                f"WHERE {file} AND fault IS NOT NULL")
+                f"WHERE {file} AND fault IS NOT NULL AND fault <> {skip}")
+    skipped, = con.execute(f"SELECT count(*) FROM checked WHERE {file} AND fault = {skip}").fetchone()
+    ledger.rows_skipped += skipped
     rows = read.rows + len(read.faults)
     rejected, = con.execute("SELECT count(*) FROM rejects WHERE file = ?", [read.shown]).fetchone()
     good, = con.execute(f"SELECT (SELECT count(*) FROM checked WHERE {file} AND fault IS NULL) + "
                         f"(SELECT count(*) FROM plain WHERE {file})").fetchone()
-    assert rows == good + rejected, f"{read.shown}: {rows} rows read, {good} good, {rejected} rejected"
+    assert rows == good + rejected + skipped, f"{read.shown}: {rows} rows read, {good} good, {rejected} rejected"
     ledger.files.append(dict(file=read.shown, role=role, rows_read=rows, rows_rejected=rejected, bytes=read.size,
                              changed=read.changed))
     return rows
@@ -168,6 +183,8 @@ def _account(con, read:FileRead, rules:list, role:str, ledger:Ledger)->int:
 # %% ../nbs/01_ingest.ipynb #05fbe176
 class _Files:
     "What the reading of the files of a log keeps from one call to the next."
+    MARKS = {"return_marker": "marker", "skip_rows": "skip"} # parameter -> how its columns are called in queries
+
     def __init__(self, con, options:dict, rules:EventRules, latest:datetime, ledger:Ledger, label:str):
         self.con, self.options, self.rules, self.latest, self.ledger = con, options, rules, latest, ledger
         self.label, self.shown, self.wanted, self.notes = label, "", {}, []
@@ -175,25 +192,28 @@ class _Files:
         self.orders, self.undecided = set(), None # day first, month first; the error of a file that does not show it
 
     def match(self, names, shown:str)->dict[str, str]:
-        "Our columns, and those that mark a return."
+        "Our columns, and those that mark a return or a row to leave out."
         self.shown, markers = shown, {}
         self.wanted = match_columns(names, self.options["columns"], Columns.Required, Columns.Optional, shown)
-        for place, column in enumerate(self.options["return_marker"]):
-            if column not in names:
-                raise IngestError(f"{shown}: there is no column {column!r}, which return_marker names. Found: "
-                                  f"{', '.join(names[:30])}.")
-            markers[f"marker{place}"] = column
+        for option, prefix in self.MARKS.items():
+            for place, column in enumerate(self.options[option]):
+                if column not in names:
+                    raise IngestError(f"{shown}: there is no column {column!r}, which {option} names. Found: "
+                                      f"{', '.join(names[:30])}.")
+                markers[f"{prefix}{place}"] = column
         free = [name for name in names if name not in {*self.wanted.values(), *markers.values()}]
-        guessed = guess_columns(free, [name for name in Columns.Optional if name not in self.wanted])
+        guessed = guess_columns(free, [name for name in Columns.Optional if name not in self.wanted and
+                                       self.options["columns"].get(name) != ""])
         self.unmapped |= {name: (column, shown) for name, column in guessed.items() if name not in self.unmapped}
         return self.wanted | markers
 
     def load(self, number:int, sql:str, again:str="")->int:
         "Load one file; called a second time where the quick reading has failed."
         options = self.options
-        markers = {f"marker{place}": pattern for place, pattern in enumerate(options["return_marker"].values())}
-        given = {"event_names": options["event_names"], "markers": markers}
-        columns, dialect, self.notes = [*self.wanted, *markers], Dialect(**given), []
+        markers, skips = ({f"{prefix}{place}": patterns for place, patterns in enumerate(options[option].values())}
+                          for option, prefix in self.MARKS.items())
+        given = {"event_names": options["event_names"], "markers": markers, "skips": skips}
+        columns, dialect, self.notes = [*self.wanted, *markers, *skips], Dialect(**given), []
         try:
             dialect, self.notes = find_dialect(
                 self.con, sql, columns, self.shown, self.latest, lined=again, formats=options["timestamp_format"],
@@ -225,6 +245,7 @@ def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:P
         order, = files.orders
         for table in ("plain", "checked", "rejects"): con.execute(f"DELETE FROM {table}")
         ledger.files.clear()
+        ledger.rows_skipped = 0
         ledger.warnings.append(f"All dates are read {order}, since some of the files can be nothing else.")
         return _load(con, source, options | {"timestamp_format": (order,)}, rules, latest, folder, ledger)
     if files.unmapped:
@@ -267,8 +288,16 @@ def _as(column:str, type:str)->str:
     return whole_number(column) if type == "BIGINT" else column
 
 # %% ../nbs/01_ingest.ipynb #399b0772
-def _merge_spellings(con, types:Mapping[str, str], folds:Sequence[str], warnings:list[str])->None:
+def _as_texts(con, events:Sequence[str])->None:
+    "Put the rows with numbers for ids beside the others."
+    con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], quantity, "
+                "timestamp, NULL, NULL, false FROM plain", [list(events)])
+    con.execute("DELETE FROM plain")
+
+def _merge_spellings(con, types:Mapping[str, str], options:dict, warnings:list[str])->None:
     "Write one spelling for all that are one id."
+    folds = options["normalise_ids"]
+    if "zeros" in folds and "VARCHAR" in types.values(): _as_texts(con, options["events"]) # 42 may be 00042
     for column, type in types.items():
         if type != "VARCHAR" or not folds: continue
         ids = f"SELECT {column} AS id, count(*) AS rows FROM checked WHERE fault IS NULL GROUP BY 1"
@@ -282,7 +311,7 @@ def _write(con, folder:Path, types:Mapping[str, str], options:dict, ledger:Ledge
     numbers = ", ".join(f"{column}::{type} AS {column}" for column, type in types.items())
     texts = ", ".join(f"{_as(column, type)} AS {column}" for column, type in types.items())
     event = case_of("event", {quoted(name): place for place, name in enumerate(options["events"])})
-    _merge_spellings(con, types, options["normalise_ids"], ledger.warnings)
+    _merge_spellings(con, types, options, ledger.warnings)
     con.execute(f"""CREATE VIEW every_row AS SELECT {numbers}, event, quantity, timestamp FROM plain
         UNION ALL SELECT {texts}, {event}, quantity, timestamp FROM checked WHERE fault IS NULL""")
     returned = take_returns(con, "every_row", options["returns"], options["progress"])
@@ -318,6 +347,7 @@ def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledge
     given, of_log = options[option], options["columns"].get(key, [])
     key_names = [of_log] if isinstance(of_log, str) else [*of_log]
     def match(names, shown):
+        if from_log and key_names: names = [name for name in names if name != key or name in key_names] # a row's number
         ours, note = table_columns(names, key, given, key_names, shown, option, columns, partly=several)
         if from_log: # quantity and invoice are no attributes of a product
             ours = {name: column for name, column in ours.items() if name in {key, *given, *UNDERSTOOD}}
@@ -417,6 +447,10 @@ def _add_table(con, source, name:str, key:str, id_type:str, options:dict, folder
 def _mapping(name:str, given)->dict:
     "A parameter that maps names to names, or to several."
     given = {} if given is None or given == "" else given
+    if name in ("return_marker", "skip_rows") and isinstance(given, Mapping): # YAML reads the customer 0 as a number
+        text = lambda value: str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        given = {key: [*map(text, value)] if isinstance(value, (list, tuple)) else text(value)
+                 for key, value in given.items()}
     def fits(value): return isinstance(value, str) or (isinstance(value, Sequence) and len(value) > 0 and
                                                        all(isinstance(one, str) for one in value))
     if not isinstance(given, Mapping) or not all(isinstance(key, str) and fits(value) for key, value in given.items()):
@@ -426,7 +460,7 @@ def _mapping(name:str, given)->dict:
 def _checked_names(options:dict)->None:
     "Refuse mappings that cannot be meant."
     for name, known in (("columns", Columns.All), ("product_columns", None), ("user_columns", None),
-                        ("event_names", None), ("return_marker", None)):
+                        ("event_names", None), ("return_marker", None), ("skip_rows", None)):
         options[name] = _mapping(name, options[name])
         if known and (unknown := set(options[name]) - set(known)):
             raise IngestError(f"{name}= maps our names to yours, and {sorted(unknown)} are none of ours: "
@@ -436,7 +470,7 @@ def _checked_names(options:dict)->None:
     options["events"] = sorted({lower(event) for event in options["events"]})
     if not options["events"]: raise IngestError("events is empty. Name at least one, such as [\"purchase\"].")
     options["event_names"] = {lower(theirs): lower(ours) for theirs, ours in options["event_names"].items()}
-    known = {*options["events"]} | ({RETURN} if options["returns"] != "ignore" else set())
+    known = {*options["events"], SKIP} | ({RETURN} if options["returns"] != "ignore" else set())
     for theirs, ours in options["event_names"].items():
         if ours not in known:
             raise IngestError(f"event_names maps {theirs!r} to {ours!r}, which is none of ours: "
@@ -444,8 +478,12 @@ def _checked_names(options:dict)->None:
     if RETURN in options["events"] and options["returns"] != "ignore":
         raise IngestError(f'events: {RETURN!r} is a row that takes back a purchase. To keep it as an event, say '
                           'returns="ignore".')
+    if SKIP in options["events"]:
+        raise IngestError(f"events: {SKIP!r} is a row that is left out. Give an event that counts another name with "
+                          "event_names={...}.")
     if options["returns"] == "ignore": options["return_marker"] = {}
 
+# %% ../nbs/01_ingest.ipynb #5fddcf4f
 def _checked_options(options:dict)->dict:
     "Refuse parameters that cannot be meant."
     if options["feedback"]: feedback_url(options["feedback"])
@@ -475,10 +513,7 @@ def _connect(folder:Path, memory_limit:str):
 def _add_feedback(con, feedback:Feedback, types:dict[str, str], rules:EventRules, latest:datetime, options:dict,
                   ledger:Ledger)->dict[str, str]:
     "Load the feedback, drop the rows of forgotten users, and give the types of the ids."
-    if feedback.forgotten: # the rows of one user are taken out of one table
-        con.execute("INSERT INTO checked SELECT file, line, user_id::VARCHAR, item_id::VARCHAR, ?[event + 1], "
-                    "quantity, timestamp, NULL, NULL, false FROM plain", [list(rules.events)])
-        con.execute("DELETE FROM plain")
+    if feedback.forgotten: _as_texts(con, rules.events) # the rows of one user are taken out of one table
     ledger.rows_forgotten = drop_forgotten(con, feedback.forgotten, options["normalise_ids"])
     faults = interaction_rules(rules, latest)
     con.execute(check_query(staged_query(feedback.staged, Columns.All), len(ledger.files), Columns.All, faults))
@@ -514,11 +549,15 @@ def _row_notes(con, options:dict, types:Mapping[str, str], folder:Path)->list[st
     edged, = con.execute("SELECT count(*) FROM checked WHERE edged AND fault IS NULL").fetchone()
     if edged: notes.append(f"Rows with spaces around an id, which were cut off: {edged:,}.")
     if names := _event_names(con): notes.append(f"Some rows were rejected for the name of their event; {names}.")
+    log = parquet(folder/"interactions.parquet")
+    given = options["columns"].get(Columns.User, Columns.User)
+    notes.append(crowd_note(con, f"SELECT user_id AS id, count(*) AS rows FROM {log} GROUP BY 1",
+                            given if isinstance(given, str) else given[0]))
     for column, type in types.items():
+        if type == "VARCHAR": notes += text_notes(con, f"SELECT value AS id FROM {column}_list", column)
         if type == "VARCHAR" and not options["normalise_ids"]: # the list is there since the rows were merged
             ids = f"SELECT value AS id, 1 AS rows FROM {column}_list"
             if spellings_note(con, ids, column): # only then are the rows counted
-                log = parquet(folder/"interactions.parquet")
                 counted = f"SELECT {column} AS id, count(*) AS rows FROM {log} GROUP BY 1"
                 notes.append(spellings_note(con, counted, column))
     return [note for note in notes if note]
@@ -544,10 +583,13 @@ def _counted(con, ledger:Ledger, what:str)->None:
     reasons = con.execute("SELECT reason, count(*) FROM rejects GROUP BY reason ORDER BY 2 DESC, 1")
     ledger.reasons = dict(reasons.fetchall())
     if not ledger.rows_read: raise IngestError(f"{what} has no events yet. Nothing was written.")
-    if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten:
+    if ledger.rows_read == ledger.rows_skipped:
+        raise IngestError(f"{what}: skip_rows leaves out all rows. Nothing was written. Name less in it.")
+    if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten + ledger.rows_skipped:
         forgotten = f" or of users that want to be forgotten ({ledger.rows_forgotten:,})"*(ledger.rows_forgotten > 0)
-        raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Reasons: {ledger.reasons}. "
-                          "Nothing was written.")
+        examples, remedy = _examples(con, "true")
+        raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Nothing was written.\n{examples}"
+                          f"\nRemedy: {remedy}.")
 
 def _add_tables(con, source, types:Mapping[str, str], options:dict, wishes, work:Path, out:Path, ledger:Ledger)->None:
     "Write the tables of products and users."
@@ -560,6 +602,7 @@ def _add_tables(con, source, types:Mapping[str, str], options:dict, wishes, work
         dropped = drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet", options["normalise_ids"])
         if dropped: users |= {"rows_kept": users["rows_kept"] - dropped, "rows_forgotten": dropped}
 
+# %% ../nbs/01_ingest.ipynb #8204a889
 def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Ledger:
     "Fill the folder `out`."
     ledger = Ledger()
@@ -582,9 +625,10 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     _counted(con, ledger, what)
     _write(con, out, types, options, ledger)
     outcomes = (ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten +
-                ledger.rows_returned)
+                ledger.rows_returned + ledger.rows_skipped)
     assert ledger.rows_read == outcomes, "the ledger does not add up"
     ledger.warnings += _row_notes(con, options, types, out)
+    if note := row_number_note(ledger.rows_kept, ledger.items): ledger.warnings.append(note)
     _add_tables(con, source, types, options, wishes, work, out, ledger)
     _exclude(con, out, options, ledger)
     texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}'
@@ -606,8 +650,7 @@ def ingest(
     columns:Mapping|None = None,                # our column -> yours, or several names of which a file has one
     products:str|Path = "", users:str|Path = "",# tables with attributes; "" for none
     product_columns:Mapping|None = None, user_columns:Mapping|None = None, # our column or attribute -> yours
-    delimiter:str = "",                         # of CSV; "" finds it in the header
-    encoding:str = "utf-8",                     # of CSV
+    delimiter:str = "", encoding:str = "utf-8", # of CSV; the delimiter "" is found in the header
     sheet:str = "",                             # of .xlsx; "": the first
     timestamp_format:str|Sequence[str] = "",    # see `checked_formats`; "" finds it
     decimal:str = "",                           # "," or "." in quantities; "" finds it
@@ -615,8 +658,9 @@ def ingest(
     event_names:Mapping[str, str]|None = None,  # your event -> ours, or -> return
     returns:str = "net",                        # net, drop or ignore: what a quantity below 0 means
     return_marker:Mapping[str, str]|None = None,# your column -> a pattern: rows that fit it are returns
+    skip_rows:Mapping|None = None,              # your column -> a pattern or several: rows that fit are left out
     exclude_items:Sequence = (),                # what is no product: ids, patterns, {attribute: value}
-    normalise_ids:str|Sequence[str] = "none",   # in what spellings of one id differ: none, case, space
+    normalise_ids:str|Sequence[str] = "none",   # in what spellings of one id differ: none, case, space, zeros
     max_quantity:float = 1000,                  # a larger quantity is a mistake
     on_error:str = "skip",                      # or "fail": the first bad row stops the job
     max_reject_share:float = 0.05,              # more bad rows than this stop the job
@@ -629,7 +673,7 @@ def ingest(
         query=query, feedback=feedback, columns=columns, products=products, users=users,
         product_columns=product_columns, user_columns=user_columns, delimiter=delimiter, encoding=encoding, sheet=sheet,
         timestamp_format=timestamp_format, decimal=decimal, events=events, event_names=event_names, returns=returns,
-        return_marker=return_marker, exclude_items=exclude_items, normalise_ids=normalise_ids,
+        return_marker=return_marker, skip_rows=skip_rows, exclude_items=exclude_items, normalise_ids=normalise_ids,
         max_quantity=max_quantity, on_error=on_error, max_reject_share=max_reject_share, memory_limit=memory_limit,
         progress=progress))
     now = datetime.fromisoformat(now) if isinstance(now, str) else now or datetime.now(timezone.utc)
@@ -638,8 +682,7 @@ def ingest(
     if not source and (query or not feedback):
         raise IngestError('No source is named. Pass a path, a pattern, a database URL, or feedback="settings" for the '
                           'events of the service.')
-    out = resolve_path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    (out := resolve_path(out)).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.work.") as folder:
         work, result = Path(folder), Path(folder)/"result"
         result.mkdir()
@@ -675,9 +718,9 @@ def _as_recorded(parameters:dict)->dict:
     "Parameters in the form that a ledger has them."
     defaults = {"source": "", "query": "", "feedback": "", "columns": {}, "products": "", "users": "",
                 "product_columns": {}, "user_columns": {}, "events": KNOWN_EVENTS, "event_names": {}, "returns": "net",
-                "return_marker": {}, "exclude_items": [], "normalise_ids": "none", "timestamp_format": "",
-                "decimal": "",
-                "on_error": "skip", "max_reject_share": 0.05, "max_quantity": 1000}
+                "return_marker": {}, "skip_rows": {}, "exclude_items": [], "normalise_ids": "none",
+                "timestamp_format": "", "decimal": "", "on_error": "skip", "max_reject_share": 0.05,
+                "max_quantity": 1000}
     checked = _checked_options(defaults | parameters)
     return {name: checked[name] for name in parameters}
 

@@ -1,4 +1,4 @@
-"""One generated shop, exported as ten shop systems would export it.
+"""One generated shop, exported as many shop systems would export it.
 
 The shop has four tastes: each user buys nearly only tea, mugs, lamps or books. So a sensible list for a tea drinker is
 a list of teas that they have not bought, whatever the export looks like. `test_exports.py` asks for exactly that, and
@@ -308,6 +308,100 @@ def event_stream(folder: Path) -> Export:
     return Export("event_stream", "A tracker: views, carts and transactions in milliseconds.", ["events.csv"])
 
 
+def till_receipts(folder: Path) -> Export:
+    rows = [
+        (
+            s.order,
+            f"{s.time:%d.%m.%y}",
+            f"{s.time:%H:%M}",
+            "" if s.order % 5 == 0 else f"{20000000 + s.user}",
+            f"{4000000000000 + 17 * s.item}",
+            f"Größe {s.title}",
+            f"{s.quantity},00",
+        )
+        for s in shop()
+    ]
+    header = ["Bon-Nr.", "Datum", "Uhrzeit", "Kundenkarte", "EAN", "Artikelbezeichnung", "Menge"]
+    write_csv(folder / "kasse.csv", header, rows, ";", encoding="cp1252")
+    return Export(
+        "till_receipts",
+        "A till in the code page of Windows; a fifth of the customers shows no card, and years have two digits.",
+        ["kasse.csv"],
+        user=lambda n: str(20000000 + n),
+        item=lambda n: str(4000000000000 + 17 * n),
+        says=("is read as cp1252", "They can teach nothing", "read day first"),
+    )
+
+
+def sap_items(folder: Path) -> Export:
+    rows = []
+    for s in shop():
+        line = [f"{s.order:010}", f"{4711 + s.user:010}", f"{100000 + s.item:018}", f"{s.time:%Y%m%d}"]
+        rows.append([*line, f"{s.quantity},000"])
+        if s.order % 40 == 0:
+            rows.append([*line, f"{s.quantity},000-"])  # credited
+    write_csv(folder / "vbap.txt", ["VBELN", "KUNNR", "MATNR", "ERDAT", "KWMENG"], rows, ";")
+    return Export(
+        "sap_items",
+        "An ERP: its own field names, ids with leading zeros, 20250303, and a minus behind the number.",
+        ["vbap.txt"],
+        user=lambda n: f"{4711 + n:010}",
+        item=lambda n: f"{100000 + n:018}",
+        says=("decimal comma", "Rows that are returns"),
+    )
+
+
+def order_lines(folder: Path) -> Export:
+    rows = [(s.order, 1 + s.user, f"S{s.item}", s.title, f"{s.time:%d %b %Y}", "complete") for s in shop()]
+    rows += [(s.order, 0, f"S{s.item}", s.title, f"{s.time:%d %b %Y}", "complete") for s in shop()[::8]]
+    rows += [(s.order, 1 + s.user, "GHOST", "Never sent", f"{s.time:%d %b %Y}", "canceled") for s in shop()[::9]]
+    header = ["item_id", "order_id", "customer_id", "sku", "name", "bought_when", "order_status"]
+    write_csv(folder / "sales_order_item.csv", header, [(number, *row) for number, row in enumerate(rows, 1)])
+    return Export(
+        "order_lines",
+        "A table of order lines: item_id numbers the rows, guests are customer 0, some orders were cancelled.",
+        ["sales_order_item.csv"],
+        user=lambda n: str(1 + n),
+        item=lambda n: f"S{n}",
+        never=("GHOST",),
+        says=("item_id is another one in each row", "One user, 0, has", "order_status is canceled are left out"),
+    )
+
+
+def nested_events(folder: Path) -> Export:
+    with open(folder / "orders.jsonl", "w") as file:
+        for s in shop():
+            event = {"customer": {"id": f"c{s.user}", "tags": []}, "product": {"sku": f"p{s.item}", "name": s.title}}
+            file.write(json.dumps({"ts": int(s.time.timestamp() * 1000), **event}) + "\n")
+    return Export(
+        "nested_events",
+        "A stream of events with objects inside objects.",
+        ["orders.jsonl"],
+        user=lambda n: f"c{n}",
+        item=lambda n: f"p{n}",
+    )
+
+
+def months_abroad(folder: Path) -> Export:
+    months = "janv. févr. mars avr. mai juin juil. août sept. oct. nov. déc.".split()
+    rows = [
+        (f"{s.time.day} {months[s.time.month - 1]} {s.time.year}", f"{s.user:05}", f"{s.item:04}", s.quantity)
+        for s in shop()
+    ]
+    for number, padded in enumerate((True, False)):
+        part = rows[:1200] if padded else [(day, int(u), int(i), q) for day, u, i, q in rows[1200:]]
+        write_csv(folder / f"ventes-{number}.csv", ["Date", "Client", "Code produit", "Qté"], part, encoding="cp1252")
+    return Export(
+        "months_abroad",
+        "Two French files: months in words, and ids that lost their leading zeros in the second.",
+        ["ventes-0.csv", "ventes-1.csv"],
+        more=["normalise_ids: zeros"],
+        user=lambda n: str(n),
+        item=lambda n: f"{n:04}",
+        says=("is read as cp1252", "differ from another in leading zeros alone"),
+    )
+
+
 EXPORTS = {
     writer.__name__: writer
     for writer in (
@@ -321,5 +415,10 @@ EXPORTS = {
         database_view,
         split_files,
         event_stream,
+        till_receipts,
+        sap_items,
+        order_lines,
+        nested_events,
+        months_abroad,
     )
 }

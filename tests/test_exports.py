@@ -1,4 +1,4 @@
-"""Ten exports of one shop, each from `init` to a served list: nobody renames a column or converts a date."""
+"""Many exports of one shop, each from `init` to a served list: nobody renames a column or converts a date."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Take ten exports of a generated shop from `init` to a list, by the command alone, and write what a person sees.
+"""Take the exports of a generated shop from `init` to a list, by the command alone, and write what a person sees.
 
 The result is examples/exports/README.md. Each export gets a project of its own with nothing in it but the notebooks, so
 what is printed is what a stranger sees in the first hour. Run it with `make exports`; it takes some minutes.
@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 from exports import EXPORTS, USERS  # noqa: E402
 from support import fresh_project  # noqa: E402
 
-HEAD = """# Ten exports, ten first hours
+HEAD = """# Many exports, many first hours
 
-One generated shop, as ten shop systems would export it, and what `product-recs` says on the way from file to list.
+One generated shop, as many shop systems would export it, and what `product-recs` says on the way from file to list.
 Nobody has renamed a column, converted a date or cleaned an id beforehand. Written by `make exports`; the shop and its
-ten exports are in [tests/exports.py](../../tests/exports.py), and `tests/test_exports.py` asks each of the lists
+exports are in [tests/exports.py](../../tests/exports.py), and `tests/test_exports.py` asks each of the lists
 whether it is sensible.
 """
 

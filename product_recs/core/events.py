@@ -81,7 +81,7 @@ class EventRules:
     events: tuple[str, ...]|None = KNOWN_EVENTS # the names that are known; None: any
     max_quantity: float = 1000.0                # a larger quantity is a mistake
     numbers: tuple[str, ...] = ()               # columns of ids that are all whole numbers of 64 bits
-    normalise_ids: tuple[str, ...] = ()         # in what the spellings of one id may differ: case, space
+    normalise_ids: tuple[str, ...] = ()         # in what the spellings of one id may differ: of FOLDS
 
     def __post_init__(self):
         for name in ("events", "numbers", "normalise_ids"):

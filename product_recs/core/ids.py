@@ -76,7 +76,7 @@ def whole_number(
     return f"CASE WHEN CAST(TRY_CAST({key} AS BIGINT) AS VARCHAR) = {key} THEN TRY_CAST({key} AS BIGINT) END"
 
 # %% ../../nbs/core/ids.ipynb #cc69d853
-FOLDS = ("case", "space") # in what the spellings of one id may differ
+FOLDS = ("case", "space", "zeros") # in what the spellings of one id may differ
 
 def folded(
     key:str,            # of `id_key`
@@ -84,6 +84,7 @@ def folded(
 )->str:
     "What all spellings of one id have in common; the key itself where nothing may differ."
     if "space" in folds: key = re.sub(r"[\s\xa0]+", "", key)
+    if "zeros" in folds: key = re.sub(r"^0+([0-9]+)$", r"\1", key)
     return key.lower() if "case" in folds else key
 
 def folded_sql(
@@ -92,6 +93,7 @@ def folded_sql(
 )->str:                 # SQL, VARCHAR
     "SQL: the same as `folded`."
     if "space" in folds: column = f"regexp_replace({column}, '[\\s\\xa0]+', '', 'g')"
+    if "zeros" in folds: column = f"regexp_replace({column}, '^0+([0-9]+)$', '\\1')"
     return f"lower({column})" if "case" in folds else column
 
 # %% ../../nbs/core/ids.ipynb #1852afcf

@@ -85,10 +85,11 @@ def _names(value, name:str, default:dict)->dict|None:
     if isinstance(value, str): value = _read(value) if value.strip() else {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value): return None
     like = next(iter(default.values()), "")
-    def entry(key, one): # where the job says nothing of the values, one may be several texts
-        if not default and isinstance(one, (list, tuple)): return [typed(f"{name}[{key!r}]", text, "") for text in one]
-        return typed(f"{name}[{key!r}]", one, like)
-    return {key: entry(key, one) for key, one in value.items()}
+    def entry_of(key, entry): # one text may be several: names of a column, patterns of rows
+        one = f"{name}[{key!r}]"
+        return [typed(one, part, like) for part in entry] if like == "" and isinstance(entry, (list, tuple)) else (
+            typed(one, entry, like))
+    return {key: entry_of(key, entry) for key, entry in value.items()}
 
 def typed(
     name:str,  # of the parameter

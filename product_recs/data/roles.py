@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import SequenceMatcher
 from functools import lru_cache
+from unicodedata import combining, normalize
 
 from ..core.columns import Columns
 from ..core.errors import IngestError
@@ -17,26 +18,28 @@ from ..core.errors import IngestError
 # %% ../../nbs/data/roles.ipynb #d8e253ab
 _NOUNS = { # our column -> what a shop calls it, the likeliest first
     Columns.User: "user customer client buyer member shopper visitor subscriber household account patron person "
-                  "consumer reviewer email mail cust uid usr session kunde kunden cliente utilisateur usuario profile",
+                  "consumer reviewer email mail cust uid usr session kunde kunden cliente utilisateur usuario "
+                  "profile kunnr",
     Columns.Item: "item product article sku asin stock material merchandise variant prod isbn ean upc gtin plu listing "
-                  "movie book track song artikel producto produit iid pid goods offer",
-    Columns.Timestamp: "timestamp datetime time date ts when moment day datum fecha at zeitpunkt",
-    Columns.Quantity: "quantity qty units pieces count menge anzahl cantidad amount",
+                  "movie book track song artikel producto produit iid pid goods offer matnr articulo articolo",
+    Columns.Timestamp: "timestamp datetime time date ts when moment day datum fecha at zeitpunkt erdat audat",
+    Columns.Quantity: "quantity qty units pieces count menge anzahl stuck cantidad quantita qte amount kwmeng fkimg",
     Columns.Event: "event action behavior behaviour activity interaction",
-    "title": "title name description bezeichnung titel label caption designation",
+    "title": "title name description bezeichnung titel label caption designation arktx maktx",
     "category": "category department class kategorie categoria categorie group section type",
     "brand": "brand manufacturer vendor marke maker supplier label",
     "price": "price preis prix precio",
     "available": "available availability instock active buyable sellable purchasable stock",
 }
-_OF_AN_ID = {*"id ids nr no num number code key uuid guid identifier hash ref nummer".split()}
+_OF_AN_ID = {*"id ids nr no num number code key uuid guid identifier hash ref reference nummer numero".split()}
 _QUALIFIERS = { # words that may stand beside the noun and change nothing
-    Columns.User: _OF_AN_ID | {"address"}, Columns.Item: _OF_AN_ID | {"line", "lineitem"},
+    Columns.User: _OF_AN_ID | {*"address card karte carte loyalty".split()},
+    Columns.Item: _OF_AN_ID | {"line", "lineitem"},
     Columns.Timestamp: {*"order ordered purchase purchased transaction invoice event created create sale sold placed "
                          "interaction bought basket stamp unix utc of the".split()},
     Columns.Quantity: {*"item line lineitem product order ordered units sold purchased".split()},
     Columns.Event: {*"type name kind user".split()},
-    "title": {*"product item line lineitem article display full short sku stock".split()},
+    "title": {*"product produit item line lineitem article artikel display full short sku stock".split()},
     "category": {*"product item main name l1 level sub type".split()},
     "brand": {*"product item name".split()},
     "price": {*"unit line lineitem list sale sales item product retail usd eur gbp net gross".split()},
@@ -57,6 +60,7 @@ def words_of(
     name:str,          # of a column
 )->tuple[str, ...]:    # in lower case
     "The words of a name."
+    name = "".join(letter for letter in normalize("NFKD", name) if not combining(letter)) # Référence, Stück
     parts = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[^\W\d_A-Z]+|\d+", name)
     words = [word for part in parts for word in (_cut(part.lower()) or [part.lower()])]
     is_plural = lambda word: word[-1:] == "s" and word not in _WORDS and word[:-1] in _WORDS
@@ -128,7 +132,7 @@ def find_column(
 
 def match_columns(
     names:Iterable[str],       # columns of the file
-    columns:Mapping[str, str|Sequence[str]], # ours -> the file's, or several of which a file has one
+    columns:Mapping[str, str|Sequence[str]], # ours -> the file's, or several of which a file has one; "": none
     required:Iterable[str],    # ours
     optional:Iterable[str],    # ours
     shown:str,                 # how messages name the file
@@ -137,6 +141,7 @@ def match_columns(
     "Find our columns in a file; raises `IngestError` where one that is needed is missing, or is there twice."
     names, required, wanted, missing = list(names), list(required), {}, []
     for name in [*required, *optional]:
+        if columns.get(name) == "" and name not in required: continue # somebody wants to do without it
         if column := find_column(name, columns.get(name, name), names, shown): wanted[name] = column
         elif name in required or name in columns: missing.append(name)
     if not missing: return wanted

@@ -286,6 +286,26 @@ def _json_ids(con, out:str, kind:str, value:str, faults:list)->tuple[str, str]:
     text_of = f"CASE WHEN {kind} = 'DOUBLE' AND NOT {whole} THEN {number_text(double, 'DOUBLE')} ELSE {value} END"
     return "mixed" if number and text else "text" if text else "number", text_of
 
+# %% ../../nbs/data/sources.ipynb #594152f4
+_DEEP = 3 # levels of objects inside objects
+
+def _json_names(con, pointer:str="", prefix:str="", depth:int=1)->dict[str, str]:
+    "The keys of `json_lines` and their JSON pointers; customer.id for a key inside an object, just before that."
+    inside = f"raw->{quoted(pointer)}" if pointer else "raw"
+    keys = (f"SELECT unnest(json_keys({inside})) AS key, line FROM json_lines "
+            f"WHERE json_type({inside}) = 'OBJECT'")
+    rows = con.execute(f"SELECT key FROM ({keys}) GROUP BY key ORDER BY min(line), key").fetchall()
+    own = {key: pointer + "/" + key.replace("~", "~0").replace("/", "~1") for key, in rows}
+    if not own: return {}
+    are_objects = ", ".join(f"coalesce(bool_or(json_type(raw, {quoted(path)}) = 'OBJECT'), false)"
+                            for path in own.values())
+    holders = dict(zip(own, con.execute(f"SELECT {are_objects} FROM json_lines").fetchone())) if depth < _DEEP else {}
+    found = {}
+    for key, path in own.items():
+        if holders.get(key): found |= _json_names(con, path, f"{prefix}{key}.", depth + 1)
+        found[prefix + key] = path
+    return found | {prefix + key: path for key, path in own.items()} # a key that is written with a dot is itself
+
 # %% ../../nbs/data/sources.ipynb #5f876720
 def read_json_file(
     path:Path,                         # an existing file
@@ -299,16 +319,15 @@ def read_json_file(
     "Load a file of JSON lines; raises `IngestError` where there are none."
     shown = shown_path(path)
     faults = _json_lines(con, path, shown, folder, encoding)
-    keys = "SELECT unnest(json_keys(raw)) AS key, line FROM json_lines"
-    rows = con.execute(f"SELECT key FROM ({keys}) GROUP BY key ORDER BY min(line), key").fetchall()
-    names = [key for key, in rows]
+    pointers = _json_names(con)
+    names = list(pointers)
     if not names and faults:
         line, _, text, reason = faults[0]
         raise IngestError(f"{shown}: no line holds a JSON object. First fault: line {line}, {reason}: {text[:80]!r}")
     if not names: raise IngestError(f"{shown}: the objects have no keys.")
     wanted, chosen, kinds = match(names), ["line"], {}
     for out, name in wanted.items():
-        pointer = quoted("/" + name.replace("~", "~0").replace("/", "~1"))
+        pointer = quoted(pointers[name])
         kind, value = f"json_type(raw, {pointer})", f"(raw->>{pointer})"
         if out in ids:
             kinds[out], value = _json_ids(con, out, kind, value, faults)

@@ -15,7 +15,7 @@ from ..core.ids import FOLDS, folded_sql
 
 # %% ../../nbs/data/spellings.ipynb #c2226d52
 def checked_folds(
-    given:str|Sequence[str], # none, case, space, or several
+    given:str|Sequence[str], # none, case, space, zeros, or several
 )->tuple[str, ...]:          # of FOLDS, in their order
     "In what the spellings of one id may differ; raises `IngestError` for anything else."
     words = [given] if isinstance(given, str) else [str(word) for word in given]
@@ -50,7 +50,7 @@ def spellings_note(
                                              f"FROM ({groups})").fetchone()
         if not count: continue
         example = " and ".join(f"{id!r} (rows: {rows:,})" for id, rows in zip(spelled[:2], counts))
-        what = "case" if fold == "case" else "inner spaces"
+        what = {"case": "case", "space": "inner spaces", "zeros": "leading zeros"}[fold]
         alike.append(f"{int(count):,} values of {column} differ from another in {what} alone, such as {example}. If "
                      f"they are one, say normalise_ids={fold!r}.")
     return " ".join(alike)

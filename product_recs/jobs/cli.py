@@ -246,6 +246,7 @@ def _init(
                                          "themselves")]="",
     users:Annotated[str, typer.Option(metavar="FILE", help="table of users")]="",
     query:Annotated[str, typer.Option(metavar="SQL", help="the SELECT, for a database")]="",
+    parameter:Pairs=(),
     out:Annotated[str, typer.Option(metavar="YAML", help="the file to write")]="shop.yaml",
     force:Annotated[bool, typer.Option("--force", help="write over a file that is there")]=False,
 )->str:
@@ -254,7 +255,9 @@ def _init(
     words = ["product-recs", "init", *source]
     for name, value in (("--products", products), ("--users", users), ("--query", query)):
         if value: words += [name, value]
-    proposal = propose(source, products, users, query)
+    for pair in parameter: words += ["-p", masked(pair)]
+    given = {"products": products, "users": users, "query": query} | read_parameters((), [*map(_pair, parameter)])
+    proposal = propose(source, **given)
     path = write_proposal(proposal, out, [*words, "--out", out], force)
     return told(proposal, path)
 

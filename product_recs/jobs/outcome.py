@@ -37,6 +37,7 @@ def dropped(
         said.append(f"{rejected:,} of {counted(read, 'row')} rejected ({_percent(rejected/read)}): {reasons}")
     if back := ingest.get("rows_returned", 0):
         said.append(f"{counted(back, 'row')} taken out: returns, and what they took back")
+    if skipped := ingest.get("rows_skipped", 0): said.append(f"{counted(skipped, 'row')} left out by skip_rows")
     if merged := ingest.get("duplicates_merged", 0):
         said.append(f"{counted(merged, 'row')} merged: the same event delivered again")
     if gone := ingest.get("rows_forgotten", 0):
@@ -131,7 +132,8 @@ def standings(
     for task, name in metrics.get("03_train", {}).get("models", {}).items():
         if served := evaluated.get("served", {}).get(task): found.append(_standing(evaluated, task, served))
         else:
-            phrase = f"not judged{f': {why_not}' if why_not else ''}"
+            reason = why_not.removeprefix("NothingToJudge: ").rstrip(".") # a sentence may come with either
+            phrase = f"not judged{f': {reason}' if reason else ''}"
             found.append(Standing(task, name, "not judged", phrase, f"{_words(task).capitalize()}: {phrase}."))
     return found
 
