@@ -22,7 +22,7 @@ from .core.credentials import is_reference, masked, masked_parameters, password_
 from .core.errors import IngestError
 from .core.events import KNOWN_EVENTS, LEEWAY, EventRules
 from .core.files import atomic_folder, locked
-from .core.ids import folded_sql, key_sql, whole_number
+from .core.ids import folded_sql, key_sql, trimmed, whole_number
 from .core.parameters import number
 from .core.paths import resolve_path
 from .core.sql import (case_of, database_errors, file_name, local_name, named, parquet, quoted,
@@ -36,13 +36,14 @@ from .data.dialect import Dialect, find_dialect
 from .data.doubts import crowd_note, row_number_note, text_notes
 from .data.exclude import checked_exclusions, suspects, suspects_note, write_excluded
 from .data.merge import write_merged
+from .data.queries import run_query
 from .data.returns import checked_returns, returns_note, take_returns
 from .data.roles import guess_columns, guess_event, match_columns
-from .data.sources import FileRead, find_files, read_source, run_query
+from .data.sources import FileRead, find_files, read_source
 from .data.spellings import checked_folds, find_spellings, spellings_note
 from .data.stored import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .data.validate import (ODD, RETURN, SKIP, SKIPPED, TABLES, check_query, first_fault, id_rules,
-                                        interaction_rules, is_number, odd_query, plain_query, trimmed)
+                                        interaction_rules, is_number, odd_query, plain_query)
 
 # %% ../nbs/01_ingest.ipynb #f0a140c0
 @dataclass

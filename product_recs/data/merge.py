@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 
 from ..core.sql import case_of, file_name, quoted
-from .sources import run_query
+from .queries import run_query
 
 # %% ../../nbs/data/merge.ipynb #d8457bca
 WORD, WIDEST = 63, 40 # bits of a BIGINT; ids that need more bits than this get a list

@@ -13,7 +13,7 @@ import duckdb
 import numpy as np
 
 from ..core.errors import IngestError
-from .sources import run_query
+from .queries import run_query
 
 # %% ../../nbs/data/returns.ipynb #02eb6828
 def net(

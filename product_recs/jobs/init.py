@@ -32,11 +32,11 @@ from ..core.paths import resolve_path
 from ..data.attributes import UNDERSTOOD
 from ..data.csvfiles import open_bytes
 from ..data.database import is_database
-from ..data.dates import find_dates, read_dates
+from ..data.dates import find_dates, parse_time, read_dates
 from ..data.excel import sheets_of
 from ..data.roles import guess_columns, guess_event, words_of
 from ..data.sources import file_format, find_files, read_source, shown_path
-from ..data.validate import SKIP, parse_time
+from ..data.validate import SKIP
 from ..ingest import ingest
 
 # %% ../../nbs/jobs/init.ipynb #47407ebe
