@@ -368,7 +368,8 @@ def test_command_goes_back(models):
             timeout=60,
         )
 
-    assert [line.split()[:2] for line in run("models").stdout.splitlines()] == [["live", "v2"], ["-1", "v1"]]
+    listed = json.loads(run("models", "--json").stdout)
+    assert [(one["mark"], one["version"]) for one in listed] == [("live", "v2"), ("-1", "v1")]
     back = run("rollback")
     assert back.returncode == 0 and current_version(models) == "v1" and "v1 is live again" in back.stdout
     again = run("rollback")

@@ -119,6 +119,7 @@ def write_inputs(root):
         "products": products.name,
         "users": users.name,
         "events": [HARM, MATH.lower(), "purchase"],
+        "returns": "ignore",  # "-3" is a fault
         "columns": {
             "user_id": f"who {HARM}",
             "item_id": f"what {HARM}",

@@ -62,10 +62,10 @@ def transcript(name: str, folder: Path) -> str:
         parts.append(f"```console\n$ {shlex.join(words)}\n{text}\n```")
         if words[1] == "init":
             if export.more:
-                with open(folder / "shop.yaml", "a") as file:
+                with open(folder / "shop.yaml", "a", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in export.more)
             added = " The last line is added by a person, because of what `init` said." if export.more else ""
-            yaml = (folder / "shop.yaml").read_text().rstrip()
+            yaml = (folder / "shop.yaml").read_text(encoding="utf-8").rstrip()
             parts.append(f"The file that it wrote.{added}\n\n```yaml\n{yaml}\n```")
     return "\n\n".join([parts[0], files, *parts[1:]])
 

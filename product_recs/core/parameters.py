@@ -78,7 +78,8 @@ def _list(value, name:str, default:list)->list|None:
     if hasattr(value, "tolist"): value = value.tolist()
     if isinstance(value, Mapping) or value is None: return None
     values = list(value) if isinstance(value, (list, tuple)) else [value]
-    return [typed(name, entry, default[0]) for entry in values] if default else values
+    if default: return [typed(name, entry, default[0]) for entry in values]
+    return values if all(isinstance(entry, (str, Real, Mapping, list, tuple)) for entry in values) else None
 
 def _names(value, name:str, default:dict)->dict|None:
     "A value where names with values are wanted."
