@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST_ID', 'BLANK_IDS', 'SPACES', 'FOLDS', 'IdError', 'id_key', 'key_or_none', 'number_or_text', 'key_sql',
-           'whole_number', 'is_blank', 'trimmed', 'folded', 'folded_sql', 'IdTable']
+           'whole_number', 'id_sql', 'is_blank', 'trimmed', 'folded', 'folded_sql', 'IdTable']
 
 # %% ../../nbs/core/ids.ipynb #f3f30604
 import re
@@ -74,6 +74,13 @@ def whole_number(
     "SQL: the number behind an id (12, -3, 0, or 12.0 as pandas writes it); NULL for 012, 1e3 or x."
     key = key_sql(column)
     return f"CASE WHEN CAST(TRY_CAST({key} AS BIGINT) AS VARCHAR) = {key} THEN TRY_CAST({key} AS BIGINT) END"
+
+def id_sql(
+    column:str, # SQL, VARCHAR, a key
+    type:str,   # BIGINT or VARCHAR
+)->str:         # SQL of that type
+    "SQL: a key as the id of a log whose ids have this type."
+    return whole_number(column) if type == "BIGINT" else column
 
 def is_blank(
     expression:str, # SQL, VARCHAR

@@ -15,10 +15,9 @@ from ..core.columns import Columns
 from ..core.errors import IngestError
 from ..core.ids import is_blank
 from ..core.sql import database_errors, named, quoted, type_family
-from .database import EXACT
+from .database import EXACT, number_text
 from .dialect import COMMA, GROUPED, number_sql
 from .roles import find_column, guess_columns, match_columns, plain_name
-from .sources import number_text
 
 # %% ../../nbs/data/attributes.ipynb #a77b0006
 UNDERSTOOD = ("title", "category", "brand", "price", "available") # attributes of items that the service understands

@@ -14,10 +14,10 @@ from datetime import datetime
 import duckdb
 
 from ..core.columns import Columns
+from ..core.events import SKIP
 from ..core.ids import trimmed
 from ..core.sql import case_of, quoted
 from .dates import Dates, find_dates, parse_time, read_dates
-from .validate import SKIP
 
 # %% ../../nbs/data/dialect.ipynb #381799d6
 def pattern_sql(

@@ -26,7 +26,7 @@ import duckdb
 from ..core.columns import Columns
 from ..core.credentials import resolve
 from ..core.errors import IngestError, ProductRecsError
-from ..core.events import KNOWN_EVENTS
+from ..core.events import KNOWN_EVENTS, SKIP
 from ..core.files import atomic_write
 from ..core.paths import resolve_path
 from ..data.attributes import UNDERSTOOD
@@ -36,7 +36,6 @@ from ..data.dates import find_dates, parse_time, read_dates
 from ..data.excel import sheets_of
 from ..data.roles import guess_columns, guess_event, words_of
 from ..data.sources import file_format, find_files, read_source, shown_path
-from ..data.validate import SKIP
 from ..ingest import ingest
 
 # %% ../../nbs/jobs/init.ipynb #47407ebe
