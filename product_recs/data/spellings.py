@@ -42,8 +42,10 @@ def spellings_note(
     column:str, # user_id or item_id
 )->str:         # empty where no ids are alike
     "The question whether ids that look alike are one, for a person."
-    alike = []
-    for fold in FOLDS:
+    alike, folds = [], {fold: f"bool_or({folded_sql('id', [fold])} <> id)" for fold in FOLDS}
+    folds["case"] += " AND bool_or(upper(id) <> id)" # all small, or all large: case parts none of them
+    may_differ = con.execute(f"SELECT {', '.join(folds.values())} FROM ({ids})").fetchone()
+    for fold in [fold for fold, may in zip(folds, may_differ) if may]:
         groups = f"""SELECT list(id ORDER BY rows DESC, id) AS ids, list(rows ORDER BY rows DESC, id) AS rows,
             count(*) AS n FROM ({ids}) GROUP BY {folded_sql('id', [fold])} HAVING n > 1"""
         count, spelled, counts = con.execute(f"SELECT sum(n), arg_max(ids, rows[1]), arg_max(rows, rows[1]) "
