@@ -16,6 +16,7 @@ import duckdb
 from ..core.columns import Columns
 from ..core.errors import IngestError
 from ..core.sql import file_name, named, parquet, quoted
+from ..core.text import counted
 from .dialect import pattern_sql
 
 # %% ../../nbs/data/exclude.ipynb #e1f4d818
@@ -144,10 +145,10 @@ def suspects(
         count(*) FROM every_item""").fetchone()
     short = lambda text: (f"regexp_matches({text}, '(?i)(^|[^a-z])({_WORDS})($|[^a-z])') AND "
                           f"len(string_split_regex(trim({text}), '\\s+')) <= 3")
-    signs = {"no digit in its id": f"NOT regexp_matches(id_text, '[0-9]') AND {digits or 0} >= 0.9",
-             "its name": f"{short('id_text')} OR coalesce({short(title)}, false)",
-             "a price of 0": f"coalesce({price} = 0, false) AND {free or 0} < 0.05",
-             "bought in nearly all countries": f"{_by_country(con, folder)} >= 0.8"}
+    signs = {"its id has no digit": f"NOT regexp_matches(id_text, '[0-9]') AND {digits or 0} >= 0.9",
+             "its name sounds like none": f"{short('id_text')} OR coalesce({short(title)}, false)",
+             "its price is 0": f"coalesce({price} = 0, false) AND {free or 0} < 0.05",
+             "nearly all countries bought it": f"{_by_country(con, folder)} >= 0.8"}
     flags = ", ".join(f"{condition} AS sign{place}" for place, condition in enumerate(signs.values()))
     excluded = folder/"excluded.parquet"
     rest = f"ANTI JOIN {parquet(excluded)} USING (item_id)" if excluded.exists() else ""
@@ -165,7 +166,7 @@ def suspects_note(
     "The question whether these are products, for a person."
     if not found: return ""
     shown = [f"{one.item}" + (f" ({one.title})" if one.title and str(one.title) != str(one.item) else "") +
-             f", rows: {one.rows:,}, because of {one.signs}" for one in found[:5]]
+             f", {counted(one.rows, 'row')}: {one.signs}" for one in found[:5]]
     more = f"; and {len(found) - 5:,} more" if len(found) > 5 else ""
     return (f"Are these products? {'; '.join(shown)}{more}. What is none, leave out: exclude_items="
             f"{[one.item for one in found]}")
