@@ -74,8 +74,13 @@ def first_lines(path: Path) -> str:
     "The first two lines of a text file, or what it is."
     if path.suffix not in (".csv", ".jsonl"):
         return {".xlsx": "a workbook", ".parquet": "a Parquet file", ".db": "a SQLite database"}.get(path.suffix, "")
-    with open(path, encoding="utf-8-sig") as file:
-        return " / ".join(f"`{next(file).rstrip()}`" for _ in range(2))
+    with open(path, "rb") as file:
+        lines = [next(file) for _ in range(2)]
+    try:
+        text = [line.decode("utf-8-sig") for line in lines]
+    except UnicodeDecodeError:
+        text = [line.decode("cp1252") for line in lines]
+    return " / ".join(f"`{line.strip()}`" for line in text)
 
 
 def main() -> None:
