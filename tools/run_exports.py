@@ -41,13 +41,14 @@ def typed(folder: Path, words: list[str]) -> tuple[str, int]:
         stdin=subprocess.DEVNULL,
     )
     text = done.stdout.replace(f"{folder}/", "").rstrip()
-    return re.sub(r"\d{8}T\d{6}\d*-[0-9a-f]+", "VERSION", text), done.returncode
+    return re.sub(r"\d{8}T\d{6}[.\d]*-[0-9a-f]+", "VERSION", text), done.returncode
 
 
 def transcript(name: str, folder: Path) -> str:
     "One export, from its files to a list."
     export = EXPORTS[name](fresh_project(folder))
-    files = "\n".join(f"- `{path.name}`: {first_lines(path)}" for path in sorted(folder.iterdir()) if path.is_file())
+    files = "\n".join(f"- `{path.name}`: {first_lines(path)}" for path in sorted(folder.iterdir())
+                      if path.is_file() and path.name != "settings.ini")
     parts = [f"## {export.name.replace('_', ' ').capitalize()}\n\n{export.about}"]
     user = export.user(7)
     steps = [["product-recs", "init", *export.sources, *export.options]]
