@@ -47,8 +47,11 @@ def typed(folder: Path, words: list[str]) -> tuple[str, int]:
 def transcript(name: str, folder: Path) -> str:
     "One export, from its files to a list."
     export = EXPORTS[name](fresh_project(folder))
-    files = "\n".join(f"- `{path.name}`: {first_lines(path)}" for path in sorted(folder.iterdir())
-                      if path.is_file() and path.name != "settings.ini")
+    files = "\n".join(
+        f"- `{path.name}`: {first_lines(path)}"
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != "settings.ini"
+    )
     parts = [f"## {export.name.replace('_', ' ').capitalize()}\n\n{export.about}"]
     user = export.user(7)
     steps = [["product-recs", "init", *export.sources, *export.options]]
