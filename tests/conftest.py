@@ -1,7 +1,9 @@
 """Fixtures that several test files share; plain helpers are in support.py."""
 
+from pathlib import Path
+
 import pytest
-from support import build_wheel, new_database, start_postgres
+from support import CHROMIUM, build_wheel, new_database, start_postgres
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +49,14 @@ def opened():
     yield lambda thing: things.append(thing) or thing
     for thing in reversed(things):
         thing.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the reports are opened in a browser")
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"there is no browser at {CHROMIUM}; set CHROMIUM")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()

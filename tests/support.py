@@ -39,6 +39,7 @@ from product_recs.web.problems import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 database_numbers = itertools.count()
 
 

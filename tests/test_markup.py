@@ -11,7 +11,6 @@ import sys
 import time
 import urllib.request
 from html.parser import HTMLParser
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -21,7 +20,6 @@ from support import QUICK, call, fresh_project, only_the_jobs
 from product_recs.core.text import read_cell
 from product_recs.jobs.reports import CONTENT_POLICY, to_html
 
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 HARM = "<img src=x onerror=window.harmed=1>"  # no slash, so a file and a run can be called so too
 WORSE = f"\"'></td></script><svg onload='window.harmed=1'><script>window.harmed=1</script>{HARM}"
 MATH = "$x^{$ & <b>5</b> $"
@@ -214,17 +212,6 @@ def test_spreadsheets_meet_no_formula_and_programs_the_original(shop):
     assert {HARM, FORMULA, MATH, "-3"} <= values
     groups = pd.read_csv(files[2]).group.map(lambda group: read_cell(str(group)))
     assert {HARM, MATH, FORMULA} <= set(groups)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the reports are opened in a browser")
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"there is no browser at {CHROMIUM}; set CHROMIUM")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def visit(browser, address, wait=0.0, ready=None):

@@ -1,7 +1,6 @@
 """Figures, tables and pages of a report at 3, 30 and 300 groups, 10 and 10 million rows, with long names and with none;
 in the light, in the dark, on paper and on a telephone."""
 
-import os
 from pathlib import Path
 
 import nbformat
@@ -14,7 +13,6 @@ from product_recs.core.plots import PALETTE, bars, clashes, curves, drawing, his
 from product_recs.core.text import natural_order, shown_table
 from product_recs.jobs.reports import to_html
 
-CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 LONG = "an endless name of a department $x^{$ _ <b> that differs at its end: "
 MANY = 10_000_000
 
@@ -201,17 +199,6 @@ def test_a_page_has_no_empty_boxes_bars_or_reprs(page):
     assert text.count('class="code"') == 1 + 4
     assert "@media print" in text and "prefers-color-scheme: dark" in text
     assert text.index("<strong>ALS</strong> wins.") < text.index(">Run") < text.rindex("<strong>ALS</strong> wins.")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="the reports are opened in a browser")
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"there is no browser at {CHROMIUM}; set CHROMIUM")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def opened(browser, page, **options):
