@@ -6,6 +6,7 @@
 __all__ = ['NOBODY', 'csr_of', 'Histories', 'Snapshot']
 
 # %% ../../nbs/data/snapshots.ipynb #38c20e97
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -34,6 +35,8 @@ class Histories:
     confidence: np.ndarray # (p,) float32
     counts: np.ndarray     # (p,) float32, interactions with each
     age_days: np.ndarray   # (p,) float32, days since the last one
+    rows: np.ndarray|None=None # (m,) rows of the users in the snapshot, -1: not there; None: nobody is
+    about: tuple|None=None # (m,) column of the users file -> value, told of each besides; None: nothing
 
     def __len__(self)->int: return len(self.indptr) - 1
 
@@ -61,6 +64,9 @@ class Snapshot:
     counts: csr_matrix     # float32, interactions of the pair
     age_days: csr_matrix   # float32, days from the pair's last interaction to `until`, or to the log's end; 0: no times
     buyers: np.ndarray|None=None # (n_items,) users of each item, where that is known; None: they are counted
+    item_columns: Mapping|None=None # attribute -> (n_items,) values, (n_items, d) float32 of a dense one; None: none
+    user_columns: Mapping|None=None # attribute -> (n_users,) values, likewise
+    told: np.ndarray|None=None # rows of items whose attributes came, or changed, after a model was fitted; None: none
 
     @cached_property
     def popularity(self)->np.ndarray: # (n_items,) whole numbers
@@ -78,7 +84,18 @@ class Snapshot:
         np.cumsum(indptr[rows + 1] - indptr[rows], out=starts[1:])
         part = np.repeat(indptr[rows] - starts[:-1], np.diff(starts)) + np.arange(starts[-1])
         return Histories(starts, self.confidence.indices[part],
-                         *(matrix.data[part] for matrix in (self.confidence, self.counts, self.age_days)))
+                         *(matrix.data[part] for matrix in (self.confidence, self.counts, self.age_days)), rows)
+
+    def widened(self,
+        item_columns:Mapping, # attribute -> values of all items, the new ones last
+        n_items:int,          # with the new ones
+        told:np.ndarray,      # rows whose attributes are new, or not those of the fit
+    )->"Snapshot":            # the matrices share their arrays with these
+        "The same past over a longer catalogue: nobody has the new items yet."
+        wider = [csr_of((len(matrix.indptr) - 1, n_items), matrix.indptr, matrix.indices, matrix.data)
+                 for matrix in (self.confidence, self.counts, self.age_days)]
+        buyers = np.append(self.popularity, np.zeros(n_items - len(self.popularity), self.popularity.dtype))
+        return Snapshot(self.until, *wider, buyers, item_columns, self.user_columns, told)
 
     def history(self,
         row:int,  # of a user
@@ -87,4 +104,4 @@ class Snapshot:
         ends = self.confidence.indptr[row:row + 2]
         part = slice(*ends.tolist())
         return Histories(ends - ends[0], self.confidence.indices[part], self.confidence.data[part],
-                         self.counts.data[part], self.age_days.data[part])
+                         self.counts.data[part], self.age_days.data[part], np.array([row]))

@@ -157,6 +157,14 @@ class HabitBlend(Model):
 
     def similarities(self, item:int)->np.ndarray: return self.parts[0].similarities(item)
 
+    @property
+    def places_items(self)->bool: return self.parts[0].places_items
+
+    def widened(self, snapshot:Snapshot)->Model:
+        "The part widened, where it places items, and the same weights."
+        if not self.places_items: return super().widened(snapshot)
+        return self.from_arrays({}, snapshot, [self.parts[0].widened(snapshot)])
+
     def reseeded(self, seed:int)->"HabitBlend|None":
         "With another seed of the part, and the same weights."
         part = self.parts[0].reseeded(seed)
