@@ -18,13 +18,15 @@ from .als import ALS, ScaledALS, WeightedALS
 from .baselines import BuyAgain, Popularity, RecentPopularity
 from .blend import HabitBlend, ScoreBlend
 from .bpr import BPR
+from .hybrid import ContentNeighbours, Hybrid
 from .interface import Model, recipe
 from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from .spectral import LowPass
 
 # %% ../../nbs/models/all.ipynb #1a872c2b
 KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, ItemCosine, ItemBM25, ItemGraph,
-                                          LowPass, EASE, BPR, WeightedALS, ScaledALS, ALS, HabitBlend, ScoreBlend)}
+                                          LowPass, EASE, BPR, WeightedALS, ScaledALS, ALS, ContentNeighbours, Hybrid,
+                                          HabitBlend, ScoreBlend)}
 
 def all_models(
     als:Mapping|None=None,   # parameters of `fit_als`, for ALS and its kin; None: the defaults
@@ -45,7 +47,7 @@ def from_recipe(
         raise ProductRecsError(f"there is no model of kind {given.get('kind')!r}; there are {', '.join(KINDS)}")
     if parts is None: parts = [from_recipe(part) for part in given.get("parts", ())]
     try:
-        if kind is HabitBlend: return HabitBlend(*parts, **given["parameters"])
+        if kind in (HabitBlend, Hybrid): return kind(*parts, **given["parameters"])
         return ScoreBlend(parts, **given["parameters"]) if kind is ScoreBlend else kind(**given["parameters"])
     except (TypeError, ValueError, KeyError) as error:
         raise ProductRecsError(f"model {given['kind']}: {error}") from None
@@ -66,21 +68,25 @@ def fit_sharing(
 # %% ../../nbs/models/all.ipynb #79618626
 _WEIGHT = re.compile(r"(?:(\d+\.?\d*|\.\d+)\s+)?(.*)")
 
-def _read(name:str)->tuple[list[str], list[float], bool]:
-    "The names in a name, their weights, and whether habits come on top."
+def _read(name:str)->tuple[list[str], list[float], bool, bool]:
+    "The names in a name, their weights, and whether content and habits come on top."
     words = [word.strip() for word in str(name).split("+")]
     if "" in words: raise ProductRecsError(f"model {name!r}: there is no name {'beside a +' if words[1:] else 'in it'}")
-    habits = words[-1].lower() == "habits"
-    read = [_WEIGHT.fullmatch(word).groups() for word in (words[:-1] if habits else words)]
-    if not read: raise ProductRecsError(f"model {name!r}: habits go with another model, such as 'ALS + habits'")
-    if any(part.lower() == "habits" for _, part in read):
-        raise ProductRecsError(f"model {name!r}: 'habits' stands at the end, once and without a weight")
+    on_top = {}
+    for layer in ("habits", "content"): # from the end
+        if on_top.setdefault(layer, words[-1:] != [] and words[-1].lower() == layer): words.pop()
+        if not words: raise ProductRecsError(f"model {name!r}: {layer} goes with another model, such as 'ALS + {layer}'")
+    read = [_WEIGHT.fullmatch(word).groups() for word in words]
+    for layer in on_top:
+        if any(part.lower() == layer for _, part in read):
+            raise ProductRecsError(f"model {name!r}: '{layer}' stands at the end, once and without a weight; "
+                                   "content before habits")
     if 0 < sum(weight is None for weight, _ in read) < len(read):
         raise ProductRecsError(f"model {name!r}: give a weight to each model, or to none")
     weights = [float(weight or 1) for weight, _ in read]
     if not all(0 < weight < float("inf") for weight in weights):
         raise ProductRecsError(f"model {name!r}: a weight must be above 0; or leave the model out")
-    return [part for _, part in read], weights, habits
+    return [part for _, part in read], weights, on_top["content"], on_top["habits"]
 
 def _matching(name:str, known:Sequence[str], others:Sequence[str]=())->str:
     "The name that is meant; the message for another one tells these, and the nearest."
@@ -96,8 +102,8 @@ def named(
     task:str=NEXT_PURCHASE,  # of habits
 )->Model:                    # not fitted; a blend with habits has no weights yet
     "The model of a name; raises `ProductRecsError`, which says what is wrong with it."
-    asked, weights, habits = _read(name)
-    known = {model.name: model for model in models}
+    asked, weights, content, habits = _read(name)
+    known = {model.name: model for model in (*models, ContentNeighbours())}
     found = [_matching(part, known) for part in asked]
     if twice := sorted({part for part in found if found.count(part) > 1}):
         raise ProductRecsError(f"model {name!r}: {twice[0]} is in it twice; once, with a larger weight, is the same")
@@ -105,6 +111,7 @@ def named(
     if len(found) > 1:
         shares = None if len(set(weights)) == 1 else [weight/total for weight in weights]
         model = ScoreBlend([known[part] for part in found], shares)
+    if content: model = Hybrid(model)
     return HabitBlend(model, task) if habits else model
 
 # %% ../../nbs/models/all.ipynb #7706a163

@@ -22,7 +22,6 @@ from ..core.parameters import number
 from ..data.snapshots import Histories, csr_of
 from .factors import FactorModel
 from .foldin import Solver, apply_inverse, fold_in
-from .interface import Contributions
 from .solver import RotatedALS, int32_matrix, native_kernels
 
 # %% ../../nbs/models/als.ipynb #19557f58
@@ -212,13 +211,12 @@ class ALS(FactorModel):
         return fold_in(self.item_factors, confidence, solver.regularization, solver.alpha,
                        solver.gram/solver.unobserved, 0, unobserved_weight=solver.unobserved, nu=solver.nu)
 
-    def contributions(self, history:Histories, item:int)->Contributions:
-        "What each past item pulls the user towards this one."
+    def pulls(self, history:Histories, factors:np.ndarray)->tuple[np.ndarray, dict[str, float]]:
+        "What each past item pulls the user towards these factors."
         items, solver = history.items, self.solver
         data = self.weighed(history.indptr, items, history.confidence).astype(np.float64)
-        toward = apply_inverse(solver, items, data, self.item_factors[item].astype(np.float64))
-        parts = solver.alpha*data*(self.item_factors[items].astype(np.float64) @ toward)
-        return Contributions(float(parts.sum()), items, parts, {})
+        toward = apply_inverse(solver, items, data, np.asarray(factors, np.float64))
+        return solver.alpha*data*(self.item_factors[items].astype(np.float64) @ toward), {}
 
 # %% ../../nbs/models/als.ipynb #258e9622
 class WeightedALS(ALS):

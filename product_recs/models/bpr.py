@@ -14,7 +14,6 @@ from ..core.errors import TrainError
 from ..core.kernels import implicit_module, one_blas_thread
 from ..data.snapshots import Histories, csr_of
 from .factors import FactorModel
-from .interface import Contributions
 from .solver import int32_matrix
 
 # %% ../../nbs/models/bpr.ipynb #ea94f576
@@ -83,10 +82,9 @@ class BPR(FactorModel):
         "Mean of each user's items, less the average; zeros where the user had no candidate."
         return self._means(histories.indptr, histories.items)
 
-    def contributions(self, history:Histories, item:int)->Contributions:
-        "What each past item adds, and the bias of this one."
-        items, factors = history.items, self.item_factors[item].astype(np.float64)
+    def pulls(self, history:Histories, factors:np.ndarray)->tuple[np.ndarray, dict[str, float]]:
+        "What each past item adds, and the bias of this one, the last of the factors."
+        items, factors = history.items, np.asarray(factors, np.float64)
         known = self.candidates[items]
         alike = (self.item_factors[items].astype(np.float64) - self.average)[:, :-1] @ factors[:-1]
-        parts, bias = alike*known/max(known.sum(), 1), float(factors[-1]) if known.any() else 0.0
-        return Contributions(float(parts.sum()) + bias, items, parts, {"bias": bias})
+        return alike*known/max(known.sum(), 1), {"bias": float(factors[-1]) if known.any() else 0.0}

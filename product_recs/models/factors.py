@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .interface import Model
+from ..data.snapshots import Histories
+from .interface import Contributions, Model
 from ..search.exact import Searcher
 
 # %% ../../nbs/models/factors.ipynb #439b03a0
@@ -89,6 +90,18 @@ class FactorModel(_FactorArrays):
         "Length of each item's factors; 1 where it is 0, so that it can be divided by."
         lengths = np.sqrt(np.einsum("if,if->i", self.item_factors, self.item_factors))
         return np.where(lengths, lengths, 1).astype(np.float32)
+
+    def pulls(self,
+        history:Histories,  # of one user
+        factors:np.ndarray, # (f,) of an item, also of one that the model does not have
+    )->tuple[np.ndarray, dict[str, float]]: # (k,) float64 what each past item adds, and what else does, by name
+        "The score of an item with these factors, taken apart."
+        raise NotImplementedError
+
+    def contributions(self, history:Histories, item:int)->Contributions:
+        "What each past item pulls the user towards this one."
+        parts, signals = self.pulls(history, self.item_factors[item])
+        return Contributions(float(parts.sum() + sum(signals.values())), history.items, parts, signals)
 
     def similarities(self, item:int)->np.ndarray:
         "Cosines of the factors."

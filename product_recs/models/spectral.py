@@ -11,7 +11,6 @@ from scipy.sparse import csr_matrix, diags
 
 from ..data.snapshots import Histories
 from .factors import FactorModel
-from .interface import Contributions
 
 # %% ../../nbs/models/spectral.ipynb #f2dbb164
 class LowPass(FactorModel):
@@ -43,10 +42,9 @@ class LowPass(FactorModel):
 
     def users(self, rows:np.ndarray)->np.ndarray: return self.fold_in(self.snapshot.histories(rows))
 
-    def contributions(self, history:Histories, item:int)->Contributions:
-        "What each past item has of the patterns of this one."
-        parts = self.into[history.items].astype(np.float64) @ self.item_factors[item].astype(np.float64)
-        return Contributions(float(parts.sum()), history.items, parts, {})
+    def pulls(self, history:Histories, factors:np.ndarray)->tuple[np.ndarray, dict[str, float]]:
+        "What each past item has of the patterns of these factors."
+        return self.into[history.items].astype(np.float64) @ np.asarray(factors, np.float64), {}
 
 # %% ../../nbs/models/spectral.ipynb #babfa939
 def _right_singular(matrix:csr_matrix, factors:int, passes:int, seed:int)->np.ndarray:
