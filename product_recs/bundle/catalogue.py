@@ -159,7 +159,8 @@ def is_available(
     "Which items can be bought."
     if values.dtype.kind == "b": return values.astype(bool)
     if values.dtype.kind in "iuf": return values != 0
-    return np.array([value is None or str(value).strip().lower() not in _NO for value in values], dtype=bool)
+    words = {value: value is None or str(value).strip().lower() not in _NO for value in {*values.tolist()}}
+    return np.array([words[value] for value in values.tolist()], dtype=bool)
 
 # %% ../../nbs/bundle/catalogue.ipynb #539b6bc8
 NOT_A_CANDIDATE, SEEN, DENIED = "not available or without interactions", "already seen", "denied"

@@ -92,17 +92,20 @@ class _Longer(_File):
         names = {name.lower(): name for words in self.told.values() for name in words}
         types, ids = {} if self.file.is_empty else self.file.types, [*self.told]
         own = {name.lower(): kind for name, kind in types.items()}
-        kind = "BIGINT" if isinstance(ids[0], int) else "VARCHAR"
-        data, chosen = {"id": np.array(ids, object)}, [f"CAST(id AS {kind}) AS {named(self.key)}"]
+        key = f"CAST(d.id AS {'BIGINT' if isinstance(ids[0], int) else 'VARCHAR'})"
+        data, chosen, source = {"id": np.array(ids, object)}, [f"{key} AS {named(self.key)}"], "data d"
         for number, (lower, name) in enumerate(names.items()):
             data[f"c{number}"] = np.array([words.get(name) for words in self.told.values()], object)
-            chosen.append(f"TRY_CAST(c{number} AS {own.get(lower, 'VARCHAR')}) AS {named(name)}")
-        if self.file.is_empty or self.file.has_places: # behind the last row of the file
-            data["place"] = np.arange(len(ids)) + (1 << 40)
-            chosen.append(f"place AS {named(Columns.FileRow)}")
+            chosen.append(f"TRY_CAST(d.c{number} AS {own.get(lower, 'VARCHAR')}) AS {named(name)}")
+        if self.file.is_empty or self.file.has_places: # its own in the file, else behind the last row
+            data["place"], place = np.arange(len(ids)) + (1 << 40), "d.place"
+            if not self.file.is_empty:
+                source += f" LEFT JOIN {self.file.table} f ON f.{named(self.key)} = {key}"
+                place = f"coalesce(f.{named(Columns.FileRow)}, d.place)"
+            chosen.append(f"{place} AS {named(Columns.FileRow)}")
         database = duckdb.connect(config={"threads": 1, "memory_limit": "256MB"})
         database.register("data", data)
-        database.execute(f"CREATE TABLE told AS SELECT {', '.join(chosen)} FROM data")
+        database.execute(f"CREATE TABLE told AS SELECT {', '.join(chosen)} FROM {source}")
         database.unregister("data")
         return database
 
@@ -281,9 +284,10 @@ def with_told(
     table:ColdTable,
     told:Mapping[int|str, Mapping], # id -> column -> value as text; None: unknown
 )->ColdTable:                       # another object
-    "The table with rows that came meanwhile, in the place of those of the file or behind them."
-    longer = ColdTable(table.path, table._file.key, table._file.folds)
-    if told: longer._file = _Longer(table._file, told)
+    "The table with rows that came meanwhile, in the place of those of the file or behind them; alone where it has gone."
+    file, longer = table._file, ColdTable(table.path, table._file.key, table._file.folds)
+    if not table._or_nothing(lambda: (file.ids, file.types), ()): file = _File(None, file.key, file.folds)
+    if told: longer._file = _Longer(file, told)
     return longer
 
 def cold_words(

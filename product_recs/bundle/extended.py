@@ -66,6 +66,11 @@ def _moment(value:Any)->np.datetime64:
     try: return np.datetime64(read_value(Attributes({"": np.empty(0, "M8[us]")}), "", value), "us")
     except (ProductRecsError, ValueError): return np.datetime64("NaT")
 
+def _without_gaps(column:np.ndarray, kind:type)->np.ndarray:
+    "A column of objects as plain values, which are quicker to filter, where all are known."
+    known = column.tolist()
+    return column if None in known else np.array(known, kind)
+
 def _numbers(values:np.ndarray, rows:Sequence[int], given:Sequence)->np.ndarray:
     "A column of numbers with some of them told; whole ones stay whole as long as all are."
     given = [value if _number(value) else None for value in given]
@@ -74,7 +79,7 @@ def _numbers(values:np.ndarray, rows:Sequence[int], given:Sequence)->np.ndarray:
         column = values.astype(object)
         if whole:
             for row, value in zip(rows, given): column[row] = None if value is None else int(value)
-            return column
+            return _without_gaps(column, np.int64)
         values = np.array([np.nan if value is None else value for value in column], np.float64)
     column = values.astype(np.float64)
     column[list(rows)] = [np.nan if value is None else value for value in given]
@@ -94,7 +99,7 @@ def with_values(
             YES_NO: lambda value: bool(value) if isinstance(value, (bool, np.bool_)) else None}
     column = values.copy() if kind in (_VECTOR, TIME) else values.astype(object)
     for row, value in zip(rows, given): column[row] = told.get(kind, as_text)(value)
-    return column
+    return _without_gaps(column, bool) if kind == YES_NO else column
 
 def new_column(
     size:int,
