@@ -151,7 +151,9 @@ def today_base(today):
 
 def test_the_next_purchase_knows_new_products(today):
     due = ask(today, 1, 2 * N, NEXT_PURCHASE)
-    assert due.source == "next_purchase" and {1000, 1001} <= {*due.items} and due.items.index(1000) < due.items.index(1001)
+    assert (
+        due.source == "next_purchase" and {1000, 1001} <= {*due.items} and due.items.index(1000) < due.items.index(1001)
+    )
     bought = ask(today, 1, 2 * N, NEXT_PURCHASE, session=[Event(1000)] * 3)
     assert bought.items.index(1000) < due.items.index(1000), "it is a habit now"
     facts = explained(today, Request(1, 10, NEXT_PURCHASE, session=[Event(1000)]), 1000)
@@ -190,7 +192,9 @@ def test_what_the_training_left_out_is_seen_all_the_same(plain):
     model = extended(placing(plain, left_out=left_out), POSTED)
     assert ask(model, 1).items == [101, 1000, 102] and 901 in ask(model, 2).items
     recommender = Recommender(model)
-    assert recommend_many(recommender, range(1, N + 1), 4) == [recommender.recommend(user, 4) for user in range(1, N + 1)]
+    assert recommend_many(recommender, range(1, N + 1), 4) == [
+        recommender.recommend(user, 4) for user in range(1, N + 1)
+    ]
 
 
 @pytest.mark.parametrize("places, task", [(True, DISCOVERY), (True, NEXT_PURCHASE), (False, DISCOVERY)])

@@ -67,10 +67,11 @@ class _File:
         columns = self.ask(f"SELECT * FROM {self.table} LIMIT 0").description
         return any(name == Columns.FileRow for name, *_ in columns)
 
-    def _row(self, id:int|str)->dict: return self.rows([id])[id]
+    def _row(self, id:int|str)->dict: return self.rows([id], "= ?")[id]
 
-    def rows(self, ids:Sequence)->dict[int|str, dict]: # by the ids of the file
-        found = self.ask(f"SELECT * FROM {self.table} WHERE {named(self.key)} IN (SELECT unnest(?))", [list(ids)])
+    def rows(self, ids:Sequence, which:str="IN (SELECT unnest(?))")->dict[int|str, dict]: # by the ids of the file
+        given = list(ids) if which != "= ?" else ids[0] # of one id the file's statistics say where it is
+        found = self.ask(f"SELECT * FROM {self.table} WHERE {named(self.key)} {which}", [given])
         names = [name for name, *_ in found.description]
         rows = (dict(zip(names, values)) for values in found.fetchall())
         return {row[self.key]: {name: row[name] for name in self.types} for row in rows}
@@ -284,7 +285,7 @@ def with_told(
     table:ColdTable,
     told:Mapping[int|str, Mapping], # id -> column -> value as text; None: unknown
 )->ColdTable:                       # another object
-    "The table with rows that came meanwhile, in the place of those of the file or behind them; alone where it has gone."
+    "The table with rows that came meanwhile, in the place of those of the file or behind them; alone if it has gone."
     file, longer = table._file, ColdTable(table.path, table._file.key, table._file.folds)
     if not table._or_nothing(lambda: (file.ids, file.types), ()): file = _File(None, file.key, file.folds)
     if told: longer._file = _Longer(file, told)

@@ -18,11 +18,10 @@ import numpy as np
 from .catalogue import NUMBER, TEXT, TIME, UNKNOWN, YES_NO, Attributes, read_value
 from .cold import ColdTable, cold_words, with_told
 from .ready import ReadyModel
-from ..core.columns import Columns
+from ..core.columns import Columns, told_columns
 from ..core.errors import BundleError, ProductRecsError
 from ..core.ids import IdTable, LongerIds, folded, key_or_none
 from ..data.arrays import load_table
-from ..data.snapshots import told_columns
 from ..models.interface import Model
 
 # %% ../../nbs/bundle/extended.ipynb #982c0641

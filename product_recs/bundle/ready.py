@@ -18,13 +18,13 @@ import numpy as np
 from .catalogue import Attributes, Catalogue
 from .cold import NO_COLD, ColdTable
 from .files import current_version, valid_version, verify_files
-from ..core.columns import DISCOVERY, TASKS, Columns
+from ..core.columns import DISCOVERY, TASKS, Columns, told_columns
 from ..core.errors import BundleError, NoModelForTask, ProductRecsError
 from ..core.events import EventRules
 from ..core.ids import IdTable, LongerIds
 from ..data.arrays import load_array, load_csr, load_table, on_structure
 from ..data.left_out import NO_LEFT_OUT, LeftOut, load_left_out
-from ..data.snapshots import NOBODY, Histories, Snapshot, csr_of, told_columns
+from ..data.snapshots import NOBODY, Histories, Snapshot, csr_of
 from ..models.all import from_recipe
 from ..models.factors import FactorModel
 from ..models.interface import Model

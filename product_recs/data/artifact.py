@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
+from ..core.columns import told_columns
 from ..core.errors import FeatureError
 from ..core.ids import IdTable
 from ..core.paths import resolve_path
 from .arrays import load_csr, load_table
 from .left_out import NO_LEFT_OUT, LeftOut, load_left_out
-from .snapshots import Snapshot, told_columns
+from .snapshots import Snapshot
 
 # %% ../../nbs/data/artifact.ipynb #3cd479b3
 @dataclass(frozen=True)
