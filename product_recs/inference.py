@@ -65,7 +65,7 @@ class _Block:
         self.shelf, self.states = recommender.changes.shelf, _states(recommender, users)
         width = min(n, len(model.bundle.items))
         news = np.array([bool(state.events or state.denied or state.forgotten) for state in self.states], bool)
-        trained = (rows >= 0) & ~news
+        trained = (rows >= 0) & ~news & ~_have_new(model, users)
         trained[trained] = np.diff(model.snapshot.histories(rows[trained]).indptr) > 0
         if trained.any(): trained[trained] = asked.knows(asked.users(rows[trained]))
         self.together = np.flatnonzero(trained)
@@ -82,6 +82,13 @@ class _Block:
         request = self.recommender.request(self.users[place], self.n, self.task, filters=self.filters, state=state,
                                            shelf=shelf)
         return self.recommender.answer(request)
+
+def _have_new(model:ReadyModel, users:Sequence)->np.ndarray: # bool
+    "Who has had an item that the training left out and that has a row now?"
+    bundle = model.bundle
+    if len(bundle.items) <= bundle.first_new or not len(bundle.left_out): return np.zeros(len(users), bool)
+    others = (bundle.left_out.of(user).others for user in users)
+    return np.array([any(bundle.items.row(item) is not None for item in had) for had in others], bool)
 
 def _states(recommender:Recommender, users:Sequence)->list[UserState]:
     "What is known of each user beyond the model; what is not in memory is read."

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .lists import UNLIKE, Recommendations, checked_n, made_by_rung, make_list, search_list
-from .person import Person, counted, person_now, score_person
+from .person import Person, counted, learned_row, person_now, score_person
 from .rules import NO_FILTERS, Filters, rule_out
 from ..bundle.catalogue import SEEN, TEXT, YES_NO, Attributes
-from ..bundle.ready import ReadyModel
+from ..bundle.ready import ReadyModel, words_of
 from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS, Columns
 from ..core.errors import ProductRecsError
 from ..core.events import UNCHANGED, Event, UserState
@@ -132,7 +132,18 @@ def person_of(
     request:Request,
 )->Person:
     "The user of a request as of now; a `NoModelForTask` where the bundle does not answer the task."
-    return person_now(model, request.user, request.state, request.session, request.task)
+    return person_now(model, request.user, request.state, request.session, request.task, request.attributes)
+
+def _signed_up(model:ReadyModel, request:Request, person:Person)->dict: # column -> value, those that are known
+    "What the users file tells of somebody without interactions."
+    if request.user is None or request.state.forgotten or person.row is not None: return {}
+    words = model.bundle.cold_users.get(request.user) or {}
+    return {name: value for name, value in words.items() if value is not None}
+
+def _told(model:ReadyModel, item:int|str)->Mapping|None: # external id
+    "What the shop told of an item that says nothing to the model."
+    row = model.bundle.items.row(item)
+    return model.bundle.cold_items.get(item) if row is None else words_of(model.bundle, row)
 
 def described(
     model:ReadyModel,
@@ -140,18 +151,16 @@ def described(
     person:Person, # of the request
 )->Request: # the same one where nothing is added
     "The request with all that is known of new items and of a user without interactions."
-    bundle, state, user, new_items = model.bundle, request.state, request.user, {}
-    row, left_out = person.row, person.left_out
-    for event in counted(model, user, state, request.session):
-        if event.item_id in new_items or bundle.items.row(event.item_id) is not None: continue
-        words, given = bundle.cold_items.get(event.item_id), request.new_items.get(event.item_id)
+    new_items, state, kinds = {}, request.state, model.user_attributes.kinds
+    for event in counted(model, request.user, state, request.session):
+        if event.item_id in new_items or learned_row(model, event.item_id, request.task) is not None: continue
+        words, given = _told(model, event.item_id), request.new_items.get(event.item_id)
         if words is not None or given is not None: new_items[event.item_id] = {**(words or {}), **(given or {})}
-    for item in left_out.others:
-        if item not in new_items and (words := bundle.cold_items.get(item)) is not None: new_items[item] = words
-    attributes, is_new = request.attributes, user is not None and not state.forgotten and row is None
-    if is_new and (words := bundle.cold_users.get(user)):
-        kinds = model.user_attributes.kinds
-        usable = {name for name, value in words.items() if value is not None and kinds.get(name) in (TEXT, YES_NO)}
+    for item in person.left_out.others:
+        if item not in new_items and (words := _told(model, item)) is not None: new_items[item] = words
+    attributes, words = request.attributes, _signed_up(model, request, person)
+    if words:
+        usable = [name for name in words if kinds.get(name) in (TEXT, YES_NO)]
         attributes = {name: words[name] for name in usable} | dict(attributes)
     if new_items == request.new_items and attributes is request.attributes: return request
     return replace(request, new_items=new_items, attributes=attributes)
@@ -222,28 +231,36 @@ def rung_of(
     asked:Model,  # of the task
     task:str,     # discovery | next_purchase
     trained:bool, # was the user in the training?
+    had:bool=True,# have they had anything? else their attributes are all that the model goes by
 )->str:
     "What an answer of the model is called."
     if not asked.personal: return "popular"
+    if not had: return "content"
     if not trained: return "session"
     return NEXT_PURCHASE if task == NEXT_PURCHASE else "personalised"
 
 def _start(model:ReadyModel, request:Request, person:Person)->tuple[str, list]:
     "The rung of the user if the model knows them, and the rules."
     before = model.bundle.history(person.row) if person.news or person.row is None else person.history
-    source = rung_of(model.model(request.task), request.task, len(before.items) > 0)
+    had = len(person.items) > 0
+    source = rung_of(model.model(request.task), request.task, len(before.items) > 0, had)
     filters, exclude_seen = request.filters, request.filters.exclude_seen
     if exclude_seen is None: exclude_seen = request.task == DISCOVERY
-    seen = [(SEEN, person.items)] if exclude_seen else []
+    seen = [(SEEN, person.seen)] if exclude_seen else []
     denied, unavailable, available = request.state.denied, request.unavailable, request.available
     return source, rule_out(model.catalogue, filters, seen, denied, unavailable, available)
+
+def _whole(model:ReadyModel, request:Request, person:Person)->Person:
+    "The person with what the users file tells of them, where the model of the task goes by that."
+    if not model.model(request.task).places_items or not (words := _signed_up(model, request, person)): return person
+    return person_of(model, replace(request, attributes=words | dict(request.attributes)))
 
 def score_request(
     model:ReadyModel,
     request:Request,
 )->Scored:
     "Scores and rules of the first rung that has something to say; a `NoModelForTask` as of `answer`."
-    person = person_of(model, request)
+    person = _whole(model, request, person_of(model, request))
     source, ruled_out = _start(model, request, person)
     if person.representation is not None:
         return Scored(source, model.model(request.task).name, score_person(model, person), ruled_out, person)
@@ -256,7 +273,7 @@ def answer(
     person:Person|None=None, # of the request, where it was made already
 )->Recommendations: # exactly `n` items, or a `shortfall`; with the `person`
     "The best items for one request; a `NoModelForTask` where the bundle does not answer the task."
-    person = person_of(model, request) if person is None else person
+    person = _whole(model, request, person_of(model, request) if person is None else person)
     source, ruled_out = _start(model, request, person)
     if person.representation is not None:
         return search_list(model, person, request.n, source, ruled_out, request.filters)

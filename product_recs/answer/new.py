@@ -72,7 +72,7 @@ def new_for(
     unwanted = {*state.denied, *request.unavailable, *(event.item_id for event in events), *person.left_out.others}
     known = lambda ids: cold.ids.take(rows_of(cold.ids, ids))
     items = []
-    if category is None or cold.path is not None and "category" in cold.types:
+    if len(cold) and (category is None or "category" in cold.types):
         again = known(request.available - request.unavailable)
         items = cold.best(Wanted(request.n, category=category, leave_out=known(unwanted), for_sale=again, now=now,
                                  **wanted_of(model, person, words)))

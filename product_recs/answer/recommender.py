@@ -16,23 +16,30 @@ from .lists import Recommendations, popular_items, similar_items
 from .person import Person
 from .rules import NO_FILTERS, Filters
 from ..bundle.catalogue import read_value
-from ..bundle.ready import Bundle, ReadyModel, open_bundle
+from ..bundle.extended import extended
+from ..bundle.ready import Bundle, ReadyModel, open_bundle, words_of
 from ..core.errors import StoreError
 from ..core.events import UNCHANGED, Event, UserState
 from ..core.paths import resolve_path
-from ..feedback.changes import NOTHING_CHANGED, Availability, Changes
+from ..feedback.changes import NO_PRODUCTS, NOTHING_CHANGED, Availability, Changes
 from ..feedback.store import Store
 
 # %% ../../nbs/answer/recommender.ipynb #4e488420
 class NoFeedback:
     "What the recommender is told where there is no feedback store: nothing has changed."
-    shelf = NOTHING_CHANGED
+    shelf, products = NOTHING_CHANGED, NO_PRODUCTS
     def state(self, user:int|str)->UserState: return UNCHANGED
     def availability(self)->Availability: return self.shelf
 
 NO_FEEDBACK = NoFeedback()
 
 HEAVY = 10_000_000 # numbers that an answer touches: some milliseconds
+
+def _words(model:ReadyModel, item:int|str)->Mapping|None: # external id; None: the model knows the item, or nobody does
+    "What the shop told of an item of which the model of discovery knows nothing."
+    if (row := model.bundle.items.row(item)) is None: return model.bundle.cold_items.get(item)
+    is_known = row < model.bundle.first_new or model.model().candidates[row]
+    return None if is_known else words_of(model.bundle, row)
 
 def _is_heavy(model:ReadyModel, request:Request, person:Person)->bool:
     "Does the model of the task score all items at such a cost?"
@@ -43,7 +50,7 @@ def _is_heavy(model:ReadyModel, request:Request, person:Person)->bool:
 class Recommender:
     "Answers from one model and from what happened since it was trained; safe to share between threads."
     def __init__(self,
-        model:ReadyModel,
+        model:ReadyModel,          # with the products that the shop told of: see `bundle/extended`
         changes:Changes|None=None, # what users did since, already started; None: the model alone answers
     ):
         self.model, self.changes = model, NO_FEEDBACK if changes is None else changes
@@ -87,8 +94,7 @@ class Recommender:
 
     def similar(self, item:int|str, n:int=10, shelf:Availability|None=None)->Recommendations:
         "Items like an item that can be bought; an `UnknownItem` where neither the model nor the products file has it."
-        shelf, words = shelf or self.changes.availability(), None
-        if self.model.bundle.items.row(item) is None: words = self.model.bundle.cold_items.get(item)
+        shelf, words = shelf or self.changes.availability(), _words(self.model, item)
         like, known = (similar_items, item) if words is None else (similar_by_content, words)
         return like(self.model, known, n, unavailable=shelf.unavailable, available=shelf.available)
 
@@ -130,4 +136,5 @@ def open_recommender(
     bundle = open_bundle(resolve_path(models_dir), version)
     with ExitStack() as closing:
         changes = _open_changes(database_url, bundle, events_in_memory, closing) if database_url else None
-        yield Recommender(ReadyModel(bundle, index), changes)
+        told = (NO_FEEDBACK if changes is None else changes).products
+        yield Recommender(extended(ReadyModel(bundle, index), told.by_key), changes)

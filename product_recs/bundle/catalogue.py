@@ -16,13 +16,14 @@ from math import ceil, floor
 import numpy as np
 
 from ..core.errors import ProductRecsError
-from ..core.ids import IdTable, key_or_none, number_or_text
+from ..core.ids import IdTable, LongerIds, key_or_none, number_or_text
 
 # %% ../../nbs/bundle/catalogue.ipynb #5730e997
 TEXT, NUMBER, YES_NO, TIME, UNKNOWN = "text", "numbers", "yes/no", "times", "nothing"
 
 def _kind(values:np.ndarray)->str|None:
-    "What a column holds; None for what cannot be filtered."
+    "What a column holds; None for what cannot be filtered, such as a vector an item."
+    if values.ndim > 1: return None
     if values.dtype.kind in "iufbMU": return {"b": YES_NO, "M": TIME, "U": TEXT}.get(values.dtype.kind, NUMBER)
     first = next((value for value in values if value is not None), None)
     if first is None: return UNKNOWN
@@ -158,17 +159,22 @@ def is_available(
     "Which items can be bought."
     if values.dtype.kind == "b": return values.astype(bool)
     if values.dtype.kind in "iuf": return values != 0
-    return np.array([value is None or str(value).strip().lower() not in _NO for value in values], dtype=bool)
+    words = {value: value is None or str(value).strip().lower() not in _NO for value in {*values.tolist()}}
+    return np.array([words[value] for value in values.tolist()], dtype=bool)
 
 # %% ../../nbs/bundle/catalogue.ipynb #539b6bc8
 NOT_A_CANDIDATE, SEEN, DENIED = "not available or without interactions", "already seen", "denied"
 UNAVAILABLE, NOT_ALLOWED = "not available at the moment", "not in the list of allowed items"
 
 def rows_of(
-    table:IdTable,
+    table:IdTable|LongerIds,
     ids:Iterable,  # external ids, as somebody wrote them
 )->np.ndarray:     # (m,) int64, ascending and free of duplicates
     "Rows of external ids, found by key; ids that the table does not have are left out."
+    if isinstance(table, LongerIds):
+        ids = list(ids)
+        later = len(table.base) + np.sort(table.order[rows_of(table.later, ids)])
+        return np.concatenate([rows_of(table.base, ids), later])
     if table.folds: return np.unique(np.array([row for id in ids if (row := table.row(id)) is not None], np.int64))
     keys = {key for id in ids if (key := key_or_none(id)) is not None}
     known = [number for key in keys if type(number := number_or_text(key)) is int] if table.is_int else list(keys)
@@ -180,7 +186,7 @@ def rows_of(
 class Catalogue:
     "The items of one model as the rules see them."
     def __init__(self,
-        items:IdTable,                 # external ids of the rows
+        items:IdTable|LongerIds,       # external ids of the rows
         columns:dict[str, np.ndarray], # popularity, attributes
         known:np.ndarray,              # (n_items,) bool; False: there is nothing to score the item by
     ):

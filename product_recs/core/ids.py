@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LONGEST_ID', 'BLANK_IDS', 'SPACES', 'FOLDS', 'IdError', 'id_key', 'key_or_none', 'number_or_text', 'key_sql',
-           'whole_number', 'id_sql', 'is_blank', 'trimmed', 'folded', 'folded_sql', 'IdTable']
+           'whole_number', 'id_sql', 'is_blank', 'trimmed', 'folded', 'folded_sql', 'IdTable', 'LongerIds']
 
 # %% ../../nbs/core/ids.ipynb #f3f30604
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -194,3 +194,49 @@ class IdTable:
     )->list:            # m external ids, Python `int` or `str`
         "External ids of many rows."
         return self.ids[rows].tolist()
+
+# %% ../../nbs/core/ids.ipynb #57fd882c
+class LongerIds:
+    "The ids of a table and further ones behind them, in an order of their own; to look up like an `IdTable`."
+    def __init__(self,
+        base:"IdTable|LongerIds",
+        more:Sequence, # further ids as the base would show them, in the order of their rows
+    ):
+        kind = int if base.is_int else str
+        if not all(isinstance(id, kind) for id in more): raise ValueError(f"further ids must be {kind.__name__}, too")
+        tail = np.array(list(more), np.int64 if base.is_int else object)
+        if not {*base.ids.tolist()}.isdisjoint(tail.tolist()): raise ValueError("further ids must be new")
+        self.base, self.folds, self.is_int, self._tail = base, base.folds, base.is_int, tail
+        self.order = np.argsort(tail, kind="stable")  # place in `more` of each row of `later`
+        self.later = IdTable(tail[self.order], self.folds) # which refuses what is there twice
+
+    def __len__(self): return len(self.base) + len(self._tail)
+
+    def __getitem__(self, row:int): # row number; a Python `int` or `str`
+        "External id of a row."
+        if row < len(self.base): return self.base[row]
+        id = self._tail[row - len(self.base)]
+        return int(id) if self.is_int else id
+
+    def row(self, id:int|str)->int|None: # as somebody wrote it; None where the id is unknown
+        "Row of an external id."
+        if (row := self.base.row(id)) is not None: return row
+        return None if (row := self.later.row(id)) is None else len(self.base) + int(self.order[row])
+
+    def shown(self, id:int|str)->int|str: # as somebody wrote it
+        "An id as this table writes it; raises `IdError` where it is none."
+        if not self.folds or self.is_int: return self.base.shown(id)
+        return self.base.shown(id) if (row := self.row(id)) is None else self[row]
+
+    @cached_property
+    def ids(self)->np.ndarray: # (n,) int64 or objects
+        "All ids in the order of their rows."
+        return np.concatenate([self.base.ids, self._tail])
+
+    @property
+    def spellings(self)->tuple: return self.base.spellings, self.later.spellings
+
+    def take(self, rows:np.ndarray)->list: # (m,) row numbers
+        "External ids of many rows, Python `int` or `str`."
+        return self.ids[rows].tolist()
+

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
+from ..core.columns import told_columns
 from ..core.errors import FeatureError
 from ..core.ids import IdTable
 from ..core.paths import resolve_path
@@ -68,20 +69,21 @@ def open_features(
     except FileNotFoundError:
         raise FeatureError(f"{path/'features.json'}: the file is missing; run 02_features first") from None
     shape = (facts["users"], facts["items"])
-    snapshots = {}
+    users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
+    user_id, item_id, snapshots = users.pop("user_id"), items.pop("item_id"), {}
+    told = {"item_columns": told_columns(items), "user_columns": told_columns(users)}
     for name, moment in SNAPSHOTS.items():
         confidence = load_csr(path, f"{name}_confidence", shape)
         others = {}
         for value in ("counts", "age_days"):
             others[value] = load_csr(path, f"{name}_confidence", shape)
             others[value].data = np.load(path/f"{name}_{value}.npy", mmap_mode="r" if confidence.nnz else None)
-        snapshots[name] = Snapshot(facts["split"].get(moment) if moment else None, confidence, **others)
-    users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
+        snapshots[name] = Snapshot(facts["split"].get(moment) if moment else None, confidence, **others, **told)
     cold = {name: path/f"{name}.parquet" for name in ("cold_items", "cold_users", "excluded_items")}
     given = {name: facts[name] for name in ("split", "parameters", "fingerprint")}
     later = ("mean_total", "bm25", "feedback_until", "rules", "exclusions")
     given |= {name: facts[name] for name in later if name in facts}
-    return Features(users=IdTable(users.pop("user_id")), items=IdTable(items.pop("item_id")), **snapshots, **given,
+    return Features(users=IdTable(user_id), items=IdTable(item_id), **snapshots, **given,
                     validation=load_csr(path, "validation", shape), test=load_csr(path, "test", shape),
                     user_columns=users, item_columns=items, path=path, interactions=Path(facts["interactions"]),
                     **{name: file if file.exists() else None for name, file in cold.items()},

@@ -223,6 +223,7 @@ class Widened(Model):
         return self.parts[0].top(representations, n, forbidden, closed, threads)
 
     def contributions(self, history:Histories, item:int)->Contributions:
+        if item >= self.own: return Contributions(-np.inf, np.empty(0, np.int64), np.empty(0), {})
         return self.parts[0].contributions(_without(history, self.own), item)
 
     def widened(self, snapshot:Snapshot)->Model: return self.parts[0].widened(snapshot)

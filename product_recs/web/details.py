@@ -12,7 +12,7 @@ from ..answer.explain import why, why_not
 from ..answer.ladder import Request, score_request
 from ..answer.lists import Recommendations
 from ..answer.person import Person
-from ..bundle.ready import ReadyModel
+from ..bundle.ready import ReadyModel, words_of
 from ..core.columns import NEXT_PURCHASE
 from .schemas import plain
 
@@ -64,7 +64,11 @@ def ranked_new(
     recommendations:Recommendations, # of items that only the products file knows
 )->list[dict]:                       # as `RankedItem`
     "The same for items without interactions, of which the products file alone tells; a score of 0 is none."
-    return [_line(rank, item, score or None, model.bundle.cold_items.get(item) or {}, [])
+    bundle = model.bundle
+    def words(item):
+        row = bundle.items.row(item)
+        return bundle.cold_items.get(item) or {} if row is None else words_of(bundle, row)
+    return [_line(rank, item, score or None, words(item), [])
             for rank, (item, score) in enumerate(zip(recommendations.items, recommendations.scores), 1)]
 
 # %% ../../nbs/web/details.ipynb #0c915771

@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from ..bundle.catalogue import is_available
 from ..bundle.live import LiveModel
-from ..bundle.ready import ReadyModel
+from ..bundle.ready import ReadyModel, words_of
 from ..core.errors import UnknownItem
 from ..core.ids import folded, id_key
 from ..feedback.changes import Availability
@@ -45,10 +45,12 @@ def item_facts(
     row = model.bundle.items.row(item)
     cold = model.bundle.told(item) if row is None else None
     if row is None and cold is None: raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
-    columns = cold if row is None else {name: values[row] for name, values in model.bundle.item_columns.items()}
+    is_new = row is None or row >= model.bundle.first_new # nobody has it
+    columns = cold if row is None else words_of(model.bundle, row)
+    if not is_new: columns = {name: values[row] for name, values in model.bundle.item_columns.items()}
     item, attributes = shown_item(model, item), {name: plain(value) for name, value in columns.items()}
     key = folded(id_key(item), model.bundle.items.folds) # as the shelf has it
-    if row is None: for_sale = bool(is_available(np.array([attributes.get("available")], object))[0])
+    if is_new: for_sale = bool(is_available(np.array([attributes.get("available")], object))[0])
     else: for_sale = bool(model.candidates[row])
     title, excluded = attributes.pop("title", None), model.bundle.why_excluded(item)
     if excluded: attributes.pop("excluded")
@@ -82,7 +84,8 @@ def find_items(
     popularity = bundle.item_columns["popularity"]
     rows.sort(key=lambda row: (row != exact, -popularity[row], row))
     items, cold = bundle.items.take(rows[:limit]), bundle.cold_items
-    if len(items) < limit: items += cold.find(words, limit - len(items))
+    if len(items) < limit: # what came later has a row, and is in the cold table all the same
+        items = [*items, *(item for item in cold.find(words, limit) if bundle.items.row(item) is None)][:limit]
     if exact is None and cold.get(typed) is not None:
         items = [typed, *(item for item in items if item != typed)][:limit]
     return [{"item_id": item, **item_words(model, item)} for item in items]
