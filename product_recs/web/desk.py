@@ -7,14 +7,15 @@ __all__ = ['StateView', 'FeedbackDesk']
 
 # %% ../../nbs/web/desk.ipynb #5eacca7f
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi.concurrency import run_in_threadpool
 
 from ..core.errors import NoStoreError, StoreError
 from ..core.events import UNCHANGED, UserState
 from ..core.settings import Settings
-from ..feedback.changes import NOTHING_CHANGED, Availability, Changes, learned_micros
+from ..feedback.changes import (NO_MERCHANDISE, NOTHING_CHANGED, NOTHING_TOLD, Availability, Changes,
+                                           Merchandise, Products, learned_micros)
 from ..feedback.impressions import ImpressionLog
 from ..feedback.store import Store
 from .monitor import Metrics
@@ -56,6 +57,27 @@ class StateView:
     def shelf(self)->Availability:
         "What the shop said about items."
         return self.changes.shelf if self.changes else NOTHING_CHANGED
+
+    @property
+    def products(self)->Products:
+        "Products that the shop told of."
+        return self.changes.products if self.changes else NOTHING_TOLD
+
+    @property
+    def products_since(self)->int:
+        "How many of them it told of after the model had learned."
+        return self.changes.products_since if self.changes else 0
+
+    @property
+    def merchandise(self)->Merchandise:
+        "The rules by which the shop presents its items."
+        return self.changes.merchandise if self.changes else NO_MERCHANDISE
+
+    def listen(self,
+        listener:Callable[[], object], # called in the thread that reads; it must not wait
+    )->None:
+        "Tell somebody when the shop has told of products or of rules."
+        if self.changes: self.changes.listen(listener)
 
     def look(self,
         user:int|str, # external id
