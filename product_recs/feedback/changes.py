@@ -135,6 +135,9 @@ class _View:
             return person.state
         return None if self.news.latest(user) else self.rules.of(user)
 
+    @property
+    def products_since(self)->int: return sum(row.at > self.learned for row in self.told.values())
+
     def hold(self, user:str, events:Sequence[Event], received:array, seq:int, asked:int|None=None)->UserState:
         "Keep a user's events, complete up to `seq`."
         rule, most = self.rules.of(user), self.people.most
@@ -311,8 +314,9 @@ class _Memory:
         names = self.view.names
         return () if (key := key_or_none(user)) is None else names.of(names.one(key))
 
-    def read(self, store:Store)->None:
+    def read(self, store:Store)->bool: # whether the shop has told of products or of rules
         "Read what is new."
+        products, merchandise = self.view.products, self.view.merchandise
         with self._reading, store.transaction("changes") as connection:
             top, view = connection.execute(select(CLOCK.c.seq)).scalar_one(), self.view
             # the first time, an older model, a store from a backup, or more news than are kept
@@ -327,6 +331,7 @@ class _Memory:
                     view.news = news
                     if changes: _apply(view, *changes, top)
             self._anew = self._recount = False
+        return self.view.products is not products or self.view.merchandise is not merchandise
 
     def load(self, store:Store, users:Sequence[str], chunk:int=1000)->Iterator[dict[str, UserState]]:
         "Read the events of users, so many at once; without those who did something meanwhile."
@@ -346,13 +351,25 @@ class _Memory:
 # %% ../../nbs/feedback/changes.ipynb #01e8b0a2
 _log = logging.getLogger("product_recs.changes")
 
+class _Audience:
+    "Who is told when the shop has told of products or of rules."
+    def __init__(self): self.listeners = []
+
+    def tell(self)->None:
+        for listener in self.listeners:
+            try: listener()
+            except Exception: _log.exception("a listener failed on what the shop said")
+
+# %% ../../nbs/feedback/changes.ipynb #54834557
+_TOO_LATE = "it did not answer in time"
+
 class _Follower:
     "A thread that keeps a memory up to date with a store."
     def __init__(self, store:Store, memory:_Memory, poll:float):
         self.store, self.memory, self.poll = store, memory, poll
         self.stale, self.error, self.failures = True, None, 0
         self._counter, self._seen, self._next_reading = None, -1, Future()
-        self._wake, self._stop, self._thread, self.listeners = threading.Event(), False, None, []
+        self._wake, self._stop, self._thread, self.audience = threading.Event(), False, None, _Audience()
 
     behind = property(lambda self: not self.stale and self._counter.value != self._seen)
 
@@ -379,12 +396,9 @@ class _Follower:
         self.failures += not self.stale
         self.stale, self.error = True, reason
 
-    def _of_shop(self)->tuple: return self.memory.view.products, self.memory.view.merchandise
-
-    def _tell(self)->None:
-        for listener in self.listeners:
-            try: listener()
-            except Exception: _log.exception("a listener failed on what the shop said")
+    def catch_up(self, timeout:float)->None:
+        "Wait for the thread where it is behind, for a thread of one's own."
+        if self.behind and not wait([self.ask()], timeout).done: self.failed(_TOO_LATE)
 
     def use(self, learned:int, timeout:float, folds:Sequence[str])->None:
         "Another model is served; an older one has more events to read, which is waited for."
@@ -399,9 +413,7 @@ class _Follower:
             try:
                 if self._counter is None: self._counter = self.store.counter
                 count = self._counter.value # before the reading: a commit after it moves the counter again
-                before = self._of_shop()
-                self.memory.read(self.store)
-                if any(new is not old for new, old in zip(self._of_shop(), before)): self._tell()
+                if self.memory.read(self.store): self.audience.tell()
                 if self.error is not None: _log.info("the feedback store can be read again")
                 self._seen, self.stale, self.error = count, False, None
             except Exception as error: self.failed(error) # whatever happens, it is tried again
@@ -410,7 +422,7 @@ class _Follower:
 
 # %% ../../nbs/feedback/changes.ipynb #4298e10d
 _TRIES = 3
-_TOO_LATE, _TOO_FAST = "it did not answer in time", "it changes faster than it can be read"
+_TOO_FAST = "it changes faster than it can be read"
 
 class _Question:
     "The users of one request."
@@ -482,21 +494,15 @@ class Changes:
     products = property(lambda self: self._follower.memory.view.products, doc="The shop's `Products` in memory.")
     merchandise = property(lambda self: self._follower.memory.view.merchandise, doc="Its `Merchandise` in memory.")
 
-    @property
-    def products_since(self)->int:
-        "How many of the products the shop told of after the model had learned."
-        view = self._follower.memory.view
-        return sum(row.at > view.learned for row in view.told.values())
-
+    products_since = property(lambda self: self._follower.memory.view.products_since, doc="How many the model lacks.")
     def listen(self, listener:Callable[[], object])->None:
         "Call it after every reading that brought products or rules, in the thread that read; it must not wait."
-        self._follower.listeners.append(listener)
+        self._follower.audience.listeners.append(listener)
 
     def start(self, timeout:float=10.0)->"Changes": # after so many seconds for the first reading
         "Begin to follow the store; a store that is down is no error."
         self._follower.start(timeout)
         return self
-
     def close(self)->None:
         "End the thread; what is known stays."
         self._follower.close()
@@ -508,28 +514,21 @@ class Changes:
     def look(self, user:int|str)->UserState|None: # `UNCHANGED` for most; None: it must be read
         "What is known of a user beyond the model, as it is in memory; the revision grows with each change."
         return self._follower.memory.look(user)
-
     def spellings(self, user:int|str)->tuple[str, ...]:
         "Keys under which the store may have a user whose events are new to the model."
         return self._follower.memory.spellings(user)
-
     async def catch_up(self)->None:
         "Wait for the thread where it is behind; the loop goes on."
         if self.behind: await _in_time(asyncio.wrap_future(self._follower.ask()), self.wait, self._follower)
-
     async def states(self, users:Sequence[int|str])->list[UserState]: # as of the last `catch_up`, or newer
         "What is known of users beyond the model; what is not in memory is read in a thread."
         return await _Question(users, self._follower).read_in_time(self.wait)
 
     def state(self, user:int|str)->UserState:
         "What is known of a user now, for a thread of one's own: it waits and reads itself."
-        self._catch_up()
+        self._follower.catch_up(self.wait)
         return _Question([user], self._follower).read()[0]
-
     def availability(self)->Availability:
         "What was said about items until now, for a thread of one's own."
-        self._catch_up()
+        self._follower.catch_up(self.wait)
         return self.shelf
-
-    def _catch_up(self)->None:
-        if self.behind and not wait([self._follower.ask()], self.wait).done: self._follower.failed(_TOO_LATE)

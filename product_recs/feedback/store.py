@@ -139,8 +139,8 @@ def _same(one:object, other:object)->bool:
 def _check_room(connection:Connection, more:int)->None:
     known = connection.execute(select(func.count()).where(PRODUCTS.c.attributes.is_not(None))).scalar_one()
     if known + more > MOST_PRODUCTS:
-        raise FeedbackError(f"items: {known:,} products were told already, and {MOST_PRODUCTS:,} are the most; put them "
-                            "into the products file, train, and delete them here")
+        raise FeedbackError(f"items: {known:,} products were told already, and {MOST_PRODUCTS:,} are the most; put "
+                            "them into the products file, train, and delete them here")
 
 def _set_products(connection:Connection, products:dict[str, Mapping])->tuple[list[str], bool]:
     "For each product `accepted` or `unchanged`; whether one was accepted."
@@ -181,6 +181,31 @@ def _set_rules(connection:Connection, document:dict|None)->tuple[bool, bool]:
     connection.execute(insert(RULES), [dict(id=1, document=document, at=now, seq=seq)])
     return True, True
 
+# %% ../../nbs/feedback/store.ipynb #4c525c16
+def _tell_products(self,
+    products:Mapping, # item id -> its attributes; of two ways to write one id the last counts
+)->list[str]:         # `accepted` or `unchanged`, one for each key in the order in which they came first
+    "Tell of products: what was told of them before is replaced. Raises `FeedbackError` for what cannot be kept."
+    checked = {stored_key(item, "item_id"): checked_attributes(given) for item, given in products.items()}
+    return self._write("set_products", _set_products, checked) if checked else []
+
+def _take_back_products(self, ids:Iterable, folds:Sequence[str]=())->int: # how many were there
+    "Take back what was told of products, under all spellings that `folds` allow."
+    return self._write("delete_products", _delete_products, {stored_key(id, "item_id") for id in ids}, folds)
+
+def _told_products(self)->dict[str, dict]: # key of an item -> its attributes, in the order in which they were told
+    "What was told of products with `set_products`, and not deleted."
+    there = select(PRODUCTS).where(PRODUCTS.c.attributes.is_not(None)).order_by(PRODUCTS.c.seq)
+    return {row.item_id: row.attributes for row in self._read("products", there)}
+
+def _tell_rules(self, document:dict|None)->bool: # whether that is new
+    "Keep the rules by which the shop presents its products; None: there are none."
+    return self._write("set_rules", _set_rules, document)
+
+def _told_rules(self)->dict|None:
+    "What was said with `set_rules`; None: nothing."
+    return next((row.document for row in self._read("rules", select(RULES))), None)
+
 # %% ../../nbs/feedback/store.ipynb #8a232283
 class Store(StoreConnection):
     "The feedback of users, in a SQLite file or a PostgreSQL database; safe to share between threads."
@@ -207,21 +232,6 @@ class Store(StoreConnection):
         items = {stored_key(item, "item_id"): bool(available) for item, available in items.items()}
         return self._write("set_availability", _set_availability, items)
 
-    def set_products(self,
-        products:Mapping, # item id -> its attributes; of two ways to write one id the last counts
-    )->list[str]:         # `accepted` or `unchanged`, one for each key in the order in which they came first
-        "Tell of products: what was told of them before is replaced. Raises `FeedbackError` for what cannot be kept."
-        checked = {stored_key(item, "item_id"): checked_attributes(given) for item, given in products.items()}
-        return self._write("set_products", _set_products, checked) if checked else []
-
-    def delete_products(self, ids:Iterable, folds:Sequence[str]=())->int: # how many were there
-        "Take back what was told of products, under all spellings that `folds` allow."
-        return self._write("delete_products", _delete_products, {stored_key(id, "item_id") for id in ids}, folds)
-
-    def set_rules(self, document:dict|None)->bool: # whether that is new
-        "Keep the rules by which the shop presents its products; None: there are none."
-        return self._write("set_rules", _set_rules, document)
-
     def add_impressions(self, impressions:Sequence[Impression])->int: # how many were kept
         "Keep answers that were shown, but for those from before a user was forgotten."
         return self._write("add_impressions", _add_impressions, impressions) if impressions else 0
@@ -243,25 +253,16 @@ class Store(StoreConnection):
         query = select(EVENTS).where(EVENTS.c.user_id.in_([*{stored_key(user, "user_id"), *names}]))
         newest = query.order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
         return [_event(row) for row in self._read("history", newest)]
-
     def forgotten(self)->dict[str, datetime]: # key of a user -> moment of the wish, UTC
         "Users that want to be forgotten, and since when."
         return {row.user_id: from_micros(row.at) for row in self._read("forgotten", select(FORGOTTEN))}
-
     def availability(self)->dict[str, bool]: # key of an item -> is it available
         "What was said about items with `set_availability`."
         return {row.item_id: row.available for row in self._read("availability", select(AVAILABILITY))}
-
-    def products(self)->dict[str, dict]: # key of an item -> its attributes, in the order in which they were told
-        "What was told of products with `set_products`, and not deleted."
-        there = select(PRODUCTS).where(PRODUCTS.c.attributes.is_not(None)).order_by(PRODUCTS.c.seq)
-        return {row.item_id: row.attributes for row in self._read("products", there)}
-
-    def rules(self)->dict|None:
-        "What was said with `set_rules`; None: nothing."
-        return next((row.document for row in self._read("rules", select(RULES))), None)
-
     def impressions(self, limit:int=100)->list[Impression]: # the newest first, at most `limit`
         "Answers that were shown."
         newest = select(IMPRESSIONS).order_by(IMPRESSIONS.c.id.desc()).limit(limit)
         return [_impression(row) for row in self._read("impressions", newest)]
+
+    set_products, delete_products, products = _tell_products, _take_back_products, _told_products
+    set_rules, rules = _tell_rules, _told_rules

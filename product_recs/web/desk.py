@@ -14,19 +14,32 @@ from fastapi.concurrency import run_in_threadpool
 from ..core.errors import NoStoreError, StoreError
 from ..core.events import UNCHANGED, UserState
 from ..core.settings import Settings
-from ..feedback.changes import (NO_MERCHANDISE, NOTHING_CHANGED, NOTHING_TOLD, Availability, Changes,
-                                           Merchandise, Products, learned_micros)
+from ..feedback.changes import NO_MERCHANDISE, NOTHING_CHANGED, NOTHING_TOLD, Changes, learned_micros
 from ..feedback.impressions import ImpressionLog
 from ..feedback.store import Store
 from .monitor import Metrics
 
 # %% ../../nbs/web/desk.ipynb #2ff6a834
+class _Nothing:
+    "What a shop without a store has said."
+    shelf, products, products_since, merchandise = NOTHING_CHANGED, NOTHING_TOLD, 0, NO_MERCHANDISE
+
+# %% ../../nbs/web/desk.ipynb #4d9c64e5
 class StateView:
     "What users did and what the shop said since the model was trained; without a store, nothing."
     def __init__(self,
         changes:Changes|None, # None: there is no store
     ):
-        self.changes, self._learned, self._folds = changes, -1, ()
+        self.changes, self._learned, self._folds, self._of_shop = changes, -1, (), changes or _Nothing
+
+    folds = property(lambda self: self._folds, doc="In what spellings of one id may differ, by the live model's rules.")
+    behind = property(lambda self: self.changes is not None and self.changes.behind,
+                      doc="Has something changed that is not in memory yet, though it can be read?")
+    shelf = property(lambda self: self._of_shop.shelf, doc="What the shop said about items: an `Availability`.")
+    products = property(lambda self: self._of_shop.products, doc="The `Products` that it told of.")
+    products_since = property(lambda self: self._of_shop.products_since,
+                              doc="How many of them it told of after the model had learned.")
+    merchandise = property(lambda self: self._of_shop.merchandise, doc="How it presents its items: `Merchandise`.")
 
     def prepare(self,
         learned_until:str|None, # feedback_until of a model that is about to be taken up
@@ -44,34 +57,9 @@ class StateView:
         self._learned, self._folds = learned_micros(learned_until), tuple(folds)
         if self.changes: self.changes.use(learned_until, folds=folds)
 
-    @property
-    def folds(self)->tuple[str, ...]:
-        "In what spellings of one id may differ, by the rules of the model that answers."
-        return self._folds
-
     def spellings(self, user:int|str)->tuple[str, ...]:
         "Keys under which the store may have a user."
         return self.changes.spellings(user) if self.changes else ()
-
-    @property
-    def shelf(self)->Availability:
-        "What the shop said about items."
-        return self.changes.shelf if self.changes else NOTHING_CHANGED
-
-    @property
-    def products(self)->Products:
-        "Products that the shop told of."
-        return self.changes.products if self.changes else NOTHING_TOLD
-
-    @property
-    def products_since(self)->int:
-        "How many of them it told of after the model had learned."
-        return self.changes.products_since if self.changes else 0
-
-    @property
-    def merchandise(self)->Merchandise:
-        "The rules by which the shop presents its items."
-        return self.changes.merchandise if self.changes else NO_MERCHANDISE
 
     def listen(self,
         listener:Callable[[], object], # called in the thread that reads; it must not wait
@@ -84,11 +72,6 @@ class StateView:
     )->UserState|None: # None: it must be read
         "What is known of a user beyond the model, as it is in memory."
         return self.changes.look(user) if self.changes else UNCHANGED
-
-    @property
-    def behind(self)->bool:
-        "Has something changed that is not in memory yet, though it can be read?"
-        return self.changes is not None and self.changes.behind
 
     async def catch_up(self)->None:
         "Wait a moment for what users did a moment ago."
