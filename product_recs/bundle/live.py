@@ -117,9 +117,6 @@ class _Holder:
     @property
     def since(self)->datetime|None: return self.in_use and self.in_use.since
 
-    @property
-    def told(self)->Any: return self.in_use and self.in_use.told
-
     def take_up(self)->Reload:
         "Open what `current` names, unless it answers already; raises what is wrong with it."
         version = current_version(self.models_dir)
@@ -229,7 +226,8 @@ class LiveModel:
 
     version = property(lambda self: self._holder.version, doc="Version of the model that answers; None: there is none.")
     loaded_at = property(lambda self: self._holder.since, doc="Since when it answers, UTC.")
-    told = property(lambda self: self._holder.told, doc="What was added to the model that answers; None: nothing.")
+    told = property(lambda self: self._holder.in_use and self._holder.in_use.told,
+                    doc="What was added to the model that answers; None: nothing.")
     refused = property(lambda self: self._holder.refused, doc="What is not served though `current` names it; or None.")
 
     def get(self)->Any: # what `prepare` and `extend` made
@@ -253,6 +251,7 @@ class LiveModel:
         if self._lock.acquire(blocking=False):
             try: self._look()
             finally: self._lock.release()
+
     def reload(self)->Reload:
         "Take up what `current` names now, also where it was refused before."
         return self._look(asked=True)

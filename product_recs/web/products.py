@@ -137,9 +137,9 @@ def what_remains(
 # %% ../../nbs/web/products.ipynb #8956f861
 _PRODUCT = {"type": "object", "required": ["item_id", "attributes"], "additionalProperties": False, "properties": {
     "item_id": {"anyOf": [{"type": "integer"}, {"type": "string", "minLength": 1, "maxLength": 256}]},
-    "attributes": {"type": "object", "maxProperties": MOST_ATTRIBUTES, "description": "column of the products file -> "
-                   "value: a text, a number, true, false, null, a list of texts or a list of numbers. They replace what "
-                   "was told before and beat the products file"}}}
+    "attributes": {"type": "object", "maxProperties": MOST_ATTRIBUTES, "description":
+                   "column of the products file -> value: a text, a number, true, false, null, a list of texts or a "
+                   "list of numbers. They replace what was told before and beat the products file"}}}
 _EXAMPLE = {"items": [{"item_id": 900001, "attributes": {"title": "Dark roast", "category": "coffee", "price": 7.5,
                                                          "available": True}}]}
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"example": _EXAMPLE, "schema": {
@@ -181,8 +181,8 @@ def add_products(
         return counts | {"taken_up": taken_up, "where": where_new_appear(model), "results": results}
 
     gone = "It is as if it had never been told; what the products file and people's histories know of it stays."
-    @app.delete("/items/{item_id}", response_model=TakenBack, tags=["items"], summary="Take back what was told of a product",
-                responses=documented(gone, 404, 422, 503, model=False))
+    @app.delete("/items/{item_id}", response_model=TakenBack, tags=["items"],
+                summary="Take back what was told of a product", responses=documented(gone, 404, 422, 503, model=False))
     async def take_back(http_request:Request, item_id:id_in_path("900001", "an item that was told of")):
         model = _model_now(live)
         item = as_id(model and model.bundle.items, path_id(http_request.scope, -1))
