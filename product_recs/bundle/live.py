@@ -226,6 +226,7 @@ class LiveModel:
 
     version = property(lambda self: self._holder.version, doc="Version of the model that answers; None: there is none.")
     loaded_at = property(lambda self: self._holder.since, doc="Since when it answers, UTC.")
+    base = property(lambda self: (self.get(), self._holder.in_use.base)[1], doc="The model before anything was added.")
     told = property(lambda self: self._holder.in_use and self._holder.in_use.told,
                     doc="What was added to the model that answers; None: nothing.")
     refused = property(lambda self: self._holder.refused, doc="What is not served though `current` names it; or None.")
@@ -238,7 +239,6 @@ class LiveModel:
     def listen(self, callback:Callable[[Reload], None])->None:
         "Call it after every model that was taken up, renewed or refused, in that thread; its errors are logged."
         self._listeners.callbacks.append(callback)
-
     def start(self)->None:
         "Open the model, then watch for new ones."
         self._look()

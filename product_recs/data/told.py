@@ -52,13 +52,13 @@ class Told:
         "For a person; none where nothing was told."
         said = []
         if self.new or self.changed:
-            said.append(f"Products that the service was told of: {self.new:,} new, and {self.changed:,} of the products "
-                        "file with attributes that were told.")
+            said.append(f"Products that the service was told of: {self.new:,} new, and {self.changed:,} of the "
+                        "products file with attributes that were told.")
         if self.left_out:
-            said.append(f"{counted(self.left_out, 'product')} that the service was told of left out: the id is no whole "
-                        "number, but those of the log are.")
-        said += [f"{counted(count, 'value')} of {column!r} that the service was told left out: the column of the products "
-                 "file holds something else." for column, count in self.misfits]
+            said.append(f"{counted(self.left_out, 'product')} that the service was told of left out: the id is no "
+                        "whole number, but those of the log are.")
+        said += [f"{counted(count, 'value')} of {column!r} that the service was told left out: the column of the "
+                 "products file holds something else." for column, count in self.misfits]
         return said
 
 def _stage(con:duckdb.DuckDBPyConnection, products:Mapping[str, Mapping], names:Sequence[str], folder:Path)->None:

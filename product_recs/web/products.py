@@ -102,8 +102,9 @@ def read_products(
             else product._replace(attributes=None, error=again) for place, product in enumerate(products)]
 
 # %% ../../nbs/web/products.ipynb #d7b142a8
-def _model_now(live:LiveModel)->ReadyModel|None:
-    try: return live.get()
+def _model_now(live:LiveModel, name:str="")->ReadyModel|None: # None: no model is live
+    "The model that answers, or with `base` the model as it was trained."
+    try: return live.base if name == "base" else live.get()
     except BundleError: return None
 
 def where_new_appear(
@@ -168,7 +169,8 @@ def add_products(
               openapi_extra=_BODY, summary="Tell of new or changed products",
               responses=documented(description, 400, 413, 415, 422, 503, model=False))
     async def post_items(http_request:Request):
-        read = await run_in_threadpool(read_products, await json_body(http_request), max_batch, _model_now(live))
+        trained = _model_now(live, "base") # what another product brought is no rule for this one
+        read = await run_in_threadpool(read_products, await json_body(http_request), max_batch, trained)
         good = {product.key: product.attributes for product in read if product.attributes is not None}
         stored = dict(zip(good, await desk.stored("set_products", good))) if good else {}
         taken_up = await take_up() if good else True

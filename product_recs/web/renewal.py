@@ -14,10 +14,11 @@ from concurrent.futures import Future
 
 # %% ../../nbs/web/renewal.ipynb #029eafe8
 _FIRST, _LONGEST, _SLOWEST = 0.05, 0.5, 60.0 # seconds: pauses between builds, and between tries after a failure
+_QUICK = 10 # builds in a row before the pauses grow
 
 class _Pace:
     "When the next build may begin."
-    def __init__(self): self.pause, self.ended, self.failures = 0.0, -60.0, 0 # ended: of the last build
+    def __init__(self): self.pause, self.ended, self.in_a_row, self.failures = 0.0, -60.0, 0, 0 # ended: the last build
 
     def due(self, now:float)->float: # seconds from now
         "How long the next build has to wait."
@@ -25,8 +26,8 @@ class _Pace:
 
     def built(self, began:float, ended:float)->None:
         "A build has ended."
-        in_a_row = began - self.ended < 2*self.pause + _FIRST
-        self.pause = max(min(_LONGEST, 2*self.pause) if in_a_row and self.pause else _FIRST, ended - began)
+        self.in_a_row = self.in_a_row + 1 if began - self.ended < 2*self.pause + _FIRST else 0
+        self.pause = max(min(_LONGEST, _FIRST*2**min(20, max(0, self.in_a_row - _QUICK))), ended - began)
         self.ended, self.failures = ended, 0
 
     def failed(self, began:float, ended:float)->None:

@@ -26,7 +26,10 @@ from .monitor import Metrics
 from .renewal import Renewal
 
 # %% ../../nbs/web/service.ipynb #1e7660d6
-def _with_products(model:ReadyModel, told:Products)->ReadyModel: return extended(model, told.by_key)
+def _with_products(model:ReadyModel, told:Products)->ReadyModel:
+    "The model with what was told, ready to answer; a `BundleError` where it cannot answer."
+    with_told = extended(model, told.by_key)
+    return model if with_told is model else with_told.prepare()
 
 class ToldProducts:
     "The products that the shop told of, on their way into the model that answers."
