@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from ..core.errors import NoStoreError, StoreError
 from ..core.events import UNCHANGED, UserState
 from ..core.settings import Settings
-from ..feedback.changes import NO_MERCHANDISE, NOTHING_CHANGED, NOTHING_TOLD, Changes, learned_micros
+from ..feedback.changes import NO_MERCHANDISE, NOTHING_CHANGED, NO_PRODUCTS, Changes, learned_micros
 from ..feedback.impressions import ImpressionLog
 from ..feedback.store import Store
 from .monitor import Metrics
@@ -22,7 +22,7 @@ from .monitor import Metrics
 # %% ../../nbs/web/desk.ipynb #2ff6a834
 class _Nothing:
     "What a shop without a store has said."
-    shelf, products, products_since, merchandise = NOTHING_CHANGED, NOTHING_TOLD, 0, NO_MERCHANDISE
+    shelf, products, products_since, merchandise = NOTHING_CHANGED, NO_PRODUCTS, 0, NO_MERCHANDISE
 
 # %% ../../nbs/web/desk.ipynb #4d9c64e5
 class StateView:
