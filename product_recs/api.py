@@ -272,8 +272,8 @@ def _add_routes(app:FastAPI, service:Service)->None:
     "All routes, in the order of /docs."
     for add in (_add_recommend, _add_recommend_many, _add_others): add(app, service)
     add_feedback(app, service.live, service.desk, service.settings.max_batch)
-    for add in (add_people, add_items): add(app, service.live, service.desk)
     add_products(app, service.live, service.desk, service.told.take_up, service.settings.max_batch)
+    for add in (add_people, add_items): add(app, service.live, service.desk)
     for add in (_add_new, _add_operations): add(app, service)
     _add_page(app)
 

@@ -143,7 +143,8 @@ _PRODUCT = {"type": "object", "required": ["item_id", "attributes"], "additional
                    "list of numbers. They replace what was told before and beat the products file"}}}
 _EXAMPLE = {"items": [{"item_id": 900001, "attributes": {"title": "Dark roast", "category": "coffee", "price": 7.5,
                                                          "available": True}}]}
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"example": _EXAMPLE, "schema": {
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {
+    "examples": {"one": {"value": _EXAMPLE}}, "schema": {
     "type": "object", "required": ["items"], "additionalProperties": False,
     "properties": {"items": {"type": "array", "minItems": 1, "items": _PRODUCT}}}}}}}
 
