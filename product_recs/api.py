@@ -36,6 +36,7 @@ from .web.headers import Header
 from .web.items import add_items
 from .web.monitor import workers_folder
 from .web.people import add_people
+from .web.products import add_products
 from .web.problems import (RequestLog, documented, http_problem, id_in_path, known_problem, log_to_stdout,
                                        of_sample, parameter_problem, path_id, unavailable)
 from .web.schemas import (DetailedRecommendationList, DetailedSimilarList, ExplainAnswer, NewList,
@@ -233,7 +234,9 @@ def _add_operations(app:FastAPI, service:Service)->None:
         bundle, refused = live.get().bundle, live.refused
         facts = {name: plain(value) for name, value in bundle.manifest.items() if name != "files"}
         if refused: refused = {"version": refused.version, "error": refused.error, "at": plain(refused.at)}
-        facts |= {"loaded_at": plain(live.loaded_at), "refused": refused, "store": desk.state()}
+        told = {"told": len(desk.view.products.by_key), "since_training": desk.view.products_since,
+                "taken_up": service.told.holds(desk.view.products.revision)}
+        facts |= {"loaded_at": plain(live.loaded_at), "refused": refused, "store": desk.state(), "products": told}
         return JSONResponse(facts, headers={Header.Version: bundle.version})
 
     @app.post("/model/reload", response_model=ReloadAnswer, tags=["operation"], summary="Look for a new model now",
@@ -269,6 +272,7 @@ def _add_routes(app:FastAPI, service:Service)->None:
     "All routes, in the order of /docs."
     for add in (_add_recommend, _add_recommend_many, _add_others): add(app, service)
     add_feedback(app, service.live, service.desk, service.settings.max_batch)
+    add_products(app, service.live, service.desk, service.told.take_up, service.settings.max_batch)
     for add in (add_people, add_items): add(app, service.live, service.desk)
     for add in (_add_new, _add_operations): add(app, service)
     _add_page(app)

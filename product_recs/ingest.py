@@ -43,6 +43,7 @@ from .data.sources import read_source
 from .data.spellings import checked_folds, find_spellings, spellings_note
 from .data.stored import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .data.tables import add_table, is_the_log
+from .data.told import merge_told
 from .data.validate import (ODD, TABLES, check_query, interaction_rules, is_number, odd_query,
                                         plain_query)
 
@@ -361,13 +362,23 @@ def _counted(con, ledger:Ledger, what:str)->None:
         raise IngestError(f"{what}: all {ledger.rows_read:,} rows are bad{forgotten}. Nothing was written.\n{examples}"
                           f"\nRemedy: {remedy}.")
 
-def _add_tables(con, source, types:Mapping[str, str], options:dict, wishes, work:Path, out:Path, ledger:Ledger)->None:
-    "Write the tables of products and users."
+def _add_told(con, products:Mapping, id_type:str, options:dict, work:Path, out:Path, ledger:Ledger)->None:
+    "Put the products that the service was told of into the table of products."
+    told = merge_told(con, products, out/"products.parquet", id_type, options["normalise_ids"], work)
+    ledger.warnings += told.sentences
+    if not told.new and not told.changed: return
+    counts = ledger.tables.setdefault("products", dict(rows_read=0, rows_kept=0, rows_rejected=0, duplicates_merged=0))
+    counts |= {"rows_kept": counts["rows_kept"] + told.new, "rows_told": told.new, "rows_changed": told.changed}
+
+def _add_tables(con, source, types:Mapping[str, str], options:dict, feedback:Feedback|None, work:Path, out:Path,
+                ledger:Ledger)->None:
+    "Write the tables of products and users, with what the feedback says of them."
     for name, key in (("products", Columns.Item), ("users", Columns.User)):
         if options[name]:
             add_table(con, options[name], name, key, types[key], options, work, out, ledger,
                        is_the_log(options[name], source))
-    if options["users"] and wishes:
+    if feedback: _add_told(con, feedback.products, types[Columns.Item], options, work, out, ledger)
+    if options["users"] and feedback and feedback.forgotten:
         users = ledger.tables["users"]
         dropped = drop_forgotten_people(con, out/"users.parquet", out/"interactions.parquet", options["normalise_ids"])
         if dropped: users |= {"rows_kept": users["rows_kept"] - dropped, "rows_forgotten": dropped}
@@ -386,11 +397,11 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     judge_rejects(con, "true", rows, options["on_error"], options["max_reject_share"], what)
     types = ({column: _id_type(con, column, kinds[column], reads, ledger.warnings) for column in Columns.Required}
              if source else {})
-    wishes, rules = {}, replace(rules, numbers=[column for column, type in types.items() if type == "BIGINT"])
+    feedback, rules = None, replace(rules, numbers=[column for column, type in types.items() if type == "BIGINT"])
     ledger.rules = json.loads(json.dumps(asdict(rules)))
     if options["feedback"]:
         feedback = stage_feedback(options["feedback"], work)
-        types, wishes = _add_feedback(con, feedback, types, rules, latest, options, ledger), feedback.forgotten
+        types = _add_feedback(con, feedback, types, rules, latest, options, ledger)
         what = f"{what} and the feedback" if source else "the feedback store"
     _counted(con, ledger, what)
     _write(con, out, types, options, ledger)
@@ -399,7 +410,7 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
     assert ledger.rows_read == outcomes, "the ledger does not add up"
     ledger.warnings += _row_notes(con, options, types, out)
     if note := row_number_note(ledger.rows_kept, ledger.items): ledger.warnings.append(note)
-    _add_tables(con, source, types, options, wishes, work, out, ledger)
+    _add_tables(con, source, types, options, feedback, work, out, ledger)
     _exclude(con, out, options, ledger)
     texts = ", ".join(f'{safe_cell_sql(named(column))} AS {named(column)}'
                       for column in ("file", "column", "value", "reason"))

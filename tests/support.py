@@ -360,6 +360,50 @@ def cause_of(server, answer):
     return next(line["error"] for line in lines if line["request_id"] == id)
 
 
+def both(server, path, method="GET", body=None, headers=None):
+    "The answers of both workers, each over a connection that it keeps; the first part of a request id is the worker."
+    payload, sent = (
+        None if body is None else json.dumps(body),
+        ({} if body is None else {"Content-Type": "application/json"}) | (headers or {}),
+    )
+    if not hasattr(server, "kept"):
+        server.kept = {}
+    answers = []
+    for worker, connection in list(server.kept.items()):
+        try:
+            answers.append(talk(connection, method, path, payload, sent))
+        except (OSError, http.client.HTTPException):  # hung up after some idle seconds
+            connection.close()
+            del server.kept[worker]
+    end = time.monotonic() + 60
+    while len(server.kept) < 2:
+        assert time.monotonic() < end, "one worker got all connections"
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        answer = talk(connection, method, path, payload, sent)
+        if (worker := answer[1]["x-request-id"][:24]) in server.kept:
+            connection.close()
+        else:
+            server.kept[worker] = connection
+        answers.append(answer)
+    return answers
+
+
+def talk(connection, method, path, payload, headers):
+    connection.request(method, path, payload, headers)
+    answer = connection.getresponse()
+    content, found = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+    return answer.status, found, json.loads(content) if "json" in found["content-type"] else content
+
+
+def one(server, path, method="GET", body=None, headers=None):
+    "The one body that both workers answer with 200."
+    answers = both(server, path, method, body, headers)
+    assert {status for status, _, _ in answers} == {200}, answers[0]
+    bodies = {json.dumps(body, sort_keys=True) for _, _, body in answers}
+    assert len(bodies) == 1, bodies
+    return answers[0][2]
+
+
 def new_database(server):
     name = f"shop_{next(database_numbers)}"
     server.psql(f"CREATE DATABASE {name}")

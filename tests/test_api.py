@@ -162,7 +162,7 @@ def run_examples(server):
                 answer = server.ask(method.upper(), url + ("?" + "&".join(query) if query else ""), body)
                 assert answer[0] == 200, (method, url, body, answer)
                 ran += 1
-    assert ran == 21
+    assert ran == 23
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """What the service promises over HTTP: two worker processes, a trained model, and a feedback store in a real SQLite
 file and in a real PostgreSQL."""
 
-import http.client
 import json
 import shutil
 import sqlite3
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from scipy.sparse import csr_matrix
-from support import Server, new_database, problem, train, until
+from support import Server, both, new_database, one, problem, train, until
 
 from product_recs.answer.ladder import Request, answer
 from product_recs.api import create_app
@@ -65,50 +64,6 @@ def shop(request, tmp_path_factory, trained):
     folder = tmp_path_factory.mktemp("shop")
     with serving(folder, trained, url_of(request.param, folder, request)) as server:
         yield server
-
-
-def both(server, path, method="GET", body=None, headers=None):
-    "The answers of both workers, each over a connection that it keeps; the first part of a request id is the worker."
-    payload, sent = (
-        None if body is None else json.dumps(body),
-        ({} if body is None else {"Content-Type": "application/json"}) | (headers or {}),
-    )
-    if not hasattr(server, "kept"):
-        server.kept = {}
-    answers = []
-    for worker, connection in list(server.kept.items()):
-        try:
-            answers.append(talk(connection, method, path, payload, sent))
-        except (OSError, http.client.HTTPException):  # hung up after some idle seconds
-            connection.close()
-            del server.kept[worker]
-    end = time.monotonic() + 60
-    while len(server.kept) < 2:
-        assert time.monotonic() < end, "one worker got all connections"
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
-        answer = talk(connection, method, path, payload, sent)
-        if (worker := answer[1]["x-request-id"][:24]) in server.kept:
-            connection.close()
-        else:
-            server.kept[worker] = connection
-        answers.append(answer)
-    return answers
-
-
-def talk(connection, method, path, payload, headers):
-    connection.request(method, path, payload, headers)
-    answer = connection.getresponse()
-    content, found = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
-    return answer.status, found, json.loads(content) if "json" in found["content-type"] else content
-
-
-def one(server, path, method="GET", body=None, headers=None):
-    "The one body that both workers answer with 200."
-    answers = both(server, path, method, body, headers)
-    assert {status for status, _, _ in answers} == {200}, answers[0]
-    bodies = {json.dumps(body, sort_keys=True) for _, _, body in answers}
-    assert len(bodies) == 1, bodies
-    return answers[0][2]
 
 
 def lists(server, user, **more):

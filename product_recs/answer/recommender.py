@@ -21,13 +21,13 @@ from ..bundle.ready import Bundle, ReadyModel, open_bundle, words_of
 from ..core.errors import StoreError
 from ..core.events import UNCHANGED, Event, UserState
 from ..core.paths import resolve_path
-from ..feedback.changes import NO_PRODUCTS, NOTHING_CHANGED, Availability, Changes
+from ..feedback.changes import NO_MERCHANDISE, NOTHING_CHANGED, NO_PRODUCTS, Availability, Changes
 from ..feedback.store import Store
 
 # %% ../../nbs/answer/recommender.ipynb #4e488420
 class NoFeedback:
     "What the recommender is told where there is no feedback store: nothing has changed."
-    shelf, products = NOTHING_CHANGED, NO_PRODUCTS
+    shelf, products, merchandise = NOTHING_CHANGED, NO_PRODUCTS, NO_MERCHANDISE
     def state(self, user:int|str)->UserState: return UNCHANGED
     def availability(self)->Availability: return self.shelf
 

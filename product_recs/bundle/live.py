@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ..core.paths import resolve_path
 @dataclass(frozen=True)
 class Reload:
     "What became of one attempt to take up the model that `current` names."
-    status: str           # `reloaded`, `refused` or `unchanged`
+    status: str           # `reloaded`, `refused` or `unchanged`; for listeners also `renewed`, by what the shop told
     version: str|None     # of the model that answers now; None where there is none
     error: str|None=None  # for `refused`: why
 
@@ -80,11 +80,36 @@ class _InUse:
     model: Any
     manifest: dict
     since: datetime # UTC
+    base: Any       # the model before anything was added
+    told: Any       # what was added; None: nothing
 
+class _Opener:
+    "Makes of a bundle what answers, and adds what was told since."
+    def __init__(self, models_dir:Path, prepare:Callable[[Bundle], Any], told:Callable[[], Any],
+                 extend:Callable[[Any, Any], Any]):
+        self.models_dir, self.prepare, self.told, self.extend = models_dir, prepare, told, extend
+
+    def open(self, version:str|None)->_InUse:
+        "A version, with what was told; without, where that fails."
+        bundle = open_bundle(self.models_dir, version, verify=True)
+        base, told = self.prepare(bundle), self.told()
+        try: model = self.extend(base, told)
+        except Exception:
+            _log.exception("model %s answers without what the shop told since", bundle.version)
+            model, told = base, None
+        return _InUse(model, bundle.manifest, datetime.now(timezone.utc), base, told)
+
+    def renewed(self, in_use:_InUse)->_InUse|None: # None: it has all that was told
+        "The same model with what was told until now."
+        told = self.told()
+        return None if told is in_use.told else replace(in_use, model=self.extend(in_use.base, told), told=told)
+
+# %% ../../nbs/bundle/live.ipynb #9a3ab77e
 class _Holder:
     "The model in use, and what became of the one that `current` names."
-    def __init__(self, models_dir:Path, prepare:Callable[[Bundle], Any]):
-        self.models_dir, self.prepare, self.in_use, self.refused = models_dir, prepare, None, None
+    def __init__(self, opener:_Opener):
+        self.opener, self.models_dir, self.in_use, self.refused = opener, opener.models_dir, None, None
+        self._swapping = threading.Lock()
 
     @property
     def version(self)->str|None: return self.in_use and self.in_use.manifest["version"]
@@ -96,14 +121,23 @@ class _Holder:
         "Open what `current` names, unless it answers already; raises what is wrong with it."
         version = current_version(self.models_dir)
         same = self.in_use and version and read_manifest(self.models_dir/version) == self.in_use.manifest
-        in_use = self.in_use if same else self._open(version)
+        opened = None if same else self.opener.open(version)
         self.refused = None # before the swap: who sees the new model sees no refusal any more
-        self.in_use = in_use
+        if opened: self._swap(opened)
         return Reload("unchanged" if same else "reloaded", self.version)
 
-    def _open(self, version:str|None)->_InUse:
-        bundle = open_bundle(self.models_dir, version, verify=True)
-        return _InUse(self.prepare(bundle), bundle.manifest, datetime.now(timezone.utc))
+    def _swap(self, in_use:_InUse, before:_InUse|None=None)->bool:
+        "Let it answer from now on; with `before`, unless another one does meanwhile."
+        with self._swapping:
+            if before is not None and self.in_use is not before: return False
+            self.in_use = in_use
+        return True
+
+    def renew(self)->bool:
+        "Add what was told meanwhile to the model in use; whether there was something."
+        while (in_use := self.in_use) is not None and (renewed := self.opener.renewed(in_use)) is not None:
+            if self._swap(renewed, in_use): return True
+        return False
 
     def refuse(self, error:str)->Reload:
         "Keep the reason, and the time of the first time; without a model take the latest previous one."
@@ -124,7 +158,7 @@ class _Holder:
         "The latest previous version that can be used."
         for version in previous_versions(self.models_dir):
             try:
-                self.in_use = self._open(version)
+                self._swap(self.opener.open(version))
                 return
             except Exception as error:
                 _log.error("previous model %s cannot be used either: %s: %s", version, type(error).__name__, error)
@@ -137,6 +171,7 @@ class _Listeners:
     def tell(self, result:Reload, refused:Refused|None)->None:
         "Log it and call them; an error of one hinders neither the others nor the model."
         if result.status == "reloaded": _log.info("model %s answers now", result.version)
+        elif result.status == "renewed": _log.debug("model %s has what the shop told since", result.version)
         else:
             instead = f"{result.version} answers" if result.version else "there is no other"
             _log.error("model %s was refused, %s: %s", refused.version, instead, result.error)
@@ -164,6 +199,15 @@ class _Watcher:
             try: self.look()
             except Exception: _log.exception("looking for a new model failed; trying again")
 
+def _taken_up(holder:_Holder, schedule:_Schedule)->Reload:
+    "Take up what `current` names, or refuse it; what failed by the machine is tried again."
+    try: return holder.take_up()
+    except BundleError as error: return holder.refuse(str(error))
+    except Exception as error: # of the machine, not of the bundle
+        schedule.fail()
+        reason = f"the model cannot be opened now, it is tried again ({type(error).__name__}: {error})"
+        return holder.refuse(f"{holder.models_dir}: {reason}")
+
 # %% ../../nbs/bundle/live.ipynb #b18ca9ed
 class LiveModel:
     "The served model: always whole, replaced while it answers."
@@ -172,34 +216,36 @@ class LiveModel:
         prepare:Callable[[Bundle], Any],  # makes of a bundle what answers; a `BundleError` refuses the bundle for good
         watch_seconds:float=0.5,          # how often the thread looks at `current`
         retry_seconds:float=60.0,         # longest pause between two tries of a bundle that may be good
+        *, told:Callable[[], Any]=lambda: None, # what came after the training; another object after each change
+        extend:Callable[[Any, Any], Any]=lambda model, told: model, # the model with it
     ):
-        self.models_dir, self.prepare = resolve_path(models_dir), prepare
-        self._holder, self._listeners = _Holder(self.models_dir, lambda bundle: self.prepare(bundle)), _Listeners()
+        self.models_dir, self.prepare, self._listeners = resolve_path(models_dir), prepare, _Listeners()
+        self._holder = _Holder(_Opener(self.models_dir, lambda bundle: self.prepare(bundle), told, extend))
         self._schedule, self._watcher = _Schedule((watch_seconds, retry_seconds)), _Watcher(self._look, watch_seconds)
         self._lock = threading.RLock() # of the thread that looks
 
     version = property(lambda self: self._holder.version, doc="Version of the model that answers; None: there is none.")
     loaded_at = property(lambda self: self._holder.since, doc="Since when it answers, UTC.")
+    base = property(lambda self: (self.get(), self._holder.in_use.base)[1], doc="The model before anything was added.")
+    told = property(lambda self: self._holder.in_use and self._holder.in_use.told,
+                    doc="What was added to the model that answers; None: nothing.")
     refused = property(lambda self: self._holder.refused, doc="What is not served though `current` names it; or None.")
 
-    def get(self)->Any: # what `prepare` made
+    def get(self)->Any: # what `prepare` and `extend` made
         "The model; a `NoModel` says why there is none. It never waits and reads nothing."
         if (in_use := self._holder.in_use) is not None: return in_use.model
         raise self._holder.no_model()
 
     def listen(self, callback:Callable[[Reload], None])->None:
-        "Call it after every model that was taken up or refused, in the thread that looked; its errors are logged."
+        "Call it after every model that was taken up, renewed or refused, in that thread; its errors are logged."
         self._listeners.callbacks.append(callback)
-
     def start(self)->None:
         "Open the model, then watch for new ones."
         self._look()
         self._watcher.start()
-
     def stop(self)->None:
         "Watch no more; the model goes on answering."
         self._watcher.stop()
-
     def look(self)->None:
         "Look now, unless another thread is looking; for a thread, while there is no model."
         if self._lock.acquire(blocking=False):
@@ -209,17 +255,16 @@ class LiveModel:
     def reload(self)->Reload:
         "Take up what `current` names now, also where it was refused before."
         return self._look(asked=True)
+    def renew(self)->bool: # whether the model is another one now
+        "Add what was told since it was opened; raises what `extend` raises, and then what was added before stays."
+        if renewed := self._holder.renew(): self._listeners.tell(Reload("renewed", self.version), None)
+        return renewed
 
     def _look(self, asked:bool=False)->Reload:
         with self._lock:
             holder, before = self._holder, self.refused
             if not self._schedule.begin(_stamp(self.models_dir), asked): return Reload("unchanged", self.version)
-            try: result = holder.take_up()
-            except BundleError as error: result = holder.refuse(str(error))
-            except Exception as error: # of the machine, not of the bundle
-                self._schedule.fail()
-                reason = f"the model cannot be opened now, it is tried again ({type(error).__name__}: {error})"
-                result = holder.refuse(f"{self.models_dir}: {reason}")
+            result = _taken_up(holder, self._schedule)
             is_new = result.status == "refused" and (asked or self.refused is not before)
             if result.status == "reloaded" or is_new: self._listeners.tell(result, self.refused)
             return result

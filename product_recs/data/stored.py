@@ -54,6 +54,7 @@ class Feedback:
     kinds: dict[str, set]     # id column -> number, text
     forgotten: dict           # key of a user -> moment of the wish, UTC
     staged: Path              # CSV without a header: number, user_id, item_id, event, quantity, timestamp
+    products: dict            # key of an item -> attributes that the shop told, in the order in which it told them
 
 def stage_feedback(
     feedback:str, # see `feedback_url`
@@ -64,7 +65,7 @@ def stage_feedback(
     rows, kinds, staged = 0, {name: set() for name in Columns.Required}, folder/"feedback.csv"
     try:
         with Store(feedback_url(feedback)) as store, open(staged, "w", encoding="utf-8", newline="") as file:
-            until, forgotten, out = store.cut(), store.forgotten(), csv.writer(file)
+            until, forgotten, products, out = store.cut(), store.forgotten(), store.products(), csv.writer(file)
             for event in store.read_events(until):
                 moment = event.timestamp.isoformat()
                 out.writerow([event.seq, event.user_id, event.item_id, event.event, event.quantity, moment])
@@ -73,7 +74,7 @@ def stage_feedback(
                     of_column.add("text" if is_text else "number")
                 rows += 1
     except StoreError as error: raise IngestError(str(error)) from None
-    return Feedback(store.shown, until, rows, kinds, forgotten, staged)
+    return Feedback(store.shown, until, rows, kinds, forgotten, staged, products)
 
 # %% ../../nbs/data/stored.ipynb #bf42d0c6
 def drop_forgotten(

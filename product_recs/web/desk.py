@@ -7,25 +7,39 @@ __all__ = ['StateView', 'FeedbackDesk']
 
 # %% ../../nbs/web/desk.ipynb #5eacca7f
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastapi.concurrency import run_in_threadpool
 
 from ..core.errors import NoStoreError, StoreError
 from ..core.events import UNCHANGED, UserState
 from ..core.settings import Settings
-from ..feedback.changes import NOTHING_CHANGED, Availability, Changes, learned_micros
+from ..feedback.changes import NO_MERCHANDISE, NOTHING_CHANGED, NO_PRODUCTS, Changes, learned_micros
 from ..feedback.impressions import ImpressionLog
 from ..feedback.store import Store
 from .monitor import Metrics
 
 # %% ../../nbs/web/desk.ipynb #2ff6a834
+class _Nothing:
+    "What a shop without a store has said."
+    shelf, products, products_since, merchandise = NOTHING_CHANGED, NO_PRODUCTS, 0, NO_MERCHANDISE
+
+# %% ../../nbs/web/desk.ipynb #4d9c64e5
 class StateView:
     "What users did and what the shop said since the model was trained; without a store, nothing."
     def __init__(self,
         changes:Changes|None, # None: there is no store
     ):
-        self.changes, self._learned, self._folds = changes, -1, ()
+        self.changes, self._learned, self._folds, self._of_shop = changes, -1, (), changes or _Nothing
+
+    folds = property(lambda self: self._folds, doc="In what spellings of one id may differ, by the live model's rules.")
+    behind = property(lambda self: self.changes is not None and self.changes.behind,
+                      doc="Has something changed that is not in memory yet, though it can be read?")
+    shelf = property(lambda self: self._of_shop.shelf, doc="What the shop said about items: an `Availability`.")
+    products = property(lambda self: self._of_shop.products, doc="The `Products` that it told of.")
+    products_since = property(lambda self: self._of_shop.products_since,
+                              doc="How many of them it told of after the model had learned.")
+    merchandise = property(lambda self: self._of_shop.merchandise, doc="How it presents its items: `Merchandise`.")
 
     def prepare(self,
         learned_until:str|None, # feedback_until of a model that is about to be taken up
@@ -43,30 +57,21 @@ class StateView:
         self._learned, self._folds = learned_micros(learned_until), tuple(folds)
         if self.changes: self.changes.use(learned_until, folds=folds)
 
-    @property
-    def folds(self)->tuple[str, ...]:
-        "In what spellings of one id may differ, by the rules of the model that answers."
-        return self._folds
-
     def spellings(self, user:int|str)->tuple[str, ...]:
         "Keys under which the store may have a user."
         return self.changes.spellings(user) if self.changes else ()
 
-    @property
-    def shelf(self)->Availability:
-        "What the shop said about items."
-        return self.changes.shelf if self.changes else NOTHING_CHANGED
+    def listen(self,
+        listener:Callable[[], object], # called in the thread that reads; it must not wait
+    )->None:
+        "Tell somebody when the shop has told of products or of rules."
+        if self.changes: self.changes.listen(listener)
 
     def look(self,
         user:int|str, # external id
     )->UserState|None: # None: it must be read
         "What is known of a user beyond the model, as it is in memory."
         return self.changes.look(user) if self.changes else UNCHANGED
-
-    @property
-    def behind(self)->bool:
-        "Has something changed that is not in memory yet, though it can be read?"
-        return self.changes is not None and self.changes.behind
 
     async def catch_up(self)->None:
         "Wait a moment for what users did a moment ago."

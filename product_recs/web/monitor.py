@@ -80,6 +80,7 @@ class _Counters:
         self.events = Counter("feedback_events_total", "Events that clients sent", ["result"], registry=registry)
         self.store_errors = Counter("store_errors_total", "Operations of the feedback store that failed",
                                     ["operation"], registry=registry)
+        self.products = Counter("products_told_total", "Products that the shop told of", ["result"], registry=registry)
         self.dropped = Counter("impressions_dropped_total", "Impressions that were not kept", registry=registry)
         self.model = Gauge("model_info", "Workers that answer from this version", ["version"],
                            multiprocess_mode="livesum", registry=registry)
@@ -88,8 +89,9 @@ class _Counters:
         self.workers = Gauge("workers_alive", "Processes that serve", multiprocess_mode="livesum", registry=registry)
         # a counter that is there from the start, at 0, makes its first increase visible
         for result in ("hit", "miss"): self.cache.labels(result)
-        for result in ("reloaded", "refused"): self.reloads.labels(result)
+        for result in ("reloaded", "refused", "renewed", "renewal failed"): self.reloads.labels(result)
         for result in ("accepted", "duplicate", "rejected"): self.events.labels(result)
+        for result in ("accepted", "unchanged", "rejected", "deleted"): self.products.labels(result)
         self.workers.set(1)
 
     def request_series(self, route:str|None, method:str, status:int)->tuple[Callable, Callable]:
@@ -133,21 +135,21 @@ class Metrics:
         self._version, self._created_at = version, created_at and datetime.fromisoformat(created_at)
 
     def reload(self, result:str)->None:
-        "Count an attempt to take up a model: `reloaded` or `refused`."
+        "Count an attempt to take up a model, or what the shop told since: see the table above for its results."
         self._count(self._of.reloads, result, 1)
 
     def events(self, result:str, n:int=1)->None:
         "Count events that came in: `accepted`, `duplicate` or `rejected`."
         self._count(self._of.events, result, n)
-
+    def products(self, result:str, n:int=1)->None:
+        "Count products that the shop told of: `accepted`, `unchanged`, `rejected` or `deleted`."
+        self._count(self._of.products, result, n)
     def store_error(self, operation:str)->None:
         "Count a failure of the feedback store, such as `add_events`."
         self._count(self._of.store_errors, operation, 1)
-
     def store_stale(self, stale:bool)->None:
         "Say whether this worker answers from an old state of the users."
         self._of.stale.set(float(stale))
-
     def impressions_dropped(self, n:int=1)->None:
         "Count impressions that were not kept."
         self._of.dropped.inc(n)

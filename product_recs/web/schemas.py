@@ -7,7 +7,8 @@ __all__ = ['Id', 'EventName', 'Task', 'plain', 'as_id', 'SessionEvent', 'NumberR
            'FeedbackEvent', 'EventStatus', 'EventsAnswer', 'RecommendationList', 'Reason', 'RankedItem',
            'DetailedRecommendationList', 'SimilarList', 'DetailedSimilarList', 'UserResult', 'RecommendAnswer',
            'PopularList', 'NewList', 'ItemFacts', 'FoundItem', 'FoundItems', 'PastItem', 'History', 'Forgotten',
-           'UserSample', 'ReasonShare', 'ExplainAnswer', 'AvailabilityItem', 'ReloadAnswer']
+           'UserSample', 'ProductStatus', 'ProductsAnswer', 'TakenBack', 'ReasonShare', 'ExplainAnswer',
+           'AvailabilityItem', 'ReloadAnswer']
 
 # %% ../../nbs/web/schemas.ipynb #720c8870
 import re
@@ -322,6 +323,33 @@ class UserSample(BaseModel):
     "Some of the users that the model knows."
     users: list[int | str]
     total: int
+
+# %% ../../nbs/web/schemas.ipynb #bcd1d248
+class ProductStatus(BaseModel):
+    "What became of one product."
+    index: int = Field(description="its place in the request, from 0")
+    item_id: int | str | None = Field(None, description="as answers show it; absent where it is none")
+    status: Literal["accepted", "unchanged", "rejected"]
+    placed: bool | None = Field(None, description="does the model that answers recommend it? absent: not known yet")
+    note: str | None = Field(None, description="what was kept and is not used now, and why")
+    error: str | None = Field(None, description="for rejected: the field and what is wrong with it")
+
+class ProductsAnswer(BaseModel):
+    "What became of all of them, and where they appear."
+    accepted: int
+    unchanged: int
+    rejected: int
+    taken_up: bool = Field(description="does the model of this worker have them? else it will within a second")
+    where: str = Field(description="in which lists new items appear, in words")
+    results: list[ProductStatus]
+
+class TakenBack(BaseModel):
+    "What was told of a product is deleted."
+    item_id: int | str
+    deleted: Literal[True] = True
+    remains: Literal["interactions", "products file", "nothing"] | None = Field(
+        description="what still knows the item: people had it, the products file names it; null: not known yet"
+    )
 
 # %% ../../nbs/web/schemas.ipynb #aecd63c1
 class ReasonShare(BaseModel):
