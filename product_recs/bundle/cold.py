@@ -20,6 +20,7 @@ from ..core.columns import Columns
 from ..core.errors import BundleError
 from ..core.ids import IdTable
 from ..core.sql import named, parquet
+from ..data.dense import VECTOR
 
 # %% ../../nbs/bundle/cold.ipynb #70f390be
 _log = logging.getLogger("product_recs.cold")
@@ -65,7 +66,12 @@ class _File:
 
     def _row(self, id:int|str)->dict:
         row = self.ask(f"SELECT * FROM {self.table} WHERE {named(self.key)} = ?", [id])
-        return {name: value for (name, *_), value in zip(row.description, row.fetchone()) if name in self.types}
+        words = {name: value for (name, *_), value in zip(row.description, row.fetchone()) if name in self.types}
+        for name, kind in self.types.items():
+            if kind == VECTOR and words[name] is not None:
+                words[name] = np.array(words[name], np.float32)
+                words[name].flags.writeable = False # whoever asks again gets the same array
+        return words
 
 # %% ../../nbs/bundle/cold.ipynb #7476fffe
 SINCE = ("released", "released_at", "release_date", "launched", "launched_at", "launch_date", "on_sale_since",
@@ -201,7 +207,7 @@ class ColdTable:
 
     def get(self,
         id:int|str, # external, as somebody wrote it
-    )->dict|None:   # column -> value, None where unknown; None: the id is not cold
+    )->dict|None:   # column -> value, (d,) float32 of a dense one, None where unknown; None: the id is not cold
         "What the file tells of one id."
         row = self._or_nothing(lambda: self.ids.row(id), None)
         words = None if row is None else self._or_nothing(lambda: self._file.row(self.ids[row]), None)

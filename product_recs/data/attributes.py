@@ -16,6 +16,7 @@ from ..core.errors import IngestError
 from ..core.ids import is_blank
 from ..core.sql import database_errors, named, quoted, type_family
 from .database import EXACT, number_text
+from .dense import VECTOR, find_dense
 from .dialect import COMMA, GROUPED, number_sql
 from .roles import find_column, guess_columns, match_columns, plain_name
 
@@ -120,10 +121,11 @@ def _typed(column:str, type:str)->list[tuple[str, str, str]]:
 @dataclass(frozen=True)
 class Form:
     "What a column of one file is."
-    type: str          # BOOLEAN, BIGINT, DOUBLE, TIMESTAMP or VARCHAR; "": it holds nothing
+    type: str          # BOOLEAN, BIGINT, DOUBLE, TIMESTAMP, VARCHAR or VECTOR; "": it holds nothing
     value: str         # SQL, of that type
     text: str          # SQL, VARCHAR: the same as it was written
     exact: bool = True # each value would be the same as a DOUBLE
+    width: int = 0     # of a VECTOR: how many numbers
 
 def column_form(
     con:duckdb.DuckDBPyConnection,
@@ -135,6 +137,8 @@ def column_form(
     shown:str,   # of the file, for messages
 )->Form:
     "Look at all values of a column; raises `IngestError`, which names the column, where it can be nothing."
+    dense = None if name in UNDERSTOOD else find_dense(con, table, column, type, typed, name, shown)
+    if dense: return Form(VECTOR, dense.value, f"CAST(to_json({dense.value}) AS VARCHAR)", width=dense.width)
     column = named(column)
     present, choices = (column, _typed(column, type)) if typed else _spelled(column)
     tests = ", ".join(f"bool_and(coalesce({fits}, false)) FILTER ({present} IS NOT NULL)" for _, _, fits in choices)
@@ -158,6 +162,16 @@ def _common(forms:list[Form])->str:
     if types == {"BIGINT", "DOUBLE"} and all(form.exact for form in forms if form.type == "BIGINT"): return "DOUBLE"
     return types.pop() if len(types) == 1 else "VARCHAR"
 
+def _same_width(name:str, shown:list[str], forms:list[Form|None])->None:
+    "Refuse a column that is a vector in one file and something else in another."
+    known = [(file, form) for file, form in zip(shown, forms) if form and form.type]
+    if not any(form.type == VECTOR for _, form in known): return
+    words = {form.width: (f"{form.width} numbers in each row of {file}" if form.width else
+                          f"no list of numbers in {file}") for file, form in reversed(known)}
+    if len(words) > 1:
+        raise IngestError(f"Column {name!r} holds {', and '.join(reversed(words.values()))}. Fill it in the same way "
+                          "in all files, or leave it out of some.")
+
 def _in_type(form:Form|None, type:str)->str:
     "SQL: the column of one file in the type of all."
     if form is None or not form.type: return f"NULL::{type}"
@@ -176,6 +190,8 @@ def united(
         for name, column in names.items():
             form = column_form(con, table, column, types[column], typed, name, shown) if column in types else None
             forms[column].append(form)
+    shown = [shown for _, shown, _ in tables]
+    for name, column in names.items(): _same_width(name, shown, forms[column])
     types = {column: _common([form for form in of_files if form]) for column, of_files in forms.items()}
     def select(number, table):
         parts = [f"{_in_type(of_files[number], types[column])} AS {column}" for column, of_files in forms.items()]
