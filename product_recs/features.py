@@ -29,9 +29,9 @@ from .core.ids import IdTable
 from .core.parameters import number
 from .core.paths import resolve_path
 from .core.sql import database_errors, file_name, named, parquet, temporary_database
+from .core.vectors import VECTOR
 from .data.arrays import save_csr
 from .data.artifact import SNAPSHOTS, Features, open_features
-from .data.dense import VECTOR
 from .data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
 from .data.tasks import how_judged
 from .ingest import ensure_ingested

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core.errors import ProductRecsError
 from ..core.ids import IdTable, key_or_none, number_or_text
-from ..data.dense import is_dense
+from ..core.vectors import is_dense
 
 # %% ../../nbs/bundle/catalogue.ipynb #5730e997
 TEXT, NUMBER, YES_NO, TIME, UNKNOWN = "text", "numbers", "yes/no", "times", "nothing"

@@ -20,7 +20,7 @@ from ..core.columns import Columns
 from ..core.errors import BundleError
 from ..core.ids import IdTable
 from ..core.sql import named, parquet
-from ..data.dense import VECTOR
+from ..core.vectors import VECTOR
 
 # %% ../../nbs/bundle/cold.ipynb #70f390be
 _log = logging.getLogger("product_recs.cold")

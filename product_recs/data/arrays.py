@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix
 
 from ..core.errors import BundleError
 from ..core.sql import database_errors, file_name, named, parquet
-from .dense import VECTOR, is_dense
+from ..core.vectors import VECTOR, is_dense
 from .snapshots import csr_of
 
 # %% ../../nbs/data/arrays.ipynb #962608b3

@@ -17,8 +17,8 @@ from scipy.sparse import csr_matrix
 from ..core.errors import FeatureError
 from ..core.ids import IdTable
 from ..core.paths import resolve_path
+from ..core.vectors import one_dimensional
 from .arrays import load_csr, load_table
-from .dense import one_dimensional
 from .left_out import NO_LEFT_OUT, LeftOut, load_left_out
 from .snapshots import Snapshot
 

@@ -15,8 +15,9 @@ from ..core.columns import Columns
 from ..core.errors import IngestError
 from ..core.ids import is_blank
 from ..core.sql import database_errors, named, quoted, type_family
+from ..core.vectors import VECTOR
 from .database import EXACT, number_text
-from .dense import VECTOR, find_dense
+from .dense import find_dense
 from .dialect import COMMA, GROUPED, number_sql
 from .roles import find_column, guess_columns, match_columns, plain_name
 
@@ -127,6 +128,15 @@ class Form:
     exact: bool = True # each value would be the same as a DOUBLE
     width: int = 0     # of a VECTOR: how many numbers
 
+_FIRST = 10_000 # rows that are looked at before all others
+
+def _fitting(con, rows:str, present:str, choices:list[tuple[str, str, str]])->tuple[bool, list[tuple[str, str, str]]]:
+    "Does a column hold anything in these rows, and which choices fit all of it?"
+    tests = ", ".join(f"bool_and(coalesce({fits}, false)) FILTER ({present} IS NOT NULL)" for _, _, fits in choices)
+    any_known = f"coalesce(bool_or({present} IS NOT NULL), false)"
+    known, *fits = con.execute(f"SELECT {any_known}, {tests} FROM {rows}").fetchone()
+    return known, [choice for choice, fit in zip(choices, fits) if fit is not False]
+
 def column_form(
     con:duckdb.DuckDBPyConnection,
     table:str,   # SQL, with the column
@@ -141,18 +151,17 @@ def column_form(
     if dense: return Form(VECTOR, dense.value, f"CAST(to_json({dense.value}) AS VARCHAR)", width=dense.width)
     column = named(column)
     present, choices = (column, _typed(column, type)) if typed else _spelled(column)
-    tests = ", ".join(f"bool_and(coalesce({fits}, false)) FILTER ({present} IS NOT NULL)" for _, _, fits in choices)
-    is_number = not typed or type_family(type) in ("integer", "decimal")
-    number = f"TRY_CAST({present} AS DOUBLE)" if is_number else "0::DOUBLE"
-    wide = f"bool_or(abs({number}) >= {EXACT['DOUBLE']})"
     unreadable = f"column {name!r} holds {type[:60]}, which cannot be read. Leave it out, or write it as text."
     with database_errors(IngestError, shown, unreadable, None):
-        rows, wide, *fits = con.execute(f"SELECT count({present}), {wide}, {tests} FROM {table}").fetchone()
-    if not rows: return Form("", "NULL", "NULL")
-    if True not in fits:
+        _, left = _fitting(con, f"(FROM {table} LIMIT {_FIRST})", present, choices) # spares most columns most tests
+        known, left = _fitting(con, table, present, left) if left else (True, [])
+        wide = known and left and left[0][0] == "BIGINT" and con.execute(
+            f"SELECT bool_or(abs(TRY_CAST({present} AS DOUBLE)) >= {EXACT['DOUBLE']}) FROM {table}").fetchone()[0]
+    if not known: return Form("", "NULL", "NULL")
+    if not left:
         raise IngestError(f"{shown}: column {name!r} holds {type[:60]} that is no text. Leave it out, or write it as "
                           "text.")
-    kind, value, _ = choices[fits.index(True)]
+    kind, value, _ = left[0]
     return Form(kind, value, column if not typed else f"CAST({value} AS VARCHAR)", not wide)
 
 # %% ../../nbs/data/attributes.ipynb #a77b0011

@@ -17,7 +17,7 @@ from ..core.columns import Columns
 from ..core.errors import IngestError
 from ..core.sql import file_name, named, parquet, quoted
 from ..core.text import counted
-from .dense import VECTOR
+from ..core.vectors import VECTOR
 from .dialect import pattern_sql
 
 # %% ../../nbs/data/exclude.ipynb #e1f4d818

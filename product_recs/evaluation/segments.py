@@ -15,8 +15,8 @@ from ..core.columns import Columns
 from ..core.errors import EvaluateError
 from ..core.parameters import number
 from ..core.text import counted, natural_order
+from ..core.vectors import one_dimensional
 from ..data.artifact import Features
-from ..data.dense import one_dimensional
 from ..data.tasks import BY_USER, past_and_future
 from .judge import Evaluation, evaluate
 from .metrics import bootstrap_means, interval

@@ -30,11 +30,11 @@ from ..core.events import KNOWN_EVENTS, SKIP
 from ..core.files import atomic_write
 from ..core.paths import resolve_path
 from ..core.sql import parquet
+from ..core.vectors import VECTOR
 from ..data.attributes import UNDERSTOOD
 from ..data.csvfiles import open_bytes
 from ..data.database import is_database
 from ..data.dates import find_dates, parse_time, read_dates
-from ..data.dense import VECTOR
 from ..data.excel import sheets_of
 from ..data.roles import guess_columns, guess_event, words_of
 from ..data.sources import file_format, find_files, read_source, shown_path

@@ -23,7 +23,7 @@ from ..answer.rules import Filters
 from ..core.errors import FeedbackError, ProductRecsError
 from ..core.events import INSTRUCTIONS, Event, EventRules, refusal
 from ..core.ids import LONGEST_ID, IdError, IdTable, id_key, number_or_text
-from ..data.dense import shown_vector
+from ..core.vectors import shown_vector
 from ..feedback.records import NewEvent
 from .headers import Header
 
