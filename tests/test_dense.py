@@ -320,10 +320,11 @@ def test_the_service_answers_with_vectors_in_its_files(shop):
         assert {item["attributes"]["vector"] for item in listed} <= {shown, None} and len(listed) > 0
         for path in (*paths, "items?query=thing"):
             assert client.get(f"/{path}").status_code == 200, path
-        body = {"session": [{"item_id": COLD, "event": "view"}]}
+        body = {"events": [{"item_id": COLD, "event": "view"}]}
         assert client.post("/recommend", json=body).status_code == 200
-        refused = client.post("/recommend", json={"user_id": 1, "filters": {"where": {"vector": [1]}}})
-        assert refused.status_code == 422 and "nothing can be filtered by it" in refused.text
+        for filters in ({"where": {"vector": [1]}}, {"max_per": {"vector": 1}}):
+            refused = client.post("/recommend", json={"users": [1], "filters": filters})
+            assert refused.status_code == 422 and "nothing can be filtered by it" in refused.text, refused.text
 
 
 def test_init_says_which_columns_are_vectors(shop):
