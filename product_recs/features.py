@@ -29,6 +29,7 @@ from .core.ids import IdTable
 from .core.parameters import number
 from .core.paths import resolve_path
 from .core.sql import database_errors, file_name, named, parquet, temporary_database
+from .core.vectors import VECTOR
 from .data.arrays import save_csr
 from .data.artifact import SNAPSHOTS, Features, open_features
 from .data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
@@ -343,7 +344,12 @@ def _cold_rows(database, key:str, attributes:Path, table:Path)->None:
     if key == Columns.Item: cold += f" ANTI JOIN excluded USING ({key})"
     if not database.execute(f"SELECT count(*) FROM {cold}").fetchall()[0][0]: return
     out = file_name(table.with_name(f"cold_{table.name}"))
-    database.execute(f"COPY (SELECT a.* FROM {cold} ORDER BY {key}) TO {out} (FORMAT parquet, ROW_GROUP_SIZE 10240)")
+    database.execute(f"COPY (SELECT a.* FROM {cold} ORDER BY {key}) TO {out} ({_groups(database, attributes)})")
+
+def _groups(database, attributes:Path)->str:
+    "SQL: how the rows of a table are grouped on disk; the service reads a whole group to find one row."
+    types = {type for _, type, *_ in database.execute(f"DESCRIBE FROM {parquet(attributes)}").fetchall()}
+    return f"FORMAT parquet, ROW_GROUP_SIZE {2048 if VECTOR in types else 10240}"
 
 def _excluded_rows(database, attributes:Path, out:Path)->None:
     "Write the excluded items, if there are any, with the reason in `excluded` and what the products file tells."

@@ -429,7 +429,8 @@ def ingest(
     *, query:str = "",                          # SELECT, for a database URL; or env:NAME, file:PATH
     feedback:str = "",                          # URL of a store or a reference, "settings": the service's, "": none
     columns:Mapping|None = None,                # our column -> yours, or several names of which a file has one
-    products:str|Path = "", users:str|Path = "",# tables with attributes; "" for none
+    products:str|Path = "", users:str|Path = "",# tables with attributes: files, a database URL; "" for none
+    products_query:str = "", users_query:str = "", # SELECT of each, for a database URL
     product_columns:Mapping|None = None, user_columns:Mapping|None = None, # our column or attribute -> yours
     delimiter:str = "", encoding:str = "utf-8", # of CSV; the delimiter "" is found in the header
     sheet:str = "",                             # of .xlsx; "": the first
@@ -452,6 +453,7 @@ def ingest(
     "Validate an interaction log and write it; raises `IngestError`, and writes nothing, where that is impossible."
     options = _checked_options(dict(
         query=query, feedback=feedback, columns=columns, products=products, users=users,
+        products_query=products_query, users_query=users_query,
         product_columns=product_columns, user_columns=user_columns, delimiter=delimiter, encoding=encoding, sheet=sheet,
         timestamp_format=timestamp_format, decimal=decimal, events=events, event_names=event_names, returns=returns,
         return_marker=return_marker, skip_rows=skip_rows, exclude_items=exclude_items, normalise_ids=normalise_ids,
@@ -487,7 +489,8 @@ SAMPLES = (DEFAULT_SOURCE, "data/complete_journey/interactions.csv") # logs that
 
 def _unchanged(ledger:Ledger, given:dict)->bool:
     "Does the ledger belong to these parameters and to the files as they are now? A database may always have changed."
-    if given.get("feedback") or is_database(given.get("source")) or is_reference(given.get("source")): return False
+    tables = [given.get(name) for name in ("source", "products", "users")]
+    if given.get("feedback") or any(is_database(table) or is_reference(table) for table in tables): return False
     if any(ledger.parameters.get(name) != value for name, value in given.items()): return False
     for file in ledger.files:
         path = resolve_path(local_name(file["file"]))
@@ -498,6 +501,7 @@ def _unchanged(ledger:Ledger, given:dict)->bool:
 def _as_recorded(parameters:dict)->dict:
     "Parameters in the form that a ledger has them."
     defaults = {"source": "", "query": "", "feedback": "", "columns": {}, "products": "", "users": "",
+                "products_query": "", "users_query": "",
                 "product_columns": {}, "user_columns": {}, "events": KNOWN_EVENTS, "event_names": {}, "returns": "net",
                 "return_marker": {}, "skip_rows": {}, "exclude_items": [], "normalise_ids": "none",
                 "timestamp_format": "", "decimal": "", "on_error": "skip", "max_reject_share": 0.05,

@@ -17,13 +17,14 @@ import numpy as np
 
 from ..core.errors import ProductRecsError
 from ..core.ids import IdTable, LongerIds, key_or_none, number_or_text
+from ..core.vectors import is_dense
 
 # %% ../../nbs/bundle/catalogue.ipynb #5730e997
 TEXT, NUMBER, YES_NO, TIME, UNKNOWN = "text", "numbers", "yes/no", "times", "nothing"
 
 def _kind(values:np.ndarray)->str|None:
-    "What a column holds; None for what cannot be filtered, such as a vector an item."
-    if values.ndim > 1: return None
+    "What a column holds; None for what cannot be filtered, such as vectors."
+    if is_dense(values): return None
     if values.dtype.kind in "iufbMU": return {"b": YES_NO, "M": TIME, "U": TEXT}.get(values.dtype.kind, NUMBER)
     first = next((value for value in values if value is not None), None)
     if first is None: return UNKNOWN
@@ -98,8 +99,11 @@ class Attributes:
     )->str:
         "What a column holds; a `ProductRecsError` names the columns that there are."
         if name not in self.kinds:
-            known = ", ".join(map(ascii, self.kinds)) or "none"
-            raise ProductRecsError(f"{rule}: there is no column {name!a} to filter by; there are {known}")
+            known, values = ", ".join(map(ascii, self.kinds)) or "none", self.columns.get(name)
+            what = f"there is no column {name!a} to filter by"
+            if values is not None and is_dense(values):
+                what = f"column {name!a} holds lists of {values.shape[1]} numbers, and nothing can be filtered by it"
+            raise ProductRecsError(f"{rule}: {what}; there are {known}")
         return self.kinds[name]
 
     def coded(self,

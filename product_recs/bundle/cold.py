@@ -20,12 +20,20 @@ from ..core.columns import Columns
 from ..core.errors import BundleError
 from ..core.ids import IdTable, LongerIds
 from ..core.sql import named, parquet
+from ..core.vectors import VECTOR
 
 # %% ../../nbs/bundle/cold.ipynb #70f390be
 _log = logging.getLogger("product_recs.cold")
 _UNREADABLE = (
     duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException, duckdb.OutOfMemoryException
 )
+
+def _kept(value, type:str):
+    "A value of a row; a vector as an array, which whoever asks again gets again."
+    if type != VECTOR or value is None: return value
+    vector = np.array(value, np.float32)
+    vector.flags.writeable = False
+    return vector
 
 class _File:
     "A Parquet file of cold rows; nothing is read before it is asked for."
@@ -74,7 +82,7 @@ class _File:
         found = self.ask(f"SELECT * FROM {self.table} WHERE {named(self.key)} {which}", [given])
         names = [name for name, *_ in found.description]
         rows = (dict(zip(names, values)) for values in found.fetchall())
-        return {row[self.key]: {name: row[name] for name in self.types} for row in rows}
+        return {row[self.key]: {name: _kept(row[name], self.types[name]) for name in self.types} for row in rows}
 
 
 # %% ../../nbs/bundle/cold.ipynb #3db934f2
@@ -256,7 +264,7 @@ class ColdTable:
 
     def get(self,
         id:int|str, # external, as somebody wrote it
-    )->dict|None:   # column -> value, None where unknown; None: the id is not cold
+    )->dict|None:   # column -> value, (d,) float32 of a dense one, None where unknown; None: the id is not cold
         "What the file tells of one id."
         row = self._or_nothing(lambda: self.ids.row(id), None)
         words = None if row is None else self._or_nothing(lambda: self._file.row(self.ids[row]), None)

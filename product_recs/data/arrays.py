@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 
 from ..core.errors import BundleError
 from ..core.sql import database_errors, file_name, named, parquet
+from ..core.vectors import VECTOR, is_dense
 from .snapshots import csr_of
 
 # %% ../../nbs/data/arrays.ipynb #962608b3
@@ -89,6 +90,12 @@ def _with_gaps(values:np.ndarray)->tuple[np.ndarray, np.ndarray|None]:
     known = np.array([value is not None for value in values])
     return np.array([0 if value is None else value for value in values], kind), known
 
+def _vectors(values:np.ndarray, number:int)->tuple[dict[str, np.ndarray], str]:
+    "The numbers of a dense column as columns of DuckDB, and SQL that makes lists of them."
+    known = ~np.isnan(values).any(axis=1) if values.shape[1] else np.zeros(len(values), bool)
+    parts = {f"c{number}_{place}": values[:, place] for place in range(values.shape[1])}
+    return parts | {f"known{number}": known}, f"CASE WHEN known{number} THEN [{', '.join(parts)}] END"
+
 def save_table(
     path:Path,
     columns:dict[str, np.ndarray], # all of one length; NaN, NaT and None mean unknown
@@ -97,6 +104,11 @@ def save_table(
     data, chosen = {}, []
     for number, (name, values) in enumerate(columns.items()):
         values, value, known = np.asarray(values), f"c{number}", None
+        if is_dense(values):
+            parts, value = _vectors(values.astype(np.float32, copy=False), number)
+            data |= parts
+            chosen.append(f"CAST({value} AS {VECTOR}) AS {named(name)}")
+            continue
         if values.dtype.kind == "M": values = values.astype("datetime64[us]")
         if values.dtype.kind == "O": values, known = _with_gaps(values)
         if known is not None: data[f"known{number}"], value = known, f"CASE WHEN known{number} THEN c{number} END"
@@ -106,21 +118,48 @@ def save_table(
         database.register("data", data)
         database.execute(f"COPY (SELECT {', '.join(chosen)} FROM data) TO {file_name(path)} (FORMAT parquet)")
 
+
 # %% ../../nbs/data/arrays.ipynb #7ff1b3c7
 def load_table(
     path:Path,
-)->dict[str, np.ndarray]: # text, and numbers or yes/no with gaps, as objects with None where unknown
+)->dict[str, np.ndarray]: # text, and numbers or yes/no with gaps, as objects with None where unknown; dense: (n, d)
     "Read a Parquet file as columns, in the order of its rows; raises `BundleError`, or `OSError` if only for now."
     broken = "this is not a readable Parquet file; train again or restore it from a copy"
     try:
         with database_errors(BundleError, str(path), broken), duckdb.connect() as database:
-            columns = database.execute(f"SELECT * FROM {parquet(path)}").fetchnumpy()
+            types = {name: type for name, type, *_ in database.execute(f"DESCRIBE FROM {parquet(path)}").fetchall()}
+            return {name: _load_column(database, path, name, type) for name, type in types.items()}
     except BundleError as error:
         # short of memory or of open files: the file is not to blame, and may be read a moment later
         if isinstance(error.__context__, duckdb.OperationalError) and path.is_file():
             raise OSError(f"{path}: cannot be read now ({error})") from None
         raise
-    return {name: _plain(values) for name, values in columns.items()}
+
+def _load_column(database, path:Path, name:str, type:str)->np.ndarray:
+    "One column; of text that repeats itself, one object for each text and not for each row."
+    if type == VECTOR: return _load_vectors(database, path, name)
+    values = _plain(database.execute(f"SELECT {named(name)} FROM {parquet(path)}").fetchnumpy()[name])
+    return _shared(values) if values.dtype.kind == "O" else values
+
+def _load_vectors(database, path:Path, name:str)->np.ndarray:
+    "A dense column as one array."
+    column, rows = named(name), parquet(path)
+    n, low, width = database.execute(f"SELECT count(*), min(len({column})), max(len({column})) FROM {rows}").fetchone()
+    if not width: return np.empty((n, 0), np.float32)
+    if low != width:
+        raise BundleError(f"{path}: column {name!a} has lists of {low} and of {width} numbers; train again or restore "
+                          "it from a copy")
+    unknown = f"list_resize([]::FLOAT[], {width}, 'nan'::FLOAT)"
+    numbers = database.execute(f"SELECT unnest(coalesce({column}, {unknown})) AS x FROM {rows}").fetchnumpy()["x"]
+    return np.ma.filled(numbers, np.nan).reshape(n, width)
+
+_LOOK = 10_000 # rows whose texts are compared
+
+def _shared(values:np.ndarray)->np.ndarray:
+    "The same values; equal texts are one object, where that saves memory."
+    if len({*values[:_LOOK].tolist()}) > 0.5*len(values[:_LOOK]): return values
+    texts = {}
+    return np.array([texts.setdefault(value, value) for value in values.tolist()] + [None], object)[:-1]
 
 def _plain(values:np.ndarray)->np.ndarray:
     "DuckDB's masked array as a plain one: NaN, NaT or None where masked; a whole number keeps all its digits."

@@ -18,6 +18,7 @@ from ..core.columns import told_columns
 from ..core.errors import FeatureError
 from ..core.ids import IdTable
 from ..core.paths import resolve_path
+from ..core.vectors import one_dimensional
 from .arrays import load_csr, load_table
 from .left_out import NO_LEFT_OUT, LeftOut, load_left_out
 from .snapshots import Snapshot
@@ -38,7 +39,7 @@ class Features:
     parameters: dict
     fingerprint: str           # of the interactions
     user_columns: dict         # popularity (number of items), first_seen, last_seen, attributes
-    item_columns: dict         # popularity (number of users), first_seen, last_seen, attributes
+    item_columns: dict         # popularity (number of users), first_seen, last_seen, attributes; (n, d) if dense
     path: Path                 # of this artifact
     interactions: Path         # folder of the ingested interactions
     mean_total: float|None=None      # mean sum of a user in `all` before BM25, for later events; None: other weighting
@@ -54,8 +55,8 @@ class Features:
 def item_attributes(
     features:Features,
 )->pd.DataFrame: # one row an item, index is the row number
-    "External id, popularity and attributes of the items."
-    return pd.DataFrame({"item_id": features.items.ids, **features.item_columns})
+    "External id, popularity and attributes of the items, but for dense columns."
+    return pd.DataFrame({"item_id": features.items.ids, **one_dimensional(features.item_columns)})
 
 # %% ../../nbs/data/artifact.ipynb #21d91cb3
 SNAPSHOTS = {"train": "validation_from", "train_validation": "test_from", "all": None} # name -> what ends it

@@ -15,7 +15,9 @@ from ..core.columns import Columns
 from ..core.errors import IngestError
 from ..core.ids import is_blank
 from ..core.sql import database_errors, named, quoted, type_family
+from ..core.vectors import VECTOR
 from .database import EXACT, number_text
+from .dense import find_dense
 from .dialect import COMMA, GROUPED, number_sql
 from .roles import find_column, guess_columns, match_columns, plain_name
 
@@ -120,10 +122,20 @@ def _typed(column:str, type:str)->list[tuple[str, str, str]]:
 @dataclass(frozen=True)
 class Form:
     "What a column of one file is."
-    type: str          # BOOLEAN, BIGINT, DOUBLE, TIMESTAMP or VARCHAR; "": it holds nothing
+    type: str          # BOOLEAN, BIGINT, DOUBLE, TIMESTAMP, VARCHAR or VECTOR; "": it holds nothing
     value: str         # SQL, of that type
     text: str          # SQL, VARCHAR: the same as it was written
     exact: bool = True # each value would be the same as a DOUBLE
+    width: int = 0     # of a VECTOR: how many numbers
+
+_FIRST = 10_000 # rows that are looked at before all others
+
+def _fitting(con, rows:str, present:str, choices:list[tuple[str, str, str]])->tuple[bool, list[tuple[str, str, str]]]:
+    "Does a column hold anything in these rows, and which choices fit all of it?"
+    tests = ", ".join(f"bool_and(coalesce({fits}, false)) FILTER ({present} IS NOT NULL)" for _, _, fits in choices)
+    any_known = f"coalesce(bool_or({present} IS NOT NULL), false)"
+    known, *fits = con.execute(f"SELECT {any_known}, {tests} FROM {rows}").fetchone()
+    return known, [choice for choice, fit in zip(choices, fits) if fit is not False]
 
 def column_form(
     con:duckdb.DuckDBPyConnection,
@@ -135,20 +147,21 @@ def column_form(
     shown:str,   # of the file, for messages
 )->Form:
     "Look at all values of a column; raises `IngestError`, which names the column, where it can be nothing."
+    dense = None if name in UNDERSTOOD else find_dense(con, table, column, type, typed, name, shown)
+    if dense: return Form(VECTOR, dense.value, f"CAST(to_json({dense.value}) AS VARCHAR)", width=dense.width)
     column = named(column)
     present, choices = (column, _typed(column, type)) if typed else _spelled(column)
-    tests = ", ".join(f"bool_and(coalesce({fits}, false)) FILTER ({present} IS NOT NULL)" for _, _, fits in choices)
-    is_number = not typed or type_family(type) in ("integer", "decimal")
-    number = f"TRY_CAST({present} AS DOUBLE)" if is_number else "0::DOUBLE"
-    wide = f"bool_or(abs({number}) >= {EXACT['DOUBLE']})"
     unreadable = f"column {name!r} holds {type[:60]}, which cannot be read. Leave it out, or write it as text."
     with database_errors(IngestError, shown, unreadable, None):
-        rows, wide, *fits = con.execute(f"SELECT count({present}), {wide}, {tests} FROM {table}").fetchone()
-    if not rows: return Form("", "NULL", "NULL")
-    if True not in fits:
+        _, left = _fitting(con, f"(FROM {table} LIMIT {_FIRST})", present, choices) # spares most columns most tests
+        known, left = _fitting(con, table, present, left) if left else (True, [])
+        wide = known and left and left[0][0] == "BIGINT" and con.execute(
+            f"SELECT bool_or(abs(TRY_CAST({present} AS DOUBLE)) >= {EXACT['DOUBLE']}) FROM {table}").fetchone()[0]
+    if not known: return Form("", "NULL", "NULL")
+    if not left:
         raise IngestError(f"{shown}: column {name!r} holds {type[:60]} that is no text. Leave it out, or write it as "
                           "text.")
-    kind, value, _ = choices[fits.index(True)]
+    kind, value, _ = left[0]
     return Form(kind, value, column if not typed else f"CAST({value} AS VARCHAR)", not wide)
 
 # %% ../../nbs/data/attributes.ipynb #a77b0011
@@ -157,6 +170,16 @@ def _common(forms:list[Form])->str:
     types = {form.type for form in forms} - {""}
     if types == {"BIGINT", "DOUBLE"} and all(form.exact for form in forms if form.type == "BIGINT"): return "DOUBLE"
     return types.pop() if len(types) == 1 else "VARCHAR"
+
+def _same_width(name:str, shown:list[str], forms:list[Form|None])->None:
+    "Refuse a column that is a vector in one file and something else in another."
+    known = [(file, form) for file, form in zip(shown, forms) if form and form.type]
+    if not any(form.type == VECTOR for _, form in known): return
+    words = {form.width: (f"{form.width} numbers in each row of {file}" if form.width else
+                          f"no list of numbers in {file}") for file, form in reversed(known)}
+    if len(words) > 1:
+        raise IngestError(f"Column {name!r} holds {', and '.join(reversed(words.values()))}. Fill it in the same way "
+                          "in all files, or leave it out of some.")
 
 def _in_type(form:Form|None, type:str)->str:
     "SQL: the column of one file in the type of all."
@@ -176,6 +199,8 @@ def united(
         for name, column in names.items():
             form = column_form(con, table, column, types[column], typed, name, shown) if column in types else None
             forms[column].append(form)
+    shown = [shown for _, shown, _ in tables]
+    for name, column in names.items(): _same_width(name, shown, forms[column])
     types = {column: _common([form for form in of_files if form]) for column, of_files in forms.items()}
     def select(number, table):
         parts = [f"{_in_type(of_files[number], types[column])} AS {column}" for column, of_files in forms.items()]

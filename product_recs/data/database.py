@@ -7,6 +7,7 @@ __all__ = ['BATCH', 'NO_ID', 'INEXACT', 'EXACT', 'Faults', 'is_database', 'exact
 
 # %% ../../nbs/data/database.ipynb #c339cb17
 import csv
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from decimal import Decimal
@@ -46,11 +47,16 @@ def _database(text:str):
         raise IngestError(f"This database URL cannot be used: {without_secrets(str(error).splitlines()[0], url)}. "
                           "Write it like sqlite:///shop.db or postgresql+psycopg://user@host/shop.") from None
 
+def _in_json(value):
+    "A value inside an array or a JSON document of a database."
+    return float(value) if isinstance(value, Decimal) else str(_plain(value))
+
 def _plain(value):
     "A database value as a text that the validation understands."
     is_number = isinstance(value, (float, int)) and not isinstance(value, bool)
     if is_number and abs(value) < 1e15 and value == int(value): return int(value)
     if hasattr(value, "isoformat"): return value.isoformat()
+    if isinstance(value, (list, tuple, dict)): return json.dumps(value, ensure_ascii=False, default=_in_json)
     return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
 
 # %% ../../nbs/data/database.ipynb #a622f756

@@ -17,6 +17,7 @@ from ..core.columns import Columns
 from ..core.errors import IngestError
 from ..core.sql import file_name, named, parquet, quoted
 from ..core.text import counted
+from ..core.vectors import VECTOR
 from .dialect import pattern_sql
 
 # %% ../../nbs/data/exclude.ipynb #e1f4d818
@@ -57,30 +58,32 @@ class Excluded:
     rows: int = 0           # of the log
     unused: tuple = ()      # entries that fit no item
 
-def _items(con, folder:Path)->list[str]:
-    "Table `every_item`: id, its text, its rows in the log, and the attributes; their names."
+def _items(con, folder:Path)->dict[str, str]:
+    "Table `every_item`: id, its text, its rows in the log, and the attributes but for vectors; name -> type of all."
     log, products = folder/"interactions.parquet", folder/"products.parquet"
     con.execute(f"CREATE OR REPLACE TEMP TABLE sold AS SELECT item_id, count(*) AS rows FROM {parquet(log)} GROUP BY 1")
-    names, source = [], "sold s"
+    types, source = {}, "sold s"
     if products.exists():
         columns = con.execute(f"DESCRIBE SELECT * FROM {parquet(products)}").fetchall()
-        names = [name for name, *_ in columns if name != Columns.Item]
+        types = {name: type for name, type, *_ in columns if name != Columns.Item}
         source = f"sold s FULL JOIN {parquet(products)} p ON p.item_id = s.item_id"
-    id = "coalesce(s.item_id, p.item_id)" if names or products.exists() else "s.item_id"
-    attributes = "".join(f", p.{named(name)}" for name in names)
+    id = "coalesce(s.item_id, p.item_id)" if products.exists() else "s.item_id"
+    attributes = "".join(f", p.{named(name)}" for name, type in types.items() if type != VECTOR)
     con.execute(f"CREATE OR REPLACE TEMP TABLE every_item AS SELECT {id} AS item_id, CAST({id} AS VARCHAR) AS id_text, "
                 f"coalesce(s.rows, 0) AS log_rows{attributes} FROM {source}")
-    return names
+    return types
 
-def _condition(exclusion:Exclusion, names:Sequence[str])->str:
+def _condition(exclusion:Exclusion, types:Mapping[str, str])->str:
     "SQL: whether an item of `every_item` fits an entry."
-    by_case = {name.lower(): name for name in names}
-    parts = []
+    by_case, parts = {name.lower(): name for name in types}, []
     for name, values in exclusion.where.items():
         is_id = name == Columns.Item
         if not is_id and name.lower() not in by_case:
             raise IngestError(f"exclude_items: {exclusion.shown}: the products have no attribute {name!r}. They have: "
-                              f"{', '.join(names) or 'none, since no products file is given'}.")
+                              f"{', '.join(types) or 'none, since no products file is given'}.")
+        if not is_id and types[by_case[name.lower()]] == VECTOR:
+            raise IngestError(f"exclude_items: {exclusion.shown}: {name!r} holds lists of numbers, and no product is "
+                              "excluded by these. Name another attribute.")
         column = "id_text" if is_id else f"CAST({named(by_case[name.lower()])} AS VARCHAR)"
         parts.append("(" + " OR ".join(_fits(column, value, is_id) for value in values) + ")")
     return " AND ".join(parts)
@@ -92,9 +95,9 @@ def write_excluded(
 )->Excluded:
     "Write `excluded.parquet`, where an item is excluded; raises `IngestError` for an unknown attribute."
     if not exclusions: return Excluded()
-    names, reasons, unused = _items(con, folder), [], []
+    types, reasons, unused = _items(con, folder), [], []
     for exclusion in exclusions:
-        condition = _condition(exclusion, names)
+        condition = _condition(exclusion, types)
         count, = con.execute(f"SELECT count(*) FROM every_item WHERE {condition}").fetchone()
         if not count: unused.append(exclusion.shown)
         else: reasons.append(f"WHEN {condition} THEN {quoted(exclusion.shown)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import duckdb
 
-from ..core.credentials import is_reference
+from ..core.credentials import is_reference, resolve
 from ..core.errors import IngestError
 from ..core.ids import folded_sql, id_sql, key_sql, trimmed, whole_number
 from ..core.sql import case_of, file_name, named, parquet, quoted
@@ -31,6 +31,15 @@ def is_the_log(source, log)->bool:
     "Is a table the files of the log itself?"
     return bool(_files_of(source)) and _files_of(source) == _files_of(log)
 
+def _query_of(source, name:str, options:dict)->str:
+    "The SELECT of a table that stands in a database; empty for files."
+    query, option = options[f"{name}_query"], f"{name}_query"
+    if is_database(resolve(source)):
+        if query: return query
+        raise IngestError(f'{name} in a database need a query: pass {option}="select ... from ...".')
+    if query: raise IngestError(f"{option} is for {name} in a database, and {name} names files. Leave it out.")
+    return ""
+
 def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledger:Ledger,
                 from_log:bool)->tuple[list[FileRead], dict[str, str]]:
     "Read the files of a table into one DuckDB table: file, line, id, attributes; attribute -> its column there."
@@ -49,8 +58,8 @@ def _table_rows(con, source, name:str, key:str, options:dict, folder:Path, ledge
         con.execute(f"CREATE OR REPLACE TABLE {name}_{number} AS SELECT {number} AS file, line, * EXCLUDE line FROM "
                     f"({again or sql})")
         return con.execute(f"SELECT count(*) FROM {name}_{number}").fetchone()[0]
-    reads = read_source(source, "", load, match, [key], [key], con, folder, keep_types=True,
-                        each=lambda read: None if from_log else add_faults(con, read),
+    reads = read_source(source, _query_of(source, name, options), load, match, [key], [key], con, folder,
+                        keep_types=True, each=lambda read: None if from_log else add_faults(con, read),
                         **{option: options[option] for option in ("delimiter", "encoding", "progress", "sheet")})
     if lacking := [attribute for attribute in given if attribute != key and attribute not in columns]:
         raise IngestError(f"{option}: no file of the {name} has a column {given[lacking[0]]!r} for {lacking[0]}.")

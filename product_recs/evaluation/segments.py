@@ -15,6 +15,7 @@ from ..core.columns import Columns
 from ..core.errors import EvaluateError
 from ..core.parameters import number
 from ..core.text import counted, natural_order
+from ..core.vectors import one_dimensional
 from ..data.artifact import Features
 from ..data.tasks import BY_USER, past_and_future
 from .judge import Evaluation, evaluate
@@ -66,9 +67,11 @@ def user_segments(
         days = (np.datetime64(split) - first_seen)/np.timedelta64(1, "D")
         segments["tenure"] = equal_groups(np.floor(days))
     if segment_by:
-        known = [name for name in features.user_columns if name not in Columns.Counted]
+        known = [name for name in one_dimensional(features.user_columns) if name not in Columns.Counted]
         if segment_by not in known:
-            raise EvaluateError(f"segment_by={segment_by!r}: the users have no such column; "
+            is_there = segment_by in features.user_columns and segment_by not in Columns.Counted
+            what = "lists of numbers make no groups" if is_there else "the users have no such column"
+            raise EvaluateError(f"segment_by={segment_by!r}: {what}; "
                                 + (f"there are {', '.join(known)}" if known else "give 01_ingest a file of users"))
         segments[segment_by] = _by_value(np.asarray(features.user_columns[segment_by])[rows])
     return segments

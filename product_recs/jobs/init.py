@@ -29,6 +29,8 @@ from ..core.errors import IngestError, ProductRecsError
 from ..core.events import KNOWN_EVENTS, SKIP
 from ..core.files import atomic_write
 from ..core.paths import resolve_path
+from ..core.sql import parquet
+from ..core.vectors import VECTOR
 from ..data.attributes import UNDERSTOOD
 from ..data.csvfiles import open_bytes
 from ..data.database import is_database
@@ -369,7 +371,7 @@ def _look_and_try(con, source, copied, work:Path, proposal:Proposal)->None:
     _log_parameters(con, log, proposal)
     columns, tables = proposal.parameters.get("columns", {}), {}
     for name, key, table in (("product", Columns.Item, products), ("user", Columns.User, users)):
-        if not table: continue
+        if not table or is_database(resolve(table)): continue
         tables[f"{name}s"] = copied(table, f"{name}s")
         look = look_at(con, tables[f"{name}s"], work, name, **_reading(proposal.parameters, tables[f"{name}s"]))
         _table_parameters(con, look, key, name, columns, proposal)
@@ -415,6 +417,16 @@ def propose(
 # %% ../../nbs/jobs/init.ipynb #b968de59
 _NOTHING_TO_MEND = {"blank id", "quantity is not above 0"}
 
+def _vectors_note(folder:Path)->list[str]:
+    "Which columns hold vectors, for a person."
+    notes = []
+    for path in sorted(folder.glob("*s.parquet")):
+        types = duckdb.sql(f"DESCRIBE FROM {parquet(path)}").fetchall()
+        if vectors := [name for name, type, *_ in types if type == VECTOR]:
+            notes.append(f"{path.stem}: vectors, lists of numbers of one length, stand in {', '.join(vectors)}. Rows "
+                         "are compared by them, and nothing can be filtered by them.")
+    return notes
+
 def _try(proposal:Proposal, files, asked:dict, tables:dict, work:Path)->None:
     "Ingest the first rows, and note what is said of them."
     own = {name: value for name, value in proposal.parameters.items()
@@ -424,7 +436,7 @@ def _try(proposal:Proposal, files, asked:dict, tables:dict, work:Path)->None:
     except ProductRecsError as error:
         proposal.notes.append(str(error))
         return
-    proposal.notes += ledger.warnings
+    proposal.notes += ledger.warnings + _vectors_note(work/"out")
     if not ledger.rows_rejected: return
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in ledger.reasons.items())
     said, share = f"Of the first {ledger.rows_read:,} rows {ledger.rows_rejected:,} would be rejected: {reasons}.", (

@@ -24,6 +24,7 @@ from ..answer.rules import Filters
 from ..core.errors import FeedbackError, ProductRecsError
 from ..core.events import INSTRUCTIONS, Event, EventRules, refusal
 from ..core.ids import LONGEST_ID, IdError, IdTable, id_key, number_or_text
+from ..core.vectors import shown_vector
 from ..feedback.records import NewEvent
 from .headers import Header
 
@@ -34,6 +35,7 @@ def plain(
     "A value as JSON can hold it."
     if isinstance(value, dict): return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)): return [plain(inner) for inner in value]
+    if isinstance(value, np.ndarray): return shown_vector(value)
     if isinstance(value, np.datetime64): value = value.astype("datetime64[us]").astype(object) # NaT becomes None
     if isinstance(value, np.generic): value = value.item()
     if isinstance(value, float) and not np.isfinite(value): return None
