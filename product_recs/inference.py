@@ -120,7 +120,7 @@ def recommend_many(
 def _append(database:duckdb.DuckDBPyConnection, bundle:Bundle, users:np.ndarray, block:_Block)->int:
     "Append the lists of one block of users, as external ids; returns the number of rows."
     items, scores, together = block.items, block.scores, {*block.together.tolist()}
-    chances = np.full(items.shape, np.nan) if block.explore.share else None
+    chances = np.zeros(items.shape) # 0: of an item that is there for its score
     for place in range(len(users)):
         if place in together: continue
         answer = block.ask(place)
@@ -129,9 +129,10 @@ def _append(database:duckdb.DuckDBPyConnection, bundle:Bundle, users:np.ndarray,
     user, rank = np.nonzero(items >= 0)
     lists = {"user_id": users[user], "rank": rank + 1, "item_id": bundle.items.ids[items[user, rank]],
              "score": scores[user, rank]}
-    if chances is not None: lists["propensity"] = chances[user, rank]
+    if block.explore.share: lists["propensity"] = chances[user, rank]
     database.register("block", lists)
-    database.execute("INSERT INTO lists SELECT * FROM block")
+    columns = "* REPLACE (nullif(propensity, 0) AS propensity)" if block.explore.share else "*"
+    database.execute(f"INSERT INTO lists SELECT {columns} FROM block")
     database.unregister("block")
     return len(user)
 
@@ -149,7 +150,7 @@ def _open_lists(folder:Path, bundle:Bundle, explores:bool)->duckdb.DuckDBPyConne
 # %% ../nbs/05_inference.ipynb #89d11efd
 def recommend_all(
     recommender:Recommender,
-    out:Path,               # the Parquet file: user_id, rank, item_id, score; with exploration also propensity
+    out:Path,               # the Parquet file: user_id, rank, item_id, score, and where lists explore propensity
     n:int=10,               # items for each user
     task:str=DISCOVERY,     # discovery | next_purchase
     *,
@@ -165,8 +166,9 @@ def recommend_all(
     out.parent.mkdir(parents=True, exist_ok=True)
     recommender.changes.availability() # waits until what was said before this call is known
     failed = "the lists could not be written. The log has the details at the level DEBUG."
+    explores = explore.share > 0
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, \
-         database_errors(ProductRecsError, str(out), failed), _open_lists(Path(folder), bundle, explore.share > 0) as database:
+         database_errors(ProductRecsError, str(out), failed), _open_lists(Path(folder), bundle, explores) as database:
         for start in _bar(starts, progress):
             rows = np.arange(start, min(start + starts.step, len(bundle.users)))
             users = bundle.users.ids[rows]

@@ -143,8 +143,13 @@ def recommend_body(
                         "nothing is stored",
         )
         filters: FilterRules = Field(default_factory=FilterRules)
-        explore: _Number | None = Field(None, ge=0, le=most_explored, description="share of each list for items with little "
-                                        "evidence; absent: as the service is set, which is also the most")
+        explore: _Number | None = Field(
+            None,
+            ge=0,
+            le=most_explored,
+            description="share of each list for items with little evidence; absent: as the service is set, which is "
+                        "also the most",
+        )
         detail: StrictBool = False
 
         def session(self, rules:EventRules)->list[Event]:
