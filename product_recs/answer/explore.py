@@ -6,31 +6,29 @@
 __all__ = ['MOST_SHARE', 'NO_EXPLORATION', 'Exploration', 'this_day', 'little_evidence', 'best_chances', 'draw_chances', 'deal',
            'explored_positions', 'prepare_exploration', 'explored']
 
-# %% ../../nbs/answer/explore.ipynb #3e9af2dc
+# %% ../../nbs/answer/explore.ipynb #c89e4d6e
 import hashlib
 import math
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy.special import ndtr
 
-from .lists import Recommendations
-from .person import score_person
 from ..bundle.catalogue import Catalogue
 from ..bundle.ready import ReadyModel
 from ..core.columns import DISCOVERY
 from ..core.parameters import number
 from ..models.als import ALS
-from ..models.interface import Model
+from ..models.interface import Model, known_scores
 from ..models.posterior import ItemPosterior, fading_deviation
 from ..search.top_n import top_n
 
-# %% ../../nbs/answer/explore.ipynb #7b31a640
+# %% ../../nbs/answer/explore.ipynb #ae7568a6
 MOST_SHARE = 0.5 # of the positions of a list
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ def this_day()->str:
     "The period of a service: the day in UTC, as a number since 1970."
     return str(int(time.time()//86_400))
 
-# %% ../../nbs/answer/explore.ipynb #be28ee86
+# %% ../../nbs/answer/explore.ipynb #1a77e401
 _ENOUGH = 20 # buyers after which an item is known, whatever the rest of the catalogue has
 
 def little_evidence(
@@ -63,7 +61,7 @@ def little_evidence(
     if below is None: below = min(_ENOUGH, int(np.quantile(popularity[candidates], 0.25)) + 1)
     return np.flatnonzero(candidates & (popularity < below))
 
-# %% ../../nbs/answer/explore.ipynb #b7f675c9
+# %% ../../nbs/answer/explore.ipynb #56c19522
 _POINTS, _LEAST, _EVEN = 257, 0.05, 0.1
 
 def best_chances(
@@ -85,7 +83,7 @@ def draw_chances(best:np.ndarray)->np.ndarray: # (m,) of `best_chances`, and the
     "The same with a tenth of it spread evenly: what an item is drawn from."
     return (1 - _EVEN)*best + _EVEN/len(best)
 
-# %% ../../nbs/answer/explore.ipynb #38accf84
+# %% ../../nbs/answer/explore.ipynb #64d84cfa
 class _Room(NamedTuple):
     "How many more items of each value of a column a list can take."
     codes: np.ndarray # (n_items,) of the values, -1: none
@@ -119,7 +117,7 @@ def deal(
             break
     return [hand for hand in dealt if hand]
 
-# %% ../../nbs/answer/explore.ipynb #564f23ff
+# %% ../../nbs/answer/explore.ipynb #b7748d0d
 def explored_positions(
     free:Sequence[int], # positions that may be explored, ascending, from 0
     hands:int,          # how many of them are; at most as many as there are
@@ -127,7 +125,7 @@ def explored_positions(
     "The middle of each part of the free positions."
     return [free[int((hand + 0.5)*len(free)/hands)] for hand in range(hands)]
 
-# %% ../../nbs/answer/explore.ipynb #93bfb8ac
+# %% ../../nbs/answer/explore.ipynb #6ebfdfbb
 _MOST = 50 # candidates of one list
 
 class _LittleKnown:
@@ -153,14 +151,14 @@ def prepare_exploration(
     known = {task: _little_known(asked, below) for task, asked in model.answering.items()}
     return len(known[DISCOVERY].rows) if DISCOVERY in known else 0
 
-# %% ../../nbs/answer/explore.ipynb #248d23c8
+# %% ../../nbs/answer/explore.ipynb #f4e08de7
 class _Candidates(NamedTuple):
     "What may be explored in one list, the highest upper bound first."
     rows: np.ndarray      # (m,)
     scores: np.ndarray    # (m,) float64
     deviation: np.ndarray # (m,) float64
 
-def _candidates(model:ReadyModel, listed:Recommendations, ruled_out:Sequence, below:int|None,
+def _candidates(model:ReadyModel, listed:Any, ruled_out:Sequence, below:int|None,
                 scores:np.ndarray|None)->_Candidates|None:
     "None where there are none."
     person = listed.person
@@ -168,7 +166,7 @@ def _candidates(model:ReadyModel, listed:Recommendations, ruled_out:Sequence, be
     known = _little_known(asked, below)
     if not len(known.rows): return None
     by_model = scores is None
-    scores = score_person(model, person) if by_model else scores.copy()
+    scores = known_scores(asked, person.representation)[0] if by_model else scores.copy()
     spread = _spread_of(asked, person, scores)
     for _, rows in ruled_out: scores[rows] = -np.inf
     scores[listed.rows] = -np.inf
@@ -186,12 +184,12 @@ def _spread_of(asked:Model, person, scores:np.ndarray)->float:
     if person.representation is not None: return float(asked.moments(person.representation, scores[None])[1][0])
     return float(scores[np.isfinite(scores)].std())
 
-# %% ../../nbs/answer/explore.ipynb #34d97da1
+# %% ../../nbs/answer/explore.ipynb #40386437
 _PERSONAL = ("personalised", "session", "content", "next_purchase") # rungs
 
 def explored(
     model:ReadyModel,
-    listed:Recommendations, # the finished list, with its person
+    listed:Any,             # the finished `Recommendations`, with their person
     exploration:Exploration,
     whom:str,               # the draw hangs on it, beside the task and the period
     ruled_out:Sequence[tuple[str, np.ndarray]], # reason and rows, as the list was made with
@@ -199,7 +197,7 @@ def explored(
     max_per:Mapping={},     # column -> most items of one value, likewise
     scores:np.ndarray|None=None, # (n_items,) where no model made the list; minus infinity for what is ruled out
     held:Collection[int]=(), # positions, from 0, that stay as they are
-)->Recommendations:         # as long as before; the same object where nothing was explored
+)->Any:                     # `Recommendations` as long as before; the same object where nothing was explored
     "The list with some positions given to items with little evidence, and the probability of each of these."
     size, person = len(listed), listed.person
     free = [position for position in range(1, size) if position not in held]
@@ -223,8 +221,8 @@ def _generator(*words:str)->np.random.Generator:
     digest = hashlib.blake2b("\0".join(words).encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
-def _placed(model:ReadyModel, listed:Recommendations, free:Sequence[int], candidates:_Candidates,
-            drawn:Mapping[int, tuple[int, float]])->Recommendations:
+def _placed(model:ReadyModel, listed:Any, free:Sequence[int], candidates:_Candidates,
+            drawn:Mapping[int, tuple[int, float]])->Any:
     "The list with the drawn candidates at their positions; what was there moves down, and the last ones give way."
     rows, scores, waiting = list(listed.rows), list(listed.scores), iter(free)
     for position in free:
