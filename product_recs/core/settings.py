@@ -29,8 +29,8 @@ class Settings(BaseSettings):
     explore: float = Field(0.0, ge=0, le=0.5,
         description="share of each list for items with little evidence, rounded down; 0: none. A request may ask for "
                     "less, and not for more")
-    explore_below: int | None = Field(None, ge=1,
-        description="items with fewer buyers are explored; absent: the rarest quarter, and never one that 20 have")
+    explore_below: int = Field(0, ge=0,
+        description="items with fewer buyers are explored; 0: the rarest quarter, and never one that 20 have")
     auth: Literal["auto", "on", "off"] = Field("auto",
         description="are API keys required? auto: yes, unless `product-recs serve` has bound a loopback address")
     allowed_hosts: list[str] = Field([],

@@ -35,7 +35,7 @@ def exploration_of(
     share = settings.explore if share is None else share
     if not share: return NO_EXPLORATION
     period = this_day() if user is not None else f"{this_day()} {scope['request_id']}"
-    return Exploration(share, settings.explore_below, period)
+    return Exploration(share, settings.explore_below or None, period)
 
 class Shown(NamedTuple):
     "What of a list is counted, noted and kept."
@@ -65,7 +65,7 @@ class Service:
     def _ready(self, bundle:Bundle)->ReadyModel:
         "A model ready to answer, after the desk has read again what the model before knew and this one does not."
         model = ReadyModel(bundle, self.settings.index).prepare()
-        if self.settings.explore: prepare_exploration(model, self.settings.explore_below)
+        if self.settings.explore: prepare_exploration(model, self.settings.explore_below or None)
         self.desk.view.prepare(bundle.manifest["data"].get("feedback_until"), bundle.users.folds) # last: it is good
         return model
 
