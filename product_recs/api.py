@@ -43,7 +43,7 @@ from .web.schemas import (DetailedRecommendationList, DetailedSimilarList, Expla
                                       PopularList, RecommendAnswer, RecommendationList, ReloadAnswer, SimilarList,
                                       Task, as_id, plain, recommend_body)
 from .web.security import Guard, auth_required, describe_keys
-from .web.service import FastPath, Service
+from .web.service import FastPath, Service, Shown, exploration_of
 
 # %% ../nbs/06_api.ipynb #9a6cfed0
 def _headers(version:str, source:str, model:str, shortfall:str|None=None)->dict[str, str]:
@@ -78,6 +78,11 @@ def _parameters(settings:Settings)->tuple:
     TaskName = Annotated[Task, Query(description=f"`discovery`: items new to the user; {next_words}")]
     return N, Detail, TaskName
 
+def _explore_parameter(settings:Settings)->object:
+    "The type of explore."
+    words = "share of the list for items with little evidence; absent: as the service is set, which is also the most"
+    return Annotated[float | None, Query(ge=0, le=settings.explore, description=words)]
+
 def _recommender(service:Service)->Recommender:
     "What makes the lists of one request: the model of this moment, and what happened since."
     return Recommender(service.live.get(), service.desk.changes)
@@ -85,17 +90,19 @@ def _recommender(service:Service)->Recommender:
 def _add_recommend(app:FastAPI, service:Service)->None:
     "GET /recommend, for one user."
     (N, Detail, TaskName), n_default = _parameters(service.settings), _default_n(service.settings)
+    Explore = _explore_parameter(service.settings)
 
     @app.get("/recommend/{user_id}", response_model=RecommendationList | DetailedRecommendationList,
              tags=["recommendations"], summary="The best items for a user",
              responses=documented("Best first; an unknown user gets what is popular.", 422, 503))
     async def recommend_user(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
-                             n:N=n_default, detail:Detail=False, task:TaskName="discovery"):
+                             n:N=n_default, detail:Detail=False, task:TaskName="discovery", explore:Explore=None):
         recommender, view = _recommender(service), service.desk.view
         model, shelf = recommender.model, view.shelf
         user = as_id(model.bundle.users, path_id(http_request.scope, -1))
         state, = await view.states([user])
-        request = recommender.request(user, n, task, state=state, shelf=shelf)
+        request = recommender.request(user, n, task, state=state, shelf=shelf,
+                                      explore=exploration_of(service.settings, explore, user, http_request.scope))
         person, answer = recommender.person(request), recommender.answer
         if recommender.takes_long(request, person): recommendations = await run_in_threadpool(answer, request, person)
         else: recommendations = answer(request, person)
@@ -107,7 +114,7 @@ def _add_recommend(app:FastAPI, service:Service)->None:
 def _add_recommend_many(app:FastAPI, service:Service)->None:
     "POST /recommend, for guests, sessions, filters and many users."
     n_default = _default_n(service.settings)
-    Body = recommend_body(service.settings.max_n, n_default, service.settings.max_batch)
+    Body = recommend_body(service.settings.max_n, n_default, service.settings.max_batch, service.settings.explore)
 
     def result(model:ReadyModel, user:int|str|None, recommendations:Recommendations, detail:bool)->dict:
         "The list of one user, as `UserResult`."
@@ -126,16 +133,15 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
         check_words(model.user_attributes, body.attributes, "attributes")
         for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
         users = [None] if body.users is None else [as_id(model.bundle.users, user) for user in body.users]
+        explores = [exploration_of(service.settings, body.explore, user, http_request.scope) for user in users]
         requests = [recommender.request(user, body.n, body.task, session=session, filters=filters, state=state,
-                                        shelf=shelf, attributes=body.attributes, new_items=body.items)
-                    for user, state in zip(users, await view.states(users))]
+                                        shelf=shelf, attributes=body.attributes, new_items=body.items, explore=explore)
+                    for user, state, explore in zip(users, await view.states(users), explores)]
 
         def response()->Response:
             lists = recommender.answer_all(requests) if person is None else [recommender.answer(requests[0], person)]
             results = [result(model, user, recommendations, body.detail) for user, recommendations in zip(users, lists)]
-            for facts in results:
-                service.shown(http_request.scope, model, facts["user_id"], facts["source"],
-                              facts["recommendations"], facts["shortfall"] is not None)
+            for user, one in zip(users, lists): service.shown(http_request.scope, model, user, Shown.of(one))
             rungs, models = (",".join(dict.fromkeys(names)) for names in ((one.source for one in lists),
                                                                           (one.model for one in lists)))
             return JSONResponse({"results": results}, headers=_headers(model.bundle.version, rungs, models))
@@ -183,7 +189,8 @@ def _add_others(app:FastAPI, service:Service)->None:
         if model.bundle.items.row(item) is None:
             raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
         state, = await view.states([user])
-        request = recommender.request(user, n_default, task, state=state, shelf=view.shelf)
+        request = recommender.request(user, n_default, task, state=state, shelf=view.shelf,
+                                      explore=exploration_of(service.settings, None, user, http_request.scope))
         facts = await run_in_threadpool(explained, model, request, item)
         return JSONResponse(facts, headers=_headers(model.bundle.version, facts["source"], facts["model"]))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
+from .answer.explore import NO_EXPLORATION, Exploration
 from .answer.ladder import rung_of
 from .answer.lists import Recommendations, checked_n
 from .answer.recommender import NO_FEEDBACK, Recommender
@@ -56,8 +57,10 @@ class _Block:
         n:int,
         task:str,
         exclude_seen:bool|None,
+        explore:Exploration,
     ):
         self.recommender, self.users, self.n, self.task, model = recommender, users, n, task, recommender.model
+        self.explore = explore
         self.filters = Filters(exclude_seen=exclude_seen)
         if exclude_seen is None: exclude_seen = task == DISCOVERY
         asked = model.bundle.model(task)
@@ -65,7 +68,7 @@ class _Block:
         self.shelf, self.states = recommender.changes.shelf, _states(recommender, users)
         width = min(n, len(model.bundle.items))
         news = np.array([bool(state.events or state.denied or state.forgotten) for state in self.states], bool)
-        trained = (rows >= 0) & ~news & ~_have_new(model, users)
+        trained = (rows >= 0) & ~news & ~_have_new(model, users) & (explore.share == 0)
         trained[trained] = np.diff(model.snapshot.histories(rows[trained]).indptr) > 0
         if trained.any(): trained[trained] = asked.knows(asked.users(rows[trained]))
         self.together = np.flatnonzero(trained)
@@ -80,7 +83,7 @@ class _Block:
         "The list of one of them, by the ladder."
         state, shelf = self.states[place], self.shelf
         request = self.recommender.request(self.users[place], self.n, self.task, filters=self.filters, state=state,
-                                           shelf=shelf)
+                                           shelf=shelf, explore=self.explore)
         return self.recommender.answer(request)
 
 def _have_new(model:ReadyModel, users:Sequence)->np.ndarray: # bool
@@ -105,6 +108,7 @@ def recommend_many(
     task:str=DISCOVERY,     # discovery | next_purchase
     *,
     exclude_seen:bool|None=None, # leave out what each user has interacted with; None: as the task has it
+    explore:Exploration=NO_EXPLORATION, # how much of a list goes to items with little evidence
 )->list[Recommendations]:   # in the order of `users`
     "The best `n` items for each of many users, as `Recommender.recommend` gives them one by one."
     users, n, answers, bundle = list(users), checked_n(n), [], recommender.model.bundle
@@ -112,7 +116,7 @@ def recommend_many(
     for start in range(0, len(users), BLOCK):
         part = users[start:start + BLOCK]
         known = np.array([-1 if (row := bundle.users.row(user)) is None else row for user in part], np.int64)
-        block = _Block(recommender, part, known, n, task, exclude_seen)
+        block = _Block(recommender, part, known, n, task, exclude_seen, explore)
         whole = {place for place in block.together.tolist() if (block.items[place] >= 0).sum() == n}
         for place, (rows, scores) in enumerate(zip(block.items, block.scores)):
             answers.append(block.ask(place) if place not in whole else Recommendations(
@@ -123,36 +127,42 @@ def recommend_many(
 def _append(database:duckdb.DuckDBPyConnection, bundle:Bundle, users:np.ndarray, block:_Block)->int:
     "Append the lists of one block of users, as external ids; returns the number of rows."
     items, scores, together = block.items, block.scores, {*block.together.tolist()}
+    chances = np.zeros(items.shape) # 0: of an item that is there for its score
     for place in range(len(users)):
         if place in together: continue
         answer = block.ask(place)
         items[place, :len(answer)], scores[place, :len(answer)] = answer.rows, answer.scores
+        for item, chance in (answer.propensities or {}).items(): chances[place, answer.items.index(item)] = chance
     user, rank = np.nonzero(items >= 0)
     lists = {"user_id": users[user], "rank": rank + 1, "item_id": bundle.items.ids[items[user, rank]],
              "score": scores[user, rank]}
+    if block.explore.share: lists["propensity"] = chances[user, rank]
     database.register("block", lists)
-    database.execute("INSERT INTO lists SELECT * FROM block")
+    columns = "* REPLACE (nullif(propensity, 0) AS propensity)" if block.explore.share else "*"
+    database.execute(f"INSERT INTO lists SELECT {columns} FROM block")
     database.unregister("block")
     return len(user)
 
-def _open_lists(folder:Path, bundle:Bundle)->duckdb.DuckDBPyConnection:
+def _open_lists(folder:Path, bundle:Bundle, explores:bool)->duckdb.DuckDBPyConnection:
     "An empty table of lists in a database file of its own."
     database = duckdb.connect(
         utf8_name(folder / "lists.duckdb"),
         config={"memory_limit": "128MB", "threads": 2, "temp_directory": utf8_name(folder / "spill")},
     )
     user, item = ("BIGINT" if table.is_int else "VARCHAR" for table in (bundle.users, bundle.items))
-    database.execute(f"CREATE TABLE lists (user_id {user}, rank INTEGER, item_id {item}, score FLOAT)")
+    more = ", propensity DOUBLE" if explores else ""
+    database.execute(f"CREATE TABLE lists (user_id {user}, rank INTEGER, item_id {item}, score FLOAT{more})")
     return database
 
 # %% ../nbs/05_inference.ipynb #89d11efd
 def recommend_all(
     recommender:Recommender,
-    out:Path,               # the Parquet file: user_id, rank, item_id, score
+    out:Path,               # the Parquet file: user_id, rank, item_id, score, and where lists explore propensity
     n:int=10,               # items for each user
     task:str=DISCOVERY,     # discovery | next_purchase
     *,
     exclude_seen:bool|None=None, # leave out what each user has interacted with; None: as the task has it
+    explore:Exploration=NO_EXPLORATION, # how much of a list goes to items with little evidence
     block:int=BLOCK,        # users searched together
     progress:bool=True,     # show a progress bar
 )->int:                     # rows written
@@ -163,12 +173,13 @@ def recommend_all(
     out.parent.mkdir(parents=True, exist_ok=True)
     recommender.changes.availability() # waits until what was said before this call is known
     failed = "the lists could not be written. The log has the details at the level DEBUG."
+    explores = explore.share > 0
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder, \
-         database_errors(ProductRecsError, str(out), failed), _open_lists(Path(folder), bundle) as database:
+         database_errors(ProductRecsError, str(out), failed), _open_lists(Path(folder), bundle, explores) as database:
         for start in _bar(starts, progress):
             rows = np.arange(start, min(start + starts.step, len(bundle.users)))
             users = bundle.users.ids[rows]
-            best = _Block(recommender, users.tolist(), rows, n, task, exclude_seen)
+            best = _Block(recommender, users.tolist(), rows, n, task, exclude_seen, explore)
             written += _append(database, bundle, users, best)
         whole = Path(folder)/"lists.parquet"
         database.execute(f"COPY lists TO {file_name(whole)} (FORMAT parquet, COMPRESSION zstd)")

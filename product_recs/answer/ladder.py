@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from .explore import NO_EXPLORATION, Exploration, explored
 from .lists import UNLIKE, Recommendations, checked_n, made_by_rung, make_list, search_list
 from .person import Person, counted, learned_row, person_now, score_person
 from .rules import NO_FILTERS, Filters, rule_out
@@ -21,7 +22,7 @@ from ..bundle.ready import ReadyModel, words_of
 from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS, Columns
 from ..core.errors import ProductRecsError
 from ..core.events import UNCHANGED, Event, UserState
-from ..core.ids import id_key
+from ..core.ids import id_key, key_or_none
 from ..models.interface import Model
 
 # %% ../../nbs/answer/ladder.ipynb #c41b08b3
@@ -40,6 +41,7 @@ class Request:
     attributes: Mapping = field(default_factory=dict)
     # item id -> column of the products file -> value, for items of the events that the model does not know
     new_items: Mapping = field(default_factory=dict)
+    explore: Exploration = NO_EXPLORATION # how much of the list goes to items with little evidence
 
     def __post_init__(self):
         checked_n(self.n)
@@ -276,9 +278,17 @@ def answer(
     person = _whole(model, request, person_of(model, request) if person is None else person)
     source, ruled_out = _start(model, request, person)
     if person.representation is not None:
-        return search_list(model, person, request.n, source, ruled_out, request.filters)
-    source, scores = _descend(model, request, person)
-    return make_list(model, scores, request.n, source, ruled_out, request.filters, person)
+        listed, scores = search_list(model, person, request.n, source, ruled_out, request.filters), None
+    else:
+        source, scores = _descend(model, request, person)
+        listed = make_list(model, scores, request.n, source, ruled_out, request.filters, person)
+    return listed if not request.explore.share else _explored(model, request, listed, ruled_out, scores)
+
+def _explored(model:ReadyModel, request:Request, listed:Recommendations, ruled_out:list,
+              scores:np.ndarray|None)->Recommendations:
+    "The list after exploration; the draw is one user's, in all spellings of their id."
+    whom = key_or_none(request.user) or ""
+    return explored(model, listed, request.explore, whom, ruled_out, max_per=request.filters.max_per, scores=scores)
 
 # %% ../../nbs/answer/ladder.ipynb #017fca7b
 def similar_by_content(

@@ -32,6 +32,9 @@ class Recommendations:
     rows: list|None=None     # row of each item in the model
     person: Any = field(default=None, compare=False, repr=False) # of whom the ladder made it, for reasons
     order: str=""            # how it is sorted, in words, where the source does not say it all
+    # item -> probability with which it was shown at its place, of the items that are there to learn about them; None:
+    # there are none, and every item has its place by its score
+    propensities: dict|None = None
 
     def __len__(self): return len(self.items)
 

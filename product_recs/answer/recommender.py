@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from .explore import NO_EXPLORATION, Exploration
 from .ladder import Request, answer, person_of, reads_files, similar_by_content
 from .lists import Recommendations, popular_items, similar_items
 from .person import Person
@@ -42,9 +43,10 @@ def _words(model:ReadyModel, item:int|str)->Mapping|None: # external id; None: t
     return None if is_known else words_of(model.bundle, row)
 
 def _is_heavy(model:ReadyModel, request:Request, person:Person)->bool:
-    "Does the model of the task score all items at such a cost?"
+    "Does the model of the task score all items at such a cost? Exploration always needs all scores."
     asked = model.model(request.task)
-    return person.representation is not None and asked.dense and asked.work > HEAVY
+    scores_all = asked.dense or request.explore.share > 0
+    return person.representation is not None and scores_all and asked.work > HEAVY
 
 # %% ../../nbs/answer/recommender.ipynb #6866970e
 class Recommender:
@@ -66,13 +68,13 @@ class Recommender:
         new_items:Mapping={},         # item id -> column of the products file -> value
         state:UserState|None=None,    # of the user; None: as of now, which may wait for the database
         shelf:Availability|None=None, # what the shop said about items; None: as of now
+        explore:Exploration=NO_EXPLORATION, # how much of the list goes to items with little evidence
     )->Request:
         "All that is asked, and all that the feedback knows of it; a `ProductRecsError` names what is wrong."
         if state is None: state = UNCHANGED if user is None else self.changes.state(user)
         if shelf is None: shelf = self.changes.availability()
         items = shelf.available, shelf.unavailable
-        return Request(user, n, task, tuple(session), filters, state, *items, attributes, new_items)
-
+        return Request(user, n, task, tuple(session), filters, state, *items, attributes, new_items, explore)
     def person(self, request:Request)->Person:
         "The user of a request as of now; a `NoModelForTask` as of `answer`."
         return person_of(self.model, request)

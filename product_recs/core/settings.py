@@ -26,6 +26,11 @@ class Settings(BaseSettings):
     database_url: str = Field("sqlite:///data/feedback.db",
         description="feedback store, a SQLAlchemy URL; a SQLite path is relative to the project root; empty: none")
     impressions: float = Field(1.0, ge=0, le=1, description="share of the answers that the store keeps as impressions")
+    explore: float = Field(0.0, ge=0, le=0.5,
+        description="share of each list for items with little evidence, rounded down; 0: none. A request may ask for "
+                    "less, and not for more")
+    explore_below: int = Field(0, ge=0,
+        description="items with fewer buyers are explored; 0: the rarest quarter, and never one that 20 have")
     auth: Literal["auto", "on", "off"] = Field("auto",
         description="are API keys required? auto: yes, unless `product-recs serve` has bound a loopback address")
     allowed_hosts: list[str] = Field([],

@@ -78,10 +78,16 @@ class Impression:
     source: str             # the rung that answered
     items: tuple            # ids, best first; the impression has the keys
     at: datetime
+    # item id -> probability with which it was shown at its place, of the explored items; None: there are none
+    propensities: dict|None = None
 
     def __post_init__(self):
         keys = tuple(key for item in self.items if (key := key_or_none(item)) is not None)
         object.__setattr__(self, "items", keys)
+        if self.propensities is not None:
+            pairs = ((key_or_none(item), chance) for item, chance in self.propensities.items())
+            by_key = {key: chance for key, chance in pairs if key is not None}
+            object.__setattr__(self, "propensities", by_key)
         object.__setattr__(self, "user_id", key_or_none(self.user_id))
 
 # %% ../../nbs/feedback/records.ipynb #fbb6e444
@@ -105,7 +111,8 @@ IMPRESSIONS = Table("impressions", METADATA, Column("id", _NUMBER, primary_key=T
                     Column("at", BigInteger, nullable=False), Column("request_id", Text, nullable=False),
                     Column("user_id", Text), Column("model_version", Text, nullable=False),
                     Column("source", Text, nullable=False), Column("items", JSON, nullable=False),
-                    Column("propensities", JSON), Column("rules", JSON),
+                    Column("propensities", JSON(none_as_null=True)),
+                    Column("rules", JSON(none_as_null=True)),
                     Index("impressions_of_user", "user_id", "id"), Index("impressions_at", "at"))
 PRODUCTS = Table("products", METADATA, Column("item_id", Text, primary_key=True), # of a deleted one `attributes` is null
                  Column("attributes", JSON(none_as_null=True)), Column("at", BigInteger, nullable=False),

@@ -24,6 +24,7 @@ class Kept:
     source: str      # rung
     items: list      # external ids
     short: bool      # fewer than asked?
+    propensities: dict|None = None # of the explored items, by external id; None: there are none
 
     def holds(self,
         model:ReadyModel,                     # the live one

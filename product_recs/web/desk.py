@@ -126,9 +126,9 @@ class FeedbackDesk:
             self.metrics.store_error(operation)
             raise
 
-    def shown(self, request_id:str, user:int|str|None, version:str, source:str, items:Sequence)->None:
+    def shown(self, *facts)->None: # of `ImpressionLog.add`
         "Note a list that goes out in the log of impressions."
-        if self.impressions: self.impressions.add(request_id, user, version, source, items)
+        if self.impressions: self.impressions.add(*facts)
 
     @property
     def stale(self)->bool:

@@ -9,7 +9,7 @@ __all__ = ['REASONED', 'title_of', 'ranked', 'ranked_new', 'explained']
 from collections.abc import Mapping
 
 from ..answer.explain import why, why_not
-from ..answer.ladder import Request, score_request
+from ..answer.ladder import Request, answer, score_request
 from ..answer.lists import Recommendations
 from ..answer.person import Person
 from ..bundle.ready import ReadyModel, words_of
@@ -55,9 +55,14 @@ def ranked(
     person, columns = recommendations.person, model.bundle.item_columns
     explained = person is not None and person.representation is not None and len(recommendations) <= REASONED
     return [_line(rank, item, score, {name: values[row] for name, values in columns.items()},
-                  _reasons(model, person, row, score) if explained else [])
+                  _reasons(model, person, row, score) if explained else []) | _explored(recommendations, item)
             for rank, (item, row, score) in enumerate(zip(recommendations.items, recommendations.rows,
                                                           recommendations.scores), 1)]
+
+def _explored(recommendations:Recommendations, item:int|str)->dict:
+    "Was it shown to learn about it, and with which probability? Nothing in a list without such items."
+    chances = recommendations.propensities
+    return {} if chances is None else {"explored": item in chances, "propensity": chances.get(item, 1.0)}
 
 def ranked_new(
     model:ReadyModel,
@@ -72,6 +77,13 @@ def ranked_new(
             for rank, (item, score) in enumerate(zip(recommendations.items, recommendations.scores), 1)]
 
 # %% ../../nbs/web/details.ipynb #0c915771
+def _in_words(model:ReadyModel, listed:Recommendations, item:int|str)->str|None:
+    "Why an item is in a list without the score for it; None where that is not so."
+    if item not in (listed.propensities or {}): return None
+    buyers = int(model.popularity[model.bundle.items.row(item)])
+    who = {0: "nobody has", 1: "1 person has"}.get(buyers, f"{buyers:,} people have")
+    return f"shown to learn about it: {who} it so far"
+
 def explained(
     model:ReadyModel,
     request:Request,
@@ -80,13 +92,16 @@ def explained(
 )->dict:          # as `ExplainAnswer`
     "Why an item has its place in a user's list; raises `NoModelForTask` where the bundle does not answer it."
     row, scored = model.bundle.items.row(item), score_request(model, request)
+    listed = answer(model, request) if request.explore.share else None # what exploration made of the list
     place = why_not(model, scored.person, row, scored.ruled_out, scored.scores)
     facts = {
         "user_id": request.user, "item_id": item, "title": title_of(model, row), "source": scored.source,
         "model": scored.model, "model_version": model.bundle.version, "rule": place.rule,
         "recommended": place.rule is None and place.rank is not None and place.rank <= request.n,
-        "rank": place.rank if place.rule is None else None, "candidates": place.candidates, "score": plain(place.score)
+        "rank": place.rank if place.rule is None else None, "candidates": place.candidates,
+        "score": plain(place.score), "explored": None
     }
+    if listed is not None: facts |= {"recommended": item in listed.items, "explored": _in_words(model, listed, item)}
     if scored.person.representation is None: return facts | {"why": [], "other": 0.0, "signals": {}, "habit": None}
     explanation = why(model, scored.person, row, place.score)
     listed = [{"item_id": model.bundle.items[past], "title": title_of(model, past), "contribution": float(part),

@@ -116,6 +116,7 @@ _Words = Annotated[dict[str, _Word], Field(max_length=100)] # column -> value
 def recommend_body(
     max_n:int, default_n:int, # items in an answer
     max_batch:int,            # most users, and most events, in one request
+    most_explored:float=0.0,  # largest share for items with little evidence
 )->type[BaseModel]:
     "The body of `POST /recommend`, with the limits of this service."
     class RecommendRequest(_Strict):
@@ -145,6 +146,13 @@ def recommend_body(
                         "nothing is stored",
         )
         filters: FilterRules = Field(default_factory=FilterRules)
+        explore: _Number | None = Field(
+            None,
+            ge=0,
+            le=most_explored,
+            description="share of each list for items with little evidence; absent: as the service is set, which is "
+                        "also the most",
+        )
         detail: StrictBool = False
 
         def session(self, rules:EventRules)->list[Event]:
@@ -225,6 +233,9 @@ class RankedItem(BaseModel):
         description="popularity, first and last seen, and every other column of the products file"
     )
     reasons: list[Reason] = Field([], description="the past items that speak most for it")
+    explored: bool = Field(False, description="is it shown to learn about it, and not for its score?")
+    propensity: float | None = Field(None, description="probability of the item at this place; 1 for what is there for "
+                                                       "its score; absent where nothing in the list is explored")
 
 class _Detail(BaseModel):
     source: str = Field(description=f"the rung that answered, as in the header {Header.Source}")
@@ -379,6 +390,7 @@ class ExplainAnswer(BaseModel):
     other: float = Field(description="what the past items that are not listed add, and what is the same for all items")
     signals: dict[str, float] = Field({}, description="of a model with more than taste: what the score is the sum of")
     habit: str | None = Field(None, description="how often and when last the user had the item itself")
+    explored: str | None = Field(None, description="in words, where the list has it to learn about it")
 
 class AvailabilityItem(_Strict):
     "Can an item be bought?"
