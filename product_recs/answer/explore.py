@@ -6,7 +6,7 @@
 __all__ = ['MOST_SHARE', 'NO_EXPLORATION', 'Exploration', 'this_day', 'little_evidence', 'best_chances', 'draw_chances', 'deal',
            'explored_positions', 'prepare_exploration', 'explored']
 
-# %% ../../nbs/answer/explore.ipynb #c89e4d6e
+# %% ../../nbs/answer/explore.ipynb #77d9a0c4
 import hashlib
 import math
 import threading
@@ -24,11 +24,11 @@ from ..bundle.ready import ReadyModel
 from ..core.columns import DISCOVERY
 from ..core.parameters import number
 from ..models.als import ALS
-from ..models.interface import Model, known_scores
+from ..models.interface import Model, Widened, known_scores
 from ..models.posterior import ItemPosterior, fading_deviation
 from ..search.top_n import top_n
 
-# %% ../../nbs/answer/explore.ipynb #ae7568a6
+# %% ../../nbs/answer/explore.ipynb #ded6621a
 MOST_SHARE = 0.5 # of the positions of a list
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def this_day()->str:
     "The period of a service: the day in UTC, as a number since 1970."
     return str(int(time.time()//86_400))
 
-# %% ../../nbs/answer/explore.ipynb #1a77e401
+# %% ../../nbs/answer/explore.ipynb #7aa8dd21
 _ENOUGH = 20 # buyers after which an item is known, whatever the rest of the catalogue has
 
 def little_evidence(
@@ -61,7 +61,7 @@ def little_evidence(
     if below is None: below = min(_ENOUGH, int(np.quantile(popularity[candidates], 0.25)) + 1)
     return np.flatnonzero(candidates & (popularity < below))
 
-# %% ../../nbs/answer/explore.ipynb #56c19522
+# %% ../../nbs/answer/explore.ipynb #49978c85
 _POINTS, _LEAST, _EVEN = 257, 0.05, 0.1
 
 def best_chances(
@@ -83,7 +83,7 @@ def draw_chances(best:np.ndarray)->np.ndarray: # (m,) of `best_chances`, and the
     "The same with a tenth of it spread evenly: what an item is drawn from."
     return (1 - _EVEN)*best + _EVEN/len(best)
 
-# %% ../../nbs/answer/explore.ipynb #64d84cfa
+# %% ../../nbs/answer/explore.ipynb #3195b39b
 class _Room(NamedTuple):
     "How many more items of each value of a column a list can take."
     codes: np.ndarray # (n_items,) of the values, -1: none
@@ -117,7 +117,7 @@ def deal(
             break
     return [hand for hand in dealt if hand]
 
-# %% ../../nbs/answer/explore.ipynb #b7748d0d
+# %% ../../nbs/answer/explore.ipynb #e39ee741
 def explored_positions(
     free:Sequence[int], # positions that may be explored, ascending, from 0
     hands:int,          # how many of them are; at most as many as there are
@@ -125,14 +125,15 @@ def explored_positions(
     "The middle of each part of the free positions."
     return [free[int((hand + 0.5)*len(free)/hands)] for hand in range(hands)]
 
-# %% ../../nbs/answer/explore.ipynb #6ebfdfbb
+# %% ../../nbs/answer/explore.ipynb #4fda4c19
 _MOST = 50 # candidates of one list
 
 class _LittleKnown:
     "The items of a model with little evidence, and what is needed to say how unsure their scores are."
     def __init__(self, model:Model, below:int|None):
         self.rows = little_evidence(model.popularity, model.candidates, below)
-        self.posterior = ItemPosterior(model, self.rows) if isinstance(model, ALS) and len(self.rows) else None
+        inner = model.parts[0] if isinstance(model, Widened) else model # its new items are no candidates
+        self.posterior = ItemPosterior(inner, self.rows) if isinstance(inner, ALS) and len(self.rows) else None
 
 _KEPT, _LOCK = WeakKeyDictionary(), threading.Lock() # model -> below -> what `_LittleKnown` says of it
 
@@ -151,7 +152,7 @@ def prepare_exploration(
     known = {task: _little_known(asked, below) for task, asked in model.answering.items()}
     return len(known[DISCOVERY].rows) if DISCOVERY in known else 0
 
-# %% ../../nbs/answer/explore.ipynb #f4e08de7
+# %% ../../nbs/answer/explore.ipynb #18e9d0e8
 class _Candidates(NamedTuple):
     "What may be explored in one list, the highest upper bound first."
     rows: np.ndarray      # (m,)
@@ -184,7 +185,7 @@ def _spread_of(asked:Model, person, scores:np.ndarray)->float:
     if person.representation is not None: return float(asked.moments(person.representation, scores[None])[1][0])
     return float(scores[np.isfinite(scores)].std())
 
-# %% ../../nbs/answer/explore.ipynb #40386437
+# %% ../../nbs/answer/explore.ipynb #326504f5
 _PERSONAL = ("personalised", "session", "content", "next_purchase") # rungs
 
 def explored(
