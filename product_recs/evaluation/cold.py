@@ -7,7 +7,7 @@ __all__ = ['BUYERS', 'NEW_ITEMS', 'IN_BAND', 'CATALOGUE', 'NEW_USERS', 'LIST', '
            'described', 'band_names', 'bands_of', 'growing_bands', 'Cold', 'judge_items', 'without_users', 'sessions',
            'judge_guests', 'evaluate_cold', 'cold_wanted', 'crossover', 'cold_verdicts']
 
-# %% ../../nbs/evaluation/cold.ipynb #8737d392
+# %% ../../nbs/evaluation/cold.ipynb #903dc6f2
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,7 +35,7 @@ from ..models.cold_baselines import SegmentPopularity, cold_baselines
 from ..models.interface import Model, top_lists
 from ..models.weighting import LEAST, rarity, weigh_sums, worth_sql
 
-# %% ../../nbs/evaluation/cold.ipynb #0d459416
+# %% ../../nbs/evaluation/cold.ipynb #d1a35b6f
 def _attributes(columns:Mapping)->dict: return {name: v for name, v in columns.items() if name not in Columns.Counted}
 
 def _longer(values:np.ndarray|None, more:np.ndarray|None, sizes:tuple[int, int])->np.ndarray:
@@ -75,7 +75,7 @@ def described(
         else: found |= ~(pd.isna(values) | (values == ""))
     return found
 
-# %% ../../nbs/evaluation/cold.ipynb #e75231f2
+# %% ../../nbs/evaluation/cold.ipynb #e57f73be
 BUYERS = (0, 1, 6, 21) # where the bands of past buyers begin
 
 def band_names(
@@ -103,7 +103,7 @@ def growing_bands(
     if len(doubling) >= bands: doubling = np.unique(np.geomspace(1, most/2, bands - 1).round().astype(int))
     return (0, *doubling.tolist())
 
-# %% ../../nbs/evaluation/cold.ipynb #60b422a0
+# %% ../../nbs/evaluation/cold.ipynb #e34593df
 NEW_ITEMS, IN_BAND, CATALOGUE, NEW_USERS = "new items", "within the band", "whole catalogue", "new users"
 LIST = 50 # places of a list
 FIGURES = (("recall", 50), ("recall", 20), ("ndcg", 20), ("hit_rate", 20)) # metric, k
@@ -146,7 +146,7 @@ class Cold:
         table = pd.concat([one.table for one in (self, other) if len(one.table)] or [self.table], ignore_index=True)
         return Cold(table, self.hits | other.hits, (*self.notes, *other.notes), self.facts | other.facts)
 
-# %% ../../nbs/evaluation/cold.ipynb #ba1dc032
+# %% ../../nbs/evaluation/cold.ipynb #518d1286
 class _Found:
     "Rows of the table as they come."
     def __init__(self, bootstrap:int, seed:int, since:str):
@@ -173,7 +173,7 @@ class _Found:
     def done(self)->Cold:
         return Cold(pd.DataFrame(self.rows, columns=_COLUMNS), self.hits, tuple(self.notes), self.facts)
 
-# %% ../../nbs/evaluation/cold.ipynb #bd699d13
+# %% ../../nbs/evaluation/cold.ipynb #ac379bac
 def _fitted(models:Sequence[Model], past:Snapshot, found:_Found, fitted:dict)->Iterator[tuple[str, Model]]:
     "The models by name, fitted one after the other; those that cannot be say why in the notes."
     for model in models:
@@ -204,7 +204,7 @@ def _item_questions(past:Snapshot, future:csr_matrix, bands:Mapping, by_user:boo
             if part != IN_BAND: notes.append(f"No user with a past took anything that was asked for: {part}.")
 
 
-# %% ../../nbs/evaluation/cold.ipynb #9f5f666e
+# %% ../../nbs/evaluation/cold.ipynb #61f3014b
 def judge_items(
     past:Snapshot,        # of `catalogue_past`
     future:csr_matrix,    # (n_users, n_items) of the future
@@ -234,13 +234,14 @@ def judge_items(
                 if part != CATALOGUE: continue
                 places = np.maximum((lists[:, :20] >= 0).sum(axis=1), 1)
                 for band, inside in bands.items():
+                    if not (inside & items).any(): continue
                     targets = _part_of(task.targets, inside)
                     found.add(CATALOGUE, band, name, lists, targets, int(items.sum()))
                     shares = ((lists[:, :20] >= 0) & inside[lists[:, :20]]).sum(axis=1)/places
                     found.add_places(band, name, shares, targets.nnz, int(items.sum()))
     return found.done()
 
-# %% ../../nbs/evaluation/cold.ipynb #2927d4b5
+# %% ../../nbs/evaluation/cold.ipynb #4406ca96
 EVENTS = (0, 1, 3, 10) # of a session
 _FEW, _LEAST = 100, 20 # strangers that are enough; people that a length of the session needs
 
@@ -289,7 +290,7 @@ def _strangers(features:Features, past:Snapshot, since:str, events:Sequence[int]
                           "the models learned from.")
     return np.sort(np.append(new, drawn)), drawn, events
 
-# %% ../../nbs/evaluation/cold.ipynb #d8446c64
+# %% ../../nbs/evaluation/cold.ipynb #5253859f
 def _events_of(features:Features, rows:np.ndarray, since:str, seed:int)->pd.DataFrame:
     "Events after the split: `place` of the person in `rows`, row of the item, `worth`, and `number` in time."
     database, later = _later(features, since)
@@ -319,7 +320,7 @@ def sessions(
     return Histories(indptr, items, confidence, pairs["count"].to_numpy(np.float32), np.zeros(len(items), np.float32),
                      np.full(size, -1), about)
 
-# %% ../../nbs/evaluation/cold.ipynb #8cc0e8d0
+# %% ../../nbs/evaluation/cold.ipynb #16e69203
 def _told(columns:Mapping|None, rows:np.ndarray)->tuple|None:
     "What the users file says of each."
     if not columns: return None
@@ -348,7 +349,7 @@ def _guest_lists(model:Model, popular:Model, histories:Histories, forbidden:csr_
     return lists
 
 
-# %% ../../nbs/evaluation/cold.ipynb #1fb71128
+# %% ../../nbs/evaluation/cold.ipynb #f10d6d86
 def judge_guests(
     features:Features,
     past:Snapshot,          # of `catalogue_past`
@@ -386,7 +387,7 @@ def judge_guests(
             found.add(NEW_USERS, group, name, _guest_lists(model, popular, histories, forbidden), targets, candidates)
     return found.done()
 
-# %% ../../nbs/evaluation/cold.ipynb #63410d6d
+# %% ../../nbs/evaluation/cold.ipynb #1d23dc3e
 def evaluate_cold(
     features:Features,
     models:Sequence[Model], # not fitted; popularity and the baselines of the cold come on top
@@ -418,7 +419,7 @@ def evaluate_cold(
     both = items.joined(people)
     return replace(both, notes=tuple(dict.fromkeys([*simple_note, *both.notes])))
 
-# %% ../../nbs/evaluation/cold.ipynb #a3b36b37
+# %% ../../nbs/evaluation/cold.ipynb #e9720778
 def cold_wanted(
     wanted:str,        # auto | yes | no
     features:Features,
@@ -431,7 +432,7 @@ def cold_wanted(
     return False, ("New products and new users are not judged: no attribute of either is known. Give 01_ingest a "
                    "products file or a users file, or take cold yes.")
 
-# %% ../../nbs/evaluation/cold.ipynb #ce140020
+# %% ../../nbs/evaluation/cold.ipynb #cdce1b44
 def crossover(
     cold:Cold,
     part:str,                # IN_BAND, CATALOGUE or NEW_USERS
@@ -450,7 +451,7 @@ def crossover(
     ticks = {max(begin, 0.5): str(begin) for begin in begins.values() if max(begin, 0.5) in set(t.x)}
     return {name: line for name, line in lines.items() if len(line[0])}, ticks
 
-# %% ../../nbs/evaluation/cold.ipynb #7ec42fcb
+# %% ../../nbs/evaluation/cold.ipynb #cc44ed81
 # part, group, what the sentence calls it
 _ASKED = ((NEW_ITEMS, "", "products without buyers"), (IN_BAND, "1 to 5", "products with 1 to 5 buyers"),
           (CATALOGUE, "21 or more", "products with 21 buyers or more, in the whole catalogue"),
