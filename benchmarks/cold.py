@@ -58,13 +58,14 @@ from product_recs.evaluation.cold import (
     cold_verdicts,
     crossover,
     evaluate_cold,
+    lists_among,
 )
 from product_recs.evaluation.metrics import bootstrap_means, compared, find_hits, interval, paired_bootstrap
 from product_recs.features import build_features
 from product_recs.ingest import ingest
 from product_recs.models.all import all_models, fit_sharing, named
 from product_recs.models.als import ALS, WeightedALS
-from product_recs.models.interface import Model, size_of, top_lists
+from product_recs.models.interface import Model, size_of
 
 SAMPLE = 1000  # people by whom parameters are chosen
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,13 +203,10 @@ class Articles:
         rows = np.flatnonzero(np.diff(targets.indptr))
         if which.endswith("validation") and len(rows) > SAMPLE:  # the same people for all that is compared
             rows = np.sort(np.random.default_rng(0).choice(rows, SAMPLE, replace=False))
-        closed, most = np.flatnonzero(self.warm != warm), max(k for _, k in CUTS)
         own = self.pairs["cold_validation"] if which == "cold_test" else self.pairs["train"]
-        lists = [
-            model.top(model.users(part), most, own[part], closed, threads=0)[0]
-            for part in np.array_split(rows, max(1, len(rows) // 512))
-        ]
-        return find_hits(np.concatenate(lists), targets[rows])
+        most = max(k for _, k in CUTS)
+        [lists] = lists_among(model, [(rows, self.warm == warm)], most, own)
+        return find_hits(lists, targets[rows])
 
 
 def citeulike(options) -> None:
@@ -345,11 +343,9 @@ def grocery_content(features, name: str, als: dict, quick: bool) -> dict:
 
     def figure(given: dict, parameter: str) -> float:
         one = fit_apart(changed(model, **given), past, fitted)
-        closed = np.flatnonzero(known) if CONTENT_GRID[parameter][0] == "cold" else None
-        lists = top_lists(one, rows, 50, closed=closed)[0]
-        targets = seen[rows] - seen[rows].multiply(past.counts[rows] > 0)
-        if closed is not None:
-            targets = targets.multiply(~known)
+        among = ~known if CONTENT_GRID[parameter][0] == "cold" else np.ones(len(known), bool)
+        targets = csr_matrix(seen[rows] - seen[rows].multiply(past.counts[rows] > 0)).multiply(among)
+        [lists] = lists_among(one, [(rows, among)])
         return float(find_hits(lists, csr_matrix(targets)).metric("recall", 50).mean())
 
     return chosen({p: model.parameters[p] for p in grid}, grid, figure, rounds=1)

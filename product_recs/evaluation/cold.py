@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BUYERS', 'NEW_ITEMS', 'IN_BAND', 'CATALOGUE', 'NEW_USERS', 'LIST', 'FIGURES', 'PLACES', 'EVENTS', 'catalogue_past',
-           'described', 'band_names', 'bands_of', 'growing_bands', 'Cold', 'judge_items', 'without_users', 'sessions',
-           'judge_guests', 'evaluate_cold', 'cold_wanted', 'crossover', 'cold_verdicts']
+           'described', 'band_names', 'bands_of', 'growing_bands', 'Cold', 'lists_among', 'judge_items',
+           'without_users', 'sessions', 'judge_guests', 'evaluate_cold', 'cold_wanted', 'crossover', 'cold_verdicts']
 
-# %% ../../nbs/evaluation/cold.ipynb #903dc6f2
+# %% ../../nbs/evaluation/cold.ipynb #8fe4cdb0
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import duckdb
@@ -32,10 +32,11 @@ from .metrics import (METRIC_NAMES, Comparison, Hits, bootstrap_means, compared,
 from ..models.all import fit_sharing
 from ..models.baselines import Popularity
 from ..models.cold_baselines import SegmentPopularity, cold_baselines
-from ..models.interface import Model, top_lists
+from ..models.interface import Model, known_scores
 from ..models.weighting import LEAST, rarity, weigh_sums, worth_sql
+from ..search.top_n import top_n
 
-# %% ../../nbs/evaluation/cold.ipynb #d1a35b6f
+# %% ../../nbs/evaluation/cold.ipynb #2b9f27d5
 def _attributes(columns:Mapping)->dict: return {name: v for name, v in columns.items() if name not in Columns.Counted}
 
 def _longer(values:np.ndarray|None, more:np.ndarray|None, sizes:tuple[int, int])->np.ndarray:
@@ -75,7 +76,7 @@ def described(
         else: found |= ~(pd.isna(values) | (values == ""))
     return found
 
-# %% ../../nbs/evaluation/cold.ipynb #e57f73be
+# %% ../../nbs/evaluation/cold.ipynb #52426307
 BUYERS = (0, 1, 6, 21) # where the bands of past buyers begin
 
 def band_names(
@@ -103,7 +104,7 @@ def growing_bands(
     if len(doubling) >= bands: doubling = np.unique(np.geomspace(1, most/2, bands - 1).round().astype(int))
     return (0, *doubling.tolist())
 
-# %% ../../nbs/evaluation/cold.ipynb #e34593df
+# %% ../../nbs/evaluation/cold.ipynb #74c43f61
 NEW_ITEMS, IN_BAND, CATALOGUE, NEW_USERS = "new items", "within the band", "whole catalogue", "new users"
 LIST = 50 # places of a list
 FIGURES = (("recall", 50), ("recall", 20), ("ndcg", 20), ("hit_rate", 20)) # metric, k
@@ -146,7 +147,7 @@ class Cold:
         table = pd.concat([one.table for one in (self, other) if len(one.table)] or [self.table], ignore_index=True)
         return Cold(table, self.hits | other.hits, (*self.notes, *other.notes), self.facts | other.facts)
 
-# %% ../../nbs/evaluation/cold.ipynb #518d1286
+# %% ../../nbs/evaluation/cold.ipynb #4a159b1a
 class _Found:
     "Rows of the table as they come."
     def __init__(self, bootstrap:int, seed:int, since:str):
@@ -173,7 +174,34 @@ class _Found:
     def done(self)->Cold:
         return Cold(pd.DataFrame(self.rows, columns=_COLUMNS), self.hits, tuple(self.notes), self.facts)
 
-# %% ../../nbs/evaluation/cold.ipynb #ac379bac
+# %% ../../nbs/evaluation/cold.ipynb #f78574a3
+def lists_among(
+    model:Model,          # fitted
+    asked:Sequence[tuple[np.ndarray, np.ndarray]], # rows of users, ascending; (n_items,) bool, what they may get
+    k:int=LIST,           # length of the lists
+    forbidden:csr_matrix|None=None, # (n_users, n_items), entries are never in a list; None: what each user had
+    advance:Callable|None=None,     # called with the number of users after each block
+)->list[np.ndarray]: # of each question: (m, k) int32 rows of items, best first, -1 where there are fewer
+    "The best `k` of some items for some users, for several such questions at once."
+    forbidden = model.snapshot.counts if forbidden is None else forbidden
+    everybody = np.unique(np.concatenate([rows for rows, _ in asked])) if len(asked) else np.empty(0, int)
+    lists = [np.full((len(rows), k), -1, np.int32) for rows, _ in asked]
+    columns = [np.flatnonzero(items & model.candidates) for _, items in asked]
+    block = max(1, min(1024, 8_000_000//max(1, len(model.candidates))))
+    for start in range(0, len(everybody), block):
+        part = everybody[start:start + block]
+        scores, own = known_scores(model, model.users(part)), forbidden[part]
+        scores[np.repeat(np.arange(len(part)), np.diff(own.indptr)), own.indices] = -np.inf
+        for (rows, _), among, found in zip(asked, columns, lists):
+            first, end = np.searchsorted(rows, [part[0], part[-1] + 1])
+            if first == end or not len(among): continue
+            places = np.searchsorted(part, rows[first:end])
+            best, _ = top_n(scores[places][:, among], k)
+            found[first:end] = np.where(best >= 0, among[best], -1)
+        if advance: advance(len(part))
+    return lists
+
+# %% ../../nbs/evaluation/cold.ipynb #10660598
 def _fitted(models:Sequence[Model], past:Snapshot, found:_Found, fitted:dict)->Iterator[tuple[str, Model]]:
     "The models by name, fitted one after the other; those that cannot be say why in the notes."
     for model in models:
@@ -204,7 +232,17 @@ def _item_questions(past:Snapshot, future:csr_matrix, bands:Mapping, by_user:boo
             if part != IN_BAND: notes.append(f"No user with a past took anything that was asked for: {part}.")
 
 
-# %% ../../nbs/evaluation/cold.ipynb #61f3014b
+# %% ../../nbs/evaluation/cold.ipynb #e070c70e
+def _add_bands(found:_Found, model:str, lists:np.ndarray, targets:csr_matrix, items:np.ndarray, bands:Mapping)->None:
+    "Of lists over the whole catalogue: the targets of each band, and the places that it gets."
+    shown = lists[:, :20]
+    filled = np.maximum((shown >= 0).sum(axis=1), 1)
+    for band, inside in bands.items():
+        if not (inside & items).any(): continue
+        wanted = _part_of(targets, inside)
+        found.add(CATALOGUE, band, model, lists, wanted, int(items.sum()))
+        found.add_places(band, model, ((shown >= 0) & inside[shown]).sum(axis=1)/filled, wanted.nnz, int(items.sum()))
+
 def judge_items(
     past:Snapshot,        # of `catalogue_past`
     future:csr_matrix,    # (n_users, n_items) of the future
@@ -225,23 +263,17 @@ def judge_items(
         bands |= {name: codes == number for number, name in enumerate(band_names(some))}
         found.facts["bands" if some is begins else "fine_bands"] = dict(zip(band_names(some), some))
     questions = list(_item_questions(past, future, bands, since == BY_USER, max_users, seed, found.notes))
-    total = len(models)*sum(len(task.rows) for _, _, task, _ in questions)
-    with tqdm(total=total, unit=" lists", disable=not progress, delay=2, mininterval=2, file=sys.stdout) as bar:
+    people = len(np.unique(np.concatenate([task.rows for _, _, task, _ in questions]))) if questions else 0
+    with tqdm(total=len(models)*people, unit=" users", disable=not progress, delay=2, mininterval=2,
+              file=sys.stdout) as bar:
         for name, model in _fitted(models, past, found, fitted):
-            for part, group, task, items in questions:
-                lists = top_lists(model, task.rows, LIST, advance=bar.update, closed=np.flatnonzero(~items))[0]
+            every = lists_among(model, [(task.rows, items) for _, _, task, items in questions], advance=bar.update)
+            for (part, group, task, items), lists in zip(questions, every):
                 found.add(part, group, name, lists, task.targets, int(items.sum()))
-                if part != CATALOGUE: continue
-                places = np.maximum((lists[:, :20] >= 0).sum(axis=1), 1)
-                for band, inside in bands.items():
-                    if not (inside & items).any(): continue
-                    targets = _part_of(task.targets, inside)
-                    found.add(CATALOGUE, band, name, lists, targets, int(items.sum()))
-                    shares = ((lists[:, :20] >= 0) & inside[lists[:, :20]]).sum(axis=1)/places
-                    found.add_places(band, name, shares, targets.nnz, int(items.sum()))
+                if part == CATALOGUE: _add_bands(found, name, lists, task.targets, items, bands)
     return found.done()
 
-# %% ../../nbs/evaluation/cold.ipynb #4406ca96
+# %% ../../nbs/evaluation/cold.ipynb #d7b13e01
 EVENTS = (0, 1, 3, 10) # of a session
 _FEW, _LEAST = 100, 20 # strangers that are enough; people that a length of the session needs
 
@@ -290,7 +322,7 @@ def _strangers(features:Features, past:Snapshot, since:str, events:Sequence[int]
                           "the models learned from.")
     return np.sort(np.append(new, drawn)), drawn, events
 
-# %% ../../nbs/evaluation/cold.ipynb #5253859f
+# %% ../../nbs/evaluation/cold.ipynb #3b74cca6
 def _events_of(features:Features, rows:np.ndarray, since:str, seed:int)->pd.DataFrame:
     "Events after the split: `place` of the person in `rows`, row of the item, `worth`, and `number` in time."
     database, later = _later(features, since)
@@ -320,7 +352,7 @@ def sessions(
     return Histories(indptr, items, confidence, pairs["count"].to_numpy(np.float32), np.zeros(len(items), np.float32),
                      np.full(size, -1), about)
 
-# %% ../../nbs/evaluation/cold.ipynb #16e69203
+# %% ../../nbs/evaluation/cold.ipynb #ea53a149
 def _told(columns:Mapping|None, rows:np.ndarray)->tuple|None:
     "What the users file says of each."
     if not columns: return None
@@ -349,7 +381,7 @@ def _guest_lists(model:Model, popular:Model, histories:Histories, forbidden:csr_
     return lists
 
 
-# %% ../../nbs/evaluation/cold.ipynb #f10d6d86
+# %% ../../nbs/evaluation/cold.ipynb #14260bad
 def judge_guests(
     features:Features,
     past:Snapshot,          # of `catalogue_past`
@@ -387,7 +419,7 @@ def judge_guests(
             found.add(NEW_USERS, group, name, _guest_lists(model, popular, histories, forbidden), targets, candidates)
     return found.done()
 
-# %% ../../nbs/evaluation/cold.ipynb #1d23dc3e
+# %% ../../nbs/evaluation/cold.ipynb #9d68ce07
 def evaluate_cold(
     features:Features,
     models:Sequence[Model], # not fitted; popularity and the baselines of the cold come on top
@@ -419,7 +451,7 @@ def evaluate_cold(
     both = items.joined(people)
     return replace(both, notes=tuple(dict.fromkeys([*simple_note, *both.notes])))
 
-# %% ../../nbs/evaluation/cold.ipynb #e9720778
+# %% ../../nbs/evaluation/cold.ipynb #fa8c915f
 def cold_wanted(
     wanted:str,        # auto | yes | no
     features:Features,
@@ -432,7 +464,7 @@ def cold_wanted(
     return False, ("New products and new users are not judged: no attribute of either is known. Give 01_ingest a "
                    "products file or a users file, or take cold yes.")
 
-# %% ../../nbs/evaluation/cold.ipynb #cdce1b44
+# %% ../../nbs/evaluation/cold.ipynb #c9de79af
 def crossover(
     cold:Cold,
     part:str,                # IN_BAND, CATALOGUE or NEW_USERS
@@ -451,7 +483,7 @@ def crossover(
     ticks = {max(begin, 0.5): str(begin) for begin in begins.values() if max(begin, 0.5) in set(t.x)}
     return {name: line for name, line in lines.items() if len(line[0])}, ticks
 
-# %% ../../nbs/evaluation/cold.ipynb #cc44ed81
+# %% ../../nbs/evaluation/cold.ipynb #1087bfa3
 # part, group, what the sentence calls it
 _ASKED = ((NEW_ITEMS, "", "products without buyers"), (IN_BAND, "1 to 5", "products with 1 to 5 buyers"),
           (CATALOGUE, "21 or more", "products with 21 buyers or more, in the whole catalogue"),

@@ -284,7 +284,6 @@ def top_lists(
     exclude_seen:bool=True,     # leave out what the user had before the snapshot's end
     block:int=1024,             # most users at a time
     advance:Callable|None=None, # called with the number of users after each block: a progress bar's `update`
-    closed:np.ndarray|None=None,# rows of items that nobody gets
 )->tuple[np.ndarray, np.ndarray]: # items (m, k) int32, -1 where there are fewer; scores (m, k) float32
     "The best `k` candidates of each user, best first."
     rows = np.asarray(rows)
@@ -293,6 +292,6 @@ def top_lists(
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
         seen = model.snapshot.counts[rows[part]] if exclude_seen else None
-        items[part], scores[part] = model.top(model.users(rows[part]), k, seen, closed, threads=0)
+        items[part], scores[part] = model.top(model.users(rows[part]), k, seen, threads=0)
         if advance: advance(len(rows[part]))
     return items, scores
