@@ -22,7 +22,6 @@ and the test judges once. Models are found by their names.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ import pandas as pd
 import serving
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
+from training_fit import forget_peak, memory
 
 from product_recs.bundle.files import publish, write_bundle
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
@@ -53,11 +53,13 @@ from product_recs.evaluation.cold import (
     NEW_ITEMS,
     NEW_USERS,
     PLACES,
+    SOLD,
     Cold,
     catalogue_past,
     cold_verdicts,
     crossover,
     evaluate_cold,
+    judge_guests,
     lists_among,
 )
 from product_recs.evaluation.metrics import bootstrap_means, compared, find_hits, interval, paired_bootstrap
@@ -71,7 +73,8 @@ SAMPLE = 1000  # people by whom parameters are chosen
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = [sys.executable, "-c", "from product_recs.web.server import serve; serve()"]
 MODELS = "ALS, weighted ALS, content neighbours, ALS + content, weighted ALS + content"
-# parameter -> values, and by what it is chosen: the warm or the cold validation; in this order, twice
+# parameter -> values; of a description also by what it is chosen: items without buyers, items with few of them, or
+# people without a past; one after the other, and all of it twice
 ALS_GRID = {
     "ALS": {"alpha": (10.0, 20.0, 40.0, 80.0), "regularization": (2.0, 5.0, 10.0, 20.0), "factors": (128, 256)},
     "weighted ALS": {
@@ -91,7 +94,9 @@ CONTENT_GRID = {
     "ridge": ("cold", (0.1, 0.3, 1.0, 3.0, 10.0)),
     "profile": ("cold", (0.25, 0.5, 1.0, 2.0)),
     "interaction_power": ("cold", (0.0, 0.5, 1.0)),
-    "item_evidence": ("warm", (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)),
+    "item_evidence": ("few", (0.0, 1.0, 2.0, 3.0, 5.0, 8.0)),
+    "user_evidence": ("people", (0.0, 1.0, 3.0, 10.0, 30.0)),
+    "attributes": ("people", (0.0, 0.25, 0.5, 1.0)),
 }
 # P@20, NDCG@20 of the same cold protocol, but for the users
 PUBLISHED = [
@@ -227,12 +232,18 @@ def citeulike(options) -> None:
     for name in (bar := tqdm(names, unit="model")):
         bar.set_postfix_str(name)
         model = model_of(name, als, {})
-        on_top = {} if options.quick else {p: v for p, (_, v) in CONTENT_GRID.items() if p in model.parameters}
+        on_top = (
+            {}
+            if options.quick
+            else {p: v for p, (by, v) in CONTENT_GRID.items() if p in model.parameters and by != "people"}
+        )
         if on_top and model.parts:
             content[name] = chosen(
                 {p: model.parameters[p] for p in on_top},
                 on_top,
-                lambda given, p, model=model: figure(changed(model, **given), CONTENT_GRID[p][0]),
+                lambda given, p, model=model: figure(
+                    changed(model, **given), "cold" if CONTENT_GRID[p][0] == "cold" else "warm"
+                ),
             )
             print(f"{name}: {content[name]}", file=sys.stderr)
         rows.append(judged(articles, model_of(name, als, content), als, content))
@@ -330,23 +341,28 @@ def grocery_features(folder: Path):
 
 
 def grocery_content(features, name: str, als: dict, quick: bool) -> dict:
-    """Parameters of the description, on the validation period: by new products for those that place them, by the whole
-    catalogue for the rest."""
+    """Parameters of the description, on the validation period: by recall@50 of products without buyers, or with 1 to 20
+    of them, or NDCG@20 of people without a past."""
     model = model_of(name, als, {})
     grid = {p: v for p, (_, v) in CONTENT_GRID.items() if p in model.parameters}
     if quick or not grid or not model.parts:
         return {}
-    past, future, _ = catalogue_past(features, "validation")
-    seen, known, fitted = (future > 0).astype(np.float32), past.popularity > 0, {}
+    past, future, since = catalogue_past(features, "validation")
+    few = (past.popularity > 0) & (past.popularity <= 20)
+    among = {"cold": past.popularity == 0, "few": few}
+    new_to_them = csr_matrix((future > 0) - (future > 0).multiply(past.counts > 0)).astype(np.float32)
     people = np.flatnonzero((np.diff(past.counts.indptr) > 0) & (np.diff(future.indptr) > 0))
     rows = np.sort(np.random.default_rng(0).choice(people, min(SAMPLE, len(people)), replace=False))
+    fitted = {}
 
     def figure(given: dict, parameter: str) -> float:
-        one = fit_apart(changed(model, **given), past, fitted)
-        among = ~known if CONTENT_GRID[parameter][0] == "cold" else np.ones(len(known), bool)
-        targets = csr_matrix(seen[rows] - seen[rows].multiply(past.counts[rows] > 0)).multiply(among)
-        [lists] = lists_among(one, [(rows, among)])
-        return float(find_hits(lists, csr_matrix(targets)).metric("recall", 50).mean())
+        by, one = CONTENT_GRID[parameter][0], changed(model, **given)
+        if by == "people":
+            judged = judge_guests(features, past, since, [one], until=GROCERIES["test_from"], guests=300, bootstrap=1)
+            found = judged.table[judged.table.metric == "ndcg"]
+            return float(found.value.mean())
+        [lists] = lists_among(fit_apart(one, past, fitted), [(rows, among[by])])
+        return float(find_hits(lists, new_to_them[rows].multiply(among[by])).metric("recall", 50).mean())
 
     return chosen({p: model.parameters[p] for p in grid}, grid, figure, rounds=1)
 
@@ -393,11 +409,12 @@ def fit(options) -> None:
     "The inner command: fit a model on everything that the features have, and say what that took."
     given, features = json.loads(options.given), open_features(Path(options.features))
     snapshot = whole(features)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    forget_peak()
+    before = memory("VmRSS")
     started = time.perf_counter()
     fitted = model_of(options.name, given["als"], given["content"]).fit(snapshot)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory("VmHWM")
     users, times = fitted.snapshot.counts.shape[0], []
     for row in np.random.default_rng(0).choice(users, 200):
         started = time.perf_counter()
@@ -484,9 +501,9 @@ def groups_table(cold: Cold, part: str, metric: str, k: int, groups: list[str]) 
     "Models in rows, groups in columns, with intervals."
     found = cold.table[(cold.table.part == part) & (cold.table.metric == metric) & (cold.table.k == k)]
     there = [group for group in groups if group in set(found.group)]
-    cells = {(row.model, row.group): with_interval(row.value, row.low, row.high) for row in found.itertuples()}
+    cells = {(row.model, row.group): with_interval(row.value, row.low, row.high, 4) for row in found.itertuples()}
     sizes = {row.group: row for row in found.drop_duplicates("group").itertuples()}
-    head = ["model", *(f"{group or 'new products'} ({sizes[group].users:,} users)" for group in there)]
+    head = ["model", *(f"{group} ({sizes[group].users:,} users)" for group in there)]
     return markdown(head, [[f"**{model}**", *(cells.get((model, group), "") for group in there)]
                            for model in cold.models(part)])  # fmt: skip
 
@@ -494,13 +511,15 @@ def groups_table(cold: Cold, part: str, metric: str, k: int, groups: list[str]) 
 def groceries_page(cold: Cold, own: str, names, content, costs, asked, pictures) -> tuple[str, dict]:
     part = own.removesuffix(" + content")
     bands, lengths = list(cold.facts["bands"]), list(cold.facts.get("events", {}))
+    items, people = ("popularity in the category", "content neighbours"), ("popularity", part)
+    beside = {NEW_ITEMS: items, IN_BAND: items, CATALOGUE: (part,), NEW_USERS: people}
     sentences = [
-        *cold_verdicts(cold, own, ["popularity in the category"]),
-        *cold_verdicts(cold, own, ["content neighbours"]),
-        *cold_verdicts(cold, own, [part]),
-        *cold_verdicts(cold, own, ["popularity"]),
-        *cold_verdicts(cold, own, ["popularity in the segment"]),
+        said
+        for rival in dict.fromkeys((*items, *people))
+        for said in cold_verdicts(cold, own, [rival])
+        if rival in beside[said[1]["part"]]
     ]
+    sentences.sort(key=lambda said: list(beside).index(said[1]["part"]))
     new = cold.table[cold.table.part == NEW_ITEMS].iloc[0]
     spent = [[f"**{one['model']}**", f"{one['seconds']:.1f}", f"{one['peak_mb'] - one['before_mb']:.0f}",
               f"{one['model_mb']:.0f}", f"{one['list_ms']:.2f}"] for one in costs]  # fmt: skip
@@ -521,11 +540,15 @@ intervals over users. The data is simulated or comes from a retailer, its source
 methods.
 
 {"".join(f"- {note}{chr(10)}" for note in cold.notes)}
-## New products: {new.users:,} users, {new.targets:,} targets among {new.candidates:,} products without buyers
+## New products
 
-{groups_table(cold, NEW_ITEMS, "recall", 50, [""])}
-{groups_table(cold, NEW_ITEMS, "ndcg", 20, [""])}
-The first table is recall@50, the second NDCG@20.
+{new.users:,} users took {new.targets:,} times one of the {new.candidates:,} products that nobody had before the split;
+*sold later* are those that somebody took afterwards, which nobody could know then. Recall@50:
+
+{groups_table(cold, NEW_ITEMS, "recall", 50, ["all", SOLD])}
+NDCG@20:
+
+{groups_table(cold, NEW_ITEMS, "ndcg", 20, ["all", SOLD])}
 
 ## By buyers before the split
 

@@ -16,6 +16,7 @@ from product_recs.evaluation.cold import (
     NEW_ITEMS,
     NEW_USERS,
     PLACES,
+    SOLD,
     catalogue_past,
     cold_verdicts,
     described,
@@ -78,10 +79,14 @@ def test_ranks_by_hand(tmp_path):
     past, future, _ = catalogue_past(features)
     assert past.counts.shape[1] == future.shape[1] == 6 and past.popularity.tolist() == [2, 2, 0, 0, 0, 0]
     cold = evaluate_cold(features, [SameColour()], bootstrap=20, progress=False)
-    new = cold.table[(cold.table.part == NEW_ITEMS) & (cold.table.model == "same colour")].set_index(["metric", "k"])
+    new = cold.table[(cold.table.part == NEW_ITEMS) & (cold.table.model == "same colour")]
+    sold = new[new.group == SOLD].set_index(["metric", "k"])
+    new = new[new.group == "all"].set_index(["metric", "k"])
     assert set(new.users) == {3} and set(new.targets) == {3} and set(new.candidates) == {4}  # 99 has no past
     # candidates 3 4 5 6: user 11 (red) ranks 3 5 4 6, user 12 (red) the same and wanted 4, user 13 (blue) 4 6 3 5
     assert new.value["recall", 50] == 1 and np.isclose(new.value["ndcg", 20], (1 + 1 / np.log2(4) + 1) / 3)
+    # candidates 3 4: user 12 has 4 second, the others what they wanted first
+    assert set(sold.candidates) == {2} and np.isclose(sold.value["ndcg", 20], (1 + 1 / np.log2(3) + 1) / 3)
     # the whole catalogue without what each has: user 12 gets 3 5 2 4 6, user 13 gets 4 6 1 3 5
     places = {user: 1 / np.log2(1 + place) for user, place in {11: 1, 12: 4, 13: 1}.items()}
     assert np.isclose(cold.value(CATALOGUE, "0", "same colour", "ndcg", 20), np.mean(list(places.values())))
@@ -89,14 +94,14 @@ def test_ranks_by_hand(tmp_path):
     assert np.isclose(cold.value(CATALOGUE, "0", "same colour", PLACES, 20), 4 / 5)
     # among items with 1 to 5 buyers only item 1 is left for user 13
     assert cold.value(IN_BAND, "1 to 5", "same colour", "ndcg", 20) == 1
-    assert cold.value(NEW_ITEMS, "", "popularity", "hit_rate", 20) == 0
+    assert cold.value(NEW_ITEMS, "all", "popularity", "hit_rate", 20) == 0
 
 
 def test_only_the_products_of_the_log_are_candidates_on_request(tmp_path):
     features = features_of(tmp_path, TINY, PRODUCTS)
     cold = evaluate_cold(features, [SameColour()], never_sold=False, bootstrap=5, progress=False)
     assert set(cold.table[cold.table.part == NEW_ITEMS].candidates) == {2}
-    found = [cold.value(NEW_ITEMS, "", "same colour", "ndcg", 20), (1 + 1 / np.log2(3) + 1) / 3]
+    found = [cold.value(NEW_ITEMS, "all", "same colour", "ndcg", 20), (1 + 1 / np.log2(3) + 1) / 3]
     assert np.isclose(*found)
 
 
@@ -157,6 +162,21 @@ def test_people_are_taken_out_of_the_past_before_a_fit(tmp_path):
     assert set(found.table.users) == {7} and found.groups(NEW_USERS) == ["0", "1", "3"]
     rest = ~gone
     assert (seen.counts[rest] != past.counts[rest]).nnz == 0
+
+
+def test_parameters_are_chosen_without_the_test_period(tmp_path):
+    "The validation period ends where the test period begins, also for people whose events are read one by one."
+    log, products, people = shop()
+    cut = log[log.timestamp < SPLIT["test_from"]]
+    last = pd.concat([cut, rows((100, 1, 59.9), (100, 2, 61))])  # the period needs an end
+    tables = []
+    for name, table in (("whole", log), ("cut", last)):
+        features = features_of(tmp_path / name, table, products, people)
+        judged = evaluate_cold(
+            features, [SameColour()], period="validation", events=(0, 1), bootstrap=5, never_sold=False, progress=False
+        )
+        tables.append(judged.table[(judged.table.part == NEW_USERS) & (judged.table.model == "popularity")])
+    assert len(tables[0]) and tables[0].targets.max() == tables[1].targets.max()
 
 
 def test_guests_by_the_events_that_are_known(tmp_path):
