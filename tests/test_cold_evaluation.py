@@ -257,5 +257,5 @@ def test_the_job_judges_the_cold_where_there_are_attributes(tmp_path, products):
     judged = pd.read_csv(report / "cold.csv", keep_default_na=False)
     assert set(judged.part) == {NEW_ITEMS, IN_BAND, CATALOGUE, NEW_USERS} and found["cold"]["comparisons"]
     page = (report / "04_evaluate.html").read_text()
-    assert "New products; " in page and "In the whole catalogue: who shows them at all?" in page
+    assert "New products, NDCG@20" in page and "In the whole catalogue: who shows them at all?" in page
     assert '<div class="failed">' not in page
