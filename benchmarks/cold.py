@@ -248,7 +248,7 @@ def citeulike(options) -> None:
             print(f"{name}: {content[name]}", file=sys.stderr)
         rows.append(judged(articles, model_of(name, als, content), als, content))
     text, figures = articles_page(articles, rows, options)
-    write(options.out, "cold-citeulike", text, figures)
+    write(options.out, "cold-citeulike" if options.vectors is None else "cold-citeulike-vectors", text, figures)
 
 
 def judged(articles: Articles, model: Model, als: dict, content: dict) -> dict:
