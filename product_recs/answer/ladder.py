@@ -8,13 +8,15 @@ __all__ = ['SEGMENT_USERS', 'SEGMENT_SAMPLE', 'Request', 'content_weights', 'con
            'similar_by_content']
 
 # %% ../../nbs/answer/ladder.ipynb #e2171af4
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from .diversity import POOL, Likeness, diversify
 from .lists import UNLIKE, Recommendations, checked_n, made_by_rung, make_list, search_list
 from .person import Person, counted, person_now, score_person
+from .placing import NO_RULES, NOTHING_APPLIES, Applied, FittedRules, apply_rules, arrange
 from .rules import NO_FILTERS, Filters, rule_out
 from ..bundle.catalogue import SEEN, TEXT, YES_NO, Attributes
 from ..bundle.ready import ReadyModel
@@ -22,12 +24,13 @@ from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS, Columns
 from ..core.errors import ProductRecsError
 from ..core.events import UNCHANGED, Event, UserState
 from ..core.ids import id_key
+from ..core.parameters import number
 from ..models.interface import Model
 
 # %% ../../nbs/answer/ladder.ipynb #c41b08b3
 @dataclass(frozen=True)
 class Request:
-    "What is asked for: one list; a `ProductRecsError` where `n` or `task` is none."
+    "What is asked for: one list; a `ProductRecsError` where `n`, `task` or `diversity` is none."
     user: int|str|None = None          # external id; None: a guest
     n: int = 10                        # how many items
     task: str = DISCOVERY              # discovery: new things; next_purchase: what comes next, own items included
@@ -40,9 +43,13 @@ class Request:
     attributes: Mapping = field(default_factory=dict)
     # item id -> column of the products file -> value, for items of the events that the model does not know
     new_items: Mapping = field(default_factory=dict)
+    place: str|None = None             # where in the shop the list stands, for rules that are for some places
+    rules: FittedRules = NO_RULES      # of the shop, on the model that answers
+    diversity: float = 0.0             # 0: the best items, to 1: the most varied
 
     def __post_init__(self):
         checked_n(self.n)
+        number("diversity", self.diversity, 0, 1)
         if self.new_items: # by key, as the events have it
             object.__setattr__(self, "new_items", {id_key(item): words for item, words in self.new_items.items()})
         if self.task not in TASKS: raise ProductRecsError(f"task={self.task!r}: must be discovery or next_purchase")
@@ -190,6 +197,7 @@ class Scored:
     scores: np.ndarray    # (n_items,) a fresh array
     ruled_out: list       # reason and rows, as `rule_out` gives them
     person: Person        # the user as of now
+    applied: Applied = NOTHING_APPLIES # the shop's rules; what they exclude is ruled out already
 
 def _descend(model:ReadyModel, request:Request, person:Person)->tuple[str, np.ndarray]:
     "Rung and scores for somebody of whom the model knows nothing."
@@ -238,17 +246,43 @@ def _start(model:ReadyModel, request:Request, person:Person)->tuple[str, list]:
     denied, unavailable, available = request.state.denied, request.unavailable, request.available
     return source, rule_out(model.catalogue, filters, seen, denied, unavailable, available)
 
+def _applied(model:ReadyModel, request:Request, person:Person)->Applied:
+    "The shop's rules for this request."
+    rules = request.rules
+    if not len(rules): return NOTHING_APPLIES
+    if rules.model is not model: raise ProductRecsError("the rules were fitted to another model; fit them to this one")
+    told = lambda: described(model, request, person).attributes
+    return apply_rules(rules, request.task, request.place, person.row, told)
+
 def score_request(
     model:ReadyModel,
     request:Request,
 )->Scored:
     "Scores and rules of the first rung that has something to say; a `NoModelForTask` as of `answer`."
     person = person_of(model, request)
-    source, ruled_out = _start(model, request, person)
-    if person.representation is not None:
-        return Scored(source, model.model(request.task).name, score_person(model, person), ruled_out, person)
-    source, scores = _descend(model, request, person)
-    return Scored(source, made_by_rung(source), scores, ruled_out, person)
+    (source, ruled_out), applied = _start(model, request, person), _applied(model, request, person)
+    made_by, scores = model.model(request.task).name, None
+    if person.representation is not None: scores = score_person(model, person)
+    else:
+        source, scores = _descend(model, request, person)
+        made_by = made_by_rung(source)
+    return Scored(source, made_by, scores, [*ruled_out, *applied.excluded], person, applied)
+
+# %% ../../nbs/answer/ladder.ipynb #c9900371
+def _varied(model:ReadyModel, request:Request, make:Callable[[int], Recommendations])->Recommendations:
+    "A list as `make` gives it, and with diversity the varied part of a longer one."
+    if not request.diversity: return make(request.n)
+    pool = make(POOL*request.n)
+    if len(pool) < request.n: pool = replace(pool, shortfall=make(request.n).shortfall)
+    places = diversify(pool.rows, pool.scores, request.n, request.diversity, _likeness(model, request))
+    items, scores, rows = ([values[place] for place in places] for values in (pool.items, pool.scores, pool.rows))
+    return replace(pool, items=items, scores=scores, rows=rows, shortfall=pool.shortfall if len(rows) < request.n else None)
+
+def _likeness(model:ReadyModel, request:Request)->Likeness:
+    "How alike the items are, by the model of the task."
+    attributes = model.catalogue.attributes
+    categories = attributes.coded("category")[0] if "category" in attributes.kinds else None
+    return Likeness(model.bundle.model(request.task), categories)
 
 def answer(
     model:ReadyModel,
@@ -257,11 +291,24 @@ def answer(
 )->Recommendations: # exactly `n` items, or a `shortfall`; with the `person`
     "The best items for one request; a `NoModelForTask` where the bundle does not answer the task."
     person = person_of(model, request) if person is None else person
-    source, ruled_out = _start(model, request, person)
-    if person.representation is not None:
-        return search_list(model, person, request.n, source, ruled_out, request.filters)
-    source, scores = _descend(model, request, person)
-    return make_list(model, scores, request.n, source, ruled_out, request.filters, person)
+    (source, ruled_out), applied = _start(model, request, person), _applied(model, request, person)
+    if applied.excluded: ruled_out += applied.excluded
+    filters, known = request.filters, person.representation is not None
+    if known and not applied.moves:
+        return _varied(model, request, lambda n: search_list(model, person, n, source, ruled_out, filters))
+    if known: scores, made_by = score_person(model, person), model.model(request.task).name
+    else:
+        source, scores = _descend(model, request, person)
+        made_by = made_by_rung(source)
+    if not applied.moves: # a list overwrites its scores, and variety may ask for a second one
+        scores_of = scores.copy if request.diversity else lambda: scores
+        return _varied(model, request, lambda n: make_list(model, scores_of(), n, source, ruled_out, filters, person))
+    likeness = _likeness(model, request) if request.diversity else None
+    found = arrange(model, scores, request.n, ruled_out, applied, filters.max_per, request.diversity, likeness)
+    ids = model.bundle.items.take
+    rules = dict(zip(ids(list(found.rules)), found.rules.values())) or None
+    return Recommendations(ids(found.rows), found.scores, source, made_by, found.shortfall, found.rows, person,
+                           rules=rules, undone=found.undone)
 
 # %% ../../nbs/answer/ladder.ipynb #017fca7b
 def similar_by_content(

@@ -31,6 +31,8 @@ class Recommendations:
     rows: list|None=None     # row of each item in the model
     person: Any = field(default=None, compare=False, repr=False) # of whom the ladder made it, for reasons
     order: str=""            # how it is sorted, in words, where the source does not say it all
+    rules: dict|None=None    # external id -> names of the shop's rules that worked on it; None: on none
+    undone: tuple=()         # what the shop's rules could not do, in words
 
     def __len__(self): return len(self.items)
 

@@ -78,8 +78,12 @@ class Impression:
     source: str             # the rung that answered
     items: tuple            # ids, best first; the impression has the keys
     at: datetime
+    rules: dict|None = None # key of an item -> names of the shop's rules that worked on it; None: on none
 
     def __post_init__(self):
+        if self.rules:
+            named = {key: [*names] for item, names in self.rules.items() if (key := key_or_none(item)) is not None}
+            object.__setattr__(self, "rules", named)
         keys = tuple(key for item in self.items if (key := key_or_none(item)) is not None)
         object.__setattr__(self, "items", keys)
         object.__setattr__(self, "user_id", key_or_none(self.user_id))
@@ -105,7 +109,7 @@ IMPRESSIONS = Table("impressions", METADATA, Column("id", _NUMBER, primary_key=T
                     Column("at", BigInteger, nullable=False), Column("request_id", Text, nullable=False),
                     Column("user_id", Text), Column("model_version", Text, nullable=False),
                     Column("source", Text, nullable=False), Column("items", JSON, nullable=False),
-                    Column("propensities", JSON), Column("rules", JSON),
+                    Column("propensities", JSON(none_as_null=True)), Column("rules", JSON(none_as_null=True)),
                     Index("impressions_of_user", "user_id", "id"), Index("impressions_at", "at"))
 PRODUCTS = Table("products", METADATA, Column("item_id", Text, primary_key=True), # of a deleted one `attributes` is null
                  Column("attributes", JSON(none_as_null=True)), Column("at", BigInteger, nullable=False),

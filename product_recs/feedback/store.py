@@ -6,6 +6,7 @@
 __all__ = ['tick', 'Store']
 
 # %% ../../nbs/feedback/store.ipynb #e84f7f8c
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -16,8 +17,8 @@ from sqlalchemy.engine import Connection
 from ..core.events import INSTRUCTIONS
 from ..core.ids import folded
 from .connection import StoreConnection
-from .records import (AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, IMPRESSIONS, Impression,
-                                           NewEvent, StoredEvent, from_micros, stored_key, to_micros)
+from .records import (AVAILABILITY, CLOCK, DENIED, EVENTS, FORGOTTEN, IMPRESSIONS, RULES,
+                                           Impression, NewEvent, StoredEvent, from_micros, stored_key, to_micros)
 
 # %% ../../nbs/feedback/store.ipynb #ebf7b284
 def tick(
@@ -112,19 +113,30 @@ def _set_availability(connection:Connection, items:dict[str, bool])->tuple[int, 
         connection.execute(insert(AVAILABILITY), changed)
     return len(changed), bool(changed)
 
+def _set_rules(connection:Connection, document:dict|None)->tuple[bool, bool]:
+    "Whether they are new, twice."
+    seq, now = tick(connection, 1)
+    before, same = connection.execute(select(RULES.c.document)).first(), lambda one: json.dumps(one, sort_keys=True)
+    if same(before and before.document) == same(document): return False, False
+    connection.execute(delete(RULES))
+    connection.execute(insert(RULES), [dict(id=1, document=document, at=now, seq=seq)])
+    return True, True
+
 def _add_impressions(connection:Connection, impressions:Sequence[Impression])->tuple[int, bool]:
     "How many were kept; False, since no worker waits for them."
     tick(connection)
     forgotten = dict(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.at)).all())
     rows = [dict(at=to_micros(shown.at), request_id=shown.request_id, user_id=shown.user_id,
-                 model_version=shown.model_version, source=shown.source, items=list(shown.items))
+                 model_version=shown.model_version, source=shown.source, items=list(shown.items),
+                 rules=shown.rules)
             for shown in impressions]
     rows = [row for row in rows if row["at"] > forgotten.get(row["user_id"], -1)]
     if rows: connection.execute(insert(IMPRESSIONS), rows)
     return len(rows), False
 
 def _impression(row:Row)->Impression:
-    return Impression(row.request_id, row.user_id, row.model_version, row.source, tuple(row.items), from_micros(row.at))
+    return Impression(row.request_id, row.user_id, row.model_version, row.source, tuple(row.items), from_micros(row.at),
+                      row.rules)
 
 # %% ../../nbs/feedback/store.ipynb #8a232283
 class Store(StoreConnection):
@@ -151,6 +163,14 @@ class Store(StoreConnection):
         "Say which items are available; this beats what the products file told."
         items = {stored_key(item, "item_id"): bool(available) for item, available in items.items()}
         return self._write("set_availability", _set_availability, items)
+
+    def set_rules(self, document:dict|None)->bool: # whether that is new
+        "Keep the rules by which the shop presents its products; None: there are none."
+        return self._write("set_rules", _set_rules, document)
+
+    def rules(self)->dict|None:
+        "What was said with `set_rules`; None: nothing."
+        return next((row.document for row in self._read("rules", select(RULES))), None)
 
     def add_impressions(self, impressions:Sequence[Impression])->int: # how many were kept
         "Keep answers that were shown, but for those from before a user was forgotten."

@@ -22,27 +22,13 @@ from typing import Annotated, Literal
 import typer
 
 from ..core.credentials import masked
+from ..core.documents import read_yaml
 from ..core.errors import ProductRecsError
 from ..core.paths import project_root, resolve_path
 from ..core.settings import Settings
 from ..core.text import visible
 
 # %% ../../nbs/jobs/cli.ipynb #579b5d66
-def _yaml(text:str, where:str):
-    "YAML of which dates stay text; an error names `where`."
-    import yaml # late: the serving image has none
-    class Loader(yaml.SafeLoader): pass
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    try: return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        # its own text quotes the line, and the line may hold a password
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "not valid"
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ProductRecsError(f"{where}{place}: not readable as YAML: {problem}") from None
-
 def read_parameters(
     files:str|Sequence[str]=(),          # YAML files of names and values; a later one overrides
     pairs:Sequence[tuple[str, str]]=(),  # name and value, as `-p` gives them
@@ -51,13 +37,13 @@ def read_parameters(
     parameters = {}
     for file in [files] if isinstance(files, str) else files:
         path = resolve_path(file)
-        try: loaded = _yaml(path.read_text(encoding="utf-8"), str(path))
+        try: loaded = read_yaml(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise ProductRecsError(f"{path}: cannot be read ({error})") from None
         if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
             raise ProductRecsError(f"{path}: expected lines of `name: value`")
         parameters |= loaded
-    return parameters | {name: "" if value == "" else _yaml(value, f"-p {name}") for name, value in pairs}
+    return parameters | {name: "" if value == "" else read_yaml(value, f"-p {name}") for name, value in pairs}
 
 # %% ../../nbs/jobs/cli.ipynb #a5d41f2a
 _OPTION = re.compile("--?[A-Za-z][A-Za-z-]*")

@@ -7,7 +7,7 @@ __all__ = ['StateView', 'FeedbackDesk']
 
 # %% ../../nbs/web/desk.ipynb #5eacca7f
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastapi.concurrency import run_in_threadpool
 
@@ -121,9 +121,10 @@ class FeedbackDesk:
             self.metrics.store_error(operation)
             raise
 
-    def shown(self, request_id:str, user:int|str|None, version:str, source:str, items:Sequence)->None:
+    def shown(self, request_id:str, user:int|str|None, version:str, source:str, items:Sequence,
+              rules:Mapping|None=None)->None: # item -> names of the shop's rules that worked on it
         "Note a list that goes out in the log of impressions."
-        if self.impressions: self.impressions.add(request_id, user, version, source, items)
+        if self.impressions: self.impressions.add(request_id, user, version, source, items, rules)
 
     @property
     def stale(self)->bool:

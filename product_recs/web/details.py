@@ -6,12 +6,14 @@
 __all__ = ['REASONED', 'title_of', 'ranked', 'ranked_new', 'explained']
 
 # %% ../../nbs/web/details.ipynb #478fec0b
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import inf
 
 from ..answer.explain import why, why_not
-from ..answer.ladder import Request, score_request
+from ..answer.ladder import Request, Scored, answer, score_request
 from ..answer.lists import Recommendations
 from ..answer.person import Person
+from ..answer.placing import Applied, pushed
 from ..bundle.ready import ReadyModel
 from ..core.columns import NEXT_PURCHASE
 from .schemas import plain
@@ -27,12 +29,13 @@ def title_of(
     titles = model.bundle.item_columns.get("title")
     return None if titles is None or (title := plain(titles[row])) is None else str(title)
 
-def _line(rank:int, item:int|str, score:float|None, columns:Mapping, reasons:list[dict])->dict:
+def _line(rank:int, item:int|str, score:float|None, columns:Mapping, reasons:list[dict],
+          rules:Sequence[str]=())->dict:
     "One item, as `RankedItem`."
     attributes = {name: plain(value) for name, value in columns.items()}
-    title, score = attributes.pop("title", None), None if score is None else float(score)
+    title, score = attributes.pop("title", None), plain(score) # an item that a rule pins may have none
     return {"rank": rank, "item_id": item, "score": score, "title": None if title is None else str(title),
-            "attributes": attributes, "reasons": reasons}
+            "attributes": attributes, "reasons": reasons, "rules": [*rules]}
 
 def _reasons(model:ReadyModel, person:Person, row:int, score:float, most:int=3)->list[dict]:
     "What speaks most for an item: past items, and for a next purchase the habit of the item itself."
@@ -54,8 +57,9 @@ def ranked(
     "Each item of a list with its rank, score, title, attributes and, for a person, reasons."
     person, columns = recommendations.person, model.bundle.item_columns
     explained = person is not None and person.representation is not None and len(recommendations) <= REASONED
+    rules = recommendations.rules or {}
     return [_line(rank, item, score, {name: values[row] for name, values in columns.items()},
-                  _reasons(model, person, row, score) if explained else [])
+                  _reasons(model, person, row, score) if explained and score > -inf else [], rules.get(item, ()))
             for rank, (item, row, score) in enumerate(zip(recommendations.items, recommendations.rows,
                                                           recommendations.scores), 1)]
 
@@ -68,6 +72,37 @@ def ranked_new(
             for rank, (item, score) in enumerate(zip(recommendations.items, recommendations.scores), 1)]
 
 # %% ../../nbs/web/details.ipynb #0c915771
+def _place(model:ReadyModel, request:Request, scored:Scored, row:int)->tuple[dict, list[str]]:
+    "Where an item stands, and what the shop's rules have to do with it, in words."
+    place = why_not(model, scored.person, row, scored.ruled_out, scored.scores)
+    facts = {"rule": place.rule, "rank": place.rank if place.rule is None else None, "candidates": place.candidates,
+             "score": plain(place.score)}
+    facts["recommended"] = facts["rank"] is not None and facts["rank"] <= request.n
+    applied = scored.applied
+    if not applied.moves and not request.diversity: return facts, []
+    listed, before = answer(model, request, scored.person), facts["rank"]
+    if row in listed.rows:
+        facts |= {"rule": None, "rank": listed.rows.index(row) + 1, "recommended": True}
+    elif before is not None: # not in the list: behind all of it, in the order of the pushed scores
+        scores = pushed(scored.scores, model.catalogue.candidates, applied)
+        after = why_not(model, scored.person, row, scored.ruled_out, scores).rank
+        facts |= {"rank": max(after, len(listed) + 1), "recommended": False}
+    return facts, _rule_words(applied, row, facts["rank"], before)
+
+def _rule_words(applied:Applied, row:int, rank:int|None, before:int|None)->list[str]:
+    "What each rule did to an item."
+    words = [f"pinned to place {place} by the rule {part.rule.name!r}" for place, part, which in applied.pins
+             if rank == place and (row == part.rows[which] if part.rule.items else row in part.rows)]
+    moved = 0 if rank is None or before is None else before - rank
+    for part, strength in applied.pushes:
+        if row not in part.rows: continue
+        if rank is None: how = "would be boosted" if strength > 0 else "would be buried"
+        elif moved*strength > 0: how = "moved up" if strength > 0 else "moved down"
+        else: how = "boosted, and not moved up," if strength > 0 else "buried, and not moved down,"
+        words.append(f"{how} by the rule {part.rule.name!r}")
+    return words
+
+# %% ../../nbs/web/details.ipynb #fa239a8d
 def explained(
     model:ReadyModel,
     request:Request,
@@ -76,15 +111,12 @@ def explained(
 )->dict:          # as `ExplainAnswer`
     "Why an item has its place in a user's list; raises `NoModelForTask` where the bundle does not answer it."
     row, scored = model.bundle.items.row(item), score_request(model, request)
-    place = why_not(model, scored.person, row, scored.ruled_out, scored.scores)
-    facts = {
-        "user_id": request.user, "item_id": item, "title": title_of(model, row), "source": scored.source,
-        "model": scored.model, "model_version": model.bundle.version, "rule": place.rule,
-        "recommended": place.rule is None and place.rank is not None and place.rank <= request.n,
-        "rank": place.rank if place.rule is None else None, "candidates": place.candidates, "score": plain(place.score)
-    }
-    if scored.person.representation is None: return facts | {"why": [], "other": 0.0, "signals": {}, "habit": None}
-    explanation = why(model, scored.person, row, place.score)
+    place, rules = _place(model, request, scored, row)
+    facts = {"user_id": request.user, "item_id": item, "title": title_of(model, row), "source": scored.source,
+             "model": scored.model, "model_version": model.bundle.version, **place, "rules": rules}
+    if scored.person.representation is None or place["score"] is None and rules:
+        return facts | {"why": [], "other": 0.0, "signals": {}, "habit": None}
+    explanation = why(model, scored.person, row, place["score"])
     listed = [{"item_id": model.bundle.items[past], "title": title_of(model, past), "contribution": float(part),
                "share": float(share)}
               for past, part, share in zip(explanation.items[:most], explanation.contributions, explanation.share())]

@@ -6,7 +6,8 @@
 __all__ = ['Service', 'FastPath']
 
 # %% ../../nbs/web/service.ipynb #2831b0da
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 
 from fastapi import Response
 from fastapi.concurrency import run_in_threadpool
@@ -21,14 +22,16 @@ from .cache import Kept, KeptAnswers, question_of
 from .desk import FeedbackDesk
 from .headers import Header, raw
 from .monitor import Metrics
+from .rulebook import RuleDesk, utc_now
 
 # %% ../../nbs/web/service.ipynb #307de7c8
 class Service:
     "What a worker process needs to answer: settings, figures, feedback desk, live model and kept answers."
-    def __init__(self, settings:Settings):
+    def __init__(self, settings:Settings, now:Callable[[], datetime]=utc_now): # the clock of the shop's rules
         self.settings, self.metrics = settings, Metrics()
         self.desk, self.kept = FeedbackDesk(settings, self.metrics), KeptAnswers(settings.cache_size)
         self.live = LiveModel(settings.models_dir, self._ready, settings.watch_seconds)
+        self.rules = RuleDesk(settings.rules_file, self.desk.changes, settings.watch_seconds, now)
         self.live.listen(self._swapped)
 
     def _ready(self, bundle:Bundle)->ReadyModel:
@@ -61,11 +64,15 @@ class Service:
         "What comes before an answer: a model where there is none yet, and what users did a moment ago."
         if self.live.version is None: await run_in_threadpool(self.live.look)
         if feedback and self.desk.view.behind: await self.desk.view.catch_up()
+        if feedback and self.live.version is not None and not self.rules.holds(model := self.live.get()):
+            await run_in_threadpool(self.rules.rules, model) # which may look at all items
 
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
         kept, view = self.kept.get(question_of(scope)), self.desk.view
-        if kept is None or not kept.holds(self.live.get(), view.shelf, view.look): return None
+        if kept is None: return None
+        model = self.live.get()
+        if not kept.holds(model, view.shelf, view.look, self.rules.rules(model)): return None
         self.metrics.cache(True)
         return kept
 
@@ -73,15 +80,17 @@ class Service:
              recommendations:Recommendations, response:Response)->None:
         "Keep an answer of `GET /recommend` as it goes out, and note that it was shown."
         facts = recommendations.source, recommendations.items, recommendations.shortfall is not None
-        self.shown(scope, model, request.user, *facts)
+        self.shown(scope, model, request.user, *facts, recommendations.rules)
         self.metrics.cache(False)
         basis = model, request.user, request.state, shelf
-        self.kept.put(question_of(scope), Kept(*basis, response.raw_headers, response.body, *facts))
+        self.kept.put(question_of(scope), Kept(*basis, response.raw_headers, response.body, *facts, request.rules,
+                                                recommendations.rules))
 
-    def shown(self, scope:dict, model:ReadyModel, user:int|str|None, source:str, items:Sequence, short:bool)->None:
+    def shown(self, scope:dict, model:ReadyModel, user:int|str|None, source:str, items:Sequence, short:bool,
+              rules:dict|None=None)->None:
         "Count a list that goes out, and note it as an impression; `short`: it has fewer items than asked."
         self.metrics.recommended(source, short)
-        self.desk.shown(scope["request_id"], user, model.bundle.version, source, items)
+        self.desk.shown(scope["request_id"], user, model.bundle.version, source, items, rules)
 
 # %% ../../nbs/web/service.ipynb #a1925333
 _STALE = raw(Header.Stale)
@@ -110,4 +119,4 @@ class FastPath:
         scope["route_template"] = "/recommend/{user_id}"
         await send_on({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
         await send({"type": "http.response.body", "body": kept.body})
-        service.shown(scope, kept.model, kept.user, kept.source, kept.items, kept.short)
+        service.shown(scope, kept.model, kept.user, kept.source, kept.items, kept.short, kept.named)
