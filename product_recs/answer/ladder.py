@@ -276,7 +276,8 @@ def _varied(model:ReadyModel, request:Request, make:Callable[[int], Recommendati
     if len(pool) < request.n: pool = replace(pool, shortfall=make(request.n).shortfall)
     places = diversify(pool.rows, pool.scores, request.n, request.diversity, _likeness(model, request))
     items, scores, rows = ([values[place] for place in places] for values in (pool.items, pool.scores, pool.rows))
-    return replace(pool, items=items, scores=scores, rows=rows, shortfall=pool.shortfall if len(rows) < request.n else None)
+    shortfall = pool.shortfall if len(rows) < request.n else None
+    return replace(pool, items=items, scores=scores, rows=rows, shortfall=shortfall)
 
 def _likeness(model:ReadyModel, request:Request)->Likeness:
     "How alike the items are, by the model of the task."

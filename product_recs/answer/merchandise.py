@@ -143,7 +143,7 @@ def _conditions(at:str, key:str, value)->Mapping:
 def _items(at:str, value)->tuple:
     "Item ids, each once."
     if not isinstance(value, list) or not 0 < len(value) <= _MOST_ITEMS:
-        raise RuleError(f"{at}: items: {str(value)[:60]!r} must be a list of 1 to {_MOST_ITEMS:,} item ids, such as [101]")
+        raise RuleError(f"{at}: items: {str(value)[:60]!r} must be a list of 1 to {_MOST_ITEMS:,} item ids")
     by_key = {}
     for item in value:
         try: by_key.setdefault(id_key(item), item)
@@ -205,13 +205,14 @@ def read_rules(
     "The rules of a document; a `RuleError` for the first thing that is wrong."
     if document is None: return RuleBook()
     if not isinstance(document, Mapping):
-        raise RuleError(f"a document of rules has a key `rules` with a list of them, and is not {type(document).__name__}")
+        kind = type(document).__name__
+        raise RuleError(f"a document of rules has a key `rules` with a list of them, and is no {kind}")
     _known("the document", document, ("rules", "boosted_share"))
     given, rules, names = document.get("rules"), [], set()
     if not isinstance(given or [], list): raise RuleError("rules: must be a list, one entry a rule")
     if len(given or []) > MOST_RULES: raise RuleError(f"rules: {len(given)} are more than {MOST_RULES}; join some")
     for number, entry in enumerate(given or [], 1):
-        if not isinstance(entry, Mapping): raise RuleError(f"rule {number}: must be keys with values, and not {entry!r}")
+        if not isinstance(entry, Mapping): raise RuleError(f"rule {number}: must be keys and values, not {entry!r}")
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST or not name.isprintable():
             raise RuleError(f"rule {number}: name: {name!r} must be a text of 1 to {_LONGEST} printable characters")

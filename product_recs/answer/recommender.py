@@ -43,6 +43,16 @@ def _is_heavy(model:ReadyModel, request:Request, person:Person)->bool:
     asked = model.model(request.task)
     return person.representation is not None and asked.dense and asked.work > HEAVY
 
+def _similar(model:ReadyModel, item:int|str, n:int, shelf:Availability)->Recommendations:
+    words = None if model.bundle.items.row(item) is not None else model.bundle.cold_items.get(item)
+    like, known = (similar_items, item) if words is None else (similar_by_content, words)
+    return like(model, known, n, unavailable=shelf.unavailable, available=shelf.available)
+
+def _popular(model:ReadyModel, n:int, category:str|None, shelf:Availability)->Recommendations:
+    filters = NO_FILTERS
+    if category: filters = Filters(where={"category": [read_value(model.catalogue.attributes, "category", category)]})
+    return popular_items(model, n, filters=filters, unavailable=shelf.unavailable, available=shelf.available)
+
 # %% ../../nbs/answer/recommender.ipynb #6866970e
 class Recommender:
     "Answers from one model and from what happened since it was trained; safe to share between threads."
@@ -96,18 +106,11 @@ class Recommender:
 
     def similar(self, item:int|str, n:int=10, shelf:Availability|None=None)->Recommendations:
         "Items like an item that can be bought; an `UnknownItem` where neither the model nor the products file has it."
-        shelf, words = shelf or self.changes.availability(), None
-        if self.model.bundle.items.row(item) is None: words = self.model.bundle.cold_items.get(item)
-        like, known = (similar_items, item) if words is None else (similar_by_content, words)
-        return like(self.model, known, n, unavailable=shelf.unavailable, available=shelf.available)
+        return _similar(self.model, item, n, shelf or self.changes.availability())
 
     def popular(self, n:int=10, category:str|None=None, shelf:Availability|None=None)->Recommendations:
         "What most users have and can be bought; a `ProductRecsError` where there is no such column."
-        shelf, filters = shelf or self.changes.availability(), NO_FILTERS
-        if category:
-            value = read_value(self.model.catalogue.attributes, "category", category)
-            filters = Filters(where={"category": [value]})
-        return popular_items(self.model, n, filters=filters, unavailable=shelf.unavailable, available=shelf.available)
+        return _popular(self.model, n, category, shelf or self.changes.availability())
 
 # %% ../../nbs/answer/recommender.ipynb #6422bc6c
 _log = logging.getLogger("product_recs.recommender")

@@ -49,7 +49,7 @@ class Settings(BaseSettings):
                     "rules of PUT /rules beat it; empty: none")
     diversity: float = Field(0, ge=0, le=1,
         description="variety of a list where the request does not say: 0 the best items, to 1 the most varied")
-    watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model, and for new rules")
+    watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model, or rules")
     index: Literal["auto", "exact", "approximate"] = Field("auto",
         description="how items are searched: auto takes the model's index where that is worth it")
     workers: int = Field(1, ge=1, description="processes that serve")

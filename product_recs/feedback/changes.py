@@ -428,6 +428,10 @@ async def _in_time(reading:asyncio.Future, timeout:float, follower:_Follower):
     if done: return reading.result()
     follower.failed(_TOO_LATE)
 
+def _wait_for(follower:_Follower, timeout:float)->None:
+    "Let a follower that is behind catch up, for a thread of one's own."
+    if follower.behind and not wait([follower.ask()], timeout).done: follower.failed(_TOO_LATE)
+
 # %% ../../nbs/feedback/changes.ipynb #9264155a
 class Changes:
     "What the users of one worker did since its model was trained, kept up to date by a thread."
@@ -446,8 +450,7 @@ class Changes:
     failures = property(lambda self: self._follower.failures, doc="How often the view fell behind.")
     behind = property(lambda self: self._follower.behind, doc="Are there changes that the thread could have read?")
     shelf = property(lambda self: self._follower.memory.view.availability, doc="The items' `Availability` in memory.")
-
-    merchandise = property(lambda self: self._follower.memory.view.merchandise, doc="The shop's `Merchandise` in memory.")
+    merchandise = property(lambda self: self._follower.memory.view.merchandise, doc="Its `Merchandise` in memory.")
 
     def start(self, timeout:float=10.0)->"Changes": # after so many seconds for the first reading
         "Begin to follow the store; a store that is down is no error."
@@ -480,13 +483,10 @@ class Changes:
 
     def state(self, user:int|str)->UserState:
         "What is known of a user now, for a thread of one's own: it waits and reads itself."
-        self._catch_up()
+        _wait_for(self._follower, self.wait)
         return _Question([user], self._follower).read()[0]
 
     def availability(self)->Availability:
         "What was said about items until now, for a thread of one's own."
-        self._catch_up()
+        _wait_for(self._follower, self.wait)
         return self.shelf
-
-    def _catch_up(self)->None:
-        if self.behind and not wait([self._follower.ask()], self.wait).done: self._follower.failed(_TOO_LATE)

@@ -138,6 +138,15 @@ def _impression(row:Row)->Impression:
     return Impression(row.request_id, row.user_id, row.model_version, row.source, tuple(row.items), from_micros(row.at),
                       row.rules)
 
+# %% ../../nbs/feedback/store.ipynb #f0deb1f2
+def _tell_rules(self, document:dict|None)->bool: # whether that is new
+    "Keep the rules by which the shop presents its products; None: there are none."
+    return self._write("set_rules", _set_rules, document)
+
+def _told_rules(self)->dict|None:
+    "What was said with `set_rules`; None: nothing."
+    return next((row.document for row in self._read("rules", select(RULES))), None)
+
 # %% ../../nbs/feedback/store.ipynb #8a232283
 class Store(StoreConnection):
     "The feedback of users, in a SQLite file or a PostgreSQL database; safe to share between threads."
@@ -145,7 +154,6 @@ class Store(StoreConnection):
         with self.transaction(operation, write=True) as connection: result, changed = change(connection, *given)
         if changed: self.counter.bump()
         return result
-
     def _read(self, operation:str, query)->Sequence[Row]:
         with self.transaction(operation) as connection: return connection.execute(query).all()
 
@@ -164,17 +172,10 @@ class Store(StoreConnection):
         items = {stored_key(item, "item_id"): bool(available) for item, available in items.items()}
         return self._write("set_availability", _set_availability, items)
 
-    def set_rules(self, document:dict|None)->bool: # whether that is new
-        "Keep the rules by which the shop presents its products; None: there are none."
-        return self._write("set_rules", _set_rules, document)
-
-    def rules(self)->dict|None:
-        "What was said with `set_rules`; None: nothing."
-        return next((row.document for row in self._read("rules", select(RULES))), None)
-
     def add_impressions(self, impressions:Sequence[Impression])->int: # how many were kept
         "Keep answers that were shown, but for those from before a user was forgotten."
         return self._write("add_impressions", _add_impressions, impressions) if impressions else 0
+    set_rules, rules = _tell_rules, _told_rules
 
     def cut(self, seconds:float=2.0)->datetime: # so many seconds before now, UTC
         "A moment up to which the store is complete: no event will be accepted with an earlier `received_at`."

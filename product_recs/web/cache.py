@@ -24,8 +24,13 @@ class Kept:
     source: str      # rung
     items: list      # external ids
     short: bool      # fewer than asked?
-    rules: object = None      # of the shop, as the list was made
-    named: dict|None = None   # item -> names of the rules that worked on it
+    named: dict|None = None # item -> names of the shop's rules that worked on it
+    rules: object = None    # of the shop, as the list was made
+
+    @property
+    def facts(self)->tuple:
+        "What is noted of the list when it goes out again."
+        return self.source, self.items, self.short, self.named
 
     def holds(self,
         model:ReadyModel,                     # the live one

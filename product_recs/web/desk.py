@@ -121,10 +121,9 @@ class FeedbackDesk:
             self.metrics.store_error(operation)
             raise
 
-    def shown(self, request_id:str, user:int|str|None, version:str, source:str, items:Sequence,
-              rules:Mapping|None=None)->None: # item -> names of the shop's rules that worked on it
+    def shown(self, request:str, user:int|str|None, version:str, source:str, items:Sequence, rules:Mapping={})->None:
         "Note a list that goes out in the log of impressions."
-        if self.impressions: self.impressions.add(request_id, user, version, source, items, rules)
+        if self.impressions: self.impressions.add(request, user, version, source, items, rules or None)
 
     @property
     def stale(self)->bool:

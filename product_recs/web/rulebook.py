@@ -63,11 +63,12 @@ class WatchedFile:
         _log.error("%s; %s", why, kept)
         return self.source._replace(error=why)
 
-# %% ../../nbs/web/rulebook.ipynb #07655970
+# %% ../../nbs/web/rulebook.ipynb #d819d5d4
 def utc_now()->datetime:
     "The clock of the service."
     return datetime.now(timezone.utc)
 
+# %% ../../nbs/web/rulebook.ipynb #07655970
 class RuleDesk:
     "The rules of a worker; safe to share between threads."
     def __init__(self,
