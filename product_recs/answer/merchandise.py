@@ -60,6 +60,8 @@ class Rule:
 def _words(moment:datetime)->str: return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 # %% ../../nbs/answer/merchandise.ipynb #18059b29
+_EARLIEST, _LATEST = (end.replace(tzinfo=timezone.utc) for end in (datetime.min, datetime.max))
+
 @dataclass(frozen=True, eq=False)
 class RuleBook:
     "The rules of a document."
@@ -74,16 +76,16 @@ class RuleBook:
         "The rules that hold at a moment, for some task and place."
         return RuleBook(tuple(rule for rule in self.rules if rule.asleep(moment) is None), self.boosted_share)
 
-    def next_change(self,
-        moment:datetime,    # with time zone
-    )->datetime|None:       # None: it never changes again
-        "When the next rule begins or ends."
-        ends = [end for rule in self.rules for end in (rule.start, rule.end) if end and end > moment]
-        return min(ends, default=None)
+    def window(self,
+        moment:datetime,                     # with time zone
+    )->tuple[datetime, datetime]|None:       # from when, and until when; None: always
+        "While the same rules hold as at a moment."
+        ends = [end for rule in self.rules for end in (rule.start, rule.end) if end]
+        if not ends: return None
+        return (max((end for end in ends if end <= moment), default=_EARLIEST),
+                min((end for end in ends if end > moment), default=_LATEST))
 
 # %% ../../nbs/answer/merchandise.ipynb #dd9d03e8
-_LATEST = datetime.max.replace(tzinfo=timezone.utc)
-
 def _moment(at:str, key:str, value, last:bool)->datetime|None:
     "A moment in UTC; of a day its begin, or with `last` the begin of the next."
     if value is None: return None

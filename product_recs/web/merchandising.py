@@ -97,12 +97,13 @@ def rules_state(
     told:Source|None=None, # what was put into the database a moment ago; None: what is in force
 )->dict:                   # as `RulesState`
     "The rules in force, and what is to be said about them."
-    from_database = told is not None or desk.merchandise.document is not None
-    source = told or desk.in_force()
-    book, file = source.book or RuleBook(), str(desk.file.path) if desk.file else None
+    sources = desk.sources
+    from_database = told is not None or sources.merchandise.document is not None
+    source = told or sources.in_force()
+    book, file = source.book or RuleBook(), str(sources.file.path) if sources.file else None
     fitted = None if model is None else fit_rules(book, model)
     where = "database" if from_database else "file" if file else "none"
-    return {"source": where, "revision": desk.merchandise.revision,
+    return {"source": where, "revision": sources.merchandise.revision,
             "document": plain(source.document), "rules": rule_states(book, fitted, desk.now()),
             "warnings": [*fitted.warnings] if fitted else [], "error": source.error,
             "overruled": file if from_database else None}
@@ -154,7 +155,7 @@ def add_rules(
     async def preview_rules(body:Body):
         await desk.view.catch_up()
         model, shelf = live.get(), desk.view.shelf
-        book = (rules.in_force().book or RuleBook()) if body.document is None else _read(body.document)
+        book = (rules.sources.in_force().book or RuleBook()) if body.document is None else _read(body.document)
         check_words(model.user_attributes, body.attributes, "attributes")
         for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
         user = None if body.users is None else as_id(model.bundle.users, body.users[0])

@@ -22,7 +22,7 @@ from .cache import Kept, KeptAnswers, question_of
 from .desk import FeedbackDesk
 from .headers import Header, raw
 from .monitor import Metrics
-from .rulebook import RuleDesk, utc_now
+from .rulebook import RuleDesk, RuleSources, utc_now
 
 # %% ../../nbs/web/service.ipynb #7d8cb819
 def shown_facts(
@@ -43,7 +43,7 @@ class Service:
         self.settings, self.metrics = settings, Metrics()
         self.desk, self.kept = FeedbackDesk(settings, self.metrics), KeptAnswers(settings.cache_size)
         self.live = LiveModel(settings.models_dir, self._ready, settings.watch_seconds)
-        self.rules = RuleDesk(settings.rules_file, self.desk.changes, settings.watch_seconds, now)
+        self.rules = RuleDesk(RuleSources(settings.rules_file, self.desk.changes, settings.watch_seconds), now)
         self.live.listen(self._swapped)
 
     def _ready(self, bundle:Bundle)->ReadyModel:
@@ -62,13 +62,11 @@ class Service:
 
     def start(self)->"Service": # itself
         "Open the store and the model; what is not there yet is tried again later."
-        self.desk.start()
-        self.live.start()
+        for part in (self.desk, self.rules, self.live): part.start()
         return self
     def stop(self)->None:
         "Write what waits, and close."
-        self.live.stop()
-        self.desk.stop()
+        for part in (self.live, self.rules, self.desk): part.stop()
 
     async def catch_up(self, feedback:bool=True)->None:
         "What comes before an answer: a model where there is none yet, and what users did a moment ago."
