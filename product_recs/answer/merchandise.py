@@ -211,9 +211,10 @@ def read_rules(
         raise RuleError(f"a document of rules has a key `rules` with a list of them, and is no {kind}")
     _known("the document", document, ("rules", "boosted_share"))
     given, rules, names = document.get("rules"), [], set()
-    if not isinstance(given or [], list): raise RuleError("rules: must be a list, one entry a rule")
-    if len(given or []) > MOST_RULES: raise RuleError(f"rules: {len(given)} are more than {MOST_RULES}; join some")
-    for number, entry in enumerate(given or [], 1):
+    if given is None: given = [] # `rules:` with nothing behind it
+    if not isinstance(given, list): raise RuleError("rules: must be a list, one entry a rule")
+    if len(given) > MOST_RULES: raise RuleError(f"rules: {len(given)} are more than {MOST_RULES}; join some")
+    for number, entry in enumerate(given, 1):
         if not isinstance(entry, Mapping): raise RuleError(f"rule {number}: must be keys and values, not {entry!r}")
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST or not name.isprintable():

@@ -113,7 +113,7 @@ _EXAMPLE = {"rules": [
     {"name": "new machine", "pin": 1, "items": [101], "places": ["home"]},
     {"name": "summer sale", "boost": 1.5, "where": {"category": ["tea"]}, "from": "2026-06-01", "until": "2026-08-31"}]}
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {
-    "schema": {"type": "object", "properties": {"rules": {"type": "array", "items": {"type": "object"}},
+    "schema": {"type": "object", "properties": {"rules": {"type": ["array", "null"], "items": {"type": "object"}},
                                                 "boosted_share": {"type": "number", "minimum": 0, "maximum": 1}}},
     "examples": {"rules": {"value": _EXAMPLE}}}}}}
 

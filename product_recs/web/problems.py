@@ -27,6 +27,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ..core.errors import BundleError, ProductRecsError, UnknownItem
@@ -63,10 +64,17 @@ def _raw_path(http_request:Request)->bytes:
     "The path as it was sent."
     return http_request.scope.get("raw_path") or http_request.url.path.encode("ascii", "replace")
 
+def _allowed(scope:dict)->str:
+    "The methods that a path has, of all its routes: the framework names those of the first one."
+    routes = getattr(scope.get("app"), "routes", ())
+    found = (route.methods or () for route in routes if hasattr(route, "methods")
+             and route.matches(scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for methods in found for method in methods}))
+
 async def http_problem(http_request:Request, error:HTTPException)->JSONResponse:
     "404, 405 and other answers of the framework."
     headers = dict(error.headers or {})
-    if error.status_code == 405: headers.setdefault("Allow", "GET") # the file server of some versions does not say it
+    if error.status_code == 405: headers["Allow"] = _allowed(http_request.scope) or headers.get("Allow", "GET")
     detail = {
         404: "there is nothing at this path; /docs lists what there is",
         405: f"{http_request.method} is not allowed here, only {headers.get('Allow')}",

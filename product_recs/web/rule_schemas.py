@@ -9,7 +9,7 @@ __all__ = ['preview_body', 'RuleState', 'RulesState', 'PreviewItem', 'PreviewAns
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from .schemas import Id, recommend_body
 
@@ -17,6 +17,10 @@ from .schemas import Id, recommend_body
 def _one(users:list|None)->list|None:
     if users is not None and len(users) != 1: raise ValueError("a preview is for one person; ask for each apart")
     return users
+
+def _text(moment:Any)->Any: # a number would be taken for seconds since 1970
+    if moment is None or isinstance(moment, (str, datetime)): return moment
+    raise ValueError("a time is ISO 8601, such as 2026-01-31T12:00:00Z")
 
 def preview_body(
     max_n:int, default_n:int, # items in a list
@@ -30,7 +34,8 @@ def preview_body(
         users: Annotated[list[Id] | None, AfterValidator(_one)] = Field(
             None, min_length=1, max_length=1, description="one; absent: a guest")
         document: dict[str, Any] | None = Field(None, description="rules to try; absent: those in force")
-        at: datetime | None = Field(None, description="the moment, ISO 8601, without a zone it is UTC; absent: now")
+        at: Annotated[datetime | None, BeforeValidator(_text)] = Field(
+            None, description="the moment, ISO 8601, without a zone it is UTC; absent: now")
     return PreviewRequest
 
 # %% ../../nbs/web/rule_schemas.ipynb #92821f49
