@@ -114,6 +114,7 @@ class Habits(NamedTuple):
     taste: Any     # representations of the part
     had: Histories
 
+# %% ../../nbs/models/blend.ipynb #434e06f8
 class HabitBlend(Model):
     "Another model with the user's habits and the popularity of the items, as log odds; its weights are learned."
     name = "habits"
@@ -157,9 +158,7 @@ class HabitBlend(Model):
 
     def similarities(self, item:int)->np.ndarray: return self.parts[0].similarities(item)
 
-    @property
-    def places_items(self)->bool: return self.parts[0].places_items
-
+    places_items = property(lambda self: self.parts[0].places_items, doc="Does the part?")
     def widened(self, snapshot:Snapshot)->Model:
         "The part widened, where it places items, and the same weights."
         if not self.places_items: return super().widened(snapshot)
@@ -170,8 +169,7 @@ class HabitBlend(Model):
         part = self.parts[0].reseeded(seed)
         return None if part is None else HabitBlend(part, self.parameters["task"], self.weights)
 
-    @property
-    def work(self)->int: return self.parts[0].work + 3*len(self.candidates)
+    work = property(lambda self: self.parts[0].work + 3*len(self.candidates), doc="As of the part, and the signals.")
 
     def contributions(self, history:Histories, item:int)->Contributions:
         "What each past item adds to the taste, in log odds, and what each signal adds."
