@@ -18,7 +18,7 @@ from .blend import fitted_parts
 from .content import BAND, LIST, VALUE, WORD
 from .content_neighbours import content_of
 from .interface import Contributions, Model
-from .placing import ItemRows, Learned, evidence_of, learned_arrays, wider_rows
+from .placement import ItemRows, Learned, evidence_of, learned_arrays, wider_rows
 
 # %% ../../nbs/models/hybrid.ipynb #8dc46f50
 HYBRID_DEFAULTS = {"ridge": 1.0, "interaction_power": 0.0, "profile": 0.5, "level": 1.0, "item_evidence": 3.0,

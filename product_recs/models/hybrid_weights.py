@@ -19,7 +19,7 @@ from ..data.snapshots import Histories
 from ..data.tasks import how_judged, past_and_future
 from .hybrid import HYBRID_DEFAULTS, Hybrid, HybridUsers, beginning, combined, score_parts
 from .interface import Model
-from .placing import evidence_of
+from .placement import evidence_of
 from ..search.top_n import top_n
 
 # %% ../../nbs/models/hybrid_weights.ipynb #a1bc5d79
