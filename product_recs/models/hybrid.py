@@ -9,10 +9,9 @@ __all__ = ['HYBRID_DEFAULTS', 'ridge_weights', 'factor_parts', 'learn_users', 'L
 
 # %% ../../nbs/models/hybrid.ipynb #cf32f102
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,9 +20,9 @@ from scipy.sparse import csr_matrix, vstack
 from ..core.errors import TrainError
 from ..data.snapshots import Histories, Snapshot, csr_of
 from .blend import ScoreBlend, fitted_parts
-from .content import BAND, LIST, VALUE, WORD, Block, Content, ContentMatrix, learn_content, weigh_blocks
+from .content import BAND, LIST, VALUE, WORD, Content, ContentMatrix, learn_content, weigh_blocks
 from .factors import FactorModel
-from .interface import Contributions, Model, knows_items
+from .interface import Contributions, Model
 
 # %% ../../nbs/models/hybrid.ipynb #253fecdd
 _STEPS, _MOST_ITEMS = 20, 100_000

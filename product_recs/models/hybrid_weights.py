@@ -8,7 +8,6 @@ __all__ = ['TRIED', 'FEWEST', 'first_items', 'learn_content_weights']
 # %% ../../nbs/models/hybrid_weights.ipynb #7086f6c4
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -18,9 +17,8 @@ from ..core.errors import EvaluateError
 from ..data.artifact import Features
 from ..data.snapshots import Histories
 from ..data.tasks import how_judged, past_and_future
-from .blend import HabitBlend
 from .hybrid import (HYBRID_DEFAULTS, Hybrid, HybridUsers, beginning, combined, evidence_of,
-                                        score_parts)
+                                          score_parts)
 from .interface import Model
 from ..search.top_n import top_n
 
