@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-from ..core.columns import DISCOVERY, Columns
+from ..core.columns import DISCOVERY, Columns, told_columns
 from ..core.errors import EvaluateError, NothingToJudge
 from ..core.parameters import number
 from ..core.sql import parquet
@@ -38,8 +38,6 @@ from ..models.weighting import LEAST, rarity, weigh_sums, worth_sql
 from ..search.top_n import top_n
 
 # %% ../../nbs/evaluation/cold.ipynb #d967d4cb
-def _attributes(columns:Mapping)->dict: return {name: v for name, v in columns.items() if name not in Columns.Counted}
-
 def _longer(values:np.ndarray|None, more:np.ndarray|None, sizes:tuple[int, int])->np.ndarray:
     "Two parts of a column, unknown where a part has none."
     parts, other = [values, more], values if values is not None else more
@@ -56,8 +54,8 @@ def catalogue_past(
 )->tuple[Snapshot, csr_matrix, str]: # the past with attributes, (n_users, n_items) of the future, ISO date or `BY_USER`
     "`past_and_future` over the whole catalogue, with the attributes of items and users; raises as that does."
     past, future, since = past_and_future(features, period)
-    items, users = _attributes(features.item_columns), _attributes(features.user_columns)
-    past = replace(past, user_columns=users or None, item_columns=items or None)
+    items, users = told_columns(features.item_columns), told_columns(features.user_columns)
+    past, items = replace(past, user_columns=users, item_columns=items), items or {}
     if not never_sold or features.cold_items is None: return past, future, since
     more = load_table(features.cold_items)
     new = len(more[Columns.Item])
@@ -466,7 +464,7 @@ def cold_wanted(
     "Is the cold judged? Raises `EvaluateError` for another word."
     word = {"true": "yes", "false": "no"}.get(str(wanted).strip().lower(), str(wanted).strip().lower())
     if word not in ("auto", "yes", "no"): raise EvaluateError(f"cold={wanted!r}: must be auto, yes or no")
-    told = _attributes(features.item_columns) or _attributes(features.user_columns) or features.cold_items is not None
+    told = told_columns(features.item_columns) or told_columns(features.user_columns) or features.cold_items is not None
     if word == "no" or (word == "yes" or told): return word != "no", ""
     return False, ("New products and new users are not judged: no attribute of either is known. Give 01_ingest a "
                    "products file or a users file, or take cold yes.")
