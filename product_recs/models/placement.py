@@ -15,10 +15,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..data.snapshots import Snapshot, csr_of
-from .blend import ScoreBlend
 from .content import (BAND, LIST, VALUE, Content, ContentMatrix, content_arrays, learn_content,
                                          matrix_arrays, matrix_of, opened_content, vocabulary_bytes, vocabulary_of)
-from .factors import FactorModel
 from .interface import Model
 
 # %% ../../nbs/models/placement.ipynb #c4145510
@@ -48,7 +46,7 @@ def ridge_weights(
 class FactorPart(NamedTuple):
     "A factor model inside of another model."
     path: tuple[int, ...] # its place among the parts
-    model: FactorModel
+    model: Model          # a `placeable` one
     share: float          # of the score; those of all add up to 1
 
 def factor_parts(
@@ -56,10 +54,8 @@ def factor_parts(
 )->list[FactorPart]:
     "The factor models that a model is made of, itself included."
     def found(one, path, share):
-        if isinstance(one, FactorModel): return [FactorPart(path, one, share)]
-        if not isinstance(one, ScoreBlend): return []
-        weights = one.parameters["weights"]
-        return [part for number, (inner, weight) in enumerate(zip(one.parts, weights))
+        if one.placeable: return [FactorPart(path, one, share)]
+        return [part for number, (inner, weight) in enumerate(zip(one.parts, one.shares()))
                 for part in found(inner, (*path, number), share*weight)]
     parts = [part for part in found(model, (), 1.0) if part.share > 0]
     total = sum(part.share for part in parts)
@@ -230,11 +226,10 @@ class ItemRows:
         return self.bought | self.known
 
     @property
-    def work(self)->int: # numbers that an answer touches
+    def work(self)->int:
         return self.described.sparse.nnz + self.described.dense.size + sum(one.size for one in self.factors)
 
     def place(self, item:int)->int|None:
-        "The place of a row among the thin ones; None: it is not thin."
         return next(iter(np.flatnonzero(self.thin == item).tolist()), None)
 
     def of(self, rows:np.ndarray)->ContentMatrix: return rows_described(self, rows)
