@@ -8,11 +8,12 @@
 # make bench   training, ranking, ingest, serving and all models beside their peers, and a page about it: benchmarks/results/README.md (35 minutes)
 # make bench QUICK=1   the same with small sizes, in some minutes; the page goes to build/bench
 # make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
+# make bench-cold DATA=folder   products without buyers, people without a past: the groceries, and a public log beside published figures
 
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export exports notebooks readme mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-training bench-quality bench-ingest bench-index clean
+.PHONY: help run serve test lab data kernels export exports notebooks readme mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-training bench-quality bench-cold bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -140,6 +141,12 @@ bench-index: .venv/.kernels .venv-bench/.ready
 bench-quality: .venv/.kernels
 	@test -n "$(DATA)" || { echo "name the folder with train.parquet and test.parquet: make bench-quality DATA=folder" >&2; exit 2; }
 	@$(BIN)/python benchmarks/quality.py "$(DATA)" $(OPTIONS)
+
+# few or no buyers, no past: the sample of groceries, and with DATA a folder of a cold protocol (files: head of benchmarks/cold.py);
+# VECTORS=file.npy adds a dense column to its titles; OPTIONS="--quick" searches no parameters
+bench-cold: .venv/.kernels data
+	@test -z "$(DATA)" || $(BIN)/python benchmarks/cold.py citeulike "$(DATA)" $(if $(VECTORS),--vectors "$(VECTORS)") $(OPTIONS)
+	@$(BIN)/python benchmarks/cold.py groceries $(OPTIONS)
 
 clean:
 	rm -rf .venv .venv-bench build dist *.egg-info models data/processed data/complete_journey

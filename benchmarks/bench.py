@@ -234,6 +234,8 @@ MORE = {
     "training-scale": "seconds and memory of training by size, to 50 million pairs",
     "index": "one user of a million items: exact search and approximate indexes",
     "quality-gowalla": "quality on Gowalla beside published figures",
+    "cold-citeulike": "articles that nobody has, beside published figures",
+    "cold-groceries": "groceries with few or no buyers, and new households",
 }
 
 

@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .text import counted, is_ordered, natural_order, plot_label, visible, with_article
 
@@ -467,7 +467,7 @@ def curves(
     zero:bool=True,  # the y axis begins at zero
     ends:bool=True,  # names at the ends; otherwise a legend of those emphasised
     log:bool=False,  # the x axis
-    ticks=(),        # of the x axis; (): chosen here
+    ticks=(),        # of the x axis, or place -> what stands there; (): chosen here
     most:int=24,     # names at the ends
 )->Picture:
     "Lines with their names."
@@ -489,8 +489,9 @@ def curves(
             _axis(ax.xaxis, log, xs.min(), xs.max())
             _axis(ax.yaxis, False, 0, 1)
             if len(ticks):
-                ax.xaxis.set_major_locator(FixedLocator(ticks))
+                ax.xaxis.set_major_locator(FixedLocator(list(ticks)))
                 ax.xaxis.set_minor_locator(FixedLocator([]))
+                if isinstance(ticks, dict): ax.xaxis.set_major_formatter(FixedFormatter(list(map(str, ticks.values()))))
             ax.set(xlabel=xlabel, ylabel=ylabel, title=plot_label(panel, 60))
             if zero: ax.set_ylim(bottom=min(0, np.nanmin(ys)))
             if not ends:

@@ -71,12 +71,14 @@ def make_task(
     name:str,           # one of `TASKS`
     max_users:int=0,    # 0: all
     seed:int=0,         # of the sample of users
+    among:np.ndarray|None=None, # (n_items,) bool, which items can be relevant; None: those that somebody had before
 )->Task:
     "Choose users and targets by the rules above; raises `NothingToJudge` (an `EvaluateError`) where no user is left."
     if name not in TASKS: raise EvaluateError(f"task must be one of {', '.join(TASKS)}, not {name!r}")
     seen = (past.counts > 0).astype(np.float32)
     targets = (future > 0).astype(np.float32)
-    targets.data *= np.bincount(seen.indices, minlength=seen.shape[1])[targets.indices] > 0
+    if among is None: among = np.bincount(seen.indices, minlength=seen.shape[1]) > 0
+    targets.data *= among[targets.indices]
     if name == DISCOVERY: targets = csr_matrix(targets - targets.multiply(seen))
     targets.eliminate_zeros()
     active, known, judged = (np.diff(matrix.indptr) > 0 for matrix in (future, seen, targets))

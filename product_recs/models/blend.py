@@ -60,7 +60,6 @@ class ScoreBlend(Model):
     def users(self, rows:np.ndarray)->list: return [part.users(rows) for part in self.parts]
 
     def knows(self, representations:list)->np.ndarray:
-        "Does one of the parts?"
         return np.any([part.knows(users) for part, users in zip(self.parts, representations)], axis=0)
 
     def scores(self, representations:list)->np.ndarray:
@@ -78,14 +77,15 @@ class ScoreBlend(Model):
         "Those of the parts, on one scale."
         return score_contributions(self, history, item)
 
+    def shares(self)->list[float]: return self.parameters["weights"]
+
     def similarities(self, item:int)->np.ndarray:
         "Those of the part that weighs most."
         return self.parts[int(np.argmax(self.parameters["weights"]))].similarities(item)
 
     def reseeded(self, seed:int)->"ScoreBlend|None":
         "With another seed of the parts that have one."
-        other = [part.reseeded(seed) for part in self.parts]
-        if not any(other): return None
+        if not any(other := [part.reseeded(seed) for part in self.parts]): return None
         return ScoreBlend([new or part for new, part in zip(other, self.parts)], self.parameters["weights"])
 
     @property
@@ -159,6 +159,7 @@ class HabitBlend(Model):
     def similarities(self, item:int)->np.ndarray: return self.parts[0].similarities(item)
 
     places_items = property(lambda self: self.parts[0].places_items, doc="Does the part?")
+    def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return self.parts[0].in_common(item, items)
     def widened(self, snapshot:Snapshot)->Model:
         "The part widened, where it places items, and the same weights."
         if not self.places_items: return super().widened(snapshot)
