@@ -14,6 +14,8 @@ from product_recs.web.security import add_key
 SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"
 # Events and products are answered 200 with what became of each, also where each is bad;
 # and a product that was not taken is not there afterwards.
+# Whoever was forgotten is answered like somebody unknown, and an item of the model outlives what was told of it:
+# that is no use of what was deleted.
 # The check positive_data_acceptance is left out: no schema says which columns a model has, or which ids a store takes.
 CONFIG = """
 [[operations]]
