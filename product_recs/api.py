@@ -7,8 +7,9 @@ __all__ = ['PAGE', 'respond', 'create_app']
 
 # %% ../nbs/06_api.ipynb #9d6fe9b3
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -34,14 +35,16 @@ from .web.details import explained, ranked, ranked_new
 from .web.events import add_feedback
 from .web.headers import Header
 from .web.items import add_items
+from .web.merchandising import add_rules
 from .web.monitor import workers_folder
 from .web.people import add_people
 from .web.products import add_products
 from .web.problems import (RequestLog, documented, http_problem, id_in_path, known_problem, log_to_stdout,
                                        of_sample, parameter_problem, path_id, unavailable)
-from .web.schemas import (DetailedRecommendationList, DetailedSimilarList, ExplainAnswer, NewList,
-                                      PopularList, RecommendAnswer, RecommendationList, ReloadAnswer, SimilarList,
-                                      Task, as_id, plain, recommend_body)
+from .web.rulebook import utc_now
+from .web.schemas import (DIVERSITY_WORDS, PLACE_WORDS, DetailedRecommendationList, DetailedSimilarList,
+                                      ExplainAnswer, NewList, PopularList, RecommendAnswer, RecommendationList,
+                                      ReloadAnswer, SimilarList, Task, as_id, plain, recommend_body)
 from .web.security import Guard, auth_required, describe_keys
 from .web.service import FastPath, Service, Shown, exploration_of
 
@@ -71,12 +74,14 @@ def respond(
 def _default_n(settings:Settings)->int: return min(settings.default_n, settings.max_n)
 
 def _parameters(settings:Settings)->tuple:
-    "The types of n, detail and task."
+    "The types of n, detail, task, place and diversity."
     next_words = "`next_purchase`: what the user most likely takes next, own items included"
     N = Annotated[int, Query(ge=1, le=settings.max_n, description="how many items", examples=[10])]
     Detail = Annotated[bool, Query(description="also say rank, score, title, attributes and reasons of each item")]
     TaskName = Annotated[Task, Query(description=f"`discovery`: items new to the user; {next_words}")]
-    return N, Detail, TaskName
+    ShopPlace = Annotated[str | None, Query(min_length=1, max_length=100, description=PLACE_WORDS)]
+    Variety = Annotated[float | None, Query(ge=0, le=1, description=DIVERSITY_WORDS)]
+    return N, Detail, TaskName, ShopPlace, Variety
 
 def _explore_parameter(settings:Settings)->object:
     "The type of explore."
@@ -84,24 +89,31 @@ def _explore_parameter(settings:Settings)->object:
     return Annotated[float | None, Query(ge=0, le=settings.explore, description=words)]
 
 def _recommender(service:Service)->Recommender:
-    "What makes the lists of one request: the model of this moment, and what happened since."
-    return Recommender(service.live.get(), service.desk.changes)
+    "What makes the lists of one request: the model of this moment, what happened since, and the shop's rules."
+    model = service.live.get()
+    return Recommender(model, service.desk.changes, service.rules.rules(model))
+
+def _variety(service:Service, asked:float|None)->float:
+    "The diversity of a list."
+    return service.settings.diversity if asked is None else asked
 
 def _add_recommend(app:FastAPI, service:Service)->None:
     "GET /recommend, for one user."
-    (N, Detail, TaskName), n_default = _parameters(service.settings), _default_n(service.settings)
+    (N, Detail, TaskName, ShopPlace, Variety), n_default = _parameters(service.settings), _default_n(service.settings)
     Explore = _explore_parameter(service.settings)
 
     @app.get("/recommend/{user_id}", response_model=RecommendationList | DetailedRecommendationList,
              tags=["recommendations"], summary="The best items for a user",
              responses=documented("Best first; an unknown user gets what is popular.", 422, 503))
     async def recommend_user(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
-                             n:N=n_default, detail:Detail=False, task:TaskName="discovery", explore:Explore=None):
+                             n:N=n_default, detail:Detail=False, task:TaskName="discovery", place:ShopPlace=None,
+                             diversity:Variety=None, explore:Explore=None):
         recommender, view = _recommender(service), service.desk.view
         model, shelf = recommender.model, view.shelf
         user = as_id(model.bundle.users, path_id(http_request.scope, -1))
         state, = await view.states([user])
-        request = recommender.request(user, n, task, state=state, shelf=shelf,
+        request = recommender.request(user, n, task, state=state, shelf=shelf, place=place,
+                                      diversity=_variety(service, diversity),
                                       explore=exploration_of(service.settings, explore, user, http_request.scope))
         person, answer = recommender.person(request), recommender.answer
         if recommender.takes_long(request, person): recommendations = await run_in_threadpool(answer, request, person)
@@ -135,7 +147,8 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
         users = [None] if body.users is None else [as_id(model.bundle.users, user) for user in body.users]
         explores = [exploration_of(service.settings, body.explore, user, http_request.scope) for user in users]
         requests = [recommender.request(user, body.n, body.task, session=session, filters=filters, state=state,
-                                        shelf=shelf, attributes=body.attributes, new_items=body.items, explore=explore)
+                                        shelf=shelf, attributes=body.attributes, new_items=body.items, explore=explore,
+                                        place=body.place, diversity=_variety(service, body.diversity))
                     for user, state, explore in zip(users, await view.states(users), explores)]
 
         def response()->Response:
@@ -152,7 +165,8 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
 # %% ../nbs/06_api.ipynb #e85f25c2
 def _add_others(app:FastAPI, service:Service)->None:
     "/similar, /popular and /explain."
-    (N, Detail, TaskName), n_default = _parameters(service.settings), _default_n(service.settings)
+    (N, Detail, TaskName, ShopPlace, Variety), n_default = _parameters(service.settings), _default_n(service.settings)
+    Explore = _explore_parameter(service.settings)
     Category = Annotated[str | None, Query(max_length=200, description="of the products file; absent: all")]
     cold = ("For an item of the products file that has no interactions, source `content`: the known items that share "
             "its attributes.")
@@ -179,7 +193,8 @@ def _add_others(app:FastAPI, service:Service)->None:
              summary="Why an item is recommended to a user, or why not",
              responses=documented("The past items that speak for it, or the rule that removed it.", 404, 422, 503))
     async def explain(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
-                      item_id:id_in_path("101", "an item of the model"), task:TaskName="discovery"):
+                      item_id:id_in_path("101", "an item of the model"), task:TaskName="discovery",
+                      place:ShopPlace=None, diversity:Variety=None, explore:Explore=None):
         recommender, view = _recommender(service), service.desk.view
         model = recommender.model
         user = as_id(model.bundle.users, path_id(http_request.scope, -2))
@@ -189,8 +204,9 @@ def _add_others(app:FastAPI, service:Service)->None:
         if model.bundle.items.row(item) is None:
             raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
         state, = await view.states([user])
-        request = recommender.request(user, n_default, task, state=state, shelf=view.shelf,
-                                      explore=exploration_of(service.settings, None, user, http_request.scope))
+        request = recommender.request(user, n_default, task, state=state, shelf=view.shelf, place=place,
+                                      diversity=_variety(service, diversity),
+                                      explore=exploration_of(service.settings, explore, user, http_request.scope))
         facts = await run_in_threadpool(explained, model, request, item)
         return JSONResponse(facts, headers=_headers(model.bundle.version, facts["source"], facts["model"]))
 
@@ -281,6 +297,7 @@ def _add_routes(app:FastAPI, service:Service)->None:
     add_feedback(app, service.live, service.desk, service.settings.max_batch)
     add_products(app, service.live, service.desk, service.told.take_up, service.settings.max_batch)
     for add in (add_people, add_items): add(app, service.live, service.desk)
+    add_rules(app, service.live, service.desk, service.rules, service.settings)
     for add in (_add_new, _add_operations): add(app, service)
     _add_page(app)
 
@@ -303,11 +320,12 @@ _HANDLERS = {HTTPException: http_problem, RequestValidationError: parameter_prob
 
 def create_app(
     settings:Settings|None=None, # default: from the environment, PRODUCT_RECS_*
+    now:Callable[[], datetime]=utc_now, # the clock of the shop's rules
 )->FastAPI:                      # `app.state.service` is the `Service`
     "The service as an ASGI application."
     from fastapi_offline import FastAPIOffline # late: it copies the scripts of /docs
     settings = settings or Settings()
-    service = Service(settings)
+    service = Service(settings, now)
 
     @asynccontextmanager
     async def lifespan(app:FastAPI)->AsyncIterator[None]:

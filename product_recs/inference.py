@@ -9,7 +9,7 @@ __all__ = ['BLOCK', 'top_rows', 'recommend_many', 'recommend_all']
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import duckdb
@@ -18,6 +18,7 @@ import numpy as np
 from .answer.explore import NO_EXPLORATION, Exploration
 from .answer.ladder import rung_of
 from .answer.lists import Recommendations, checked_n
+from .answer.placing import rules_of_all
 from .answer.recommender import NO_FEEDBACK, Recommender
 from .answer.rules import Filters
 from .bundle.ready import Bundle, ReadyModel
@@ -57,25 +58,26 @@ class _Block:
         n:int,
         task:str,
         exclude_seen:bool|None,
-        explore:Exploration,
+        more:Mapping,       # explore, place and diversity, as `recommend_many` takes them
     ):
         self.recommender, self.users, self.n, self.task, model = recommender, users, n, task, recommender.model
-        self.explore = explore
-        self.filters = Filters(exclude_seen=exclude_seen)
+        self.filters, self.more = Filters(exclude_seen=exclude_seen), more
         if exclude_seen is None: exclude_seen = task == DISCOVERY
         asked = model.bundle.model(task)
         self.made_by = rung_of(asked, task, True), asked.name
         self.shelf, self.states = recommender.changes.shelf, _states(recommender, users)
         width = min(n, len(model.bundle.items))
         news = np.array([bool(state.events or state.denied or state.forgotten) for state in self.states], bool)
-        trained = (rows >= 0) & ~news & ~_have_new(model, users) & (explore.share == 0)
+        own, excluded = rules_of_all(recommender.rules, task, more["place"], np.maximum(rows, 0))
+        one_by_one = more["explore"].share > 0 or more["diversity"] > 0
+        trained = (rows >= 0) & ~news & ~_have_new(model, users) & ~own & (not one_by_one)
         trained[trained] = np.diff(model.snapshot.histories(rows[trained]).indptr) > 0
         if trained.any(): trained[trained] = asked.knows(asked.users(rows[trained]))
         self.together = np.flatnonzero(trained)
         self.items, self.scores = np.full((len(users), width), -1, np.int32), np.zeros((len(users), width), np.float32)
         if not len(self.together): return
         closed = [part for _, part in model.catalogue.not_for_sale(self.shelf.unavailable, self.shelf.available)]
-        closed = np.unique(np.concatenate(closed))
+        closed = np.unique(np.concatenate([*closed, *excluded]))
         best = top_rows(model, rows[self.together], width, task, exclude_seen, closed)
         self.items[self.together], self.scores[self.together] = best
 
@@ -83,7 +85,7 @@ class _Block:
         "The list of one of them, by the ladder."
         state, shelf = self.states[place], self.shelf
         request = self.recommender.request(self.users[place], self.n, self.task, filters=self.filters, state=state,
-                                           shelf=shelf, explore=self.explore)
+                                           shelf=shelf, **self.more)
         return self.recommender.answer(request)
 
 def _have_new(model:ReadyModel, users:Sequence)->np.ndarray: # bool
@@ -109,14 +111,17 @@ def recommend_many(
     *,
     exclude_seen:bool|None=None, # leave out what each user has interacted with; None: as the task has it
     explore:Exploration=NO_EXPLORATION, # how much of a list goes to items with little evidence
+    place:str|None=None,    # where in the shop the lists stand, for the shop's rules
+    diversity:float=0.0,    # 0: the best items, to 1: the most varied
 )->list[Recommendations]:   # in the order of `users`
     "The best `n` items for each of many users, as `Recommender.recommend` gives them one by one."
     users, n, answers, bundle = list(users), checked_n(n), [], recommender.model.bundle
+    more = {"explore": explore, "place": place, "diversity": diversity}
     recommender.changes.availability() # waits until what was said before this call is known
     for start in range(0, len(users), BLOCK):
         part = users[start:start + BLOCK]
         known = np.array([-1 if (row := bundle.users.row(user)) is None else row for user in part], np.int64)
-        block = _Block(recommender, part, known, n, task, exclude_seen, explore)
+        block = _Block(recommender, part, known, n, task, exclude_seen, more)
         whole = {place for place in block.together.tolist() if (block.items[place] >= 0).sum() == n}
         for place, (rows, scores) in enumerate(zip(block.items, block.scores)):
             answers.append(block.ask(place) if place not in whole else Recommendations(
@@ -136,9 +141,9 @@ def _append(database:duckdb.DuckDBPyConnection, bundle:Bundle, users:np.ndarray,
     user, rank = np.nonzero(items >= 0)
     lists = {"user_id": users[user], "rank": rank + 1, "item_id": bundle.items.ids[items[user, rank]],
              "score": scores[user, rank]}
-    if block.explore.share: lists["propensity"] = chances[user, rank]
+    if block.more["explore"].share: lists["propensity"] = chances[user, rank]
     database.register("block", lists)
-    columns = "* REPLACE (nullif(propensity, 0) AS propensity)" if block.explore.share else "*"
+    columns = "* REPLACE (nullif(propensity, 0) AS propensity)" if block.more["explore"].share else "*"
     database.execute(f"INSERT INTO lists SELECT {columns} FROM block")
     database.unregister("block")
     return len(user)
@@ -163,12 +168,15 @@ def recommend_all(
     *,
     exclude_seen:bool|None=None, # leave out what each user has interacted with; None: as the task has it
     explore:Exploration=NO_EXPLORATION, # how much of a list goes to items with little evidence
+    place:str|None=None,    # where in the shop the lists stand, for the shop's rules
+    diversity:float=0.0,    # 0: the best items, to 1: the most varied
     block:int=BLOCK,        # users searched together
     progress:bool=True,     # show a progress bar
 )->int:                     # rows written
     """Write the list of every user of the model, in constant memory; the file is there whole or not at all. A
     `ProductRecsError` where it cannot be written."""
     bundle, out = recommender.model.bundle, Path(out)
+    more = {"explore": explore, "place": place, "diversity": diversity}
     n, starts, written = min(checked_n(n), len(bundle.items)), range(0, len(bundle.users), checked_n(block)), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     recommender.changes.availability() # waits until what was said before this call is known
@@ -179,7 +187,7 @@ def recommend_all(
         for start in _bar(starts, progress):
             rows = np.arange(start, min(start + starts.step, len(bundle.users)))
             users = bundle.users.ids[rows]
-            best = _Block(recommender, users.tolist(), rows, n, task, exclude_seen, explore)
+            best = _Block(recommender, users.tolist(), rows, n, task, exclude_seen, more)
             written += _append(database, bundle, users, best)
         whole = Path(folder)/"lists.parquet"
         database.execute(f"COPY lists TO {file_name(whole)} (FORMAT parquet, COMPRESSION zstd)")

@@ -71,6 +71,7 @@ def test_detail_says_the_same_with_titles(server):
         "score": 1.0,
         "title": "Thing 2",
         "attributes": {"popularity": 11, "category": "even", "price": None, "first_seen": "2026-01-02T03:04:05"},
+        "rules": [],
     }
     assert server.get("/recommend/3?n=50&detail=1")[2]["shortfall"] == "only 13 of 50: 11 items already seen"
 
@@ -162,7 +163,7 @@ def run_examples(server):
                 answer = server.ask(method.upper(), url + ("?" + "&".join(query) if query else ""), body)
                 assert answer[0] == 200, (method, url, body, answer)
                 ran += 1
-    assert ran == 23
+    assert ran == 27
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import sqlite3
+import threading
 from collections import Counter
 from contextlib import contextmanager
 
@@ -233,3 +234,80 @@ def test_the_batch_draws_as_the_service_does(models, tmp_path):
     chances = table["propensity"][rows].astype(float)
     assert np.flatnonzero(np.isfinite(chances)).tolist() == [3, 7]
     assert np.allclose(chances[[3, 7]], list(lists[0].propensities.values()))
+
+
+def test_rules_and_a_posted_product_beside_exploration(models, tmp_path):
+    "A product of the day is pinned where exploration would be; what rules exclude or bury is not tried out."
+    buried, excluded = [*RARE[:5]], [*RARE[5:10]]
+    rules = [
+        {"name": "launch", "pin": 4, "items": [900]},
+        {"name": "old stock", "bury": 2, "items": buried},
+        {"name": "recalled", "exclude": True, "items": excluded},
+        {"name": "sale", "boost": 1, "items": [*KNOWN[:4]]},
+    ]
+    with shop(models, tmp_path) as client:
+        greedy = get(client, "/recommend/1?detail=true")
+        assert [line["rank"] for line in greedy["items"] if line["explored"]] == [4, 8]
+        assert client.put("/rules", json={"rules": rules}).status_code == 200
+        assert get(client, "/recommend/1?explore=0")["recommendations"][3] != 900  # nobody knows it yet
+        told = {"items": [{"item_id": 900, "attributes": {"title": "Dark roast", "category": "coffee", "price": 5}}]}
+        assert client.post("/items", json=told).json()["taken_up"]
+        before = get(client, "/recommend/1?explore=0&detail=true")
+        body, again = (get(client, "/recommend/1?detail=true") for _ in range(2))  # the second one is kept
+        [posted] = post(client, users=[1], detail=True)
+        lists = [one["recommendations"] for one in post(client, users=[*range(1, 81)])]
+        [varied] = post(client, users=[1], detail=True, diversity=1)
+        [elsewhere] = post(client, users=[1], filters={"deny": [900]})
+        pinned, tried = (get(client, f"/explain/1/{item}") for item in (900, [*explored_of(body)][0]))
+    chances = explored_of(body)
+    assert body == again and posted["items"] == body["items"]
+    assert len(chances) == 2 and 900 not in chances and set(chances) <= {*RARE[10:]}
+    for one in (body, varied, before):
+        assert one["recommendations"][3] == 900 and one["items"][3]["rules"] == ["launch"] and len(one["items"]) == 10
+        assert one["items"][3]["title"] == "Dark roast" and one["items"][3].get("propensity", 1) == 1
+    assert explored_of(varied) and varied["recommendations"] != body["recommendations"]
+    assert 900 not in elsewhere["recommendations"]
+    left = [item for item in before["recommendations"] if item in body["recommendations"]]
+    assert [item for item in body["recommendations"] if item not in chances] == left  # the last ones gave way
+    assert all(one[3] == 900 and not {*buried, *excluded} & {*one} for one in lists)
+    assert pinned["rules"] == ["pinned to place 4 by the rule 'launch'"] and pinned["explored"] is None
+    assert tried["recommended"] and "shown to learn about it" in tried["explored"]
+    with sqlite3.connect(tmp_path / "feedback.db") as database:
+        rows = database.execute("SELECT items, propensities, rules FROM impressions WHERE user_id = '1'").fetchall()
+    named = {str(line["item_id"]): line["rules"] for line in body["items"] if line["rules"]}
+    noted = [tuple(json.loads(value) for value in row) for row in rows if row[1] and row[2]]
+    as_shown = ([str(item) for item in body["recommendations"]], {str(item): chances[item] for item in chances}, named)
+    assert noted.count(as_shown) == 4 and named["900"] == ["launch"]  # made, kept, posted alone and among all
+
+
+def test_no_list_fails_while_products_come_and_rules_change(models, tmp_path):
+    "Every list has the rules on its own model: those who ask meanwhile notice nothing of a renewal."
+    wrong, stop = [], threading.Event()
+    with shop(models, tmp_path) as client:
+
+        def put(item):
+            rules = [{"name": "first", "pin": 1, "items": [item]}, {"name": "out", "exclude": True, "items": [RARE[0]]}]
+            return client.put("/rules", json={"rules": rules})
+
+        had = {line["item_id"] for user in (1, 2) for line in get(client, f"/users/{user}/history")["history"]}
+        first = [item for item in KNOWN if item not in had][:2]
+        put(first[0])
+
+        def ask(user):
+            while not stop.is_set():
+                one = client.get(f"/recommend/{user}")
+                if one.status_code != 200 or one.json()["recommendations"][0] not in first:
+                    wrong.append(one.text)
+
+        askers = [threading.Thread(target=ask, args=[user]) for user in (1, 2, "nobody")]
+        for asker in askers:
+            asker.start()
+        for turn in range(15):
+            told = {"items": [{"item_id": 900 + turn, "attributes": {"title": f"Product {turn}"}}]}
+            assert client.post("/items", json=told).status_code == 200
+            assert put(first[turn % 2]).status_code == 200
+            assert get(client, "/recommend/1")["recommendations"][0] == first[turn % 2]
+        stop.set()
+        for asker in askers:
+            asker.join()
+    assert wrong == []

@@ -65,7 +65,7 @@ def conforms(server, report, words, least):
     "Every operation was tested, nothing failed, and no line of the server's log is a fault."
     assert report["failures"] == report["errors"] == [], words[-6000:]
     assert (
-        report["operations"]["tested"] == report["operations"]["total"] == 20 and report["stop_reason"] == "completed"
+        report["operations"]["tested"] == report["operations"]["total"] == 24 and report["stop_reason"] == "completed"
     )
     assert (
         all(phase["status"] in ("success", "skip") for phase in report["phases"].values())

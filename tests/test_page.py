@@ -751,3 +751,79 @@ def test_a_built_wheel_holds_the_page(wheel):
     assert {f"product_recs/web/page/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")} <= set(
         zipfile.ZipFile(wheel).namelist()
     )
+
+
+# --- the rules of the shop -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shop(tmp_path, browser):
+    publish_shop(tmp_path / "models")
+    with run_server(tmp_path, tmp_path / "models") as running:
+        opened = Visit(browser, f"http://127.0.0.1:{running.port}/")
+        yield opened, running
+        opened.context.close()
+        # a refused document is a 422, which the browser notes
+        assert [text for text in opened.wrong if "422" not in text] == []
+
+
+def side(page, name):
+    return page.get_by_role("list", name=name).get_by_role("listitem")
+
+
+def test_a_rule_is_written_tried_and_saved(shop):
+    visit, service = shop
+    page = visit.person("#user=1")
+    rules = page.get_by_role("region", name="Rules of the shop")
+    expect(rules).to_contain_text("None. Lists are as the model makes them.")
+    editor = rules.get_by_role("textbox", name="Document, as JSON")
+    tea = FIRST + EACH + 3
+    editor.fill(f'{{"rules": [{{"name": "tea on top", "pin": 1, "items": [{tea}], "places": ["home"]}}]}}')
+    expect(rules).to_contain_text("These rules are sound. They are not saved yet.")
+    expect(rules).to_contain_text("“tea on top” does nothing here: it is for the place home.")
+    rules.get_by_role("textbox", name="Place").fill("home")
+    expect(side(page, "With these rules").first).to_contain_text("Tea 3")
+    expect(side(page, "With these rules").first).to_contain_text("tea on top")
+    expect(side(page, "Without rules").first).to_contain_text("Coffee 6")
+    assert service.get("/rules")[2]["source"] == "none"
+    rules.get_by_role("button", name="Save for all customers").click()
+    said(page, "The rules are saved.")
+    expect(rules.get_by_role("list", name="Rules", exact=True)).to_contain_text(f"Place 1: item {tea}")
+    document = service.get("/rules")[2]["document"]
+    assert document["rules"][0]["items"] == [tea]  # above what JavaScript's own numbers hold
+    assert service.get("/recommend/1?n=1&place=home")[2]["recommendations"] == [tea]
+    rules.get_by_role("button", name="Take away").click()
+    said(page, "Taken away.")
+    assert service.get("/rules")[2]["source"] == "none"
+
+
+def test_a_slip_of_the_pen_is_told_and_not_saved(shop):
+    visit, service = shop
+    page = visit.person("#user=1")
+    rules = page.get_by_role("region", name="Rules of the shop")
+    editor = rules.get_by_role("textbox", name="Document, as JSON")
+    editor.fill('{"rules": [{"name": "top", "pin": 0, "items": [1]}]}')
+    expect(rules.get_by_role("status")).to_have_text(re.compile("Rule 'top': pin: 0 is no place"))
+    expect(editor).to_have_attribute("aria-invalid", "true")
+    editor.fill('{"rules": [')
+    expect(rules.get_by_role("status")).to_contain_text("Not readable as JSON")
+    rules.get_by_role("button", name="Undo changes").click()
+    rules.get_by_role("button", name="+ Boost").click()
+    expect(editor).to_have_value(re.compile("summer sale"))
+    expect(editor).to_have_attribute("aria-invalid", "false")
+    assert service.get("/rules")[2]["source"] == "none"
+
+
+def test_a_list_says_which_rule_worked_on_it(shop):
+    visit, service = shop
+    tea = FIRST + EACH + 3
+    assert service.ask("PUT", "/rules", {"rules": [{"name": "<b>tea</b> on top", "pin": 1, "items": [tea]}]})[0] == 200
+    page = visit.person("#user=1")
+    expect(page.get_by_role("list", name="Recommendations").get_by_role("listitem").first).to_contain_text(
+        "<b>tea</b> on top"
+    )
+    page.get_by_role("button", name="Tea 3", exact=True).first.click()
+    expect(page.get_by_role("dialog")).to_contain_text("Pinned to place 1 by the rule")
+    assert page.evaluate(
+        "![...document.querySelectorAll('.cards .ruled, .ruled-list, .rules')].some(one => one.querySelector('b'))"
+    )

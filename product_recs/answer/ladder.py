@@ -8,14 +8,17 @@ __all__ = ['SEGMENT_USERS', 'SEGMENT_SAMPLE', 'Request', 'content_weights', 'con
            'similar_by_content']
 
 # %% ../../nbs/answer/ladder.ipynb #e2171af4
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from .diversity import POOL, Likeness, diversify
 from .explore import NO_EXPLORATION, Exploration, explored
 from .lists import UNLIKE, Recommendations, checked_n, made_by_rung, make_list, search_list
 from .person import Person, counted, learned_row, person_now, score_person
+from .placing import NO_RULES, NOTHING_APPLIES, Applied, FittedRules, apply_rules, arrange
 from .rules import NO_FILTERS, Filters, rule_out
 from ..bundle.catalogue import SEEN, TEXT, YES_NO, Attributes
 from ..bundle.ready import ReadyModel, words_of
@@ -23,12 +26,13 @@ from ..core.columns import DISCOVERY, NEXT_PURCHASE, TASKS, Columns
 from ..core.errors import ProductRecsError
 from ..core.events import UNCHANGED, Event, UserState
 from ..core.ids import id_key, key_or_none
+from ..core.parameters import number
 from ..models.interface import Model
 
 # %% ../../nbs/answer/ladder.ipynb #c41b08b3
 @dataclass(frozen=True)
 class Request:
-    "What is asked for: one list; a `ProductRecsError` where `n` or `task` is none."
+    "What is asked for: one list; a `ProductRecsError` where `n`, `task` or `diversity` is none."
     user: int|str|None = None          # external id; None: a guest
     n: int = 10                        # how many items
     task: str = DISCOVERY              # discovery: new things; next_purchase: what comes next, own items included
@@ -41,10 +45,14 @@ class Request:
     attributes: Mapping = field(default_factory=dict)
     # item id -> column of the products file -> value, for items of the events that the model does not know
     new_items: Mapping = field(default_factory=dict)
+    place: str|None = None             # where in the shop the list stands, for rules that are for some places
+    rules: FittedRules = NO_RULES      # of the shop, on the model that answers
+    diversity: float = 0.0             # 0: the best items, to 1: the most varied
     explore: Exploration = NO_EXPLORATION # how much of the list goes to items with little evidence
 
     def __post_init__(self):
         checked_n(self.n)
+        number("diversity", self.diversity, 0, 1)
         if self.new_items: # by key, as the events have it
             object.__setattr__(self, "new_items", {id_key(item): words for item, words in self.new_items.items()})
         if self.task not in TASKS: raise ProductRecsError(f"task={self.task!r}: must be discovery or next_purchase")
@@ -201,6 +209,7 @@ class Scored:
     scores: np.ndarray    # (n_items,) a fresh array
     ruled_out: list       # reason and rows, as `rule_out` gives them
     person: Person        # the user as of now
+    applied: Applied = NOTHING_APPLIES # the shop's rules; what they exclude is ruled out already
 
 def _descend(model:ReadyModel, request:Request, person:Person)->tuple[str, np.ndarray]:
     "Rung and scores for somebody of whom the model knows nothing."
@@ -257,18 +266,77 @@ def _whole(model:ReadyModel, request:Request, person:Person)->Person:
     if not model.model(request.task).places_items or not (words := _signed_up(model, request, person)): return person
     return person_of(model, replace(request, attributes=words | dict(request.attributes)))
 
+def _applied(model:ReadyModel, request:Request, person:Person)->Applied:
+    "The shop's rules for this request."
+    rules = request.rules
+    if not len(rules): return NOTHING_APPLIES
+    if rules.model is not model: raise ProductRecsError("the rules were fitted to another model; fit them to this one")
+    told = lambda: described(model, request, person).attributes
+    return apply_rules(rules, request.task, request.place, person.row, told)
+
 def score_request(
     model:ReadyModel,
     request:Request,
 )->Scored:
     "Scores and rules of the first rung that has something to say; a `NoModelForTask` as of `answer`."
     person = _whole(model, request, person_of(model, request))
-    source, ruled_out = _start(model, request, person)
-    if person.representation is not None:
-        return Scored(source, model.model(request.task).name, score_person(model, person), ruled_out, person)
-    source, scores = _descend(model, request, person)
-    return Scored(source, made_by_rung(source), scores, ruled_out, person)
+    (source, ruled_out), applied = _start(model, request, person), _applied(model, request, person)
+    made_by, scores = model.model(request.task).name, None
+    if person.representation is not None: scores = score_person(model, person)
+    else:
+        source, scores = _descend(model, request, person)
+        made_by = made_by_rung(source)
+    return Scored(source, made_by, scores, [*ruled_out, *applied.excluded], person, applied)
 
+# %% ../../nbs/answer/ladder.ipynb #c9900371
+def _varied(model:ReadyModel, request:Request, make:Callable[[int], Recommendations])->Recommendations:
+    "A list as `make` gives it, and with diversity the varied part of a longer one."
+    if not request.diversity: return make(request.n)
+    pool = make(POOL*request.n)
+    if len(pool) < request.n: pool = replace(pool, shortfall=make(request.n).shortfall)
+    places = diversify(pool.rows, pool.scores, request.n, request.diversity, _likeness(model, request))
+    items, scores, rows = ([values[place] for place in places] for values in (pool.items, pool.scores, pool.rows))
+    shortfall = pool.shortfall if len(rows) < request.n else None
+    return replace(pool, items=items, scores=scores, rows=rows, shortfall=shortfall)
+
+def _likeness(model:ReadyModel, request:Request)->Likeness:
+    "How alike the items are, by the model of the task."
+    attributes = model.catalogue.attributes
+    categories = attributes.coded("category")[0] if "category" in attributes.kinds else None
+    return Likeness(model.bundle.model(request.task), categories)
+
+class _Listed(NamedTuple):
+    "A list, and what exploration has to know of how it was made."
+    list: Recommendations
+    scores: np.ndarray|None = None # (n_items,) where no model made it
+    held: tuple = ()               # positions, from 0, that pins have
+    buried: tuple = ()             # rows
+
+def _listed(model:ReadyModel, request:Request, person:Person, source:str, ruled_out:list, applied:Applied)->_Listed:
+    "The list by the scores and by the shop's rules."
+    filters, known = request.filters, person.representation is not None
+    if known and not applied.moves:
+        return _Listed(_varied(model, request, lambda n: search_list(model, person, n, source, ruled_out, filters)))
+    if known: scores, made_by = score_person(model, person), model.model(request.task).name
+    else:
+        source, scores = _descend(model, request, person)
+        made_by = made_by_rung(source)
+    if not applied.moves: # a list overwrites its scores, and variety may ask for a second one
+        scores_of = scores.copy if request.diversity else lambda: scores
+        make = lambda n: make_list(model, scores_of(), n, source, ruled_out, filters, person)
+        return _Listed(_varied(model, request, make), scores)
+    likeness = _likeness(model, request) if request.diversity else None
+    found = arrange(model, scores, request.n, ruled_out, applied, filters.max_per, request.diversity, likeness)
+    listed = Recommendations(model.bundle.items.take(found.rows), found.scores, source, made_by, found.shortfall,
+                             found.rows, person, rules=_named(model, found.rules), undone=found.undone)
+    buried = tuple(part.rows for part, strength in applied.pushes if strength < 0)
+    return _Listed(listed, None if known else scores, found.held, buried)
+
+def _named(model:ReadyModel, rules:Mapping)->dict|None: # external id -> names; None: there are none
+    "The rules that worked on a list; `rules` has them by row."
+    return dict(zip(model.bundle.items.take(list(rules)), rules.values())) or None
+
+# %% ../../nbs/answer/ladder.ipynb #def004a6
 def answer(
     model:ReadyModel,
     request:Request,
@@ -276,19 +344,20 @@ def answer(
 )->Recommendations: # exactly `n` items, or a `shortfall`; with the `person`
     "The best items for one request; a `NoModelForTask` where the bundle does not answer the task."
     person = _whole(model, request, person_of(model, request) if person is None else person)
-    source, ruled_out = _start(model, request, person)
-    if person.representation is not None:
-        listed, scores = search_list(model, person, request.n, source, ruled_out, request.filters), None
-    else:
-        source, scores = _descend(model, request, person)
-        listed = make_list(model, scores, request.n, source, ruled_out, request.filters, person)
-    return listed if not request.explore.share else _explored(model, request, listed, ruled_out, scores)
+    (source, ruled_out), applied = _start(model, request, person), _applied(model, request, person)
+    if applied.excluded: ruled_out += applied.excluded
+    listed = _listed(model, request, person, source, ruled_out, applied)
+    return _explored(model, request, listed, ruled_out) if request.explore.share else listed.list
 
-def _explored(model:ReadyModel, request:Request, listed:Recommendations, ruled_out:list,
-              scores:np.ndarray|None)->Recommendations:
+def _explored(model:ReadyModel, request:Request, listed:_Listed, ruled_out:list)->Recommendations:
     "The list after exploration; the draw is one user's, in all spellings of their id."
-    whom = key_or_none(request.user) or ""
-    return explored(model, listed, request.explore, whom, ruled_out, max_per=request.filters.max_per, scores=scores)
+    whom, max_per = key_or_none(request.user) or "", request.filters.max_per
+    closed = [*ruled_out, *(("buried", rows) for rows in listed.buried)]
+    one = explored(model, listed.list, request.explore, whom, closed, max_per=max_per, scores=listed.scores,
+                   held=listed.held)
+    if one is listed.list or not one.rules: return one
+    there = {*one.items}
+    return replace(one, rules={item: names for item, names in one.rules.items() if item in there} or None)
 
 # %% ../../nbs/answer/ladder.ipynb #017fca7b
 def similar_by_content(

@@ -35,6 +35,8 @@ class Recommendations:
     # item -> probability with which it was shown at its place, of the items that are there to learn about them; None:
     # there are none, and every item has its place by its score
     propensities: dict|None = None
+    rules: dict|None=None    # external id -> names of the shop's rules that worked on it; None: on none
+    undone: tuple=()         # what the shop's rules could not do, in words
 
     def __len__(self): return len(self.items)
 

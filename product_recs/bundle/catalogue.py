@@ -196,7 +196,9 @@ class Catalogue:
     ):
         available = columns.get("available")
         self.items, self.attributes, self.known = items, Attributes(columns), known
-        self.candidates = known if available is None else known & is_available(available)
+        # by the products file
+        self.offered = np.ones(len(known), bool) if available is None else is_available(available)
+        self.candidates = known & self.offered
         self.blocked = np.flatnonzero(~self.candidates)
         self._feed = (frozenset(), frozenset(), [(NOT_A_CANDIDATE, self.blocked)])
 

@@ -24,9 +24,8 @@ from ..core.vectors import VECTOR
 
 # %% ../../nbs/bundle/cold.ipynb #70f390be
 _log = logging.getLogger("product_recs.cold")
-_UNREADABLE = (
-    duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException, duckdb.OutOfMemoryException
-)
+_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.SerializationException,
+               duckdb.OutOfMemoryException)
 
 def _kept(value, type:str):
     "A value of a row; a vector as an array, which whoever asks again gets again."

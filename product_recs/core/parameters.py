@@ -42,7 +42,7 @@ LIST_TOO = ("source", "models", "candidates", "products", "users", "timestamp_fo
 
 def _read(text:str):
     "A text as YAML, with dates left as text and 1e-3 as a number; itself where it is not readable."
-    import yaml # late: the service reads no parameters, and its image has no YAML
+    import yaml # late: the service reads no parameters
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError): pass
     try: return float(text)

@@ -49,7 +49,12 @@ class Settings(BaseSettings):
     cache_size: int = Field(20_000, ge=0, description="answers that each worker keeps; 0: none")
     events_in_memory: int = Field(100_000, ge=1,
         description="events that the model has not learned, as many as each worker keeps; the store has the others")
-    watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model")
+    rules_file: str = Field("",
+        description="merchandising rules, a YAML file that is watched; relative to the project root; "
+                    "rules of PUT /rules beat it; empty: none")
+    diversity: float = Field(0, ge=0, le=1,
+        description="variety of a list where the request does not say: 0 the best items, to 1 the most varied")
+    watch_seconds: float = Field(0.5, gt=0, description="how often each worker looks for a new model, or rules")
     index: Literal["auto", "exact", "approximate"] = Field("auto",
         description="how items are searched: auto takes the model's index where that is worth it")
     workers: int = Field(1, ge=1, description="processes that serve")

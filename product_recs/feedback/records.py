@@ -80,8 +80,12 @@ class Impression:
     at: datetime
     # item id -> probability with which it was shown at its place, of the explored items; None: there are none
     propensities: dict|None = None
+    rules: dict|None = None # key of an item -> names of the shop's rules that worked on it; None: on none
 
     def __post_init__(self):
+        if self.rules:
+            named = ((key_or_none(item), [*names]) for item, names in self.rules.items())
+            object.__setattr__(self, "rules", {key: names for key, names in named if key is not None})
         keys = tuple(key for item in self.items if (key := key_or_none(item)) is not None)
         object.__setattr__(self, "items", keys)
         if self.propensities is not None:
@@ -114,8 +118,9 @@ IMPRESSIONS = Table("impressions", METADATA, Column("id", _NUMBER, primary_key=T
                     Column("propensities", JSON(none_as_null=True)),
                     Column("rules", JSON(none_as_null=True)),
                     Index("impressions_of_user", "user_id", "id"), Index("impressions_at", "at"))
-PRODUCTS = Table("products", METADATA, Column("item_id", Text, primary_key=True), # of a deleted one `attributes` is null
-                 Column("attributes", JSON(none_as_null=True)), Column("at", BigInteger, nullable=False),
+PRODUCTS = Table("products", METADATA, Column("item_id", Text, primary_key=True),
+                 Column("attributes", JSON(none_as_null=True)), # null: it was deleted
+                 Column("at", BigInteger, nullable=False),
                  Column("seq", BigInteger, nullable=False), Index("products_seq", "seq"))
 RULES = Table("rules", METADATA, Column("id", Integer, primary_key=True, autoincrement=False), # one row
               Column("document", JSON(none_as_null=True)), Column("at", BigInteger, nullable=False),

@@ -8,6 +8,7 @@ __all__ = ['app', 'keys', 'ModelsDir', 'HowMany', 'AsJson', 'Quiet', 'Pairs', 'F
 # %% ../../nbs/jobs/cli.ipynb #91931c76
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -22,27 +23,13 @@ from typing import Annotated, Literal
 import typer
 
 from ..core.credentials import masked
+from ..core.documents import read_yaml
 from ..core.errors import ProductRecsError
 from ..core.paths import project_root, resolve_path
 from ..core.settings import Settings
 from ..core.text import visible
 
 # %% ../../nbs/jobs/cli.ipynb #579b5d66
-def _yaml(text:str, where:str):
-    "YAML of which dates stay text; an error names `where`."
-    import yaml # late: the serving image has none
-    class Loader(yaml.SafeLoader): pass
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    try: return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        # its own text quotes the line, and the line may hold a password
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "not valid"
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ProductRecsError(f"{where}{place}: not readable as YAML: {problem}") from None
-
 def read_parameters(
     files:str|Sequence[str]=(),          # YAML files of names and values; a later one overrides
     pairs:Sequence[tuple[str, str]]=(),  # name and value, as `-p` gives them
@@ -51,13 +38,13 @@ def read_parameters(
     parameters = {}
     for file in [files] if isinstance(files, str) else files:
         path = resolve_path(file)
-        try: loaded = _yaml(path.read_text(encoding="utf-8"), str(path))
+        try: loaded = read_yaml(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise ProductRecsError(f"{path}: cannot be read ({error})") from None
         if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
             raise ProductRecsError(f"{path}: expected lines of `name: value`")
         parameters |= loaded
-    return parameters | {name: "" if value == "" else _yaml(value, f"-p {name}") for name, value in pairs}
+    return parameters | {name: "" if value == "" else read_yaml(value, f"-p {name}") for name, value in pairs}
 
 # %% ../../nbs/jobs/cli.ipynb #a5d41f2a
 _OPTION = re.compile("--?[A-Za-z][A-Za-z-]*")
@@ -75,7 +62,7 @@ def _join_pairs(words:Sequence[str])->Iterator[str]:
             yield "=".join(pair)
             del rest[:2]
 
-_WITH_VALUE = ("-n", "--task", "--models-dir") # options of `recommend` and `similar` that take a value
+_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity") # of `recommend` and `similar`, with a value
 
 def _id_last(words:Sequence[str])->list[str]:
     "A command line in which the id of `recommend` or `similar` may be a negative number: it is no option then."
@@ -166,14 +153,15 @@ def _settings(**given)->Settings:
     return Settings(**{name: value for name, value in given.items() if value is not None})
 
 # %% ../../nbs/jobs/cli.ipynb #657b5eb7
-def _named(bundle, rows:Sequence[int], **numbers:Sequence)->str:
-    "Items as a table of text: place, id, title, category and the given numbers."
+def _named(bundle, rows:Sequence[int], **further:Sequence)->str:
+    "Items as a table of text: place, id, title, category, and the given numbers or texts."
     columns = {"": [f"{place}." for place in range(1, len(rows) + 1)],
                "item": [visible(str(item)) for item in bundle.items.take(rows)]}
     for name in [name for name in ("title", "category") if name in bundle.item_columns]:
         values = [bundle.item_columns[name][row] for row in rows]
         columns[name] = ["" if value is None else " ".join(visible(str(value)).split())[:48] for value in values]
-    columns |= {name: [f"{value:.4g}" for value in values] for name, values in numbers.items()}
+    columns |= {name: [visible(value) if isinstance(value, str) else f"{value:.4g}" for value in values]
+                for name, values in further.items()}
     lines = list(zip(*([name, *values] for name, values in columns.items())))
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]
     padded = ("  ".join(text.ljust(width) for text, width in zip(line, widths)) for line in lines)
@@ -183,10 +171,13 @@ def _list_text(recommender, answer, as_json:bool, head:str, **facts)->str:
     "Recommendations or similar items as text or JSON."
     bundle = recommender.model.bundle
     if as_json:
-        facts |= {"recommendations": answer.items, "scores": answer.scores, "shortfall": answer.shortfall}
+        scores = [score if score > -math.inf else None for score in answer.scores] # a pinned item may have none
+        facts |= {"recommendations": answer.items, "scores": scores, "shortfall": answer.shortfall}
+        if answer.rules: facts |= {"rules": [answer.rules.get(item, ()) for item in answer.items]}
         return json.dumps(facts | {"source": answer.source, "made_by": answer.model, "model": bundle.version})
     note = f"\n  {answer.shortfall}" if answer.shortfall else ""
-    lines = _named(bundle, answer.rows, score=answer.scores)
+    ruled = {} if not answer.rules else {"rules": [", ".join(answer.rules.get(item, ())) for item in answer.items]}
+    lines = _named(bundle, answer.rows, score=answer.scores, **ruled)
     made_by = answer.source if answer.model == answer.source else f"{answer.source} by {answer.model}"
     return f"{visible(head)} ({made_by}, model {bundle.version})\n{lines}{note}"
 
@@ -196,7 +187,8 @@ def _open_recommender(models_dir:str|None):
     from product_recs.answer.recommender import open_recommender # numpy, scipy and SQLAlchemy: 1 s
     settings = _settings(models_dir=models_dir)
     url, most = settings.database_url, settings.events_in_memory
-    return open_recommender(settings.models_dir, url, settings.index, events_in_memory=most)
+    return open_recommender(settings.models_dir, url, settings.index, events_in_memory=most,
+                            rules_file=settings.rules_file)
 
 @_verb("recommend", "recommend 1 -n 5")
 def _recommend(
@@ -207,13 +199,17 @@ def _recommend(
     include_seen:Annotated[bool, typer.Option("--include-seen", help="also items that the user has had")]=False,
     task:Annotated[Literal["discovery", "next_purchase"], typer.Option(
         help="new items, or what the user most likely takes next")]="discovery",
+    place:Annotated[str|None, typer.Option(help="where in the shop the list stands, for the shop's rules")]=None,
+    diversity:Annotated[float|None, typer.Option(min=0, max=1, help="0: the best items, to 1: the most varied")]=None,
 )->str:
     "Print the recommendations for a user."
     from product_recs.answer.rules import Filters
     with _open_recommender(models_dir) as recommender:
         bundle = recommender.model.bundle
         user = bundle.users.shown(user)
-        answer = recommender.recommend(user, n, task, filters=Filters(exclude_seen=False if include_seen else None))
+        filters = Filters(exclude_seen=False if include_seen else None)
+        if diversity is None: diversity = _settings().diversity
+        answer = recommender.recommend(user, n, task, filters=filters, place=place, diversity=diversity)
         what = "Next purchases of" if task == "next_purchase" else "Recommended for"
         text, person = _list_text(recommender, answer, as_json, f"{what} {user}", user_id=user), answer.person
         if as_json or not len(person.items): return text

@@ -18,7 +18,8 @@ from .als import ALS, ScaledALS, WeightedALS
 from .baselines import BuyAgain, Popularity, RecentPopularity
 from .blend import HabitBlend, ScoreBlend
 from .bpr import BPR
-from .hybrid import ContentNeighbours, Hybrid
+from .content_neighbours import ContentNeighbours
+from .hybrid import Hybrid
 from .interface import Model, recipe
 from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from .spectral import LowPass
@@ -75,7 +76,8 @@ def _read(name:str)->tuple[list[str], list[float], bool, bool]:
     on_top = {}
     for layer in ("habits", "content"): # from the end
         if on_top.setdefault(layer, words[-1:] != [] and words[-1].lower() == layer): words.pop()
-        if not words: raise ProductRecsError(f"model {name!r}: {layer} goes with another model, such as 'ALS + {layer}'")
+        if not words:
+            raise ProductRecsError(f"model {name!r}: {layer} goes with another model, such as 'ALS + {layer}'")
     read = [_WEIGHT.fullmatch(word).groups() for word in words]
     for layer in on_top:
         if any(part.lower() == layer for _, part in read):

@@ -60,7 +60,6 @@ class ScoreBlend(Model):
     def users(self, rows:np.ndarray)->list: return [part.users(rows) for part in self.parts]
 
     def knows(self, representations:list)->np.ndarray:
-        "Does one of the parts?"
         return np.any([part.knows(users) for part, users in zip(self.parts, representations)], axis=0)
 
     def scores(self, representations:list)->np.ndarray:
@@ -78,14 +77,15 @@ class ScoreBlend(Model):
         "Those of the parts, on one scale."
         return score_contributions(self, history, item)
 
+    def shares(self)->list[float]: return self.parameters["weights"]
+
     def similarities(self, item:int)->np.ndarray:
         "Those of the part that weighs most."
         return self.parts[int(np.argmax(self.parameters["weights"]))].similarities(item)
 
     def reseeded(self, seed:int)->"ScoreBlend|None":
         "With another seed of the parts that have one."
-        other = [part.reseeded(seed) for part in self.parts]
-        if not any(other): return None
+        if not any(other := [part.reseeded(seed) for part in self.parts]): return None
         return ScoreBlend([new or part for new, part in zip(other, self.parts)], self.parameters["weights"])
 
     @property
@@ -114,6 +114,7 @@ class Habits(NamedTuple):
     taste: Any     # representations of the part
     had: Histories
 
+# %% ../../nbs/models/blend.ipynb #434e06f8
 class HabitBlend(Model):
     "Another model with the user's habits and the popularity of the items, as log odds; its weights are learned."
     name = "habits"
@@ -157,9 +158,8 @@ class HabitBlend(Model):
 
     def similarities(self, item:int)->np.ndarray: return self.parts[0].similarities(item)
 
-    @property
-    def places_items(self)->bool: return self.parts[0].places_items
-
+    places_items = property(lambda self: self.parts[0].places_items, doc="Does the part?")
+    def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return self.parts[0].in_common(item, items)
     def widened(self, snapshot:Snapshot)->Model:
         "The part widened, where it places items, and the same weights."
         if not self.places_items: return super().widened(snapshot)
@@ -170,8 +170,7 @@ class HabitBlend(Model):
         part = self.parts[0].reseeded(seed)
         return None if part is None else HabitBlend(part, self.parameters["task"], self.weights)
 
-    @property
-    def work(self)->int: return self.parts[0].work + 3*len(self.candidates)
+    work = property(lambda self: self.parts[0].work + 3*len(self.candidates), doc="As of the part, and the signals.")
 
     def contributions(self, history:Histories, item:int)->Contributions:
         "What each past item adds to the taste, in log odds, and what each signal adds."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALUE', 'LIST', 'WORD', 'GRAM', 'BAND', 'NUMBER', 'DENSE', 'MANY', 'folded_text', 'words_of', 'grams_of', 'Block',
-           'ContentMatrix', 'Content', 'learn_content', 'weigh_blocks']
+           'ContentMatrix', 'Content', 'learn_content', 'matrix_arrays', 'matrix_of', 'vocabulary_bytes',
+           'vocabulary_of', 'content_arrays', 'opened_content', 'weigh_blocks']
 
 # %% ../../nbs/models/content.ipynb #36d36f8d
 import json
@@ -20,6 +21,7 @@ from scipy.sparse import csr_matrix, vstack
 
 from ..core.columns import Columns
 from ..data.lists import as_lists
+from ..data.snapshots import csr_of
 
 # %% ../../nbs/models/content.ipynb #9461dd6a
 _WORD = re.compile(r"\w+|[\U0001F000-\U0001FAFF\u2600-\u27BF]")
@@ -59,7 +61,7 @@ class Block(NamedTuple):
     kind: str                  # value | list | word | gram | band | number | dense
     tokens: Sequence = ()      # of value, list, word, gram: what each feature stands for
     rarity: Sequence = ()      # of each token: log(n/df), the largest of the block is 1
-    edges: Sequence = ()       # of band: inner ends; of number: mean and standard deviation; of dense: the mean vector
+    edges: Sequence = ()       # of band: inner ends; of number: mean, standard deviation; of dense: mean vector
     size: int = 0              # features
     weight: float = 1.0        # of the block among the others
     separator: str = ""        # of list
@@ -177,6 +179,10 @@ class ContentMatrix(NamedTuple):
         parts = self.sparse.T @ values
         return np.concatenate([parts, self.dense.T @ values]) if self.dense.shape[1] else parts
 
+    def vector(self, row:int)->np.ndarray: # (s + d,)
+        "One row as a plain vector."
+        return np.concatenate([self.sparse[[row]].toarray()[0], self.dense[row]])
+
     def above(self, below:"ContentMatrix")->"ContentMatrix":
         "These rows, and others below them."
         return ContentMatrix(vstack([self.sparse, below.sparse], format="csr"),
@@ -289,7 +295,7 @@ def _unit_vectors(values:np.ndarray)->np.ndarray:
 
 def _centred(values:np.ndarray|None, n:int, block:Block)->np.ndarray:
     "Vectors of length 1 by their direction from the mean; zeros where one is unknown or has another size."
-    if values is None or values.ndim != 2 or values.shape[1] != block.size: return np.zeros((n, block.size), np.float32)
+    if values is None or values.shape[1:] != (block.size,): return np.zeros((n, block.size), np.float32)
     unit = _unit_vectors(values)
     return _unit_vectors(np.where(unit.any(axis=1, keepdims=True), unit - np.float32(block.edges), 0))
 
@@ -334,6 +340,55 @@ def learn_content(
             is_number = isinstance(first, (int, float, np.number)) and not isinstance(first, (bool, np.bool_))
             blocks += _number_blocks(column, values) if is_number else _text_blocks(column, values, n <= MANY)
     return Content(blocks)
+
+# %% ../../nbs/models/content.ipynb #75a654cd
+def matrix_arrays(
+    name:str,          # prefix
+    matrix:csr_matrix,
+)->dict[str, np.ndarray]:
+    "A sparse matrix as the arrays of a bundle."
+    return {f"{name}_indptr": matrix.indptr.astype(np.int64), f"{name}_indices": matrix.indices.astype(np.int32),
+            f"{name}_data": matrix.data.astype(np.float32)}
+
+def matrix_of(
+    name:str,               # prefix
+    arrays:Mapping,         # of `matrix_arrays`, with others
+    shape:tuple[int, int],
+)->csr_matrix:              # over these arrays
+    "The matrix again; raises `ValueError` where the arrays make none of this shape."
+    indptr, indices, data = (arrays[f"{name}_{part}"] for part in ("indptr", "indices", "data"))
+    if len(indptr) != shape[0] + 1 or len(indices) != indptr[-1] or len(data) != len(indices):
+        raise ValueError(f"{name} does not make a matrix of {shape[0]} rows")
+    if len(indices) and not (0 <= indices.min() and indices.max() < shape[1]):
+        raise ValueError(f"{name} has a column outside of 0 to {shape[1] - 1}")
+    return csr_of(shape, indptr, indices, data)
+
+def vocabulary_bytes(content:Content)->np.ndarray: # uint8
+    "A vocabulary as an array."
+    return np.frombuffer(json.dumps(content.to_json(), ensure_ascii=False).encode(), np.uint8)
+
+def vocabulary_of(text:np.ndarray)->Content: # of `vocabulary_bytes`
+    "The vocabulary again."
+    return Content.from_json(json.loads(bytes(text)))
+
+def content_arrays(
+    content:Content,
+    described:ContentMatrix, # by it
+)->dict[str, np.ndarray]:
+    "A vocabulary and the rows that it describes, as arrays."
+    return {"vocabulary": vocabulary_bytes(content), "dense": described.dense,
+            **matrix_arrays("content", described.sparse)}
+
+def opened_content(
+    arrays:Mapping, # of `content_arrays`, with others
+    n:int,          # rows
+)->tuple[Content, ContentMatrix]:
+    "The vocabulary and the described rows again; raises `ValueError` where they do not fit."
+    content = vocabulary_of(arrays["vocabulary"])
+    sparse = int(content.starts[len(content.sparse)])
+    if arrays["dense"].shape != (n, len(content) - sparse):
+        raise ValueError(f"dense has shape {arrays['dense'].shape}, not {(n, len(content) - sparse)}")
+    return content, ContentMatrix(matrix_of("content", arrays, (n, sparse)), arrays["dense"])
 
 # %% ../../nbs/models/content.ipynb #3d0a4411
 _USERS, _PAIRS = 2000, 5 # sampled: users, and purchases of each

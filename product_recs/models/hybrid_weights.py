@@ -17,9 +17,9 @@ from ..core.errors import EvaluateError
 from ..data.artifact import Features
 from ..data.snapshots import Histories
 from ..data.tasks import how_judged, past_and_future
-from .hybrid import (HYBRID_DEFAULTS, Hybrid, HybridUsers, beginning, combined, evidence_of,
-                                          score_parts)
+from .hybrid import HYBRID_DEFAULTS, Hybrid, HybridUsers, beginning, combined, score_parts
 from .interface import Model
+from .placement import evidence_of
 from ..search.top_n import top_n
 
 # %% ../../nbs/models/hybrid_weights.ipynb #a1bc5d79
@@ -60,8 +60,8 @@ class _Ground:
     def __init__(self, features:Features, part:Model, parameters:Mapping, max_users:int, seed:int):
         past, future, self.split = past_and_future(features, "validation")
         self.past, self.parameters = past, dict(parameters)
-        most = {name: max(values) for name, values in TRIED.items() if name == "item_evidence"}
-        self.model = Hybrid(part, **self.parameters | most).fit(past) # whose thin items are those of all tries
+        longest = {"item_evidence": max(TRIED["item_evidence"])} # whose thin items are those of all tries
+        self.model = Hybrid(part, **self.parameters | longest).fit(past)
         self.seen = csr_matrix(past.counts > 0, dtype=np.float32)
         targets = csr_matrix(future > 0, dtype=np.float32)
         targets.data *= self.model.candidates[targets.indices]
@@ -71,10 +71,7 @@ class _Ground:
         if len(rows) < FEWEST: raise EvaluateError(f"only {len(rows)} users of the validation period can be judged")
         if len(rows) > max_users: rows = np.sort(np.random.default_rng(seed).choice(rows, max_users, replace=False))
         self.rows, self.targets = rows, targets
-        popularity = past.popularity
-        self.cold, self.rare = popularity == 0, popularity <= _BAND
-        self.cold &= self.model.candidates
-        self.rare &= self.model.candidates
+        self.cold, self.rare = ((past.popularity <= most) & self.model.candidates for most in (0, _BAND))
 
     def only(self, items:np.ndarray)->csr_matrix:
         "The targets among some items."
@@ -152,7 +149,7 @@ def learn_content_weights(
     max_users:int=500,   # a sample of the users
     seed:int=0,          # of the sample
     progress:bool=True,
-)->Hybrid:               # not fitted, with the parameters that were chosen; those given where there is nothing to judge by
+)->Hybrid:               # not fitted, with the parameters that were chosen; those given where nothing can be judged
     "Choose how much content counts on the validation period; raises what the fit of the hybrid raises."
     parameters = HYBRID_DEFAULTS | dict(parameters or {})
     if not how_judged(features.split)["tasks"]: return Hybrid(part, **parameters)

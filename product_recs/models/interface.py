@@ -109,9 +109,9 @@ class Contributions(NamedTuple):
 # %% ../../nbs/models/interface.ipynb #7bdcd903
 class Model(Learner):
     "A model; a new one overrides `fold_in` where it folds anything, `scores` and `contributions`."
-    personal = True # has it something of its own to say to each user?
-    dense = True    # does `top` score all items?
+    personal, dense = True, True # has it something of its own to say to each user; does `top` score all items?
     places_items = False # does it score an item that nobody has, by its attributes?
+    placeable = False # has each item a vector, so that another can be placed among them?
 
     def fold_in(self, histories:Histories)->Any: # of m users
         "Representations of users given by their histories; of an unchanged user what training found."
@@ -121,8 +121,7 @@ class Model(Learner):
         "Representations of users as the training knew them."
         return self.fold_in(self.snapshot.histories(rows))
 
-    def knows(self, representations:Any)->np.ndarray: # (m,) bool
-        "Has the model anything to say to these users: have they had a candidate?"
+    def knows(self, representations:Any)->np.ndarray: # (m,) bool: has it anything to say to them?
         return knows_items(representations, self.candidates)
 
     def scores(self, representations:Any)->np.ndarray: # (m, n_items) float32, a fresh array
@@ -154,16 +153,18 @@ class Model(Learner):
         "How alike all items are to one; here the cosine of who has them."
         return shared_users(self.snapshot, item)
 
+    # columns and values that a row has in common with others; what each part of a weighted sum counts
+    def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return []
+    def shares(self)->list[float]: return []
+
     def widened(self,
         snapshot:Snapshot, # of the fit, `widened`: with new items at the end, and attributes that changed
     )->"Model":            # another object; it shares its arrays with this one
         "The same model over a longer catalogue; here it has nothing to say of the new items."
         return Widened(self, snapshot)
 
-    @property
-    def work(self)->int:
-        "Numbers that one answer touches, about: what it costs to serve, the same on every machine."
-        return len(self.candidates)
+    # numbers that one answer touches, about: what it costs to serve, the same on every machine
+    work = property(lambda self: len(self.candidates))
 
 # %% ../../nbs/models/interface.ipynb #c6d6b093
 def shared_users(

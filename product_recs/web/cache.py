@@ -25,14 +25,23 @@ class Kept:
     items: list      # external ids
     short: bool      # fewer than asked?
     propensities: dict|None = None # of the explored items, by external id; None: there are none
+    named: dict|None = None # item -> names of the shop's rules that worked on it
+    rules: object = None    # of the shop, as the list was made
+
+    @property
+    def facts(self)->tuple:
+        "What is noted of the list when it goes out again."
+        return self.source, self.items, self.short, self.propensities, self.named
 
     def holds(self,
         model:ReadyModel,                     # the live one
         shelf:object,                         # as it is now
         state_of:Callable[[int|str], object], # what is known of a user now
+        rules:object=None,                    # of the shop, as they are now
     )->bool:
         "Whether nothing that the answer depends on has changed."
-        return self.model is model and self.shelf is shelf and self.state is state_of(self.user)
+        same = self.model is model and self.shelf is shelf and self.rules is rules
+        return same and self.state is state_of(self.user)
 
 # %% ../../nbs/web/cache.ipynb #b3b039c0
 LONGEST_QUESTION = 400 # bytes of path and query

@@ -166,8 +166,8 @@ def required_scope(
 )->str|None:    # None: open to everybody
     "The scope that a request needs."
     if path in _OPEN or path.startswith(("/static/", "/static-offline-docs/")): return None
-    if method in ("GET", "HEAD", "OPTIONS") or path.rstrip("/") == "/recommend": return "read"
-    return "admin" if path.startswith("/model") else "write"
+    asks = method in ("GET", "HEAD", "OPTIONS") or path.rstrip("/") in ("/recommend", "/rules/preview")
+    return "read" if asks else "admin" if path.startswith(("/model", "/rules")) else "write"
 
 def auth_required(
     settings:Settings,

@@ -7,7 +7,8 @@ __all__ = ['exploration_of', 'Shown', 'ToldProducts', 'Service', 'FastPath']
 
 # %% ../../nbs/web/service.ipynb #2831b0da
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import NamedTuple
 
 from fastapi import Response
@@ -26,6 +27,7 @@ from .desk import FeedbackDesk, StateView
 from .headers import Header, raw
 from .monitor import Metrics
 from .renewal import Renewal
+from .rulebook import RuleDesk, RuleSources, utc_now
 
 # %% ../../nbs/web/service.ipynb #e377f326
 def exploration_of(
@@ -46,21 +48,40 @@ class Shown(NamedTuple):
     items: Sequence         # external ids, best first
     short: bool             # has it fewer items than asked?
     propensities: Mapping|None = None # of the explored items, by external id; None: there are none
+    rules: Mapping|None = None # item -> names of the shop's rules that worked on it; None: on none
 
     @classmethod
     def of(cls, one:Recommendations)->"Shown":
         "The facts of a list."
-        return cls(one.source, one.items, one.shortfall is not None, one.propensities)
+        return cls(one.source, one.items, one.shortfall is not None, one.propensities, one.rules)
 
 def _question(settings:Settings, scope:dict)->tuple:
     "What tells one request from another: where lists change with the day, also the day."
     return (*question_of(scope), this_day()) if settings.explore else question_of(scope)
 
 # %% ../../nbs/web/service.ipynb #1e7660d6
-def _with_products(model:ReadyModel, told:Products)->ReadyModel:
-    "The model with what was told, ready to answer; a `BundleError` where it cannot answer."
-    with_told = extended(model, told.by_key)
-    return model if with_told is model else with_told.prepare()
+class _Preparation:
+    "Makes what answers: of a bundle, and of what the shop told since."
+    def __init__(self, settings:Settings, view:StateView, rules:RuleDesk):
+        self.settings, self.view, self.rules = settings, view, rules
+
+    def open(self, bundle:Bundle)->ReadyModel:
+        "A model ready to answer, after the desk has read again what the model before knew and this one does not."
+        model = ReadyModel(bundle, self.settings.index).prepare()
+        self.view.prepare(bundle.manifest["data"].get("feedback_until"), bundle.users.folds) # last: it is good
+        return model
+
+    def extend(self, model:ReadyModel, told:Products)->ReadyModel:
+        "The model with what was told and all that its lists need; a `BundleError` where it cannot answer."
+        with_told = extended(model, told.by_key)
+        if with_told is not model: with_told.prepare()
+        if self.settings.explore: prepare_exploration(with_told, self.settings.explore_below or None)
+        self.rules.rules(with_told)
+        return with_told
+
+async def _take_up(rules:RuleDesk, live:LiveModel)->None:
+    "Take up other rules in a thread, since that may look at all items."
+    if live.version is not None and not rules.holds(model := live.get()): await run_in_threadpool(rules.rules, model)
 
 class ToldProducts:
     "The products that the shop told of, on their way into the model that answers."
@@ -98,25 +119,20 @@ class ToldProducts:
 # %% ../../nbs/web/service.ipynb #307de7c8
 class Service:
     "What a worker process needs to answer: settings, figures, feedback desk, live model and kept answers."
-    def __init__(self, settings:Settings):
+    def __init__(self, settings:Settings, now:Callable[[], datetime]=utc_now): # the clock of the shop's rules
         self.settings, self.metrics = settings, Metrics()
         self.desk, self.kept = FeedbackDesk(settings, self.metrics), KeptAnswers(settings.cache_size)
-        self.live = LiveModel(settings.models_dir, self._ready, settings.watch_seconds, extend=_with_products,
-                              told=lambda: self.desk.view.products)
+        self.rules = RuleDesk(RuleSources(settings.rules_file, self.desk.changes, settings.watch_seconds), now)
+        preparation = _Preparation(settings, self.desk.view, self.rules)
+        self.live = LiveModel(settings.models_dir, preparation.open, settings.watch_seconds,
+                              extend=preparation.extend, told=lambda: self.desk.view.products)
         self.told = ToldProducts(self.live, self.desk.view, self.metrics)
         self.live.listen(self._swapped)
-
-    def _ready(self, bundle:Bundle)->ReadyModel:
-        "A model ready to answer, after the desk has read again what the model before knew and this one does not."
-        model = ReadyModel(bundle, self.settings.index).prepare()
-        if self.settings.explore: prepare_exploration(model, self.settings.explore_below or None)
-        self.desk.view.prepare(bundle.manifest["data"].get("feedback_until"), bundle.users.folds) # last: it is good
-        return model
-
     def _swapped(self, result:Reload)->None:
         "Tell everybody of the model that answers now."
         if result.status in ("reloaded", "renewed"): # another object: the loop may be filling the old one
             self.kept = KeptAnswers(self.settings.cache_size)
+            self.rules.drop_others(self.live.get())
         self.metrics.reload(result.status)
         if result.status != "reloaded": return
         bundle = self.live.get().bundle
@@ -125,21 +141,23 @@ class Service:
 
     def start(self)->"Service": # itself
         "Open the store and the model; what is not there yet is tried again later."
-        for part in (self.desk, self.live, self.told.renewal): part.start()
+        for part in (self.desk, self.rules, self.live, self.told.renewal): part.start()
         return self
     def stop(self)->None:
         "Write what waits, and close."
-        for part in (self.live, self.told.renewal, self.desk): part.stop()
+        for part in (self.live, self.told.renewal, self.rules, self.desk): part.stop()
 
     async def catch_up(self, feedback:bool=True)->None:
-        "What comes before an answer: a model where there is none yet, and what users did a moment ago."
+        "What comes before an answer: a model where there is none yet, what users did a moment ago, and the rules."
         if self.live.version is None: await run_in_threadpool(self.live.look)
         if feedback and self.desk.view.behind: await self.desk.view.catch_up()
+        if feedback: await _take_up(self.rules, self.live)
 
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
         kept, view = self.kept.get(_question(self.settings, scope)), self.desk.view
-        if kept is None or not kept.holds(self.live.get(), view.shelf, view.look): return None
+        if kept is None or not kept.holds(model := self.live.get(), view.shelf, view.look, self.rules.rules(model)):
+            return None
         self.metrics.cache(True)
         return kept
 
@@ -150,11 +168,14 @@ class Service:
         self.shown(scope, model, request.user, facts)
         self.metrics.cache(False)
         basis = model, request.user, request.state, shelf
-        self.kept.put(_question(self.settings, scope), Kept(*basis, response.raw_headers, response.body, *facts))
+        self.kept.put(_question(self.settings, scope), Kept(*basis, response.raw_headers, response.body, *facts,
+                                                          request.rules))
+
     def shown(self, scope:dict, model:ReadyModel, user:int|str|None, facts:Shown)->None:
         "Count a list that goes out, and note it as an impression."
         self.metrics.recommended(facts.source, facts.short)
-        self.desk.shown(scope["request_id"], user, model.bundle.version, facts.source, facts.items, facts.propensities)
+        self.desk.shown(scope["request_id"], user, model.bundle.version, facts.source, facts.items, facts.propensities,
+                        facts.rules)
 
 # %% ../../nbs/web/service.ipynb #a1925333
 _STALE = raw(Header.Stale)
@@ -183,5 +204,4 @@ class FastPath:
         scope["route_template"] = "/recommend/{user_id}"
         await send_on({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
         await send({"type": "http.response.body", "body": kept.body})
-        facts = Shown(kept.source, kept.items, kept.short, kept.propensities)
-        service.shown(scope, kept.model, kept.user, facts)
+        service.shown(scope, kept.model, kept.user, Shown(*kept.facts))

@@ -344,6 +344,7 @@ function card(item, rank, isFresh) {
     h("div", {class: "what"},
       h("h3", {}, h("button", {type: "button", class: "open", "data-act": "open", "aria-haspopup": "dialog", on: {click: () => openSheet(item)}}, name)),
       categoryOf(item) && h("p", {class: "category"}, categoryOf(item)),
+      item.rules?.length > 0 && h("p", {class: "ruled"}, item.rules.join(", ")),
       reason(item)),
     h("div", {class: "acts"},
       inside
@@ -570,7 +571,8 @@ async function explain(item, section) {
   try {
     const found = await ask(`explain/${part(state.who)}/${part(item.item_id)}?task=${state.task}`);
     const signals = signalRows(found.signals);
-    body(section, verdict(found), h("p", {class: "muted small"}, wordsOf(found.source)),
+    body(section, verdict(found), found.rules?.length > 0 && h("ul", {class: "ruled-list small"}, found.rules.map(text => h("li", {}, sentence(text)))),
+      h("p", {class: "muted small"}, wordsOf(found.source)),
       found.habit && h("p", {class: "small"}, `This person had it ${found.habit}.`),
       signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)),
       found.why?.length > 0 && h("div", {}, h("h4", {class: "small muted"}, signals.length ? "Where the taste comes from" : "What speaks for it, from the past"), bars(whyRows(found))));
@@ -725,6 +727,159 @@ function showRungs(rows) {
 }
 setInterval(() => { if (!document.hidden && $("live").checked && !down.timer && $("key").hidden) loadFigures(); }, EVERY);
 
+// ---------------------------------------------------------------------------------------------- the rules of the shop
+
+const shop = {state: null, saved: "", timer: null, abort: null};
+const SAMPLES = {
+  Pin: {name: "on top", pin: 1, items: [101]}, Boost: {name: "summer sale", boost: 1.5, where: {category: ["tea"]}, from: "2026-06-01", until: "2026-08-31"},
+  Bury: {name: "clearance", bury: 1, items: [101]}, Exclude: {name: "not here", exclude: true, items: [101], places: ["mail"]},
+};
+// a list of ids or words stands on one line
+const asText = document => JSON.stringify(document ?? {rules: []}, writing, 2).replace(/\[\n\s+([^[\]{}]*?)\n\s+\]/g, (_, inner) => `[${inner.replace(/\n\s+/g, " ")}]`);
+const some = list => list.slice(0, 4).map(String).join(", ") + (list.length > 4 ? ` and ${number.format(list.length - 4)} more` : "");
+function wanted(conditions) {
+  return Object.entries(conditions).map(([name, value]) => {
+    if (Array.isArray(value)) return `${name} ${some(value)}`;
+    return `${name} ${"min" in value ? `from ${value.min}` : ""}${"min" in value && "max" in value ? " " : ""}${"max" in value ? `up to ${value.max}` : ""}`;
+  }).join("; ");
+}
+// a rule as a sentence: what it does, to what, and when it holds
+function ruleWords(rule) {
+  const act = "pin" in rule ? `Place ${some([rule.pin].flat())}` : "boost" in rule ? `Up by ${rule.boost} σ` : "bury" in rule ? `Down by ${rule.bury} σ` : "Never shown";
+  const what = [rule.items && `${rule.items.length === 1 ? "item" : "items"} ${some(rule.items)}`, rule.where && wanted(rule.where)].filter(Boolean).join(", with ");
+  const when = [rule.users && `for people with ${wanted(rule.users)}`, rule.places && `at ${some(rule.places)}`, rule.tasks && `for ${some(rule.tasks).replaceAll("_", " ")}`,
+    rule.from && `from ${rule.from}`, rule.until && `until ${rule.until}`].filter(Boolean).join(" · ");
+  return [`${act}: ${what}`, when];
+}
+const KINDS = {pin: "Pin", boost: "Boost", bury: "Bury", exclude: "Exclude"};
+
+async function loadRules() {
+  try { showRules(await ask("rules")); } catch (error) {
+    if (error.status === 404) { $("shop").hidden = true; return; }
+    if (!failed(error)) $("rules-state").replaceChildren(fault(error, loadRules));
+    else if (!shop.state) $("rules-state").replaceChildren(h("p", {class: "empty"}, "Not known for now."));
+  }
+}
+function showRules(found) {
+  const edited = shop.state && $("rules-text").value !== shop.saved; // what somebody is writing stays
+  shop.state = found;
+  shop.saved = asText(found.document);
+  if (!edited) $("rules-text").value = shop.saved;
+  const rules = found.document?.rules ?? [], active = found.rules.filter(rule => rule.active).length;
+  $("shop-source").textContent = {database: "Saved here", file: "From the rules file", none: ""}[found.source];
+  $("rules-count").textContent = rules.length ? (active === rules.length ? plural(active, "rule") : `${active} of ${plural(rules.length, "rule")}`) : "";
+  $("rules-delete").hidden = found.source !== "database";
+  $("rules-list").replaceChildren(...rules.map((rule, at) => {
+    const state = found.rules[at], [what, when] = ruleWords(rule);
+    return h("li", state.active ? {} : {class: "asleep"}, h("span", {class: `kind ${state.action}`}, KINDS[state.action]),
+      h("div", {class: "text"}, h("strong", {}, rule.name), h("span", {}, what), when && h("span", {class: "category"}, when),
+        !state.active && h("span", {class: "category"}, sentence(`not now: ${state.why}`))));
+  }));
+  $("rules-state").replaceChildren(
+    ...(found.error ? [h("div", {class: "problem", role: "alert"}, h("p", {}, h("strong", {}, "A newer version is not in force"), sentence(found.error)))] : []),
+    ...(rules.length ? [] : [h("p", {class: "empty"}, "None. Lists are as the model makes them.")]),
+    ...(found.overruled ? [h("p", {class: "muted small"}, `These beat the rules file ${found.overruled}.`)] : []),
+    ...(found.warnings.length ? [h("div", {class: "notice small"}, h("strong", {}, "This model does not have all of it"), h("ul", {}, found.warnings.map(text => h("li", {}, sentence(text)))))] : []));
+  judge();
+}
+function verdictOn(text, bad = false) {
+  $("rules-verdict").textContent = text;
+  $("rules-verdict").classList.toggle("bad", bad);
+  $("rules-text").setAttribute("aria-invalid", String(bad));
+  $("preview").classList.toggle("stale", bad);
+}
+function typed() {
+  try { return JSON.parse($("rules-text").value, reading); } catch (error) {
+    verdictOn(`Not readable as JSON: ${error.message}`, true);
+    return null;
+  }
+}
+function judge() {
+  const changed = $("rules-text").value !== shop.saved;
+  $("rules-save").disabled = $("rules-reset").disabled = !changed;
+  clearTimeout(shop.timer);
+  shop.timer = setTimeout(showPreview, 350);
+}
+async function showPreview() {
+  const document = typed();
+  $("preview-who").textContent = state.who === null ? "a guest" : `person ${state.who}`;
+  if (!document) return;
+  shop.abort?.abort();
+  shop.abort = new AbortController();
+  const {signal} = shop.abort, day = $("preview-day").value, spot = $("preview-place").value.trim();
+  const body = {document, task: state.task, n: Math.min(10, state.n ?? 10)};
+  if (state.who !== null) body.users = [state.id ?? state.who];
+  else {
+    body.events = [...state.basket.values()].map(item => ({item_id: item.item_id, event: "cart", quantity: 1}));
+    if (state.hidden.size) body.filters = {deny: [...state.hidden.values()].map(item => item.item_id)};
+  }
+  if (spot) body.place = spot;
+  if (day) body.at = `${day}T12:00:00Z`;
+  try {
+    const found = await ask("rules/preview", {method: "POST", body, signal});
+    if (signal.aborted) return;
+    showSides(found);
+    verdictOn($("rules-text").value === shop.saved ? "" : "These rules are sound. They are not saved yet.");
+  } catch (error) {
+    if (signal.aborted || error.name === "AbortError") return;
+    if (error.status === 422) return verdictOn(sentence(error.message), true);
+    $("preview-sides").hidden = true;
+    $("preview-state").replaceChildren(failed(error) ? h("p", {class: "empty"}, "No preview for now.") : fault(error, showPreview));
+  }
+}
+function showSides(found) {
+  const moves = one => one.other_rank === null ? null : one.other_rank - one.rank;
+  const line = (one, badge) => h("li", badge[0] ? {class: badge[0]} : {}, h("span", {class: "num"}, String(one.rank)),
+    h("div", {class: "text"}, h("span", {class: "name"}, one.title || `Item ${one.item_id}`), one.rules.length > 0 && h("span", {class: "category"}, one.rules.join(", ")),
+      one.gone && h("span", {class: "category"}, sentence(one.gone))), badge[1] && h("span", {class: "move"}, badge[1]));
+  const badge = one => { const by = moves(one); return [one.rules.length ? "by-rule" : "", by === null ? "new" : by > 0 ? `↑ ${by}` : by < 0 ? `↓ ${-by}` : null]; };
+  $("preview-sides").hidden = false;
+  $("preview-before").replaceChildren(...found.before.map(one => line(one, one.other_rank === null ? ["gone", "out"] : ["", null])));
+  $("preview-after").replaceChildren(...found.after.map(one => line(one, badge(one))));
+  const asleep = found.rules.filter(rule => !rule.active);
+  $("preview-state").replaceChildren(
+    ...(found.undone.length ? [h("div", {class: "notice small"}, h("strong", {}, "What could not be done"), h("ul", {}, found.undone.map(text => h("li", {}, sentence(text)))))] : []),
+    ...(asleep.length ? [h("p", {class: "muted small"}, asleep.map(rule => `“${rule.name}” does nothing here: ${rule.why}.`).join(" "))] : []),
+    ...(found.after.length ? [] : [h("p", {class: "empty"}, found.shortfall ? sentence(found.shortfall) : "Nothing to show.")]));
+}
+async function saveRules() {
+  const document = typed();
+  if (!document) return $("rules-text").focus();
+  $("rules-save").disabled = true;
+  try {
+    const found = await ask("rules", {method: "PUT", body: document});
+    $("rules-text").value = asText(found.document);
+    shop.saved = $("rules-text").value;
+    showRules(found);
+    say("The rules are saved. They hold for all customers.");
+    loadList();
+  } catch (error) {
+    if (error.status === 401) askForKey(error.message);
+    verdictOn(`Not saved. ${error.status === 422 ? "" : `${error.title ?? "Error"}: `}${sentence(error.message)}`, true);
+    $("rules-save").disabled = false;
+  }
+}
+async function deleteRules() {
+  try {
+    const found = await ask("rules", {method: "DELETE"});
+    shop.saved = null; // the text stays, to be saved again
+    showRules(found);
+    say(`Taken away. ${found.source === "file" ? "The rules file counts again." : "There are no rules."} The text stays in the editor.`);
+    loadList();
+  } catch (error) { if (!failed(error)) verdictOn(`Not taken away. ${error.title}: ${sentence(error.message)}`, true); }
+}
+function addSample(kind) {
+  const document = typed();
+  if (!document) return;
+  const rules = [...(document.rules ?? [])], names = new Set(rules.map(rule => rule.name)), sample = structuredClone(SAMPLES[kind]);
+  for (let copy = 2; names.has(sample.name); copy++) sample.name = `${SAMPLES[kind].name} ${copy}`;
+  const first = state.answer?.items[state.answer.items.length - 1];
+  if (sample.items && first) sample.items = [first.item_id];
+  if (sample.where && first) { const category = first.category ?? first.attributes?.category; if (category) sample.where = {category: [category]}; }
+  $("rules-text").value = asText({...document, rules: [...rules, sample]});
+  judge();
+}
+
 // ---------------------------------------------------------------------------------------------- who
 
 async function loadPeople() {
@@ -770,9 +925,11 @@ function follow() {
     loadHistory();
   }
   loadList();
+  if (shop.state) latest.finally(judge);
 }
 async function loadAll() {
   loadModel();
+  loadRules();
   const people = loadPeople();
   if (state.started) { loadHistory(); return loadList(); }
   if (!address().empty) return follow();
@@ -863,6 +1020,13 @@ on("sheet", "close", () => {
   const again = item && document.querySelector(`main li[data-key="${CSS.escape(keyOf(item.item_id))}"] [data-act=open]`);
   (again ?? $("recs-heading")).focus({preventScroll: true});
 });
+$("rules-samples").append(...Object.keys(SAMPLES).map(kind => h("button", {type: "button", class: "chip", on: {click: () => addSample(kind)}}, `+ ${kind}`)));
+on("rules-text", "input", judge);
+on("rules-form", "submit", event => { event.preventDefault(); saveRules(); });
+on("rules-reset", "click", () => { $("rules-text").value = shop.saved; judge(); });
+on("rules-delete", "click", deleteRules);
+on("preview-form", "submit", event => event.preventDefault());
+for (const id of ["preview-place", "preview-day"]) on(id, "input", judge);
 addEventListener("popstate", follow);
 addEventListener("hashchange", () => { const {who, task} = address(); if (!state.started || who !== state.who || task !== state.task) follow(); });
 
