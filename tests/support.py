@@ -32,6 +32,8 @@ from product_recs.models.all import all_models
 from product_recs.models.als import ALS
 from product_recs.models.blend import HabitBlend, ScoreBlend
 from product_recs.models.bpr import BPR
+from product_recs.models.content_neighbours import ContentNeighbours
+from product_recs.models.hybrid import Hybrid
 from product_recs.models.item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from product_recs.models.signals import OWN, SIGNALS, BlendWeights
 from product_recs.models.spectral import LowPass
@@ -454,9 +456,44 @@ def random_log(users: int, items: int, seed: int) -> Snapshot:
     weights = (np.log1p(counts.data) * rng.uniform(0.5, 2, counts.nnz)).astype(np.float32)
     ages = rng.integers(0, 300, counts.nnz).astype(np.float32)
     values = (weights, counts.data, ages)
-    return Snapshot(
-        None, *(read_only(csr_of(counts.shape, counts.indptr.copy(), counts.indices.copy(), value)) for value in values)
-    )
+    matrices = (read_only(csr_of(counts.shape, counts.indptr.copy(), counts.indices.copy(), v)) for v in values)
+    columns = {"item_columns": described_items(items, seed), "user_columns": described_users(users, seed)}
+    return Snapshot(None, *matrices, **columns)
+
+
+def described_items(items: int, seed: int) -> dict:
+    "Columns of every kind with gaps: texts, tags, numbers, yes and no, vectors; of the last item nothing is known."
+    rng = np.random.default_rng(seed + 100)
+    kinds = np.array(["coffee", "tea", "mug", "gift"], object)
+    kind, known = rng.integers(0, 4, items), rng.random((6, items)) < 0.85
+    known[:, -1] = False
+    colours = rng.choice(["red", "blue", "grey"], items)
+    columns = {
+        "category": kinds[kind],
+        "title": np.array([f"{colours[k]} {kinds[kind[k]]} no {k % 9}" for k in range(items)], object),
+        "tags": np.array([f"{colours[k]}|{kinds[kind[k]]}|{k % 5}" for k in range(items)], object),
+        "price": np.where(known[3], (3 * kind + rng.gamma(2, 2, items)).round(2), np.nan),
+        "organic": rng.integers(0, 2, items).astype(bool).astype(object),
+        "vector": (np.eye(4)[kind] + rng.normal(0, 0.3, (items, 4))).astype(np.float32),
+        "available": np.full(items, None, object),
+    }
+    for place, name in enumerate(("category", "title", "tags", "price", "organic")):
+        if name != "price":
+            columns[name][~known[place]] = None
+    columns["vector"][~known[5]] = np.nan
+    return columns
+
+
+def described_users(users: int, seed: int) -> dict:
+    "What is told of users, with gaps; of user 0 nothing."
+    rng = np.random.default_rng(seed + 200)
+    known = rng.random((2, users)) < 0.8
+    known[:, 0] = False
+    town = np.array(["Rome", "Oslo", "Lima"], object)[rng.integers(0, 3, users)]
+    return {
+        "town": np.where(known[0], town, None),
+        "age": np.where(known[1], rng.integers(18, 80, users), np.nan),
+    }
 
 
 def weights(task: str) -> BlendWeights:
@@ -480,6 +517,7 @@ def every_model() -> dict:
         "all equal to one": ALS(**SMALL | {"unobserved_weight": 0.3, "nu": 0.5, "solver": "rotated"}),
     }
     als, graph, bpr = models["ALS"], models["item graph"], models["BPR"]
+    models["content neighbours"] = ContentNeighbours()
     models["blend"] = ScoreBlend([models["weighted ALS"], graph], [0.7, 0.3])
     models["blend of blends"] = ScoreBlend([ScoreBlend([als, EASE(40)]), models["buy again"], ItemGraph(**FEW)])
     models["blend with BPR"] = ScoreBlend([bpr, als])
@@ -487,3 +525,23 @@ def every_model() -> dict:
         for part in (als, graph, models["blend"], models["popularity"]):
             models[f"{part.name} + habits, {task}"] = HabitBlend(part, task, weights(task))
     return models
+
+
+def described_models() -> dict:
+    "Those that learn from what items are, over one model with factors, several, and none; for `random_log`."
+    models = every_model()
+    models["content neighbours"] = ContentNeighbours()
+    made = {
+        "content neighbours": models["content neighbours"],
+        "ALS + content": Hybrid(models["ALS"]),
+        "low-pass + content": Hybrid(models["low-pass"], item_evidence=10, level=0.75, profile=1.5),
+        "BPR + content": Hybrid(models["BPR"], user_evidence=4, attributes=1, interaction_power=0.5),
+        "blend + content": Hybrid(models["blend"], item_evidence=0, user_evidence=0),
+        "blend of blends + content": Hybrid(models["blend of blends"], profile=0, attributes=0),
+        "item-item cosine + content": Hybrid(models["few cosines"]),
+        "popularity + content": Hybrid(models["popularity"], item_evidence=30),
+        "content neighbours + content": Hybrid(models["content neighbours"]),
+    }
+    for task in (DISCOVERY, NEXT_PURCHASE):
+        made[f"ALS + content + habits, {task}"] = HabitBlend(made["ALS + content"], task, weights(task))
+    return made

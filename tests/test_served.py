@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from support import Server, every_model, random_log
+from support import Server, described_models, every_model, random_log
 
 from product_recs.bundle.files import publish, write_bundle
 from product_recs.bundle.live import rollback
@@ -15,7 +15,7 @@ from product_recs.core.ids import IdTable
 from product_recs.models.blend import HabitBlend
 
 USERS, ITEMS, N = 220, 150, 10
-MODELS = every_model()
+MODELS = every_model() | described_models()
 NAMES = [name for name, model in MODELS.items() if model.tasks is None]
 
 

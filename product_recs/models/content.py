@@ -11,6 +11,7 @@ __all__ = ['VALUE', 'LIST', 'WORD', 'GRAM', 'BAND', 'NUMBER', 'DENSE', 'MANY', '
 import json
 import re
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -53,6 +54,8 @@ def grams_of(
 # %% ../../nbs/models/content.ipynb #219b5f86
 VALUE, LIST, WORD, GRAM, BAND, NUMBER, DENSE = "value", "list", "word", "gram", "band", "number", "dense"
 _MOST = {VALUE: 20_000, LIST: 20_000, WORD: 20_000, GRAM: 30_000} # features of one block
+_MOST_OF_ALL = 200_000 # features of all blocks
+_CHARACTERS = {WORD: 400_000_000, GRAM: 50_000_000} # of a table that are looked at
 _BANDS = 8
 
 class Block(NamedTuple):
@@ -65,6 +68,7 @@ class Block(NamedTuple):
     size: int = 0              # features
     weight: float = 1.0        # of the block among the others
     separator: str = ""        # of list
+    longest: int = 2000        # of word and gram: characters of a text that are looked at
 
     def name(self, feature:int)->str:
         "What a feature is called."
@@ -100,10 +104,16 @@ def _lists_of(values:np.ndarray, separator:str)->list:
         return [text[:_LONGEST_VALUE] for one in found if one is not None and (text := folded_text(one))]
     return [entries(value) for value in values]
 
+_COUNTED = 2_000_000 # tokens that are counted before those that came once are forgotten
+
 def _frequent(tokens_of_rows:Iterable[Iterable[str]], most:int)->tuple[list[str], np.ndarray]:
     "Tokens that at least two rows have, and how many rows have each; the most frequent ones, in a fixed order."
-    counts = Counter()
-    for tokens in tokens_of_rows: counts.update(set(tokens or ()))
+    counts, room = Counter(), _COUNTED
+    for tokens in tokens_of_rows:
+        counts.update(set(tokens or ()))
+        if len(counts) > room:
+            counts = Counter({token: count for token, count in counts.items() if count > 1})
+            room = max(_COUNTED, 2*len(counts))
     chosen = sorted((token for token, count in counts.items() if count > 1), key=lambda one: (-counts[one], one))[:most]
     return chosen, np.array([counts[token] for token in chosen])
 
@@ -112,9 +122,21 @@ def _rarity(counts:np.ndarray, n:int)->list[float]:
     rarity = np.log((n + 1)/counts)
     return (rarity/rarity.max()).round(5).tolist()
 
+def _within_bounds(blocks:list[Block])->list[Block]:
+    "Blocks that are too many features together keep the most frequent ones of each."
+    share = _MOST_OF_ALL/max(sum(block.size for block in blocks if block.tokens), 1)
+    if share >= 1: return blocks
+    def shorter(block):
+        size = max(int(share*block.size), min(block.size, 50))
+        return block._replace(tokens=block.tokens[:size], rarity=block.rarity[:size], size=size)
+    return [shorter(block) if block.tokens else block for block in blocks]
+
+
 # %% ../../nbs/models/content.ipynb #16bdd71e
-def _text_blocks(column:str, values:np.ndarray, grams:bool)->list[Block]:
-    "Blocks of a column of text or of yes and no."
+MANY = 300_000 # rows beyond which grams are left out
+
+def _text_blocks(column:str, values:np.ndarray, n_columns:int)->list[Block]:
+    "Blocks of a column of text or of yes and no, one of some columns."
     if values.dtype.kind != "b" and (found := as_lists(values)) is not None:
         lists, separator = found
         tokens, counts = _frequent(_lists_of(values, separator), _MOST[LIST])
@@ -128,16 +150,27 @@ def _text_blocks(column:str, values:np.ndarray, grams:bool)->list[Block]:
         tokens = [texts[code][:_LONGEST_VALUE] for code in repeated]
         blocks.append(Block(column, VALUE, tokens, _rarity(times[repeated], len(values)), size=len(tokens)))
     if sum(" " in text or any(letter > "\u2e7f" for letter in text) for text in texts) < len(texts)/4: return blocks
-    for kind in (WORD, GRAM)[:1 + grams]:
-        tokens, counts = _frequent(map(_TOKENS[kind], texts), _MOST[kind])
-        blocks.append(Block(column, kind, tokens, _rarity(counts, len(texts)), size=len(tokens)))
+    for kind in (WORD, GRAM)[:1 + (len(values) <= MANY)]:
+        longest = min(_LONGEST_TEXT, max(100, _CHARACTERS[kind]//(len(values)*n_columns)))
+        tokens, counts = _frequent((_TOKENS[kind](text[:longest]) for text in texts), _MOST[kind])
+        blocks.append(Block(column, kind, tokens, _rarity(counts, len(texts)), size=len(tokens), longest=longest))
     return blocks
+
+def _is_number(value:object)->bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.bool_))
+
+def _numbers(values:np.ndarray)->np.ndarray:
+    "A column as float64, nan for what is no number."
+    if values.dtype.kind in "iuf": return values.astype(np.float64)
+    def number(value):
+        try: return float(value) if _is_number(value) else np.nan
+        except OverflowError: return np.nan # a whole number of hundreds of digits
+    return np.array([number(value) for value in values.tolist()], np.float64)
 
 def _number_blocks(column:str, values:np.ndarray)->list[Block]:
     "Blocks of a column of numbers."
-    if values.dtype == object:
-        values = np.array([np.nan if value is None else value for value in values], np.float64)
-    known = values[np.isfinite(values)].astype(np.float64)
+    values = _numbers(values)
+    known = values[np.isfinite(values) & (np.abs(values) < 1e100)] # squares of these are numbers, too
     if not len(known): return []
     different, times = np.unique(known, return_counts=True)
     blocks, whole = [], (different == np.round(different)).all()
@@ -189,15 +222,16 @@ class ContentMatrix(NamedTuple):
                              np.concatenate([self.dense, below.dense]))
 
 # %% ../../nbs/models/content.ipynb #0c1df0e9
-def _counted(rows:Sequence, block:Block)->csr_matrix:
-    "For each row how often it has each token of a block."
+def _counted(rows:Iterable, n:int, block:Block)->csr_matrix:
+    "For each of `n` rows how often it has each token of a block; one more row has none."
     place = {token: number for number, token in enumerate(block.tokens)}
-    indptr, indices = np.zeros(len(rows) + 1, np.int64), []
+    indptr, indices = np.zeros(n + 2, np.int64), array("i") # four bytes each, not a Python object
     for number, tokens in enumerate(rows, 1):
-        indices += [place[token] for token in tokens or () if token in place]
+        indices.extend([place[token] for token in tokens or () if token in place])
         indptr[number] = len(indices)
+    indptr[-1] = len(indices)
     matrix = csr_matrix((np.ones(len(indices), np.float32), np.array(indices, np.int32), indptr),
-                        shape=(len(rows), len(block.tokens)))
+                        shape=(n + 1, len(block.tokens)))
     matrix.sum_duplicates()
     return matrix
 
@@ -212,23 +246,21 @@ def _described(block:Block, values:np.ndarray)->csr_matrix:
     "A column by one block, not weighted yet."
     if block.kind in (BAND, NUMBER): return _described_numbers(block, values)
     if block.kind == LIST: texts, codes = _lists_of(values, block.separator), np.arange(len(values))
-    else:
-        texts, codes = _distinct(_whole(values))
-        texts = [_TOKENS[block.kind](text) for text in texts]
-    matrix = _counted([*texts, []], block) # the last one is for unknown values
+    else: texts, codes = _distinct(_whole(values))
+    cut = _TOKENS.get(block.kind)
+    rows = (cut(text[:block.longest]) for text in texts) if cut else texts
+    matrix = _counted(rows, len(texts), block) # the last one is for unknown values
     matrix.data = (1 + np.log(matrix.data)).astype(np.float32)*np.float32(block.rarity)[matrix.indices]
     return _unit(matrix, None if block.kind in (WORD, GRAM) else 1.0)[np.where(codes < 0, len(texts), codes)]
 
 def _whole(values:np.ndarray)->Iterable:
     "Whole numbers as a vocabulary has them, though they came as 3.0."
-    return [int(value) if isinstance(value, (float, np.floating)) and value == value and value == int(value) else value
-            for value in values.tolist()] if values.dtype.kind == "f" else values.tolist()
+    if values.dtype.kind != "f": return values.tolist()
+    return [int(value) if value.is_integer() else value for value in values.tolist()]
 
 def _described_numbers(block:Block, values:np.ndarray)->csr_matrix:
     "A column of numbers by its bands, or by its standard score: from -1 to 1 within three deviations."
-    given = [value if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) else np.nan
-             for value in values.tolist()]
-    numbers = np.array(given, np.float64)
+    numbers = _numbers(values)
     rows = np.flatnonzero(np.isfinite(numbers))
     if block.kind == BAND: places, data = np.searchsorted(block.edges, numbers[rows], side="right"), np.ones(len(rows))
     else: places, data = np.zeros(len(rows), int), np.clip((numbers[rows] - block.edges[0])/block.edges[1]/3, -1, 1)
@@ -321,8 +353,6 @@ def _scaled(parts:list[csr_matrix], dense:np.ndarray, length:np.ndarray, n:int)-
     return ContentMatrix(csr_matrix((data, indices, indptr), shape=(n, start)),
                          (dense/length[:, None]).astype(np.float32))
 
-MANY = 300_000 # rows beyond which grams are left out
-
 def learn_content(
     columns:Mapping, # attribute -> values, one a row
     n:int,           # rows
@@ -337,9 +367,9 @@ def learn_content(
         elif values.dtype.kind == "M": continue
         else:
             first = next((value for value in values if value is not None and value == value), None)
-            is_number = isinstance(first, (int, float, np.number)) and not isinstance(first, (bool, np.bool_))
-            blocks += _number_blocks(column, values) if is_number else _text_blocks(column, values, n <= MANY)
-    return Content(blocks)
+            if _is_number(first): blocks += _number_blocks(column, values)
+            else: blocks += _text_blocks(column, values, len(columns))
+    return Content(_within_bounds(blocks))
 
 # %% ../../nbs/models/content.ipynb #75a654cd
 def matrix_arrays(
@@ -357,6 +387,7 @@ def matrix_of(
 )->csr_matrix:              # over these arrays
     "The matrix again; raises `ValueError` where the arrays make none of this shape."
     indptr, indices, data = (arrays[f"{name}_{part}"] for part in ("indptr", "indices", "data"))
+    if any(array.ndim != 1 for array in (indptr, indices, data)): raise ValueError(f"{name} is not flat")
     if len(indptr) != shape[0] + 1 or len(indices) != indptr[-1] or len(data) != len(indices):
         raise ValueError(f"{name} does not make a matrix of {shape[0]} rows")
     if len(indices) and not (0 <= indices.min() and indices.max() < shape[1]):
@@ -368,7 +399,8 @@ def vocabulary_bytes(content:Content)->np.ndarray: # uint8
     return np.frombuffer(json.dumps(content.to_json(), ensure_ascii=False).encode(), np.uint8)
 
 def vocabulary_of(text:np.ndarray)->Content: # of `vocabulary_bytes`
-    "The vocabulary again."
+    "The vocabulary again; raises `ValueError` where this is none."
+    if text.ndim != 1: raise ValueError(f"a vocabulary has one dimension, not {text.ndim}")
     return Content.from_json(json.loads(bytes(text)))
 
 def content_arrays(

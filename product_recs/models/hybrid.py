@@ -17,7 +17,7 @@ from ..data.snapshots import Histories, Snapshot, csr_of
 from .blend import fitted_parts
 from .content import BAND, LIST, VALUE, WORD
 from .content_neighbours import content_of
-from .interface import Contributions, Model
+from .interface import Contributions, Model, moments_of
 from .placement import ItemRows, Learned, evidence_of, learned_arrays, wider_rows
 
 # %% ../../nbs/models/hybrid.ipynb #8dc46f50
@@ -60,9 +60,8 @@ class Hybrid(Model):
         self.parts, self.name, self.tasks = [part], f"{part.name} + content", part.tasks
 
     def refusal(self, snapshot:Snapshot)->str:
-        if why := self.parts[0].refusal(snapshot): return why
-        if snapshot.item_columns: return ""
-        return f"{self.name}: there is no products file, so nothing describes the items"
+        nothing = f"{self.name}: there is no products file, so nothing describes the items"
+        return self.parts[0].refusal(snapshot) or ("" if snapshot.item_columns else nothing)
 
     def _fit(self, snapshot):
         self.parts = fitted_parts(self.parts, snapshot)
@@ -75,7 +74,7 @@ class Hybrid(Model):
         self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self.learned = Learned(self.arrays, self.parts[0], self.snapshot)
         self.rows = ItemRows(self.learned, self.parameters, self.parts[0], self.popularity)
-        self.candidates, self._wider = self.rows.candidates, None
+        self.own, self.candidates, self._wider = self.rows.candidates, self.rows.candidates, None
 
     def fold_in(self, histories:Histories)->HybridUsers: return _users_of(self, histories)
     def users(self, rows:np.ndarray)->HybridUsers: return _users_of(self, self.snapshot.histories(rows), rows)
@@ -87,6 +86,10 @@ class Hybrid(Model):
     def scores(self, representations:HybridUsers)->np.ndarray: return _scores_of(self, representations)
     def similarities(self, item:int)->np.ndarray: return _similarities_of(self, item)
 
+    def moments(self, representations:HybridUsers, scores:np.ndarray)->tuple[np.ndarray, np.ndarray]:
+        "Over the items of the training, however many came since: habits count as much as before."
+        return moments_of(scores[:, :len(self.own)], self.own)
+
     def contributions(self, history:Histories, item:int)->Contributions:
         "What each past item adds, through the part and through what it has in common, and the rest by name."
         return _contributions_of(self, history, item)
@@ -96,9 +99,7 @@ class Hybrid(Model):
         if self._wider is None or self._wider.snapshot is not snapshot: self._wider = _wider_hybrid(self, snapshot)
         return self._wider # once for the tasks that share it
 
-    @property
-    def work(self)->int:
-        return self.parts[0].work + 4*len(self.candidates) + self.rows.work
+    work = property(lambda self: self.parts[0].work + 4*len(self.candidates) + self.rows.work)
 
     def reseeded(self, seed:int)->"Hybrid|None":
         "With another seed of the part."
@@ -248,9 +249,8 @@ def _contributions_of(
     evidence, new, part = float(users.evidence[0]), float(users.new[0]), rows.part
     added, named = np.zeros(len(history.items)), {}
     def add(name, value): named[name] = named.get(name, 0.0) + float(value)
-    own, share = float(rows.evidence[item]), 0.0
     place = rows.place(item)
-    if place is not None: share = float(rows.share[place])
+    own, share = (1.0, 0.0) if place is None else (float(rows.evidence[item]), float(rows.share[place]))
     known, short = history.items < rows.own, _of_part(history, rows.own)
     mean, spread = (float(one[0]) for one in part.moments(users.users, part.scores(users.users)))
     if item < rows.own and own*evidence*(1 - new):
