@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
-from support import Server, bundle_by_hand, publish_board
+from support import Server, bundle_by_hand, publish_board, train
 
 from product_recs.bundle.files import publish
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
@@ -35,9 +35,9 @@ COFFEE = [f"Coffee {k}" for k in range(EACH)]
 TEA = ['<img src=x onerror="window.harmed = 1"><b>Tea</b> 0', *(f"Tea {k}" for k in range(1, EACH))]
 
 
-def publish_shop(models_dir):
+def publish_shop(models_dir, **columns):
     """Persons 1 to 6 drink coffee, 7 to 12 tea; the k-th has had 6 kinds of their drink, from number 2 k on, each of
-    them k + 1 times."""
+    them k + 1 times. Items may have further columns."""
     taste, place = np.repeat([0, 1], EACH), np.tile(np.arange(EACH), 2)
     lover, start = np.repeat([0, 1], 6), np.tile(np.arange(6), 2)
     had = (lover[:, None] == taste) & ((place - 2 * start[:, None]) % EACH < 6)
@@ -63,6 +63,7 @@ def publish_shop(models_dir):
             "title": np.array(COFFEE + TEA, object),
             "category": np.repeat(np.array(["HOT COFFEE", "TEA"], object), EACH),
             "price": np.arange(2 * EACH) / 4,
+            **columns,
         },
         data={"fingerprint": "none", "starts": "2026-01-01T00:00:00", "ends": "2026-02-01T00:00:00"},
         parameters={
@@ -827,3 +828,146 @@ def test_a_list_says_which_rule_worked_on_it(shop):
     assert page.evaluate(
         "![...document.querySelectorAll('.cards .ruled, .ruled-list, .rules')].some(one => one.querySelector('b'))"
     )
+
+
+# --- a product that is added by hand ---------------------------------------------------------------------------------
+
+NEW = 900001
+HARM = '<img src=x onerror="window.harmed = 1">'
+
+
+@pytest.fixture(scope="module")
+def placing_models(tmp_path_factory):
+    "A model of the sample that scores items by their attributes."
+    folder = tmp_path_factory.mktemp("placing")
+    train(folder, content="always", next_model="none")
+    return folder / "models"
+
+
+@pytest.fixture(scope="module")
+def garden(tmp_path_factory, placing_models):
+    with run_server(tmp_path_factory.mktemp("garden"), placing_models) as running:
+        yield running
+
+
+@pytest.fixture
+def gardener(browser, garden):
+    opened = Visit(browser, f"http://127.0.0.1:{garden.port}/")
+    yield opened
+    opened.context.close()
+    assert opened.wrong == []
+
+
+def describe(page, **fields):
+    "Fill in the form; the fields are there as soon as it is in sight."
+    form = page.get_by_role("region", name="New product")
+    form.scroll_into_view_if_needed()
+    for label, value in fields.items():
+        form.get_by_label(label.replace("_", " "), exact=True).fill(str(value))
+    return form
+
+
+def reached(service):
+    "Place of the new item in the list of each person of the page's sample who has it."
+    users = service.get("/users?limit=200")[2]["users"]
+    results = service.ask("POST", "/recommend", {"users": users, "n": 20})[2]["results"]
+    lists = {result["user_id"]: result["recommendations"] for result in results}
+    return {user: items.index(NEW) + 1 for user, items in lists.items() if NEW in items}
+
+
+def test_a_product_added_by_hand_shows_whom_it_reaches_until_it_is_deleted(gardener, garden):
+    page = gardener.person("#user=2")
+    form = describe(page, Item_id=NEW, Title="Herb scissors", Category="garden", Brand="Dogwood", Price=12.5)
+    assert "garden" in form.locator("datalist option").evaluate_all("all => all.map(one => one.value)")
+    form.get_by_role("button", name="Add", exact=True).click()
+    expect(form.get_by_role("status")).to_have_text("Herb scissors is added.")
+    expect(form).to_contain_text("Accepted and placed.")
+    similar = form.get_by_role("list", name="Similar items").get_by_role("listitem")
+    assert similar.get_by_role("button").all_inner_texts() == [
+        item["title"] for item in garden.get(f"/similar/{NEW}?n=6&detail=true")[2]["items"]
+    ]
+    # the table is what the service answers, the best places first
+    places = reached(garden)
+    rows = form.get_by_role("table", name="Whom it reaches").get_by_role("row")
+    expect(rows).to_have_count(11)
+    shown = [row.split("\t")[:2] for row in rows.all_inner_texts()[1:]]
+    assert all(places[int(person)] == int(place) for person, place in shown)
+    assert [int(place) for _, place in shown] == sorted(places.values())[:10]
+    expect(form).to_contain_text(f"{len(places)} · ")
+    form.get_by_role("button", name=f"Show all {len(places)}").click()
+    expect(rows).to_have_count(len(places) + 1)
+    # what it has in common with what the first of them had: things of the garden
+    person = int(shown[0][0])
+    why = [one for one in garden.get(f"/explain/{person}/{NEW}")[2]["why"] if one["contribution"] > 0][:2]
+    expect(rows.nth(1)).to_contain_text(f"They had {why[0]['title']} and {why[1]['title']}.")
+    facts = [garden.get(f"/items/{one['item_id']}")[2]["attributes"] for one in why]
+    assert [fact["category"] for fact in facts] == ["garden"] * 2
+    # another kind reaches others, and none once it is deleted
+    describe(page, Category="coffee", Title="Dark roast").get_by_role("button", name="Change").click()
+    expect(form.get_by_role("status")).to_have_text("Dark roast is changed.")
+    expect(form).to_contain_text("of 360 people asked")
+    assert reached(garden).keys() != places.keys()
+    form.get_by_role("button", name="Delete").click()
+    expect(form).to_contain_text("Gone. The search does not find it, and none of 200 people has it in their list.")
+    expect(form.get_by_role("table")).to_have_count(0)
+    assert reached(garden) == {} and garden.get(f"/items/{NEW}")[0] == 404
+
+
+def test_a_product_that_is_refused_says_which_field_is_wrong(gardener, garden):
+    page = gardener.person("#user=2")
+    form = describe(page, Item_id=NEW, Price="cheap")
+    form.get_by_role("button", name="Add", exact=True).click()
+    expect(form.get_by_role("status")).to_have_text("Not added: see “Price”.")
+    price = form.get_by_label("Price", exact=True)
+    expect(price).to_be_focused()
+    expect(price).to_have_attribute("aria-invalid", "true")
+    expect(form).to_contain_text("Must be a number, and not below 0.")
+    describe(page, Item_id="ten").get_by_role("button", name="Add", exact=True).click()
+    expect(form.get_by_role("status")).to_have_text("Not added: see “Price”.")
+    describe(page, Price=3).get_by_role("button", name="Add", exact=True).click()
+    expect(form.get_by_label("Item id")).to_have_attribute("aria-invalid", "true")
+    expect(form).to_contain_text("Is text, but the ids of this run are whole numbers")
+    describe(page, Item_id="").get_by_role("button", name="Add", exact=True).click()
+    expect(form).to_contain_text("An id is needed")
+    # an id that somebody has is known before anything is told of it
+    describe(page, Item_id=101, Price="")
+    expect(form).to_contain_text("Known already as “Classic Espresso Beans”.")
+    expect(form.get_by_label("Brand", exact=True)).to_have_value("Elm")
+    assert garden.get("/model")[2]["products"]["told"] == 0
+
+
+def test_an_item_that_is_shown_to_learn_about_it_says_so(browser, placing_models, tmp_path):
+    with run_server(tmp_path, placing_models, explore=0.3) as running:
+        explored = []
+        for user in range(1, 30):
+            items = running.get(f"/recommend/{user}?n=12&detail=true")[2]["items"]
+            if explored := [item["title"] for item in items if item.get("explored")]:
+                break
+        visit = Visit(browser, f"http://127.0.0.1:{running.port}/")
+        page = visit.person(f"#user={user}")
+        page.get_by_role("button", name=explored[0], exact=True).first.click()
+        expect(page.get_by_role("dialog")).to_contain_text("Shown to learn about it")
+        visit.context.close()
+
+
+def test_names_and_values_of_a_new_product_are_never_markup(browser, tmp_path):
+    publish_shop(tmp_path / "models", **{f"taste {HARM}": np.array([HARM, "mild"] * EACH, object)})
+    with run_server(tmp_path, tmp_path / "models") as running:
+        visit = Visit(browser, f"http://127.0.0.1:{running.port}/")
+        page = visit.person("#user=1")
+        form = describe(page, **{"Item_id": NEW, "Title": f"Tea {HARM}", f"Taste {HARM.lower()}": HARM})
+        assert HARM in form.locator("datalist option").evaluate_all("all => all.map(one => one.value)")
+        form.get_by_role("button", name="Add", exact=True).click()
+        # this model knows items by who had them
+        expect(form).to_contain_text("The model that answers does not score it")
+        expect(form).to_contain_text("Nobody of them has it in their list.")
+        expect(form.get_by_role("status")).to_have_text(f"Tea {HARM} is added.")
+        expect(form.get_by_role("definition").filter(has_text=HARM)).to_have_count(2)
+        form.get_by_role("button", name="Delete").click()
+        expect(form).to_contain_text("Gone.")
+        # its name stands in the message of what is wrong with it
+        describe(page, **{f"Taste {HARM.lower()}": "x" * 20_000}).get_by_role("button", name="Add", exact=True).click()
+        expect(form.get_by_role("status")).to_have_text(f"Not added: see “Taste {HARM.lower()}”.")
+        assert page.evaluate("window.harmed === undefined && !document.querySelector('main img, dialog img')")
+        assert visit.wrong == []
+        visit.context.close()

@@ -26,6 +26,7 @@ const RULES = {
 const SIGNALS = {
   taste: "Taste", popularity: "Popular over the years", recent_popularity: "Popular lately", own: "Had it before", count: "How often",
   recency: "How recently", count_recency: "Often and recently", repeat: "Something people buy again",
+  people_alike: "Popular with people alike", average_taste: "Against the average item, by taste", average_content: "Against the average item, by description",
 };
 const STATUS = {401: "A key is needed", 403: "Not allowed", 404: "Not found", 413: "Too large", 422: "Not understood", 429: "Too many requests", 500: "A fault in the service", 503: "Not ready"};
 
@@ -571,18 +572,29 @@ async function explain(item, section) {
   try {
     const found = await ask(`explain/${part(state.who)}/${part(item.item_id)}?task=${state.task}`);
     const signals = signalRows(found.signals);
-    body(section, verdict(found), found.rules?.length > 0 && h("ul", {class: "ruled-list small"}, found.rules.map(text => h("li", {}, sentence(text)))),
+    const common = said(found.in_common);
+    body(section, verdict(found), listed([...learning(found), ...(found.rules ?? [])]), common.length > 0 && h("p", {class: "small"}, common.map(sentence).join(" ")),
       h("p", {class: "muted small"}, wordsOf(found.source)),
       found.habit && h("p", {class: "small"}, `This person had it ${found.habit}.`),
       signals.length > 0 && h("div", {}, h("h4", {class: "small muted"}, "What the score is made of"), bars(signals)),
       found.why?.length > 0 && h("div", {}, h("h4", {class: "small muted"}, signals.length ? "Where the taste comes from" : "What speaks for it, from the past"), bars(whyRows(found))));
   } catch (error) { body(section, failed(error) ? h("p", {class: "muted"}, "Not known for now.") : fault(error, () => explain(item, section))); }
 }
+// one sentence, several or none
+const said = words => [words ?? []].flat().filter(one => typeof one === "string" && one);
+const listed = words => words.length > 0 && h("ul", {class: "ruled-list small"}, words.map(text => h("li", {}, sentence(text))));
+// a longer list may try an item that the explanation, which is of the service's usual length, knows nothing of
+function learning(found) {
+  const words = said(found.explored);
+  if (!words.length && state.answer?.items.find(one => keyOf(one.item_id) === keyOf(found.item_id))?.explored) words.push(LEARNING);
+  return words;
+}
+const LEARNING = "shown to learn about it: few people have it so far";
 function verdict(found) {
-  const {rank, candidates, rule} = found, at = state.answer?.items.findIndex(one => keyOf(one.item_id) === keyOf(found.item_id)) ?? -1;
+  const {rank, candidates, rule} = found, moved = learning(found).length || found.rules?.length, at = state.answer?.items.findIndex(one => keyOf(one.item_id) === keyOf(found.item_id)) ?? -1;
   const place = rank ? `number ${number.format(rank)}${candidates ? ` of ${number.format(candidates)}` : ""}` : null;
   if (rule) return h("p", {class: "verdict no"}, h("strong", {}, "Left out: "), `${RULES[rule] ?? rule}.${place ? ` By its score alone it is ${place}.` : ""}`);
-  if (at >= 0) return h("p", {class: "verdict"}, h("strong", {}, "Recommended: "), `number ${at + 1} of this list.${place && rank !== at + 1 ? ` By its score alone it is ${place}; what is before it is left out.` : ""}`);
+  if (at >= 0) return h("p", {class: "verdict"}, h("strong", {}, "Recommended: "), `number ${at + 1} of this list.${place && rank !== at + 1 ? ` By its score alone it is ${place}${moved ? "" : "; what is before it is left out"}.` : ""}`);
   return h("p", {class: "verdict no"}, h("strong", {}, "Not in the list. "), place ? `By its score it is ${place}; the list shows the best ${N} that may be shown.` : "Its score is not known.");
 }
 function whyRows(found) {
@@ -600,8 +612,9 @@ function signalRows(signals) {
 function explainToGuest(item, section) {
   const at = state.answer?.items.findIndex(one => keyOf(one.item_id) === keyOf(item.item_id)) ?? -1, inside = state.basket.has(keyOf(item.item_id));
   if (at < 0) return body(section, h("p", {class: "verdict no"}, inside ? "Left out: it is in the basket already." : state.hidden.has(keyOf(item.item_id)) ? "Left out: it is marked as not interesting." : `Not among the best ${N} for this guest.`));
-  const reasons = state.answer.items[at].reasons ?? [];
-  body(section, h("p", {class: "verdict"}, h("strong", {}, "Recommended: "), `number ${at + 1} of this list.`), h("p", {class: "muted small"}, wordsOf(state.answer.source)),
+  const {reasons = [], rules = [], explored} = state.answer.items[at];
+  body(section, h("p", {class: "verdict"}, h("strong", {}, "Recommended: "), `number ${at + 1} of this list.`),
+    listed([...(explored ? [LEARNING] : []), ...rules.map(name => `placed by the rule “${name}”`)]), h("p", {class: "muted small"}, wordsOf(state.answer.source)),
     reasons.length > 0 && bars(reasons.map(one => [nameOf(one), one.contribution, one.contribution?.toFixed(3) ?? ""])));
 }
 // rows: name, value, text
@@ -880,6 +893,278 @@ function addSample(kind) {
   judge();
 }
 
+// ---------------------------------------------------------------------------------------------- a new product, by hand
+
+const ASKED = 200, DEPTH = 20, TOGETHER = 50; // people, places of their lists, people in one request
+const newcomer = {fields: null, id: null, name: "", abort: null, reached: [], all: false, timer: null};
+const COUNTED = new Set(["title", "popularity", "first_seen", "last_seen", "excluded"]);
+const VECTOR = /^\[[\d,]+ numbers\]$/; // a column for programs
+
+function kindOf(values) {
+  const [first] = values;
+  if (typeof first === "boolean") return "choice";
+  if (typeof first === "number" || typeof first === "bigint") return "number";
+  if (Array.isArray(first)) return "list";
+  return values.every(value => /^\d{4}-\d\d-\d\dT/.test(value)) ? "day" : "text";
+}
+// the values that several items share, the most frequent first
+function frequent(values) {
+  const counts = new Map();
+  for (const value of values.flat()) counts.set(value, (counts.get(value) ?? 0) + 1);
+  return [...counts].filter(([, count]) => count > 1).sort((a, b) => b[1] - a[1]).slice(0, 40).map(([value]) => value);
+}
+async function loadFields() {
+  const popular = n => ask(`popular?${n ? `n=${n}&` : ""}detail=true`);
+  try {
+    const {items} = await popular(state.n ? 100 : null).catch(error => { if (error.status === 422) return popular(null); throw error; });
+    const columns = new Map();
+    for (const {attributes} of items) for (const [name, value] of Object.entries(attributes))
+      if (value !== null && value !== "" && !COUNTED.has(name)) columns.set(name, [...(columns.get(name) ?? []), value]);
+    for (const [name, values] of columns) if (VECTOR.test(values[0])) columns.delete(name);
+    if (!columns.size) columns.set("category", [""]);
+    newcomer.fields = [...columns].slice(0, 20).map(([name, values], at) => field(name, values, at));
+    $("product-fields").replaceChildren(...newcomer.fields.map(one => one.box));
+  } catch (error) { if (!failed(error)) $("product-fields").replaceChildren(fault(error, loadFields)); }
+}
+function field(name, values, at) {
+  const kind = kindOf(values), id = `product-field-${at}`, options = kind === "text" || kind === "list" ? frequent(values) : [];
+  const common = {id, "aria-describedby": `${id}-note`};
+  const input = kind === "choice" ? h("select", common, h("option", {value: ""}, "Not said"), h("option", {value: "yes"}, "Yes"), h("option", {value: "no"}, "No"))
+    : h("input", {...common, autocomplete: "off", type: kind === "day" ? "date" : "text", inputmode: kind === "number" ? "decimal" : null, list: options.length ? `${id}-list` : null, placeholder: kind === "list" ? "several, with commas" : null});
+  const box = h("div", {}, h("label", {for: id}, tidy(name.replaceAll("_", " ").toUpperCase())), input, h("p", {class: "wrong", id: `${id}-note`}),
+    options.length > 0 && h("datalist", {id: `${id}-list`}, options.map(value => h("option", {value: String(value)}))));
+  return {name, kind, input, box};
+}
+const inputs = () => [{name: "title", kind: "text", input: $("product-title")}, ...(newcomer.fields ?? [])];
+function valueOf(kind, text) {
+  if (kind === "choice") return text === "yes";
+  if (kind === "number") return Number.isFinite(Number(text)) ? Number(text) : text; // the service says what is wrong with it
+  return kind === "list" ? text.split(",").map(one => one.trim()).filter(Boolean) : text;
+}
+const shownValue = (kind, value) => kind === "choice" ? (value ? "yes" : "no") : kind === "day" ? String(value).slice(0, 10) : Array.isArray(value) ? value.join(", ") : String(value);
+
+function noteAt(input, text, bad = false) {
+  $(`${input.id}-note`).textContent = text;
+  input.setAttribute("aria-invalid", String(bad));
+}
+function productSays(text, bad = false) {
+  $("product-verdict").textContent = text;
+  $("product-verdict").classList.toggle("bad", bad);
+}
+// the service names the field in quotes as Python writes them
+function isAbout(error, name) {
+  const text = name.replace(/[^\x20-\x7e]/gu, letter => { const code = letter.codePointAt(0); return code < 256 ? `\\x${code.toString(16).padStart(2, "0")}` : code < 65536 ? `\\u${code.toString(16).padStart(4, "0")}` : `\\U${code.toString(16).padStart(8, "0")}`; });
+  return [`attributes: '${text}'`, `attributes: "${text}"`].find(start => error.startsWith(start));
+}
+function refuse(error) {
+  const one = inputs().find(({name}) => isAbout(error, name)), input = error.startsWith("item_id") ? $("product-id") : one?.input;
+  const label = input && document.querySelector(`label[for="${input.id}"]`).textContent;
+  const words = input ? error.slice((one ? isAbout(error, one.name) : "item_id").length).replace(/^:?\s*/, "") : error;
+  productSays(label ? `Not added: see “${label}”.` : `Not added. ${sentence(words)}`, true);
+  if (!input) return;
+  noteAt(input, sentence(words), true);
+  input.focus();
+}
+function showButtons() {
+  $("product-add").textContent = newcomer.id === null ? "Add" : "Change";
+  $("product-delete").hidden = $("product-next").hidden = newcomer.id === null;
+}
+// an id that is known already: what is told of it is changed, not added
+function lookUp() {
+  clearTimeout(newcomer.timer);
+  const typed = $("product-id").value.trim();
+  newcomer.id = null;
+  noteAt($("product-id"), "");
+  showButtons();
+  if (!typed) return;
+  newcomer.timer = setTimeout(async () => {
+    try {
+      const {items} = await ask(`items?query=${part(typed)}&limit=1`);
+      if (!items.length || String(items[0].item_id) !== typed || $("product-id").value.trim() !== typed || newcomer.id !== null) return;
+      const {item_id: id, title, attributes} = await ask(`items/${part(items[0].item_id)}`);
+      if ($("product-id").value.trim() !== typed) return;
+      newcomer.id = id;
+      noteAt($("product-id"), `Known already${title ? ` as “${title}”` : ""}. What you tell here beats that.`);
+      showButtons();
+      if (inputs().some(({input}) => input.value)) return;
+      for (const {name, kind, input} of inputs()) { const value = name === "title" ? title : attributes[name]; if (value !== null && value !== undefined) input.value = shownValue(kind, value); }
+    } catch (error) { failed(error); }
+  }, 300);
+}
+// a worker of its own may take up what was told a moment later
+async function soon(question) {
+  for (let tries = 0; ; tries++) {
+    try { return await question(); } catch (error) {
+      if (error.status !== 404 || tries === 4) throw error;
+      await new Promise(done => setTimeout(done, 500));
+    }
+  }
+}
+async function tellProduct() {
+  const typed = $("product-id").value.trim(), attributes = {}, was = newcomer.id !== null;
+  clearTimeout(newcomer.timer);
+  for (const {input} of [{input: $("product-id")}, ...inputs()]) noteAt(input, "");
+  if (!typed) return refuse("item_id: an id is needed, one that no other product has");
+  for (const {name, kind, input} of inputs()) if (input.value.trim()) attributes[name] = valueOf(kind, input.value.trim());
+  newcomer.abort?.abort();
+  newcomer.abort = new AbortController();
+  const {signal} = newcomer.abort;
+  $("product-add").disabled = $("product-delete").disabled = true;
+  productSays("Telling the service…");
+  try {
+    const answer = await ask("items", {method: "POST", body: {items: [{item_id: typed, attributes}]}}), [result] = answer.results;
+    if (result.status === "rejected") return refuse(result.error);
+    Object.assign(newcomer, {id: result.item_id, name: attributes.title || `Item ${result.item_id}`});
+    productSays(`${newcomer.name} is ${result.status === "unchanged" ? "as it was" : was ? "changed" : "added"}.`);
+    showButtons();
+    showUnderstood(answer, result, signal);
+    showAkin(newcomer.id, signal);
+    measure(newcomer.id, signal);
+    loadList();
+  } catch (error) {
+    if (error.status === 401) askForKey(error.message);
+    productSays(`Not added. ${error.title ?? "Error"}: ${sentence(error.message)}`, true);
+  } finally { $("product-add").disabled = $("product-delete").disabled = false; }
+}
+async function showUnderstood(answer, {item_id: id, placed, note}, signal) {
+  const words = placed ? "The model scores it by its attributes, so it may come in every list." : placed === false ? "The model that answers does not score it, so it comes in no list of its own accord. The search, similar items and /new have it."
+    : "The model takes it up within a second.";
+  const facts = h("dl", {class: "attributes"});
+  $("understood-body").replaceChildren(h("p", {class: placed ? "verdict" : "verdict no"}, h("strong", {}, placed ? "Accepted and placed. " : "Accepted. "), words), facts,
+    ...(note ? [h("p", {class: "small"}, sentence(note))] : []), ...(placed ? [] : [h("p", {class: "muted small"}, sentence(answer.where))]));
+  try {
+    const found = await soon(() => ask(`items/${part(id)}`, {signal}));
+    const rows = Object.entries(found.attributes).filter(([name, value]) => value !== null && value !== "" && !COUNTED.has(name));
+    facts.replaceChildren(...[["Id", String(found.item_id)], ...(found.title ? [["Title", found.title]] : []), ...rows.map(([name, value]) => [tidy(name.replaceAll("_", " ").toUpperCase()), Array.isArray(value) ? value.join(", ") : fact(value)])]
+      .map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+  } catch (error) { if (!signal.aborted && !failed(error)) facts.replaceWith(fault(error)); }
+}
+async function showAkin(id, signal) {
+  $("akin").replaceChildren(h("p", {class: "muted waiting"}, "Looking for similar items…"));
+  try {
+    const {items, shortfall} = await soon(() => ask(`similar/${part(id)}?n=6&detail=true`, {signal}));
+    if (signal.aborted) return;
+    $("akin").replaceChildren(h("h4", {id: "akin-heading"}, "Similar items"), items.length ? h("ul", {class: "lines", "aria-labelledby": "akin-heading"}, items.map(one => line(one, categoryOf(one))))
+      : h("p", {class: "empty"}, sentence(shortfall ?? "none is known")));
+  } catch (error) { if (!signal.aborted) $("akin").replaceChildren(failed(error) ? h("p", {class: "empty"}, "Not known for now.") : fault(error, () => showAkin(id, signal))); }
+}
+
+// who of a sample of people has an item in their list, and at which place
+async function listsWith(id, signal) {
+  const {users, total} = await ask(`users?limit=${ASKED}`, {signal}), reached = [], key = keyOf(id);
+  const asked = {task: state.task, n: DEPTH};
+  $("reach-progress").max = Math.max(users.length, 1);
+  for (let at = 0, size = TOGETHER; at < users.length;) {
+    $("reach-progress").value = at;
+    $("reach-words").textContent = `Asking for the lists of ${plural(users.length, "person", "people")}: ${number.format(at)} so far.`;
+    try {
+      const {results} = await ask("recommend", {method: "POST", body: {...asked, users: users.slice(at, at + size)}, signal});
+      for (const {user_id: user, recommendations} of results) {
+        const place = recommendations.findIndex(one => keyOf(one) === key);
+        if (place >= 0) reached.push({user, place: place + 1});
+      }
+      at += size;
+    } catch (error) { // a service may be set up to give less at once
+      if (error.status === 422 && asked.n && /^n\b/.test(error.message)) delete asked.n;
+      else if (error.status === 422 && size > 1 && /^users\b/.test(error.message)) size = Math.ceil(size / 5);
+      else throw error;
+    }
+  }
+  return {reached: reached.sort((a, b) => a.place - b.place), people: users.length, total, task: asked.task, n: asked.n};
+}
+async function measure(id, signal) {
+  $("reach").hidden = false;
+  $("reach-count").textContent = "";
+  $("reach-body").replaceChildren();
+  $("reach-wait").hidden = false;
+  $("reach").setAttribute("aria-busy", "true");
+  try {
+    const found = await listsWith(id, signal);
+    if (signal.aborted) return null;
+    Object.assign(newcomer, {reached: found.reached, all: false});
+    showReach(id, found, signal);
+    return found;
+  } catch (error) {
+    if (!signal.aborted) $("reach-body").replaceChildren(failed(error) ? h("p", {class: "empty"}, "Not known for now.") : fault(error, () => measure(id, signal)));
+    return null;
+  } finally { if (!signal.aborted) { $("reach-wait").hidden = true; $("reach").removeAttribute("aria-busy"); } }
+}
+function showReach(id, {reached, people, total, task, n}, signal) {
+  const list = `“${task === "discovery" ? "Something new" : "Next purchase"}”${n ? `, best ${n}` : ""}`;
+  $("reach-count").textContent = `${people === total ? `All ${plural(people, "person", "people")}` : `${number.format(people)} of ${plural(total, "person", "people")}`} asked · ${list}`;
+  if (!reached.length) return $("reach-body").replaceChildren(h("p", {class: "empty"}, "Nobody of them has it in their list."));
+  const first = reached[0].place, middle = reached[Math.floor((reached.length - 1) / 2)].place;
+  const rows = reached.map(one => reachRow(one, id, task, signal));
+  const show = () => {
+    table.tBodies[0].replaceChildren(...(newcomer.all ? rows : rows.slice(0, 10)).map(one => one.row));
+    more.textContent = newcomer.all ? "Show fewer" : `Show all ${number.format(rows.length)}`;
+    more.setAttribute("aria-expanded", String(newcomer.all));
+  };
+  const table = h("table", {class: "reached", "aria-labelledby": "reach-heading"}, h("thead", {}, h("tr", {}, ["Person", "Place", "What speaks for it"].map(name => h("th", {scope: "col"}, name)))), h("tbody"));
+  const more = h("button", {type: "button", class: "quiet", on: {click: () => { newcomer.all = !newcomer.all; show(); }}});
+  show();
+  $("reach-body").replaceChildren(h("dl", {class: "figures"}, figure("have it in their list", `${number.format(reached.length)} · ${percent.format(reached.length / people)}`),
+    figure("best place", number.format(first)), figure("half have it at place", `${number.format(middle)} or better`)), table, ...(rows.length > 10 ? [h("div", {class: "row"}, more)] : []));
+  for (const {why} of rows.slice(0, 3)) why();
+}
+function reachRow({user, place}, id, task, signal) {
+  const cell = h("td", {});
+  const why = async () => {
+    cell.replaceChildren(h("span", {class: "muted waiting"}, "Asking…"));
+    try {
+      const found = await ask(`explain/${part(user)}/${part(id)}?task=${task}`, {signal}), words = [...said(found.in_common), ...said(found.explored), ...(found.rules ?? [])];
+      const [first, second] = (found.why ?? []).filter(one => one.contribution > 0);
+      if (first) words.splice(said(found.in_common).length, 0, `they had ${nameOf(first)}${second ? ` and ${nameOf(second)}` : ""}`);
+      cell.textContent = words.length ? words.map(sentence).join(" ") : "Nothing they had: it would be there for anybody.";
+    } catch (error) { if (!signal.aborted) cell.replaceChildren(failed(error) ? "Not known for now." : `${error.title}: ${sentence(error.message)}`); }
+  };
+  cell.append(h("button", {type: "button", class: "quiet", "aria-label": `Why person ${user}`, on: {click: why}}, "Why?"));
+  const row = h("tr", {}, h("td", {}, h("button", {type: "button", class: "link", "aria-label": `Show person ${user}`, on: {click: () => { go(String(user), task); toHeading("title"); }}}, String(user))), h("td", {class: "num"}, number.format(place)), cell);
+  return {row, why};
+}
+
+const REMAINS = {"products file": "The products file still knows it.", interactions: "People had it, so the model still knows it, as its training did."};
+async function deleteProduct() {
+  const {id} = newcomer, name = newcomer.name || `Item ${id}`;
+  newcomer.abort?.abort();
+  newcomer.abort = new AbortController();
+  const {signal} = newcomer.abort;
+  $("product-add").disabled = $("product-delete").disabled = true;
+  try {
+    const {remains} = await ask(`items/${part(id)}`, {method: "DELETE"});
+    Object.assign(newcomer, {id: null, name: ""});
+    showButtons();
+    noteAt($("product-id"), "");
+    $("product-add").disabled = false;
+    $("product-add").focus();
+    productSays(`${name} is deleted. ${REMAINS[remains] ?? ""}`);
+    $("akin").replaceChildren();
+    $("understood-body").replaceChildren(h("p", {class: "muted waiting"}, "Looking whether it is gone…"));
+    loadList();
+    const found = await measure(id, signal), {items} = await ask(`items?query=${part(id)}&limit=1`, {signal});
+    if (signal.aborted) return;
+    const still = items.some(one => keyOf(one.item_id) === keyOf(id)), gone = found && !found.reached.length && !still;
+    $("understood-body").replaceChildren(h("p", {class: "verdict no"}, ...(gone ? [h("strong", {}, "Gone. "), `The search does not find it, and none of ${plural(found.people, "person", "people")} has it in their list.`]
+      : [h("strong", {}, "Deleted. "), REMAINS[remains] ?? (found ? "It is still seen: another worker forgets it within a second." : "Whether a list still has it is not known for now.")])));
+    if (gone) $("reach").hidden = true;
+  } catch (error) {
+    if (signal.aborted) return;
+    if (error.status === 401) askForKey(error.message);
+    productSays(`Not deleted. ${error.title ?? "Error"}: ${sentence(error.message)}`, true);
+  } finally { $("product-add").disabled = $("product-delete").disabled = false; }
+}
+function anotherProduct() {
+  newcomer.abort?.abort();
+  Object.assign(newcomer, {id: null, name: ""});
+  for (const {input} of [{input: $("product-id")}, ...inputs()]) { input.value = ""; noteAt(input, ""); }
+  productSays("");
+  showButtons();
+  $("reach").hidden = true;
+  $("akin").replaceChildren();
+  $("understood-body").replaceChildren(h("p", {class: "empty"}, "Nothing is added yet."));
+  $("product-id").focus();
+}
+
 // ---------------------------------------------------------------------------------------------- who
 
 async function loadPeople() {
@@ -930,6 +1215,7 @@ function follow() {
 async function loadAll() {
   loadModel();
   loadRules();
+  if (newcomer.near && !newcomer.fields) loadFields();
   const people = loadPeople();
   if (state.started) { loadHistory(); return loadList(); }
   if (!address().empty) return follow();
@@ -1027,6 +1313,12 @@ on("rules-reset", "click", () => { $("rules-text").value = shop.saved; judge(); 
 on("rules-delete", "click", deleteRules);
 on("preview-form", "submit", event => event.preventDefault());
 for (const id of ["preview-place", "preview-day"]) on(id, "input", judge);
+on("product-form", "submit", event => { event.preventDefault(); tellProduct(); });
+on("product-id", "input", lookUp);
+on("product-delete", "click", deleteProduct);
+on("product-next", "click", anotherProduct);
+// what products are described by is asked for when somebody comes near
+new IntersectionObserver((seen, observer) => { if (seen.some(one => one.isIntersecting)) { observer.disconnect(); newcomer.near = true; loadFields(); } }, {rootMargin: "600px"}).observe($("newcomer"));
 addEventListener("popstate", follow);
 addEventListener("hashchange", () => { const {who, task} = address(); if (!state.started || who !== state.who || task !== state.task) follow(); });
 
