@@ -423,7 +423,7 @@ def opened_content(
     return content, ContentMatrix(matrix_of("content", arrays, (n, sparse)), arrays["dense"])
 
 # %% ../../nbs/models/content.ipynb #3d0a4411
-_USERS, _PAIRS = 2000, 5 # sampled: users, and purchases of each
+_USERS, _PAIRS, _AT_ONCE = 2000, 5, 1000 # sampled users, purchases of each; pairs that are looked at at a time
 
 def _sampled_pairs(counts:csr_matrix, seed:int)->tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     "Users; of pairs the place of the user, the item, and whether it is a purchase; as many others, by popularity."
@@ -444,6 +444,11 @@ def _sampled_pairs(counts:csr_matrix, seed:int)->tuple[np.ndarray, np.ndarray, n
 def _in_common(content:Content, raw:ContentMatrix, counts:csr_matrix, users:np.ndarray, places:np.ndarray,
                items:np.ndarray)->np.ndarray: # (pairs, blocks)
     "How much each item has in common with the other items of the user, by blocks; the mean over these."
+    if len(items) > _AT_ONCE: # the profiles of many pairs would fill the memory
+        pieces = (slice(start, start + _AT_ONCE) for start in range(0, len(items), _AT_ONCE))
+        return np.concatenate([_in_common(content, raw, counts, users, places[piece], items[piece])
+                               for piece in pieces])
+    users, places = users[np.unique(places)], np.unique(places, return_inverse=True)[1]
     had = csr_matrix(counts[users] > 0, dtype=np.float32)
     own = np.asarray(had[places, items]).ravel()
     others = np.maximum(np.diff(had.indptr)[places] - own, 1)[:, None]
