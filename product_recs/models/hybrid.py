@@ -69,7 +69,6 @@ class Hybrid(Model):
         self._take(learned_arrays(self.parts[0], self.parameters, content, snapshot))
 
     def to_arrays(self)->dict[str, np.ndarray]: return dict(self.arrays)
-
     def _take(self, arrays):
         self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self.learned = Learned(self.arrays, self.parts[0], self.snapshot)
@@ -85,6 +84,7 @@ class Hybrid(Model):
 
     def scores(self, representations:HybridUsers)->np.ndarray: return _scores_of(self, representations)
     def similarities(self, item:int)->np.ndarray: return _similarities_of(self, item)
+    def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return shared(self, item, items)
 
     def moments(self, representations:HybridUsers, scores:np.ndarray)->tuple[np.ndarray, np.ndarray]:
         "Over the items of the training, however many came since: habits count as much as before."
@@ -289,17 +289,18 @@ def shared(
     model:Hybrid,
     item:int,         # row
     items:np.ndarray, # (k,) rows of past items
-    most:int=5,       # features
-)->list[tuple[str, float]]: # name and weight, the heaviest first
+    most:int=8,       # features
+)->list[tuple[str, str]]: # column and value, the heaviest first
     "What an item has in common with some others."
     content, one, others = model.learned.content, model.rows.of(np.array([item])), model.rows.of(items)
     if not len(items): return []
     theirs = np.asarray(others.sparse.sum(axis=0)).ravel()
     weights = one.sparse.data*theirs[one.sparse.indices]
     order = np.argsort(-weights, kind="stable")
-    named = [(int(one.sparse.indices[place]), float(weights[place])) for place in order if weights[place] > 0]
-    return [(content.name(feature), weight) for feature, weight in named
-            if content.block_of(feature).kind in (VALUE, LIST, WORD, BAND)][:most]
+    features = [int(one.sparse.indices[place]) for place in order if weights[place] > 0]
+    told = [(content.block_of(feature), content.name(feature)) for feature in features]
+    return [(block.column, name[len(block.column):].lstrip("=: ")) for block, name in told
+            if block.kind in (VALUE, LIST, WORD, BAND)][:most]
 
 def _similarities_of(
     model:Hybrid,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
-from ..answer.explain import why, why_not
+from ..answer.explain import in_common, why, why_not
 from ..answer.explore import NO_EXPLORATION
 from ..answer.ladder import Request, Scored, answer, score_request
 from ..answer.lists import Recommendations
@@ -152,10 +152,11 @@ def explained(
     facts = {"user_id": request.user, "item_id": item, "title": title_of(model, row), "source": scored.source,
              "model": scored.model, "model_version": model.bundle.version, **place}
     if scored.person.representation is None or place["score"] is None and place["rules"]:
-        return facts | {"why": [], "other": 0.0, "signals": {}, "habit": None}
+        return facts | {"why": [], "other": 0.0, "signals": {}, "habit": None, "in_common": None}
     explanation = why(model, scored.person, row, place["score"])
     listed = [{"item_id": model.bundle.items[past], "title": title_of(model, past), "contribution": float(part),
                "share": float(share)}
               for past, part, share in zip(explanation.items[:most], explanation.contributions, explanation.share())]
     other = float(explanation.affinity - explanation.contributions[:most].sum())
-    return facts | {"why": listed, "other": other, "signals": explanation.signals, "habit": explanation.habit}
+    return facts | {"why": listed, "other": other, "signals": explanation.signals, "habit": explanation.habit,
+                    "in_common": in_common(model, scored.person, row)}

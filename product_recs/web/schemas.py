@@ -399,6 +399,7 @@ class ExplainAnswer(BaseModel):
     signals: dict[str, float] = Field({}, description="of a model with more than taste: what the score is the sum of")
     habit: str | None = Field(None, description="how often and when last the user had the item itself")
     explored: str | None = Field(None, description="in words, where the list has it to learn about it")
+    in_common: str | None = Field(None, description="attributes that it shares with what the user had, in words")
 
 class AvailabilityItem(_Strict):
     "Can an item be bought?"
