@@ -157,7 +157,6 @@ class HabitBlend(Model):
         return add_signals(self.signals, scores, mean, spread, representations.had)
 
     def similarities(self, item:int)->np.ndarray: return self.parts[0].similarities(item)
-
     places_items = property(lambda self: self.parts[0].places_items, doc="Does the part?")
     def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return self.parts[0].in_common(item, items)
     def widened(self, snapshot:Snapshot)->Model:
