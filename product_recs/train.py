@@ -162,7 +162,9 @@ def choose_models(
             discovery = choice.by_name("ALS", DISCOVERY)
     discovery = placing(choice, discovery, DISCOVERY, content)
     if next_model == "none": return {DISCOVERY: discovery, NEXT_PURCHASE: "it was trained with next_model none"}
-    if next_model != "auto": return {DISCOVERY: discovery, NEXT_PURCHASE: choice.by_name(next_model, NEXT_PURCHASE)}
+    if next_model != "auto":
+        following = placing(choice, choice.by_name(next_model, NEXT_PURCHASE), NEXT_PURCHASE, content)
+        return {DISCOVERY: discovery, NEXT_PURCHASE: following}
     try:
         if model == "auto": following = choice.winner(NEXT_PURCHASE)
         else: following = choice.with_habits(discovery, NEXT_PURCHASE)

@@ -87,7 +87,8 @@ class Signals:
         "What does not depend on the user."
         half_life = self.weights.popularity_half_life_days
         users, recent, times = _item_sums(self.snapshot.counts, self.snapshot.age_days, half_life)
-        return {"popularity": np.log1p(users), "recent_popularity": np.log1p(recent),
+        def within(values): return np.maximum(values, values[users > 0].min(initial=np.inf)) if users.any() else values
+        return {"popularity": within(np.log1p(users)), "recent_popularity": within(np.log1p(recent)),
                 "repeat": np.log(np.maximum(times, 1)/np.maximum(users, 1))}
 
     @cached_property
