@@ -469,7 +469,7 @@ def weigh_blocks(
     columns:Mapping,   # attribute -> values, one an item
     counts:csr_matrix, # (n_users, n_items) what people had
     seed:int=0,        # of the sample
-)->Content:            # blocks that say nothing are gone; the same where people had too little to tell
+)->Content:            # weights from a half to 1; the same where people had too little to tell
     "Weigh the blocks by what tells purchases from other products."
     users, places, items, taken = _sampled_pairs(counts, seed)
     if len(items) < 40 or len(content.blocks) < 2: return content
@@ -479,6 +479,6 @@ def weigh_blocks(
     table = np.column_stack([common/np.where(scale > 0, scale, 1), np.ones(len(common)), -np.ones(len(common))])
     weights = nnls(table, taken.astype(float))[0][:-2]/np.where(scale > 0, scale, 1)
     if not weights.max() > 0: return content
-    weights = np.sqrt(weights/weights.max())
+    weights = (1 + np.sqrt(weights/weights.max()))/2 # of several blocks that say the same the regression takes one
     return Content([block._replace(weight=round(float(weight), 4)) for block, weight
-                    in zip((*content.sparse, *content.dense), weights) if weight > 0.01])
+                    in zip((*content.sparse, *content.dense), weights)])
