@@ -252,6 +252,7 @@ def citeulike(options) -> None:
                 lambda given, p, model=model: figure(
                     changed(model, **given), "cold" if CONTENT_GRID[p][0] == "cold" else "warm"
                 ),
+                rounds=1,
             )
             print(f"{name}: {content[name]}", file=sys.stderr)
         rows.append(judged(articles, model_of(name, als, content), als, content))
