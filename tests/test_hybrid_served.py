@@ -122,6 +122,7 @@ def test_the_answer_to_why_adds_up(shop):
     assert taste == pytest.approx(answer["signals"]["taste"], abs=1e-4)
     assert sum(answer["signals"].values()) == pytest.approx(answer["score"], abs=1e-4)
     assert shop.get(f"/explain/{user}/{COLD_COFFEE}")[2]["rank"] > answer["rank"]
+    assert "same category" in answer["in_common"] and answer["in_common"].endswith("in common with what you had")
 
 
 def test_a_posted_product_is_recommended_and_obeys_every_rule(shop, posted):
@@ -145,6 +146,9 @@ def test_a_posted_product_is_recommended_and_obeys_every_rule(shop, posted):
 def test_a_guest_of_whom_only_attributes_are_known(shop, posted):
     for age, own, cold in (("old", TEA, COLD_TEA), ("young", COFFEE, COLD_COFFEE)):
         answer = shop.ask("POST", "/recommend", {"n": 8, "attributes": {"age": age}})[2]["results"][0]
+        assert answer["source"] == "content" and set(answer["recommendations"]) <= {*own, cold, posted}
+        told = {"n": 4, "attributes": {"age": age}, "task": "next_purchase"}
+        answer = shop.ask("POST", "/recommend", told)[2]["results"][0]
         assert answer["source"] == "content" and set(answer["recommendations"]) <= {*own, cold, posted}
     answer = ask(shop, 500)
     assert answer["source"] == "content" and set(answer["recommendations"]) <= {*COFFEE, COLD_COFFEE}

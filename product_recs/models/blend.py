@@ -133,11 +133,9 @@ class HabitBlend(Model):
         if self.weights is None:
             raise BlendError(f"{self.name}: the weights are not learned yet; `learn_weights` does that")
         return super()._begin(snapshot)
-
     def _fit(self, snapshot):
         self.parts = fitted_parts(self.parts, snapshot)
         self._take({})
-
     def _take(self, arrays): self.candidates = self.parts[0].candidates
     def refusal(self, snapshot)->str: return _refusal(self.parts, snapshot)
 
@@ -148,7 +146,9 @@ class HabitBlend(Model):
 
     def fold_in(self, histories:Histories)->Habits: return Habits(self.parts[0].fold_in(histories), histories)
     def users(self, rows:np.ndarray)->Habits: return Habits(self.parts[0].users(rows), self.snapshot.histories(rows))
-    def knows(self, representations:Habits)->np.ndarray: return knows_items(representations.had, self.candidates)
+    def knows(self, representations:Habits)->np.ndarray:
+        taste = self.parts[0].knows(representations.taste) if self.places_items else False # of a guest's attributes
+        return knows_items(representations.had, self.candidates) | taste
 
     def scores(self, representations:Habits)->np.ndarray:
         "Log odds that the user takes the item."
@@ -163,11 +163,10 @@ class HabitBlend(Model):
         "The part widened, where it places items, and the same weights."
         if not self.places_items: return super().widened(snapshot)
         return self.from_arrays({}, snapshot, [self.parts[0].widened(snapshot)])
-
     def reseeded(self, seed:int)->"HabitBlend|None":
         "With another seed of the part, and the same weights."
-        part = self.parts[0].reseeded(seed)
-        return None if part is None else HabitBlend(part, self.parameters["task"], self.weights)
+        if (part := self.parts[0].reseeded(seed)) is None: return None
+        return HabitBlend(part, self.parameters["task"], self.weights)
 
     work = property(lambda self: self.parts[0].work + 3*len(self.candidates), doc="As of the part, and the signals.")
 

@@ -22,7 +22,7 @@ from .placement import ItemRows, Learned, evidence_of, learned_arrays, wider_row
 
 # %% ../../nbs/models/hybrid.ipynb #8dc46f50
 HYBRID_DEFAULTS = {"ridge": 1.0, "interaction_power": 0.0, "profile": 0.5, "level": 1.0, "item_evidence": 1.0,
-                   "user_evidence": 4.0, "attributes": 0.25}
+                   "user_evidence": 1.0, "attributes": 0.25}
 
 class HybridUsers(NamedTuple):
     "Users as a hybrid takes them."

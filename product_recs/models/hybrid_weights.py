@@ -24,7 +24,7 @@ from ..search.top_n import top_n
 
 # %% ../../nbs/models/hybrid_weights.ipynb #a1bc5d79
 TRIED = {"profile": (0.5, 0.0, 1.0, 1.5), "item_evidence": (1.0, 0.0, 0.5, 3.0, 10.0), "level": (1.0, 0.5, 0.75, 1.25),
-         "user_evidence": (4.0, 0.0, 0.5, 1.0, 2.0, 8.0, 16.0, 32.0), "attributes": (0.25, 0.0, 0.5, 1.0)}
+         "user_evidence": (1.0, 0.0, 0.5, 2.0, 4.0, 8.0, 16.0, 32.0), "attributes": (0.25, 0.0, 0.5, 1.0)}
 FEWEST = 30 # users, below which nothing is learned of a question
 _CUT, _WORTH, _BAND, _BLOCK = 20, 1.005, 20, 64
 
