@@ -421,7 +421,7 @@ def _vectors_note(folder:Path)->list[str]:
     "Which columns hold vectors, for a person."
     notes = []
     for path in sorted(folder.glob("*s.parquet")):
-        types = duckdb.sql(f"DESCRIBE FROM {parquet(path)}").fetchall()
+        types = duckdb.connect().sql(f"DESCRIBE FROM {parquet(path)}").fetchall()
         if vectors := [name for name, type, *_ in types if type == VECTOR]:
             notes.append(f"{path.stem}: vectors, lists of numbers of one length, stand in {', '.join(vectors)}. Rows "
                          "are compared by them, and nothing can be filtered by them.")
