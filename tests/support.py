@@ -517,7 +517,6 @@ def every_model() -> dict:
         "all equal to one": ALS(**SMALL | {"unobserved_weight": 0.3, "nu": 0.5, "solver": "rotated"}),
     }
     als, graph, bpr = models["ALS"], models["item graph"], models["BPR"]
-    models["content neighbours"] = ContentNeighbours()
     models["blend"] = ScoreBlend([models["weighted ALS"], graph], [0.7, 0.3])
     models["blend of blends"] = ScoreBlend([ScoreBlend([als, EASE(40)]), models["buy again"], ItemGraph(**FEW)])
     models["blend with BPR"] = ScoreBlend([bpr, als])

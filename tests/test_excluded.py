@@ -20,12 +20,14 @@ from product_recs.features import build_features, ensure_features
 from product_recs.inference import recommend_all, recommend_many
 from product_recs.ingest import ingest
 from product_recs.models.blend import HabitBlend
+from product_recs.models.content_neighbours import ContentNeighbours
+from product_recs.models.hybrid import Hybrid
 from product_recs.train import ensure_bundle, train_bundle
 
 TEA, COFFEE = range(101, 109), range(111, 119)
 POSTAGE, CARD, SAMPLE = 900, 901, 902  # bought by all, by user 99 alone, by nobody
 EXCLUDED = {POSTAGE: "postage", CARD: "gift cards", SAMPLE: None}
-MODELS = every_model()
+MODELS = every_model() | {"content neighbours": ContentNeighbours(), "ALS + content": Hybrid(every_model()["ALS"])}
 NAMES = [name for name, model in MODELS.items() if model.tasks is None]
 
 
