@@ -72,8 +72,8 @@ SAMPLE = 1000  # people by whom parameters are chosen
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = [sys.executable, "-c", "from product_recs.web.server import serve; serve()"]
 MODELS = "ALS, weighted ALS, content neighbours, ALS + content, weighted ALS + content"
-# parameter -> values; of a description also by what it is chosen: items without buyers, items with few of them, or
-# people without a past; one after the other, and all of it twice
+# parameter -> values; of a description also by what it is chosen: items with buyers, items without, items with few of
+# them, or people without a past; one after the other, and all of it twice
 ALS_GRID = {
     "ALS": {"alpha": (10.0, 20.0, 40.0, 80.0), "regularization": (2.0, 5.0, 10.0, 20.0), "factors": (128, 256)},
     "weighted ALS": {
@@ -90,13 +90,14 @@ START = {
     },
 }  # fmt: skip
 CONTENT_GRID = {
+    "joint": ("all", (0.0, 2.0)),
     "ridge": ("cold", (0.1, 0.3, 1.0)),
     "profile": ("cold", (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)),
     "item_evidence": ("few", (0.0, 0.5, 1.0, 3.0)),
     "attributes": ("people", (0.0, 0.5)),
     "user_evidence": ("people", (1.0, 10.0, 30.0)),
 }
-LEARNED = ("ridge",)  # what the arrays of a fit depend on
+LEARNED = ("joint", "ridge")  # what the arrays of a fit depend on
 # P@20, NDCG@20 of the same cold protocol, but for the users
 PUBLISHED = [
     ("DropoutNet", 0.0407, 0.1180, "300 features of the texts"),
@@ -357,7 +358,7 @@ def grocery_content(features, name: str, als: dict, quick: bool) -> dict:
         return {}
     past, future, since = catalogue_past(features, "validation")
     few = (past.popularity > 0) & (past.popularity <= 20)
-    among = {"cold": past.popularity == 0, "few": few}
+    among = {"cold": past.popularity == 0, "few": few, "all": past.popularity > 0}
     new_to_them = csr_matrix((future > 0) - (future > 0).multiply(past.counts > 0)).astype(np.float32)
     people = np.flatnonzero((np.diff(past.counts.indptr) > 0) & (np.diff(future.indptr) > 0))
     rows = np.sort(np.random.default_rng(0).choice(people, min(SAMPLE, len(people)), replace=False))

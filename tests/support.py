@@ -533,6 +533,8 @@ def described_models() -> dict:
     made = {
         "content neighbours": models["content neighbours"],
         "ALS + content": Hybrid(models["ALS"]),
+        "weighted ALS + content, jointly": Hybrid(models["weighted ALS"], joint=2),
+        "blend + content, jointly": Hybrid(models["blend"], joint=1),
         "low-pass + content": Hybrid(models["low-pass"], item_evidence=10, level=0.75, profile=1.5),
         "BPR + content": Hybrid(models["BPR"], user_evidence=4, attributes=1, interaction_power=0.5),
         "blend + content": Hybrid(models["blend"], item_evidence=0, user_evidence=0),

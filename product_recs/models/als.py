@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALS_DEFAULTS', 'PLAIN_OBJECTIVE', 'AlsModel', 'chosen_solver', 'fit_als', 'check_als', 'ALS', 'WeightedALS',
-           'activity_weighted', 'mean_kept', 'ScaledALS']
+           'activity_weighted', 'mean_kept', 'ScaledALS', 'drawn_to']
 
 # %% ../../nbs/models/als.ipynb #5efd7d68
 import sys
@@ -174,7 +174,7 @@ def _fit_implicit(confidence:csr_matrix, takes_loss, after, *, factors:int, regu
 # %% ../../nbs/models/als.ipynb #ff379b68
 class ALS(FactorModel):
     "Alternating least squares; takes the parameters of `fit_als`."
-    name = "ALS"
+    name, drawable = "ALS", True
     own = () # names of parameters that `fit_als` does not have
 
     def __init__(self,
@@ -193,6 +193,10 @@ class ALS(FactorModel):
         self.parameters = self.parameters | self.model.parameters # with the solver that was chosen
         self.set_arrays(user_factors=self.model.user_factors, item_factors=self.model.item_factors)
 
+    def drawn(self, prior:np.ndarray)->"ALS": # (n_items, f) float32
+        "The items that have buyers solved again, pulled to these factors in place of zero, and then the users."
+        return drawn_to(self, prior)
+
     def weighed(self, indptr:np.ndarray, items:np.ndarray, confidence:np.ndarray)->np.ndarray: # (p,) float32
         "Confidences as the objective has them, of users whose items these are, as in `Histories`."
         return confidence
@@ -200,16 +204,18 @@ class ALS(FactorModel):
     @cached_property
     def solver(self)->Solver:
         "What folds a history in."
+        return self.solver_against(self.item_factors)
+
+    def solver_against(self, factors:np.ndarray)->Solver: # factors: (n, f) float32 of the items, or of the users
+        "What solves the other side, by the objective of the training."
         objective = {name: self.parameters.get(name, usual) for name, usual in PLAIN_OBJECTIVE.items()}
-        return Solver(self.item_factors, self.parameters["regularization"], self.parameters["alpha"], **objective)
+        return Solver(factors, self.parameters["regularization"], self.parameters["alpha"], **objective)
 
     def fold_in(self, histories:Histories)->np.ndarray: # (m, f) float32
         "Solve the users against the items as they are."
-        solver, weighed = self.solver, self.weighed(histories.indptr, histories.items, histories.confidence)
-        if len(histories) == 1: return solver.solve(histories.items, weighed)[None]
-        confidence = histories.matrix(weighed, len(self.candidates))
-        return fold_in(self.item_factors, confidence, solver.regularization, solver.alpha,
-                       solver.gram/solver.unobserved, 0, unobserved_weight=solver.unobserved, nu=solver.nu)
+        weighed = self.weighed(histories.indptr, histories.items, histories.confidence)
+        if len(histories) == 1: return self.solver.solve(histories.items, weighed)[None]
+        return _all_solved(self.solver, histories.matrix(weighed, len(self.candidates)))
 
     def pulls(self, history:Histories, factors:np.ndarray)->tuple[np.ndarray, dict[str, float]]:
         "What each past item pulls the user towards these factors."
@@ -287,3 +293,25 @@ class ScaledALS(ALS):
     def like(cls, als:Mapping)->"ScaledALS":
         "With the size of an ALS; its regularization means something else."
         return cls(**{name: als[name] for name in ("factors", "iterations", "seed", "num_threads") if name in als})
+
+# %% ../../nbs/models/als.ipynb #9179e1ed
+def drawn_to(
+    model:ALS,        # fitted
+    prior:np.ndarray, # (n_items, f) float32, zeros where nothing draws an item
+)->ALS:               # another fitted model
+    "Solve the items that have buyers again, pulled to these factors in place of zero, and then the users."
+    had = model.snapshot.confidence
+    weighed = csr_of(had.shape, had.indptr, had.indices, model.weighed(had.indptr, had.indices, had.data))
+    solver, buyers = model.solver_against(model.user_factors), weighed.T.tocsr()
+    items = _all_solved(solver, buyers)
+    for row in np.flatnonzero(np.diff(buyers.indptr) * prior.any(axis=1)):
+        own = slice(*buyers.indptr[row:row + 2])
+        pulled = solver.ridge(own.stop - own.start)*prior[row].astype(np.float64)
+        items[row] += apply_inverse(solver, buyers.indices[own], buyers.data[own], pulled)
+    drawn = type(model)(**model.parameters)
+    users = _all_solved(drawn.solver_against(items), weighed)
+    return drawn.from_arrays(model.to_arrays() | {"user_factors": users, "item_factors": items}, model.snapshot)
+
+def _all_solved(solver:Solver, confidence:csr_matrix)->np.ndarray: # (m, f) float32
+    return fold_in(solver.item_factors, confidence, solver.regularization, solver.alpha, solver.gram/solver.unobserved,
+                   0, unobserved_weight=solver.unobserved, nu=solver.nu)

@@ -20,7 +20,7 @@ from ..search.exact import Searcher
 # %% ../../nbs/models/factors.ipynb #439b03a0
 class _FactorArrays(Model):
     "The arrays of a factor model, and the search over them."
-    name, dense, placeable = "factors", False, True
+    name, dense, placeable, drawable = "factors", False, True, False # drawable: it has `drawn`
     kept = ("user_factors", "item_factors") # names of its arrays; those without "user" have a row for each item
 
     def set_arrays(self, **arrays:np.ndarray)->None:

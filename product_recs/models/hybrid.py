@@ -18,11 +18,12 @@ from .blend import fitted_parts
 from .content import BAND, LIST, VALUE, WORD
 from .content_neighbours import content_of
 from .interface import Contributions, Model, moments_of
-from .placement import ItemRows, Learned, evidence_of, learned_arrays, wider_rows
+from .placement import (ItemRows, Learned, drawn_to_content, evidence_of, learned_arrays,
+                                           wider_rows)
 
 # %% ../../nbs/models/hybrid.ipynb #8dc46f50
-HYBRID_DEFAULTS = {"ridge": 1.0, "interaction_power": 0.0, "profile": 0.5, "level": 1.0, "item_evidence": 1.0,
-                   "user_evidence": 1.0, "attributes": 0.25}
+HYBRID_DEFAULTS = {"joint": 0.0, "ridge": 1.0, "interaction_power": 0.0, "profile": 0.5, "level": 1.0,
+                   "item_evidence": 1.0, "user_evidence": 1.0, "attributes": 0.25}
 
 class HybridUsers(NamedTuple):
     "Users as a hybrid takes them."
@@ -64,9 +65,10 @@ class Hybrid(Model):
         return self.parts[0].refusal(snapshot) or ("" if snapshot.item_columns else nothing)
 
     def _fit(self, snapshot):
-        self.parts = fitted_parts(self.parts, snapshot)
-        content = content_of(snapshot, self.name)
-        self._take(learned_arrays(self.parts[0], self.parameters, content, snapshot))
+        self.parts, content = fitted_parts(self.parts, snapshot), content_of(snapshot, self.name)
+        described = content.described(snapshot.item_columns, snapshot.counts.shape[1])
+        self.parts = [drawn_to_content(self.parts[0], self.parameters, described)]
+        self._take(learned_arrays(self.parts[0], self.parameters, content, described, snapshot))
 
     def to_arrays(self)->dict[str, np.ndarray]: return dict(self.arrays)
     def _take(self, arrays):
@@ -100,7 +102,6 @@ class Hybrid(Model):
         return self._wider # once for the tasks that share it
 
     work = property(lambda self: self.parts[0].work + 4*len(self.candidates) + self.rows.work)
-
     def reseeded(self, seed:int)->"Hybrid|None":
         "With another seed of the part."
         return None if (part := self.parts[0].reseeded(seed)) is None else Hybrid(part, **self.parameters)

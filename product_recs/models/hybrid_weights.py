@@ -17,13 +17,15 @@ from ..core.errors import EvaluateError
 from ..data.artifact import Features
 from ..data.snapshots import Histories
 from ..data.tasks import how_judged, past_and_future
+from .blend import fitted_parts
 from .hybrid import HYBRID_DEFAULTS, Hybrid, HybridUsers, beginning, combined, score_parts
 from .interface import Model
 from .placement import evidence_of
 from ..search.top_n import top_n
 
 # %% ../../nbs/models/hybrid_weights.ipynb #a1bc5d79
-TRIED = {"profile": (0.5, 0.0, 1.0, 1.5), "item_evidence": (1.0, 0.0, 0.5, 3.0, 10.0), "level": (1.0, 0.5, 0.75, 1.25),
+TRIED = {"joint": (0.0, 2.0), "profile": (0.5, 0.0, 1.0, 1.5), "item_evidence": (1.0, 0.0, 0.5, 3.0, 10.0),
+         "level": (1.0, 0.5, 0.75, 1.25),
          "user_evidence": (1.0, 0.0, 0.5, 2.0, 4.0, 8.0, 16.0, 32.0), "attributes": (0.25, 0.0, 0.5, 1.0)}
 FEWEST = 30 # users, below which nothing is learned of a question
 _CUT, _WORTH, _BAND, _BLOCK = 20, 1.005, 20, 64
@@ -59,9 +61,8 @@ class _Ground:
     "The users and what they took; the hybrid fitted before that."
     def __init__(self, features:Features, part:Model, parameters:Mapping, max_users:int, seed:int):
         past, future, self.split = past_and_future(features, "validation")
-        self.past, self.parameters = past, dict(parameters)
-        longest = {"item_evidence": max(TRIED["item_evidence"])} # whose thin items are those of all tries
-        self.model = Hybrid(part, **self.parameters | longest).fit(past)
+        self.past, self.parameters, [self.part] = past, dict(parameters), fitted_parts([part], past)
+        self.model = self.fitted(parameters["joint"])
         self.seen = csr_matrix(past.counts > 0, dtype=np.float32)
         targets = csr_matrix(future > 0, dtype=np.float32)
         targets.data *= self.model.candidates[targets.indices]
@@ -72,6 +73,16 @@ class _Ground:
         if len(rows) > max_users: rows = np.sort(np.random.default_rng(seed).choice(rows, max_users, replace=False))
         self.rows, self.targets = rows, targets
         self.cold, self.rare = ((past.popularity <= most) & self.model.candidates for most in (0, _BAND))
+
+    def fitted(self, joint:float)->Hybrid:
+        "With so many rounds, and the thin items of all tries."
+        tried = {"joint": joint, "item_evidence": max(TRIED["item_evidence"])}
+        return Hybrid(self.part, **self.parameters | tried).fit(self.past)
+
+    @property
+    def everywhere(self)->list[tuple[np.ndarray, csr_matrix]]:
+        "What is judged in the whole catalogue, and among the products with few buyers."
+        return [(self.model.candidates, self.targets), (self.rare, self.only(self.rare))]
 
     def only(self, items:np.ndarray)->csr_matrix:
         "The targets among some items."
@@ -96,49 +107,60 @@ class _Ground:
         profile = tried["profile"] if self.model.learned.factors else 1.0
         return combined(parts, users, start, rows.thin, own, (1 - own)*tried["level"], profile)
 
-    def figures(self, rows:np.ndarray, k:int|None, tries:Mapping, judged:list, bar:tqdm)->dict:
-        "For each try the product of the mean figures; `judged`: candidates with the targets among them."
-        sums = {key: np.zeros(len(judged)) for key in tries}
-        for part, users in self.blocks(rows, k):
-            parts, starts = score_parts(self.model, users), {}
-            for key, tried in tries.items():
-                weight = tried["attributes"]
-                if weight not in starts: starts[weight] = beginning(self.model, users.about, weight)
-                scores = self.scored(parts, users, starts[weight], tried)
-                for place, (candidates, targets) in enumerate(judged):
-                    mine = targets[part]
-                    some = np.diff(mine.indptr) > 0
-                    if some.any(): sums[key][place] += _gains(scores, mine, self.seen[part], candidates)[some].sum()
-            bar.update(len(part))
-        counts = np.array([(np.diff(targets[rows].indptr) > 0).sum() for _, targets in judged])
-        return {key: float(np.prod((total/np.maximum(counts, 1))[counts > 0])) for key, total in sums.items()}
+# %% ../../nbs/models/hybrid_weights.ipynb #534e1130
+def _figures(ground:_Ground, rows:np.ndarray, k:int|None, tries:Mapping, judged:list, bar:tqdm)->dict:
+    "For each try the product of the mean figures; `judged`: candidates with the targets among them."
+    sums = {key: np.zeros(len(judged)) for key in tries}
+    for part, users in ground.blocks(rows, k):
+        parts, starts = score_parts(ground.model, users), {}
+        for key, tried in tries.items():
+            weight = tried["attributes"]
+            if weight not in starts: starts[weight] = beginning(ground.model, users.about, weight)
+            scores = ground.scored(parts, users, starts[weight], tried)
+            for place, (candidates, targets) in enumerate(judged):
+                mine = targets[part]
+                some = np.diff(mine.indptr) > 0
+                if some.any(): sums[key][place] += _gains(scores, mine, ground.seen[part], candidates)[some].sum()
+        bar.update(len(part))
+    counts = np.array([(np.diff(targets[rows].indptr) > 0).sum() for _, targets in judged])
+    return {key: float(np.prod((total/np.maximum(counts, 1))[counts > 0])) for key, total in sums.items()}
 
 # %% ../../nbs/models/hybrid_weights.ipynb #d41d66b7
-def _asked_profile(ground:_Ground, bar:tqdm)->None:
+def _asked_joint(ground:_Ground, bar:tqdm)->None:
     "Question 1."
+    if not any(one.model.drawable for one in ground.model.learned.factors): return
+    models = {rounds: ground.fitted(rounds) for rounds in TRIED["joint"]}
+    def figure(model):
+        ground.model = model
+        return _figures(ground, ground.rows, None, {None: ground.parameters}, ground.everywhere, bar)[None]
+    best = _best({rounds: figure(model) for rounds, model in models.items()})
+    ground.model, ground.parameters["joint"] = models[best], best
+
+def _asked_profile(ground:_Ground, bar:tqdm)->None:
+    "Question 2."
     targets = ground.only(ground.cold)
     rows = ground.rows[np.diff(targets[ground.rows].indptr) > 0]
     if len(rows) < FEWEST or not ground.model.learned.factors: return
     tries = {value: ground.parameters | {"profile": value} for value in TRIED["profile"]}
-    ground.parameters["profile"] = _best(ground.figures(rows, None, tries, [(ground.cold, targets)], bar))
+    ground.parameters["profile"] = _best(_figures(ground, rows, None, tries, [(ground.cold, targets)], bar))
 
 def _asked_items(ground:_Ground, bar:tqdm)->None:
-    "Question 2."
-    judged = [(ground.model.candidates, ground.targets), (ground.rare, ground.only(ground.rare))]
+    "Question 3."
+    judged = ground.everywhere
     for name in ("item_evidence", "level"):
         tries = {value: ground.parameters | {name: value} for value in TRIED[name]}
-        ground.parameters[name] = _best(ground.figures(ground.rows, None, tries, judged, bar))
+        ground.parameters[name] = _best(_figures(ground, ground.rows, None, tries, judged, bar))
 
 def _asked_users(ground:_Ground, bar:tqdm)->None:
-    "Question 3."
+    "Question 4."
     judged, about = [(ground.model.candidates, ground.targets)], ground.model.learned.about
     told = ground.rows[np.diff(about.indptr)[ground.rows] > 0] if about.shape[1] else ground.rows[:0]
     if len(told) >= FEWEST:
         tries = {value: ground.parameters | {"attributes": value} for value in TRIED["attributes"]}
-        ground.parameters["attributes"] = _best(ground.figures(told, 0, tries, judged, bar))
+        ground.parameters["attributes"] = _best(_figures(ground, told, 0, tries, judged, bar))
     else: ground.parameters["attributes"] = 0.0
     tries = {value: ground.parameters | {"user_evidence": value} for value in TRIED["user_evidence"]}
-    each = [ground.figures(ground.rows, k, tries, judged, bar) for k in (1, 3, None)]
+    each = [_figures(ground, ground.rows, k, tries, judged, bar) for k in (1, 3, None)]
     ground.parameters["user_evidence"] = _best({value: float(np.prod([one[value] for one in each])) for value in tries})
 
 def learn_content_weights(
@@ -156,5 +178,5 @@ def learn_content_weights(
     try: ground = _Ground(features, part, parameters, max_users, seed)
     except EvaluateError: return Hybrid(part, **parameters)
     with tqdm(desc="how much content counts", unit=" users", disable=not progress, file=sys.stdout) as bar:
-        for ask in (_asked_profile, _asked_items, _asked_users): ask(ground, bar)
+        for ask in (_asked_joint, _asked_profile, _asked_items, _asked_users): ask(ground, bar)
     return Hybrid(part, **ground.parameters)
