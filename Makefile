@@ -18,8 +18,9 @@ BIN := .venv/bin
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
 
-# the environment is made again only when what it is made from has changed
-.venv/.ready: settings.ini setup.py pyproject.toml
+# the environment is made again only when what it is made from has changed; pyproject.toml follows settings.ini, and
+# each export writes it again
+.venv/.ready: settings.ini setup.py
 	@echo "Setting up .venv (a minute or two, once) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "product_recs needs Python 3.10 or newer; name one with make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv

@@ -487,7 +487,8 @@ def _remove_key(name:Annotated[str, typer.Argument(help="whose key it is")], fil
 
 # %% ../../nbs/jobs/cli.ipynb #3fe5bd60
 # as --help lists them: what a newcomer does first comes first
-_ORDER = ("init", "run", "tune", "evaluate", "recommend", "similar", "serve", "models", "publish", "rollback", "data")
+_ORDER = ("init", "run", "tune", "evaluate", "gate", "diff", "recommend", "similar", "batch", "serve", "models",
+          "publish", "rollback", "registry", "daily", "monitor", "experiment", "clean", "doctor", "data")
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.name))
 
 def _lines_of(error:Exception)->list[str]|None: # None: it is none of those that a message explains
