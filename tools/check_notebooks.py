@@ -13,7 +13,8 @@ root = Path(__file__).resolve().parent.parent
 MAX_LINES = 60  # of a code cell: the shape of a page, not a taste; most cells have fewer than 25
 MAX_RUN = 3  # code cells in a row without prose
 KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
-JOBS = {"01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "jobs/weights", "jobs/tune"}
+JOBS = {"01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "jobs/weights", "jobs/tune",
+        "jobs/batch", "jobs/diff", "jobs/gate", "jobs/monitor", "jobs/daily"}
 
 
 def source(cell: dict) -> str:

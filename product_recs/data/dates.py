@@ -89,7 +89,7 @@ def checked_formats(
         if "%" not in format:
             raise IngestError(f"{what} must be {DAY_FIRST!r}, {MONTH_FIRST!r}, {EXCEL!r}, {ISO!r} or a format of "
                               "strptime such as '%d/%m/%Y %H:%M'.")
-        try: duckdb.execute(f"SELECT try_strptime('', {quoted(format)})").fetchone()
+        try: duckdb.connect().execute(f"SELECT try_strptime('', {quoted(format)})").fetchone()
         except duckdb.Error as error:
             raise IngestError(f"{what}: {str(error).splitlines()[0].split(': ', 2)[-1]}. A format is written like "
                               "'%d/%m/%Y %H:%M'.") from None

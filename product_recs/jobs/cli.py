@@ -96,6 +96,7 @@ examples:
   product-recs similar 101 --json
   product-recs recommend 1 --task next_purchase
   product-recs evaluate --compare current 20260101T120000-0a1b2c3d
+  product-recs diff                                  what changes for customers with the newest model
   product-recs models                                what is there, what is live, what was, and how good
   product-recs publish 20260101T120000-0a1b2c3d      make a model live, such as one that needs a person
   product-recs rollback                              back to the model before
@@ -376,6 +377,27 @@ def _data(
     "Write the Complete Journey sample as CSV."
     from product_recs.data.sample import write_complete_journey # DuckDB
     return f"Written to {write_complete_journey(out)}"
+
+# %% ../../nbs/jobs/cli.ipynb #a5637447
+@_verb("diff", "diff --old current --new 20260101T120000-0a1b2c3d")
+def _diff(
+    new:Annotated[str, typer.Option(metavar="VERSION", help="what may go live (default: the newest that is not)")]="",
+    old:Annotated[str, typer.Option(metavar="VERSION", help="what answers today (default: the live one)")]="current",
+    task:Annotated[Literal["discovery", "next_purchase"], typer.Option(
+        help="new items, or what the user most likely takes next")]="discovery",
+    n:HowMany=10,
+    parameter:Pairs=(),
+    file:Files=(),
+    quiet:Quiet=False,
+    models_dir:ModelsDir=None,
+)->str:
+    "Show how the lists of two models differ, for a merchandiser."
+    from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
+    models_dir = str(_settings(models_dir=models_dir).models_dir)
+    asked = {"old": old, "new": new, "task": task, "n": n, "models_dir": models_dir}
+    said, page = run_job("diff", asked | read_parameters(file, [*map(_pair, parameter)]),
+                         resolve_path("reports")/"diff", progress=not quiet)
+    return "\n".join([*said["sentences"], "", f"The page: {page}"])
 
 # %% ../../nbs/jobs/cli.ipynb #566d3faf
 def _remedies(facts:Sequence[dict], models_dir)->dict[str, list]:

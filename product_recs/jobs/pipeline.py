@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'TUNE_STEPS', 'JobError', 'step_notebook', 'declared_parameters', 'assign', 'Step', 'run_step', 'RunResult',
-           'run', 'tune', 'outcome_of']
+           'run', 'tune', 'run_job', 'outcome_of']
 
 # %% ../../nbs/jobs/pipeline.ipynb #f91395ef
 import ast
@@ -112,6 +112,7 @@ def run_step(
     reports:Path,       # folder of the run
     root:Path,          # of the project
     progress:bool=True, # show a bar over the cells
+    alone:bool=False,   # it is no part of a run, and its report has no index above it
 )->Step:
     "Execute one notebook and write its report, also when it fails."
     import papermill # late: it takes half a second, and most commands do without
@@ -128,7 +129,7 @@ def run_step(
         step.status, step.error = "failed", masked(f"{type(error).__name__}: {error}")
     step.seconds = time.perf_counter() - started
     if executed.exists():
-        back = '<a href="index.html">← all reports of this run</a>'
+        back = "" if alone else '<a href="index.html">← all reports of this run</a>'
         step.html = to_html(executed, reports/f"{name}.html", name, navigation=back).name
     return step
 
@@ -338,6 +339,28 @@ def tune(
             result.metrics = _metrics(reports)
             _summarise(result, shown, started, "tuning")
     return result
+
+# %% ../../nbs/jobs/pipeline.ipynb #3aab346b
+def run_job(
+    step:str,        # such as `diff`
+    parameters:dict, # name -> value, as the notebook declares them
+    reports:Path,    # folder for its report and metrics.json
+    progress:bool=True,
+)->tuple[dict, Path]: # its section of metrics.json; its report
+    "Execute the notebook of one job; raises `JobError` where it cannot start, or failed."
+    root = project_root()
+    declared = declared_parameters(root/"nbs", (step,))[step]
+    for name in parameters:
+        if name not in declared:
+            raise JobError(f"{step}.ipynb has no parameter {name!r}\nKnown: {', '.join(sorted(declared))}")
+    for name, value in masked_parameters(parameters).items(): _as_declared(name, value, declared[name])
+    with _claim(reports), by_reference(parameters) as references:
+        _clear(reports, (step,))
+        own = {"report_dir": _from_root(reports)} if "report_dir" in declared else {}
+        typed_ones = {name: _as_declared(name, value, declared[name]) for name, value in references.items()}
+        done = run_step(step, typed_ones | own, reports, root, progress, alone=True)
+    if done.status == "failed": raise JobError(f"{step} failed: {done.error}\nReport: {reports/(done.html or '')}")
+    return _metrics(reports).get(step, {}), reports/done.html
 
 # %% ../../nbs/jobs/pipeline.ipynb #5500952e
 def _headline(result:RunResult, seconds:float, what:str)->str:
