@@ -6,7 +6,7 @@
 __all__ = ['DiffError', 'shared_users', 'compare_lists', 'ReleaseDiff', 'release_diff', 'group_changes', 'diff_sentences',
            'ShownLists', 'shown_lists', 'most_changed']
 
-# %% ../../nbs/jobs/diff.ipynb #87164525
+# %% ../../nbs/jobs/diff.ipynb #396324f5
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -24,7 +24,7 @@ from ..core.text import counted, visible
 from ..evaluation.metrics import gini
 from ..inference import recommend_many
 
-# %% ../../nbs/jobs/diff.ipynb #686803b7
+# %% ../../nbs/jobs/diff.ipynb #195428ff
 class DiffError(ProductRecsError):
     "Two models cannot be laid side by side."
 
@@ -45,7 +45,7 @@ def shared_users(
         both = [both[place] for place in np.sort(places)]
     return both, facts
 
-# %% ../../nbs/jobs/diff.ipynb #3b4b8c64
+# %% ../../nbs/jobs/diff.ipynb #ec4c44fc
 def compare_lists(
     old:Sequence, # keys of items, best first
     new:Sequence,
@@ -56,7 +56,7 @@ def compare_lists(
     longer = max(len(old), len(new))
     return len(moves)/longer if longer else 1.0, float(np.mean(moves)) if moves else float("nan")
 
-# %% ../../nbs/jobs/diff.ipynb #1f5913ae
+# %% ../../nbs/jobs/diff.ipynb #439443f7
 @dataclass(frozen=True)
 class ReleaseDiff:
     "Two models, asked for the same customers."
@@ -89,7 +89,7 @@ def _item_table(lists:tuple[list, list], bundles:tuple[Bundle, Bundle])->pd.Data
     table = pd.DataFrame(rows, columns=None if rows else ["key", "item", "old", "new"]).set_index("key")
     return table.assign(difference=table.new - table.old).sort_values("difference", ascending=False, kind="stable")
 
-# %% ../../nbs/jobs/diff.ipynb #6184833f
+# %% ../../nbs/jobs/diff.ipynb #63217e4f
 def _spread(counts:np.ndarray, size:int)->dict[str, float]:
     "Coverage and Gini of a catalogue of that size, of which these products are listed so often."
     listed = np.zeros(max(size, len(counts)))
@@ -123,7 +123,7 @@ def release_diff(
     versions = tuple(bundle.version for bundle in bundles)
     return ReleaseDiff(versions, task, n, pd.DataFrame(rows), items, MappingProxyType(facts | {"asked": len(users)}))
 
-# %% ../../nbs/jobs/diff.ipynb #bc198295
+# %% ../../nbs/jobs/diff.ipynb #6e16f498
 def group_changes(
     diff:ReleaseDiff,
     column:str,    # of the products, such as category
@@ -136,7 +136,7 @@ def group_changes(
     shares = shares.assign(difference=shares.new - shares.old).rename_axis(column)
     return shares.loc[shares.difference.abs().sort_values(ascending=False, kind="stable").index]
 
-# %% ../../nbs/jobs/diff.ipynb #e65fc4e3
+# %% ../../nbs/jobs/diff.ipynb #99dcd29a
 def diff_sentences(
     diff:ReleaseDiff,
 )->list[str]:
@@ -151,14 +151,15 @@ def diff_sentences(
     said.append(f"{counted(len(winners), 'product')} win places and {len(losers):,} lose some; "
                 f"{int((diff.items.old == 0).sum()):,} were in no list before, "
                 f"{int((diff.items.new == 0).sum()):,} are in none now.")
-    said.append(f"{facts['new_coverage']:.1%} of the catalogue stands in some list ({facts['old_coverage']:.1%} before); "
-                f"the Gini coefficient of the places is {facts['new_gini']:.3f} ({facts['old_gini']:.3f} before).")
+    listed = {side: f"{int((diff.items[side] > 0).sum()):,} of {facts[f'{side}_items']:,}" for side in ("old", "new")}
+    said.append(f"{listed['new']} products that could be listed are in some list ({listed['old']} before); the Gini "
+                f"coefficient of the places is {facts['new_gini']:.3f} ({facts['old_gini']:.3f} before).")
     if facts["new_short"] or facts["old_short"]:
         said.append(f"{counted(facts['new_short'], 'list')} have fewer than {diff.n} products ({facts['old_short']:,} "
                     "before).")
     return said
 
-# %% ../../nbs/jobs/diff.ipynb #85253ada
+# %% ../../nbs/jobs/diff.ipynb #5195e4a3
 def _title(diff:ReleaseDiff, key:str)->str:
     row = diff.items.loc[key]
     title = row.get("title")
