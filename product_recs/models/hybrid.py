@@ -232,6 +232,9 @@ def _scores_of(
     "Standardised scores: of the part where there is evidence, of the descriptions where there is none."
     rows, parameters = model.rows, model.parameters
     start = beginning(model, users.about, parameters["attributes"])
+    if not users.evidence.any(): # of guests: nothing else has a share
+        start[:, rows.thin] *= (rows.evidence[rows.thin] + rows.share).astype(np.float32)
+        return start
     return combined(score_parts(model, users), users, start, rows.thin, rows.evidence[rows.thin], rows.share,
                     _profile_weight(model))
 
@@ -309,7 +312,7 @@ def _similarities_of(
 )->np.ndarray: # (n_items,) float32, minus infinity: nothing in common
     "By who has both, and by what both are."
     rows = model.rows
-    alike = rows.times(rows.of(np.array([item])).vector(0))
+    alike = rows.alike(item)
     theirs = np.full(len(alike), -np.inf, np.float32)
     if item < rows.own and rows.part.candidates[item]: theirs[:rows.own] = rows.part.similarities(item)
     share = (rows.evidence*rows.evidence[item]).astype(np.float32)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ridge_weights', 'FactorPart', 'factor_parts', 'learn_users', 'Lifts', 'evidence_of', 'learned_arrays',
-           'drawn_to_content', 'Learned', 'ItemRows', 'wider_rows', 'rows_described']
+           'drawn_to_content', 'Learned', 'ItemRows', 'wider_rows', 'rows_described', 'rows_alike']
 
 # %% ../../nbs/models/placement.ipynb #d3423a7d
 from collections.abc import Mapping
 from copy import copy
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csc_matrix, csr_matrix
 
 from ..data.snapshots import Snapshot, csr_of
 from .content import (BAND, LIST, VALUE, Content, ContentMatrix, content_arrays, learn_content,
@@ -212,6 +213,11 @@ class Learned:
         logs = _log_popularity(snapshot.popularity[part.candidates])
         self.log_mean, self.log_spread = (float(logs.mean()), float(logs.std()) or 1.0) if len(logs) else (0.0, 1.0)
 
+    @cached_property
+    def by_feature(self)->csc_matrix:
+        "The descriptions, feature by feature: who else has what one item has."
+        return self.matrix.sparse.tocsc()
+
     def placed(self, described:ContentMatrix)->list[np.ndarray]: # (k, 1) and (k, f) of each factor model
         "Logarithm of the popularity and factors that descriptions suggest."
         return [described.times(weights) + mean for mean, weights in zip(self.means, self.weights)]
@@ -256,10 +262,7 @@ class ItemRows:
         self.popular[rows[chosen]] = share*self.popular[rows[chosen]] + (1 - share)*self._standard(logs[:, 0])
         self.share = ((1 - self.evidence[self.thin])*self.parameters["level"]).astype(np.float32)
 
-    @property
-    def candidates(self)->np.ndarray: # (n_items,) bool
-        "What was bought, and what is described."
-        return self.bought | self.known
+    candidates = property(lambda self: self.bought | self.known, doc="What was bought, or is described: (n_items,) bool.")
 
     @property
     def work(self)->int:
@@ -269,6 +272,8 @@ class ItemRows:
         return next(iter(np.flatnonzero(self.thin == item).tolist()), None)
 
     def of(self, rows:np.ndarray)->ContentMatrix: return rows_described(self, rows)
+
+    def alike(self, item:int)->np.ndarray: return rows_alike(self, item)
 
     def times(self, weights:np.ndarray)->np.ndarray: # (n_items, m)
         "Product of all descriptions with weights of the features."
@@ -305,6 +310,22 @@ def rows_described(
     "Descriptions of some rows; of those that were told since the newest."
     place = np.full(len(items.popularity), -1)
     place[items.fresh_rows] = np.arange(len(items.fresh_rows))
-    if (place[rows] < 0).all(): return items.learned.matrix.rows(rows)
-    old = items.learned.matrix.rows(np.where(place[rows] < 0, rows, 0))
-    return old.above(items.fresh).rows(np.where(place[rows] < 0, np.arange(len(rows)), len(rows) + place[rows]))
+    fresh = place[rows] >= 0
+    if not fresh.any(): return items.learned.matrix.rows(rows)
+    old, new = items.learned.matrix.rows(np.where(fresh, 0, rows)), items.fresh.rows(place[rows][fresh])
+    return old.above(new).rows(np.where(fresh, len(rows) + np.cumsum(fresh) - 1, np.arange(len(rows))))
+
+# %% ../../nbs/models/placement.ipynb #ec34a962
+def rows_alike(
+    items:ItemRows,
+    item:int,     # row
+)->np.ndarray:    # (n_items,) float32
+    "Inner products of the description of one item with all others; looks only at the features that the item has."
+    one, by_feature = rows_described(items, np.array([item])), items.learned.by_feature
+    result = np.zeros(len(items.popularity), np.float32)
+    for feature, value in zip(one.sparse.indices, one.sparse.data):
+        column = slice(*by_feature.indptr[feature:feature + 2])
+        result[by_feature.indices[column]] += value*by_feature.data[column]
+    if one.dense.shape[1]: result[:items.own] += items.learned.matrix.dense @ one.dense[0]
+    result[items.fresh_rows] = items.fresh.times(one.vector(0))
+    return result
