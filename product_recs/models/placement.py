@@ -262,7 +262,7 @@ class ItemRows:
         self.popular[rows[chosen]] = share*self.popular[rows[chosen]] + (1 - share)*self._standard(logs[:, 0])
         self.share = ((1 - self.evidence[self.thin])*self.parameters["level"]).astype(np.float32)
 
-    candidates = property(lambda self: self.bought | self.known, doc="What was bought, or is described: (n_items,) bool.")
+    candidates = property(lambda self: self.bought | self.known, doc="(n_items,) bool, bought or described.")
 
     @property
     def work(self)->int:
