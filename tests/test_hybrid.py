@@ -4,9 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support import described_items, described_models, random_log
+from support import described_items, described_models, random_log, train
 
+from product_recs.bundle.ready import open_bundle
+from product_recs.data.artifact import open_features
 from product_recs.data.snapshots import NOBODY, Histories
+from product_recs.models import hybrid_weights
+from product_recs.models.als import ALS
 from product_recs.models.blend import HabitBlend
 from product_recs.models.hybrid import Hybrid
 
@@ -173,3 +177,18 @@ def test_a_file_that_says_nothing_is_refused_with_a_remedy():
             model.fit(plain)
         assert "no products file" in model.refusal(replace(log, item_columns=None))
     assert set(described_items(9, 1)) >= {"title", "vector"}
+
+
+def test_what_was_learned_jointly_is_written_and_served(tmp_path, monkeypatch):
+    monkeypatch.setitem(hybrid_weights.TRIED, "joint", (2.0,))
+    version = train(tmp_path, model="ALS + content", next_model="none")
+    bundle = open_bundle(tmp_path / "models", version, verify=True)
+    model, features = bundle.model(), open_features(tmp_path / "features")
+    assert model.name == "ALS + content" and model.parameters["joint"] == 2
+    assert np.isfinite(bundle.manifest["metrics"]["loss"])
+    again = Hybrid(ALS(**model.parts[0].parameters), **model.parameters).fit(features.all)
+    alone = ALS(**model.parts[0].parameters).fit(features.all)
+    assert np.allclose(model.parts[0].item_factors, again.parts[0].item_factors, atol=1e-5)
+    assert not np.allclose(model.parts[0].item_factors, alone.item_factors, atol=1e-2)
+    rows = np.arange(50)
+    assert np.allclose(model.scores(model.users(rows)), again.scores(again.users(rows)), atol=1e-4)

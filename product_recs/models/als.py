@@ -10,7 +10,7 @@ __all__ = ['ALS_DEFAULTS', 'PLAIN_OBJECTIVE', 'AlsModel', 'chosen_solver', 'fit_
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -310,7 +310,9 @@ def drawn_to(
         items[row] += apply_inverse(solver, buyers.indices[own], buyers.data[own], pulled)
     drawn = type(model)(**model.parameters)
     users = _all_solved(drawn.solver_against(items), weighed)
-    return drawn.from_arrays(model.to_arrays() | {"user_factors": users, "item_factors": items}, model.snapshot)
+    drawn = drawn.from_arrays(model.to_arrays() | {"user_factors": users, "item_factors": items}, model.snapshot)
+    if hasattr(model, "model"): drawn.model = replace(model.model, user_factors=users, item_factors=items)
+    return drawn
 
 def _all_solved(solver:Solver, confidence:csr_matrix)->np.ndarray: # (m, f) float32
     return fold_in(solver.item_factors, confidence, solver.regularization, solver.alpha, solver.gram/solver.unobserved,

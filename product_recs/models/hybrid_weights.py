@@ -129,7 +129,11 @@ def _figures(ground:_Ground, rows:np.ndarray, k:int|None, tries:Mapping, judged:
 def _asked_joint(ground:_Ground, bar:tqdm)->None:
     "Question 1."
     if not any(one.model.drawable for one in ground.model.learned.factors): return
-    models = {rounds: ground.fitted(rounds) for rounds in TRIED["joint"]}
+    models = {}
+    for rounds in TRIED["joint"]:
+        bar.set_postfix_str(f"fitting, {rounds:g} rounds together with the factors")
+        models[rounds] = ground.fitted(rounds)
+    bar.set_postfix_str("")
     def figure(model):
         ground.model = model
         return _figures(ground, ground.rows, None, {None: ground.parameters}, ground.everywhere, bar)[None]
