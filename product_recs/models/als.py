@@ -21,7 +21,7 @@ from ..core.kernels import implicit_module, one_blas_thread
 from ..core.parameters import number
 from ..data.snapshots import Histories, csr_of
 from .factors import FactorModel
-from .foldin import Solver, apply_inverse, fold_in
+from .foldin import Solver, apply_inverse, apply_inverses, fold_in
 from .solver import RotatedALS, int32_matrix, native_kernels
 
 # %% ../../nbs/models/als.ipynb #19557f58
@@ -303,11 +303,10 @@ def drawn_to(
     had = model.snapshot.confidence
     weighed = csr_of(had.shape, had.indptr, had.indices, model.weighed(had.indptr, had.indices, had.data))
     solver, buyers = model.solver_against(model.user_factors), weighed.T.tocsr()
-    items = _all_solved(solver, buyers)
-    for row in np.flatnonzero(np.diff(buyers.indptr) * prior.any(axis=1)):
-        own = slice(*buyers.indptr[row:row + 2])
-        pulled = solver.ridge(own.stop - own.start)*prior[row].astype(np.float64)
-        items[row] += apply_inverse(solver, buyers.indices[own], buyers.data[own], pulled)
+    items, counts = _all_solved(solver, buyers), np.diff(buyers.indptr)
+    rows = np.flatnonzero(counts * prior.any(axis=1))
+    ridges = np.array([solver.ridge(count) for count in counts[rows].tolist()])
+    items[rows] += apply_inverses(solver, buyers[rows], ridges[:, None]*prior[rows]).astype(np.float32)
     drawn = type(model)(**model.parameters)
     users = _all_solved(drawn.solver_against(items), weighed)
     drawn = drawn.from_arrays(model.to_arrays() | {"user_factors": users, "item_factors": items}, model.snapshot)
