@@ -178,7 +178,7 @@ def test_a_hostile_request_breaks_nothing(shop):
 
 def renewals(server):
     figures = server.get("/metrics")[2].decode()
-    return float(re.search(r'model_reloads_total\{result="renewed"\} (\S+)', figures)[1])
+    return float(re.search(r'product_recs_model_reloads_total\{result="renewed"\} (\S+)', figures)[1])
 
 
 def test_a_burst_is_taken_up_by_a_few_renewals(shop):

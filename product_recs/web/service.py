@@ -25,7 +25,7 @@ from ..feedback.changes import Availability, Products
 from .cache import Kept, KeptAnswers, question_of
 from .desk import FeedbackDesk, StateView
 from .headers import Header, raw
-from .monitor import Metrics
+from .monitor import Metrics, Pulse
 from .renewal import Renewal
 from .rulebook import RuleDesk, RuleSources, utc_now
 
@@ -98,7 +98,7 @@ class ToldProducts:
         "Bring the model up to date, in the thread of the renewal."
         try: self.live.renew()
         except Exception:
-            self.metrics.reload("renewal failed")
+            self.metrics.reload("renewal_failed")
             raise
 
     def holds(self, revision:int)->bool:
@@ -128,6 +128,11 @@ class Service:
                               extend=preparation.extend, told=lambda: self.desk.view.products)
         self.told = ToldProducts(self.live, self.desk.view, self.metrics)
         self.live.listen(self._swapped)
+        self.pulse = Pulse(self._figures)
+    def _figures(self)->None:
+        "What of this worker no request brings into the figures."
+        self.metrics.refusing(self.live.refused is not None and self.live.refused.version is not None)
+        self.desk.count()
     def _swapped(self, result:Reload)->None:
         "Tell everybody of the model that answers now."
         if result.status in ("reloaded", "renewed"): # another object: the loop may be filling the old one
@@ -136,16 +141,16 @@ class Service:
         self.metrics.reload(result.status)
         if result.status != "reloaded": return
         bundle = self.live.get().bundle
-        self.metrics.model_taken_up(bundle.version, bundle.manifest["created_at"])
+        self.metrics.model_taken_up(bundle.version, bundle.manifest["created_at"], len(bundle.users), len(bundle.items))
         self.desk.view.follow(bundle.manifest["data"].get("feedback_until"), bundle.users.folds)
 
     def start(self)->"Service": # itself
         "Open the store and the model; what is not there yet is tried again later."
-        for part in (self.desk, self.rules, self.live, self.told.renewal): part.start()
+        for part in (self.desk, self.rules, self.live, self.told.renewal, self.pulse): part.start()
         return self
     def stop(self)->None:
         "Write what waits, and close."
-        for part in (self.live, self.told.renewal, self.rules, self.desk): part.stop()
+        for part in (self.live, self.told.renewal, self.rules, self.desk, self.pulse): part.stop()
 
     async def catch_up(self, feedback:bool=True)->None:
         "What comes before an answer: a model where there is none yet, what users did a moment ago, and the rules."
