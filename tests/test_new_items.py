@@ -332,7 +332,7 @@ def test_a_renewal_that_fails_leaves_what_is_there_and_is_tried_again(tmp_path, 
         assert answer["accepted"] == 1 and not answer["taken_up"]
         assert client.get("/items/900").status_code == 200 and client.get("/recommend/1?n=1").status_code == 200
         until(lambda: client.get("/items/901").status_code == 200)
-        assert tries == [2, 2, 2] and 'result="renewal failed"} 2.0' in client.get("/metrics").text
+        assert tries == [2, 2, 2] and 'result="renewal_failed"} 2.0' in client.get("/metrics").text
         assert client.get("/model").json()["products"] == {"told": 2, "since_training": 2, "taken_up": True}
 
 

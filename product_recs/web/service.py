@@ -131,7 +131,8 @@ class Service:
         self.pulse = Pulse(self._figures)
     def _figures(self)->None:
         "What of this worker no request brings into the figures."
-        self.metrics.refusing(self.live.refused is not None and self.live.refused.version is not None)
+        refused, live = self.live.refused, self.live.version # where neither has a version no model was published yet
+        self.metrics.refusing(refused is not None and (refused.version or live) is not None)
         self.desk.count()
     def _swapped(self, result:Reload)->None:
         "Tell everybody of the model that answers now."
