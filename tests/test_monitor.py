@@ -34,7 +34,7 @@ from product_recs.web.problems import RequestLog, http_problem, log_to_stdout, p
 def create_app():
     app, settings, metrics = FastAPI(), Settings(), Metrics()
     log_to_stdout()
-    metrics.model_taken_up("v1", "2026-01-01T00:00:00+00:00", 7, 5)
+    metrics.model.taken_up("v1", "2026-01-01T00:00:00+00:00", 7, 5)
 
     @app.get("/health/live")
     async def live(): return os.getpid()
@@ -58,7 +58,7 @@ def create_app():
             metrics.store_error("add_events"),
             metrics.store_up("sqlite", False),
             metrics.impressions("dropped"),
-            metrics.reload("refused"),
+            metrics.model.reload("refused"),
             metrics.recommended("popular", True),
         )
 

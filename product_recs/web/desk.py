@@ -143,6 +143,5 @@ class FeedbackDesk:
         "Bring the figures up to date that the desk has to tell; one thread calls it."
         if self.store: self.metrics.store_up(self.store.url.get_backend_name(), not self.stale)
         for result in ("written", "dropped") if self.impressions else ():
-            now, before = getattr(self.impressions, result), self._counted.get(result, 0)
-            self.metrics.impressions(result, now - before)
-            self._counted[result] = now
+            before, self._counted[result] = self._counted.get(result, 0), getattr(self.impressions, result)
+            self.metrics.impressions(result, self._counted[result] - before)
