@@ -16,8 +16,9 @@ print(*shlex.split(c['DEFAULT']['serve_requirements']), sep='\n')" > /tmp/serve.
  && pip --python /opt/venv/bin/python install -r /tmp/serve.txt
 
 COPY setup.py pyproject.toml README.md LICENSE ./
+# the sources go again: a job runs in this folder, and would import them in place of the package with its kernels
 COPY product_recs product_recs
-RUN pip wheel --no-deps --wheel-dir /tmp/wheels .
+RUN pip wheel --no-deps --wheel-dir /tmp/wheels . && rm -rf product_recs build
 
 # the whole pipeline, from the committed log to a published bundle
 RUN python -m venv /opt/train && /opt/train/bin/pip install "$(echo /tmp/wheels/*.whl)[jobs]"

@@ -272,10 +272,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
              response_class=PlainTextResponse,
              responses=documented("Text in the format of Prometheus.", model=False))
     async def metrics():
-        def figures()->bytes:
-            desk.count()
-            return service.metrics.body()
-        return Response(await run_in_threadpool(figures), media_type=service.metrics.content_type)
+        return Response(await run_in_threadpool(service.metrics.body), media_type=service.metrics.content_type)
 
 # %% ../nbs/06_api.ipynb #635acb59
 PAGE = Path(str(files("product_recs")/"web"/"page"))

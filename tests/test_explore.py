@@ -120,7 +120,7 @@ def test_two_of_ten_places_and_the_log_says_with_which_chance(models, tmp_path):
     assert [item for item in body["recommendations"] if item not in tried] == greedy[:8]
     assert body == again and plain["recommendations"] == posted["recommendations"] == body["recommendations"]
     assert posted["items"] == body["items"]
-    assert 'cache_requests_total{result="hit"} 1.0' in figures, "the second one was a kept answer"
+    assert 'product_recs_cache_requests_total{result="hit"} 1.0' in figures, "the second one was a kept answer"
     assert none["recommendations"] == greedy and short["recommendations"] == greedy[:4]  # a fifth of four is none
     assert len(set(fewer["recommendations"]) & set(RARE)) == 1 + len(set(greedy[:9]) & set(RARE))
     found = logged(tmp_path)

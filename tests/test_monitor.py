@@ -21,6 +21,7 @@ import yaml
 from product_recs.web.security import add_key
 
 ROOT = Path(__file__).resolve().parents[1]
+REQUESTS = "product_recs_http_requests_total"
 APPLICATION = """
 import asyncio, os
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -33,7 +34,7 @@ from product_recs.web.problems import RequestLog, http_problem, log_to_stdout, p
 def create_app():
     app, settings, metrics = FastAPI(), Settings(), Metrics()
     log_to_stdout()
-    metrics.model_taken_up("v1", "2026-01-01T00:00:00+00:00")
+    metrics.model.taken_up("v1", "2026-01-01T00:00:00+00:00", 7, 5)
 
     @app.get("/health/live")
     async def live(): return os.getpid()
@@ -55,9 +56,9 @@ def create_app():
     async def fall_behind():
         (
             metrics.store_error("add_events"),
-            metrics.store_stale(True),
-            metrics.impressions_dropped(),
-            metrics.reload("refused"),
+            metrics.store_up("sqlite", False),
+            metrics.impressions("dropped"),
+            metrics.model.reload("refused"),
             metrics.recommended("popular", True),
         )
 
@@ -160,7 +161,7 @@ def service(tmp_path_factory):
 def requests(numbers):
     found = Counter()
     for name, value in numbers.items():
-        if match := re.fullmatch(r'http_requests_total\{method="(\w+)",route="([^"]+)",status="(\d+)"\}', name):
+        if match := re.fullmatch(rf'{REQUESTS}\{{method="(\w+)",route="([^"]+)",status="(\d+)"\}}', name):
             found[match.groups()] = value
     return found
 
@@ -189,14 +190,14 @@ def test_every_request_to_every_worker_is_counted_once(service):
         ("POST", "other", "413"): 3,
         ("GET", "/metrics", "200"): 1,
     }
-    name = 'http_request_duration_seconds_count{route="/recommend/{user}"}'
+    name = 'product_recs_http_request_duration_seconds_count{route="/recommend/{user}"}'
     assert after[name] - before.get(name, 0) == 63
     assert (
-        after['recommendations_total{source="personalised"}']
-        - before.get('recommendations_total{source="personalised"}', 0)
+        after['product_recs_recommendations_total{source="personalised"}']
+        - before.get('product_recs_recommendations_total{source="personalised"}', 0)
         == 60
     )
-    assert after["workers_alive"] == after['model_info{version="v1"}'] == 2
+    assert after["product_recs_workers"] == after['product_recs_model_workers{version="v1"}'] == 2
 
 
 def test_every_line_of_the_logs_is_json(service):
@@ -221,10 +222,10 @@ def test_a_killed_worker_is_replaced_and_its_counts_stay(service):
     answered = [service.get("/recommend/1").status_code for _ in range(20) if not time.sleep(0.02)]
     assert set(answered) == {200}, "new connections go to the other worker"
     assert wait_for(lambda: len(service.alive() - {victim}) == 2), (service.folder / "err").read_text()
-    after = wait_for(lambda: (numbers := service.numbers())["workers_alive"] == 2 and numbers)
+    after = wait_for(lambda: (numbers := service.numbers())["product_recs_workers"] == 2 and numbers)
     name = ("GET", "/recommend/{user}", "200")
     assert requests(after)[name] == requests(before)[name] + 20, "what the dead worker counted is kept"
-    assert after['model_info{version="v1"}'] == 2
+    assert after['product_recs_model_workers{version="v1"}'] == 2
     assert any("died" in json.loads(line)["message"] for line in (service.folder / "err").read_text().splitlines())
 
 
@@ -232,10 +233,10 @@ def series(expression):
     """Names of metrics and of labels in a PromQL expression."""
     bare = re.sub(r'"[^"]*"', '""', re.sub(r"\[[^\]]*\]", "", expression))
     labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", bare)) | {
-        label.strip() for found in re.findall(r"\bby\s*\(([^)]*)\)", bare) for label in found.split(",")
+        label.strip() for found in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", bare) for label in found.split(",")
     }
-    words = set(re.findall(r"\b[a-z_]\w*\b(?!\s*\()", re.sub(r"\bby\s*\([^)]*\)|\{[^}]*\}|\bon\s*\(\)", " ", bare)))
-    return words - {"or", "and", "on"}, labels - {""}
+    words = set(re.findall(r"\b[a-z_]\w*\b(?!\s*\()", re.sub(r"\b(?:by|on)\s*\([^)]*\)|\{[^}]*\}", " ", bare)))
+    return words - {"or", "and", "unless"}, labels
 
 
 def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service):
@@ -245,7 +246,7 @@ def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service):
     )
     there = service.numbers()
     names = {name.split("{")[0] for name in there} | {"up"}
-    labels = {label for name in there for label in re.findall(r'(\w+)="', name)} | {"job"}
+    labels = {label for name in there for label in re.findall(r'(\w+)="', name)} | {"job", "instance"}
     dashboard = json.loads((ROOT / "ops/grafana/dashboards/product_recs.json").read_text())
     shown = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])] + [
         note["expr"] for note in dashboard["annotations"]["list"]
@@ -331,8 +332,8 @@ def test_one_worker_counts_without_a_folder(tmp_path):
         numbers = service.numbers()
         assert (
             requests(numbers)[("GET", "/recommend/{user}", "200")] == 1
-            and numbers["workers_alive"] == 1
-            and numbers["model_age_seconds"] > 0
+            and numbers["product_recs_workers"] == 1
+            and 'product_recs_model_trained_timestamp_seconds{version="v1"}' in numbers
         )
         assert not [path for path in service.tmp.iterdir() if path.name.startswith("product_recs-")]
     finally:

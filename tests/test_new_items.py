@@ -178,7 +178,7 @@ def test_a_hostile_request_breaks_nothing(shop):
 
 def renewals(server):
     figures = server.get("/metrics")[2].decode()
-    return float(re.search(r'model_reloads_total\{result="renewed"\} (\S+)', figures)[1])
+    return float(re.search(r'product_recs_model_reloads_total\{result="renewed"\} (\S+)', figures)[1])
 
 
 def test_a_burst_is_taken_up_by_a_few_renewals(shop):
@@ -332,7 +332,7 @@ def test_a_renewal_that_fails_leaves_what_is_there_and_is_tried_again(tmp_path, 
         assert answer["accepted"] == 1 and not answer["taken_up"]
         assert client.get("/items/900").status_code == 200 and client.get("/recommend/1?n=1").status_code == 200
         until(lambda: client.get("/items/901").status_code == 200)
-        assert tries == [2, 2, 2] and 'result="renewal failed"} 2.0' in client.get("/metrics").text
+        assert tries == [2, 2, 2] and 'result="renewal_failed"} 2.0' in client.get("/metrics").text
         assert client.get("/model").json()["products"] == {"told": 2, "since_training": 2, "taken_up": True}
 
 

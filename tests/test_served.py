@@ -145,7 +145,8 @@ def test_events_filters_reasons_and_similar_items(served, name):
 
 def hits(server):
     "Answers that were sent again, so far."
-    return int(float(re.search(rb'cache_requests_total{result="hit"} (\S+)', server.get("/metrics")[2])[1]))
+    figures = server.get("/metrics")[2]
+    return int(float(re.search(rb'product_recs_cache_requests_total{result="hit"} (\S+)', figures)[1]))
 
 
 def test_no_answer_mixes_tasks_or_models_while_they_change(tmp_path):

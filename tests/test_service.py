@@ -276,17 +276,17 @@ def test_metrics_add_up_both_workers(shop):
         )
         return {name: float(value) for name, value in lines}
 
-    count = 'http_requests_total{method="GET",route="/similar/{item_id}",status="200"}'
+    count = 'product_recs_http_requests_total{method="GET",route="/similar/{item_id}",status="200"}'
     before = figures()
     asked = len(both(shop, "/similar/101"))
     until(lambda: figures().get(count, 0) - before.get(count, 0) == asked)
     after = figures()
     assert (
-        after["workers_alive"] == 2
-        and sum(value for name, value in after.items() if name.startswith("model_info{")) == 2
+        after["product_recs_workers"] == 2
+        and sum(value for name, value in after.items() if name.startswith("product_recs_model_workers{")) == 2
     )
     post(shop, event(7004, 101))
-    name = 'feedback_events_total{result="accepted"}'
+    name = 'product_recs_feedback_events_total{result="accepted"}'
     until(lambda: figures()[name] == after[name] + 1)
 
 

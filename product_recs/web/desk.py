@@ -96,7 +96,7 @@ class FeedbackDesk:
     ):
         self.metrics, self.store = metrics, Store(settings.database_url) if settings.database_url else None
         self.changes = Changes(self.store, most=settings.events_in_memory) if self.store else None
-        self.view, self.impressions, self._dropped = StateView(self.changes), None, 0
+        self.view, self.impressions, self._counted = StateView(self.changes), None, {}
         if self.store and settings.impressions: self.impressions = ImpressionLog(self.store, settings.impressions)
 
     def start(self)->None:
@@ -140,8 +140,8 @@ class FeedbackDesk:
         return "none" if self.store is None else "away" if self.stale else "open"
 
     def count(self)->None:
-        "Bring the figures up to date that the desk has to tell."
-        self.metrics.store_stale(self.stale)
-        if self.impressions and (dropped := self.impressions.dropped - self._dropped):
-            self.metrics.impressions_dropped(dropped)
-            self._dropped += dropped
+        "Bring the figures up to date that the desk has to tell; one thread calls it."
+        if self.store: self.metrics.store_up(self.store.url.get_backend_name(), not self.stale)
+        for result in ("written", "dropped") if self.impressions else ():
+            before, self._counted[result] = self._counted.get(result, 0), getattr(self.impressions, result)
+            self.metrics.impressions(result, self._counted[result] - before)

@@ -25,7 +25,7 @@ from ..feedback.changes import Availability, Products
 from .cache import Kept, KeptAnswers, question_of
 from .desk import FeedbackDesk, StateView
 from .headers import Header, raw
-from .monitor import Metrics
+from .monitor import Metrics, Pulse
 from .renewal import Renewal
 from .rulebook import RuleDesk, RuleSources, utc_now
 
@@ -98,7 +98,7 @@ class ToldProducts:
         "Bring the model up to date, in the thread of the renewal."
         try: self.live.renew()
         except Exception:
-            self.metrics.reload("renewal failed")
+            self.metrics.model.reload("renewal_failed")
             raise
 
     def holds(self, revision:int)->bool:
@@ -116,6 +116,13 @@ class ToldProducts:
         if soon: await asyncio.wait([asked], timeout=seconds)
         return self.holds(revision)
 
+# %% ../../nbs/web/service.ipynb #4655b769
+def _tell_state(service:"Service")->None:
+    "Put into the figures what no request brings."
+    refused, live = service.live.refused, service.live.version # neither has a version: none was published yet
+    service.metrics.model.refusing(refused is not None and (refused.version or live) is not None)
+    service.desk.count()
+
 # %% ../../nbs/web/service.ipynb #307de7c8
 class Service:
     "What a worker process needs to answer: settings, figures, feedback desk, live model and kept answers."
@@ -126,26 +133,26 @@ class Service:
         preparation = _Preparation(settings, self.desk.view, self.rules)
         self.live = LiveModel(settings.models_dir, preparation.open, settings.watch_seconds,
                               extend=preparation.extend, told=lambda: self.desk.view.products)
-        self.told = ToldProducts(self.live, self.desk.view, self.metrics)
+        self.told, self.pulse = ToldProducts(self.live, self.desk.view, self.metrics), Pulse(lambda: _tell_state(self))
         self.live.listen(self._swapped)
     def _swapped(self, result:Reload)->None:
         "Tell everybody of the model that answers now."
         if result.status in ("reloaded", "renewed"): # another object: the loop may be filling the old one
             self.kept = KeptAnswers(self.settings.cache_size)
             self.rules.drop_others(self.live.get())
-        self.metrics.reload(result.status)
+        self.metrics.model.reload(result.status)
         if result.status != "reloaded": return
         bundle = self.live.get().bundle
-        self.metrics.model_taken_up(bundle.version, bundle.manifest["created_at"])
+        self.metrics.model.taken_up(bundle.version, bundle.manifest["created_at"], len(bundle.users), len(bundle.items))
         self.desk.view.follow(bundle.manifest["data"].get("feedback_until"), bundle.users.folds)
 
     def start(self)->"Service": # itself
         "Open the store and the model; what is not there yet is tried again later."
-        for part in (self.desk, self.rules, self.live, self.told.renewal): part.start()
+        for part in (self.desk, self.rules, self.live, self.told.renewal, self.pulse): part.start()
         return self
     def stop(self)->None:
         "Write what waits, and close."
-        for part in (self.live, self.told.renewal, self.rules, self.desk): part.stop()
+        for part in (self.live, self.told.renewal, self.rules, self.desk, self.pulse): part.stop()
 
     async def catch_up(self, feedback:bool=True)->None:
         "What comes before an answer: a model where there is none yet, what users did a moment ago, and the rules."

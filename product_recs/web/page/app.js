@@ -714,7 +714,7 @@ const ofAnswers = ({labels}) => /^\/(recommend|similar|popular|explain)/.test(la
 
 async function loadFigures() {
   try {
-    const all = samples(await ask("metrics")), named = name => all.filter(sample => sample.name.endsWith(name));
+    const all = samples(await ask("metrics")), named = name => all.filter(sample => sample.name === `product_recs_${name}`);
     const requests = named("http_requests_total"), total = rows => rows.reduce((sum, {value}) => sum + value, 0);
     const buckets = named("http_request_duration_seconds_bucket").filter(ofAnswers);
     const show = q => q ? (q.beyond ? "over " : "") + duration(q.seconds) : "–";
