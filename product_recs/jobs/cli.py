@@ -507,8 +507,8 @@ def _gate(
     models_dir:ModelsDir=None,
 )->str:
     "Make a new model live if it is not worse than the live one and breaks nothing."
+    from product_recs.bundle.versions import contestants # numpy and scipy
     from product_recs.jobs.criteria import read_criteria
-    from product_recs.jobs.gate import contestants # pandas and the models: 2 s
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
     models_dir = str(_settings(models_dir=models_dir).models_dir)
     asked = {"challenger": challenger, "champion": champion, "criteria": criteria, "run": name, "dry_run": dry_run,
