@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAY_WHO', 'OtherLive', 'span_of', 'of_one_shop', 'live_of_another_run', 'hold_back', 'objections', 'contestants',
-           'override', 'version_facts', 'version_table']
+           'override', 'public_facts', 'version_facts', 'version_table']
 
 # %% ../../nbs/bundle/versions.ipynb #74995361
 import textwrap
@@ -134,6 +134,14 @@ def override(
     one = {"by": given["--by"], "reason": given["--reason"], "at": now, "verdict": mark, "against": against}
     annotate(path, {"overrides": [*_section(manifest, "overrides", list), one]})
     return against
+
+# %% ../../nbs/bundle/versions.ipynb #9837e321
+def public_facts(
+    manifest:Mapping,
+)->dict: # section -> content
+    "What a service may show of a manifest: without its files, the gate's words on users, and the names of persons."
+    metrics = {name: value for name, value in manifest["metrics"].items() if name not in ("gate", "overrides")}
+    return {name: value for name, value in manifest.items() if name != "files"} | {"metrics": metrics}
 
 # %% ../../nbs/bundle/versions.ipynb #b2f79a20
 def _quality(manifest:dict, task:str)->dict:
