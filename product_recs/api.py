@@ -27,6 +27,7 @@ from .answer.lists import Recommendations
 from .answer.new import new_for
 from .answer.recommender import Recommender
 from .bundle.ready import ReadyModel
+from .bundle.versions import public_facts
 from .core.errors import ProductRecsError, StoreError, UnknownItem
 from .core.ids import LONGEST_ID
 from .core.kernels import one_blas_thread
@@ -255,7 +256,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
              responses=documented("The manifest without its list of files.", 503))
     async def model():
         bundle, refused = live.get().bundle, live.refused
-        facts = {name: plain(value) for name, value in bundle.manifest.items() if name != "files"}
+        facts = {name: plain(value) for name, value in public_facts(bundle.manifest).items()}
         if refused: refused = {"version": refused.version, "error": refused.error, "at": plain(refused.at)}
         told = {"told": len(desk.view.products.by_key), "since_training": desk.view.products_since,
                 "taken_up": service.told.holds(desk.view.products.revision)}

@@ -19,6 +19,7 @@ from support import call, fresh_project, only_the_jobs
 
 from product_recs.bundle.files import current_version, list_versions, read_manifest
 from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.versions import SAY_WHO
 
 ALONE = ("-p", "model", "ALS", "-p", "next_model", "none")  # no competition: it is not what is tested
 BEST = ("-p", "model", "popularity", "-p", "next_model", "none")
@@ -196,6 +197,11 @@ def best_sellers(folder):
     return ["-p", "source", str(folder / "log.csv"), "-p", "products", "", "-p", "min_item_users", "1"]
 
 
+def filled_in(words):
+    "A command as a person types it who decides."
+    return [{"NAME": "Ada", "TEXT": "it is Easter"}.get(word, word) for word in words]
+
+
 @pytest.fixture(scope="module")
 def harmful(tmp_path_factory):
     "A shop where ALS with absurd parameters is trained."
@@ -219,17 +225,21 @@ def test_a_model_that_popularity_beats_needs_a_person(harmful):
     assert reason in done.stderr and "is live" not in done.stdout + done.stderr
     publishing = printed(done.stderr, "publish it all the same")
     training = printed(done.stderr, "let the models compete")
-    assert publishing == ["product-recs", "publish", version] and training[-1] == "model=auto"
+    assert publishing == ["product-recs", "publish", version, *SAY_WHO] and training[-1] == "model=auto"
     page, listed = first_screen(root, "shop"), call(root, "product-recs", "models").stdout
     assert "Needs a person" in page and "Succeeded" not in page and "Discovery: worse than popularity" in page
     assert listed.splitlines()[1].startswith("waits") and f"needs a person: {reason}" in listed
     for text in (page, listed):
         assert shlex.join(publishing) in text and shlex.join(training) in text, text
-    published = call(root, *publishing)
+    refused = call(root, *publishing)  # somebody has to fill in who and why
+    assert refused.returncode == 1 and "waits for a person" in refused.stderr
+    assert current_version(root / "models") is None
+    published = call(root, *filled_in(publishing))
     assert published.returncode == 0 and "is live" in published.stdout, published.stderr
     assert current_version(root / "models") == version
     listed = call(root, "product-recs", "models").stdout
     assert "ALS" in listed and "needs a person" not in listed  # somebody has decided
+    assert "published by Ada, " in listed and "it had to wait for a person: it is Easter" in " ".join(listed.split())
 
 
 def test_the_models_that_win_the_competition_of_such_a_shop_go_live(harmful):
@@ -260,7 +270,7 @@ def test_the_live_model_of_a_shop_is_not_replaced_by_the_log_of_another(harmful)
         assert f"product-recs publish {version}" in text and "product-recs run --name other" in text
     again = printed(done.stderr, "publish without this question the next time")
     assert again[-1] == "--publish"
-    published = call(root, *printed(done.stderr, "publish it all the same"))
+    published = call(root, *filled_in(printed(done.stderr, "publish it all the same")))
     assert published.returncode == 0 and current_version(root / "models") == version
 
 

@@ -97,8 +97,9 @@ examples:
   product-recs recommend 1 --task next_purchase
   product-recs evaluate --compare current 20260101T120000-0a1b2c3d
   product-recs diff                                  what changes for customers with the newest model
+  product-recs gate --criteria gate.yaml             the newest model goes live if it is not worse and breaks nothing
   product-recs models                                what is there, what is live, what was, and how good
-  product-recs publish 20260101T120000-0a1b2c3d      make a model live, such as one that needs a person
+  product-recs publish 20260101T120000-0a1b2c3d --by Ada --reason 'new range'   although it needs a person
   product-recs rollback                              back to the model before
   product-recs keys add shop --scope read            an API key, shown once
   product-recs serve --port 9000 --workers 2
@@ -400,9 +401,14 @@ def _diff(
     return "\n".join([*said["sentences"], "", f"The page: {page}"])
 
 # %% ../../nbs/jobs/cli.ipynb #566d3faf
+def _publishing(version:str, models_dir)->str:
+    "The command that publishes a version which something speaks against."
+    from product_recs.bundle.versions import SAY_WHO # numpy and scipy
+    at = [] if resolve_path(models_dir) == resolve_path("models") else ["--models-dir", str(models_dir)]
+    return shlex.join(["product-recs", "publish", version, *SAY_WHO, *at])
+
 def _remedies(facts:Sequence[dict], models_dir)->dict[str, list]:
     "Version -> what somebody can do about a model that waits, as its run printed it."
-    at = "" if resolve_path(models_dir) == resolve_path("models") else f" --models-dir {shlex.quote(str(models_dir))}"
     found = {}
     for one in facts:
         if not one.get("needs_a_person"): continue
@@ -411,7 +417,8 @@ def _remedies(facts:Sequence[dict], models_dir)->dict[str, list]:
             metrics = json.loads((resolve_path("reports")/one["run"]/"metrics.json").read_text(encoding="utf-8"))
             said = metrics.get("run", {})
         if said.get("version") != one["version"]: said = {} # a later run of that name
-        publishing = "publish it all the same", f"product-recs publish {one['version']}{at}"
+        if one["gate"]: said = {} # the gate's word counts, and the run was before it
+        publishing = "publish it all the same", _publishing(one["version"], models_dir)
         found[one["version"]] = said.get("remedies") or [publishing]
     return found
 
@@ -428,16 +435,23 @@ def _models(models_dir:ModelsDir=None, as_json:AsJson=False)->str:
 @_verb("publish", "publish 20260101T120000-0a1b2c3d")
 def _publish(
     version:Annotated[str, typer.Argument(help="the version that goes live; `product-recs models` lists them")],
+    by:Annotated[str, typer.Option("--by", metavar="NAME", help="who decides, for a model that the gate held or that "
+                                   "waits for a person; it is recorded")]="",
+    reason:Annotated[str, typer.Option("--reason", metavar="TEXT", help="why; it is recorded")]="",
     models_dir:ModelsDir=None,
 )->str:
     "Make a model the live one."
     from product_recs.bundle.files import live_version, publish
     from product_recs.bundle.ready import open_bundle
+    from product_recs.bundle.versions import override
     folder = resolve_path(_settings(models_dir=models_dir).models_dir)
     open_bundle(folder, version, verify=True) # every byte
     before = live_version(folder)
     if before == version: return f"Model {version} is live already"
+    against = override(folder/version, by, reason)
     publish(folder, version)
+    if against: print(f"product-recs: recorded that {' '.join(by.split())} publishes it although: {' '.join(against)}",
+                      file=sys.stderr)
     instead = f"; {before} is not, and `product-recs rollback` goes back to it" if before else ""
     return f"Model {version} is live{instead}. Services that watch this folder take it up within a second"
 
@@ -448,10 +462,14 @@ def _rollback(
     models_dir:ModelsDir=None,
 )->str:
     "Make the model that was live before the live one again."
-    from product_recs.bundle.files import current_version # numpy and scipy
+    from product_recs.bundle.files import current_version, list_versions, previous_versions # numpy and scipy
     from product_recs.bundle.live import rollback
+    from product_recs.bundle.versions import override
     models_dir = _settings(models_dir=models_dir).models_dir
-    before = current_version(resolve_path(models_dir))
+    folder = resolve_path(models_dir)
+    before = current_version(folder)
+    if version and version not in previous_versions(folder) and version in list_versions(folder):
+        override(folder/version) # it was never live, so what speaks against it counts
     now = f"Model {rollback(models_dir, version)} is live again, {before} is not"
     return f"{now}; services that watch this folder take it up within a second"
 
@@ -471,6 +489,40 @@ def _serve(
         print(f"The page: {page}   the documentation: /docs   the end: Ctrl-C", file=sys.stderr)
     serve(settings)
     return ""
+
+# %% ../../nbs/jobs/cli.ipynb #5f2dc43c
+@_verb("gate", "gate --criteria gate.yaml --dry-run")
+def _gate(
+    challenger:Annotated[str, typer.Option(metavar="VERSION", help="what may go live (default: the newest version that "
+                                           "nobody has judged)")]="",
+    champion:Annotated[str, typer.Option(metavar="VERSION", help="what it meets (default: the live one)")]="current",
+    criteria:Annotated[str, typer.Option(metavar="YAML", help="thresholds and golden users (default: those of "
+                                         "examples/gate.yaml, without golden users)")]="",
+    name:Annotated[str, typer.Option(
+        help="name of the run to judge by (default: the latest with the interactions of the challenger)")]="",
+    dry_run:Annotated[bool, typer.Option("--dry-run", help="judge, and change nothing")]=False,
+    parameter:Pairs=(),
+    file:Files=(),
+    quiet:Quiet=False,
+    models_dir:ModelsDir=None,
+)->str:
+    "Make a new model live if it is not worse than the live one and breaks nothing."
+    from product_recs.bundle.versions import contestants # numpy and scipy
+    from product_recs.jobs.criteria import read_criteria
+    from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
+    models_dir = str(_settings(models_dir=models_dir).models_dir)
+    asked = {"challenger": challenger, "champion": champion, "criteria": criteria, "run": name, "dry_run": dry_run,
+             "models_dir": models_dir} | read_parameters(file, [*map(_pair, parameter)])
+    # a mistake is said before anything is fitted
+    read_criteria(asked["criteria"])
+    asked["challenger"], _ = contestants(resolve_path(models_dir), asked["challenger"], asked["champion"])
+    said, page = run_job("gate", asked, resolve_path("reports")/"gate", progress=not quiet)
+    text = "\n".join([said["headline"], *(f"- {reason}" for reason in said["reasons"]), "", f"The page: {page}"])
+    if not said["exit_code"]: return text
+    print(text, flush=True)
+    command = _publishing(said["challenger"], models_dir)
+    print(f"product-recs: to publish it all the same: {command}", file=sys.stderr)
+    raise typer.Exit(said["exit_code"])
 
 # %% ../../nbs/jobs/cli.ipynb #34c1d2e2
 KeysFile = Annotated[str|None, typer.Option(
@@ -525,7 +577,7 @@ def _lines_of(error:Exception)->list[str]|None: # None: it is none of those that
 
 def main(
     arguments:Sequence[str]|None=None, # default: of the process
-)->int: # 0 done, 1 an error that the message explains, 2 wrong usage, 3 the model needs a person, 130 interrupted
+)->int: # 0 done, 1 an error and its message, 2 wrong usage, 3 a model needs a person, 4 it was held, 130 interrupted
     "The command `product-recs`."
     for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")

@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..bundle.files import list_versions, publish, read_manifest, remove_bundle
-from ..bundle.versions import OtherLive, hold_back, live_of_another_run
+from ..bundle.versions import SAY_WHO, OtherLive, hold_back, live_of_another_run
 from ..core.credentials import STARS, by_reference, is_reference, masked, masked_parameters, password_note
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write, write_metrics
@@ -175,7 +175,8 @@ class RunResult:
         best = _run_words(self, "popularity" if auto else "auto")
         asked = [("serve the best sellers" if auto else "let the models compete", typed_command(best))] if self.worse \
             else [("publish without this question the next time", typed_command([*_run_words(self), "--publish"]))]
-        return [("publish it all the same", typed_command(["product-recs", "publish", self.version, *self.at])), *asked]
+        publishing = ["product-recs", "publish", self.version, *SAY_WHO, *self.at]
+        return [("publish it all the same", typed_command(publishing)), *asked]
 
 def _run_words(result:RunResult, model:str="")->list[str]:
     "The words that repeat a run, with another model where one is named."
@@ -253,7 +254,7 @@ def run(
     name:str="",                  # of the run: data/processed/<name> and reports/<name>; "": date and time
     models_dir:str|Path="models", # where the bundle goes live
     progress:bool=True,
-    publish_it:bool|str="auto",   # True: go live in any case; "auto": unless somebody should look first
+    publish_it:bool|str="auto",   # True: go live in any case; "auto": unless somebody should look first; False: never
     given:Sequence[str]|None=None,# -f and -p words that stand for the parameters, masked; None: one -p each
 )->RunResult:
     """Execute 01 to 05 and publish the model if all went well and nothing speaks against it; raises `JobError` where it
@@ -291,6 +292,7 @@ def run(
 # %% ../../nbs/jobs/pipeline.ipynb #c1bc2ed7
 def _go_live(result:RunResult, models:Path, publish_it:bool|str)->None:
     "Publish the model of a run that went well, or note in it why it waits."
+    if publish_it is False: return # the gate will judge it
     path = models/result.version
     result.worse = _worse(_metrics(result.reports))
     result.other = live_of_another_run(models, read_manifest(path)["data"])
