@@ -6,7 +6,7 @@
 __all__ = ['USUAL', 'BatchError', 'Question', 'read_filters', 'Roll', 'stage_roll', 'list_table', 'similar_table',
            'audience_table', 'item_row', 'Batch', 'write_batch', 'open_for_batch', 'batch_sentences']
 
-# %% ../../nbs/jobs/batch.ipynb #3180f01b
+# %% ../../nbs/jobs/batch.ipynb #318aa7b2
 import csv
 import gzip
 import hashlib
@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
 
-# %% ../../nbs/jobs/batch.ipynb #dd82c448
+# %% ../../nbs/jobs/batch.ipynb #2a922937
 from ..answer.explore import NO_EXPLORATION, Exploration
 from ..answer.ladder import score_request
 from ..answer.lists import checked_n
@@ -51,7 +51,7 @@ from ..inference import BLOCK, ListBlock
 from ..models.interface import known_scores
 
 
-# %% ../../nbs/jobs/batch.ipynb #41a6c49f
+# %% ../../nbs/jobs/batch.ipynb #f44862eb
 class BatchError(ProductRecsError):
     "A batch cannot be made as asked; the message says what to do."
 
@@ -88,7 +88,7 @@ class Question:
         return {"filters": self.filters, "place": self.place, "diversity": self.diversity, "explore": self.explore}
 
 
-# %% ../../nbs/jobs/batch.ipynb #9dc2cb1f
+# %% ../../nbs/jobs/batch.ipynb #94fd193f
 def read_filters(
     given:str, # YAML or JSON: exclude_seen, deny, allow, where, max_per; empty: none
 )->Filters:
@@ -101,7 +101,7 @@ def read_filters(
     return Filters(**found)
 
 
-# %% ../../nbs/jobs/batch.ipynb #d8e1c36d
+# %% ../../nbs/jobs/batch.ipynb #73f51165
 def _id_column(names:Sequence[str], what:str, column:str="user_id")->int:
     "Place of the column with the ids."
     if len(names) == 1: return 0
@@ -140,7 +140,7 @@ def _parquet_values(path:Path)->Iterator[tuple[int, object]]:
                 yield number, row[place]
 
 
-# %% ../../nbs/jobs/batch.ipynb #79bc7ebb
+# %% ../../nbs/jobs/batch.ipynb #62f26d10
 def _query_values(url:str, query:str, folder:Path)->Iterator[tuple[int, str]]:
     "Row and value of each row of a query's answer, which a file keeps meanwhile."
     fetched, column = folder/"fetched.csv", "user_id"
@@ -175,7 +175,7 @@ def _every_item(recommender:Recommender)->Iterator[tuple[int, object]]:
         if not bundle.is_excluded(item): yield place, item
 
 
-# %% ../../nbs/jobs/batch.ipynb #11e75331
+# %% ../../nbs/jobs/batch.ipynb #8cc961cd
 @dataclass(frozen=True)
 class Roll:
     "Whom, or what, a batch asks about, in a fixed order."
@@ -221,7 +221,7 @@ def _write_keys(values:Iterable[tuple[int, object]], table, folder:Path)->tuple[
     return read, faults
 
 
-# %% ../../nbs/jobs/batch.ipynb #eb500bd1
+# %% ../../nbs/jobs/batch.ipynb #cd1267a3
 def stage_roll(
     recommender:Recommender,
     folder:Path,       # for the file; `rejects.csv` there lists what is no id
@@ -259,7 +259,7 @@ def stage_roll(
     return Roll(first, file, facts)
 
 
-# %% ../../nbs/jobs/batch.ipynb #77bf2067
+# %% ../../nbs/jobs/batch.ipynb #7bdf3fea
 def _tally(sources:np.ndarray, lengths:np.ndarray, n:int)->dict[str, list[int]]: # rung -> lists, short ones, empty ones
     return {rung: [int((sources == rung).sum()), int(((sources == rung) & (lengths < n)).sum()),
                    int(((sources == rung) & (lengths == 0)).sum())] for rung in sorted(set(sources.tolist()))}
@@ -293,7 +293,7 @@ def list_table(
     return table, _tally(sources[there], lengths[there], question.n), int((~there).sum())
 
 
-# %% ../../nbs/jobs/batch.ipynb #19881be4
+# %% ../../nbs/jobs/batch.ipynb #663af7c5
 def similar_table(
     recommender:Recommender,
     items:Sequence,   # external ids
@@ -316,7 +316,7 @@ def similar_table(
     return table, _tally(np.array(sources, object), np.array(lengths), question.n)
 
 
-# %% ../../nbs/jobs/batch.ipynb #029c9ece
+# %% ../../nbs/jobs/batch.ipynb #70fb687e
 def _rank_rows(scores:np.ndarray, item:int)->tuple[np.ndarray, np.ndarray]: # (m, n_items), overwritten nowhere
     "Rank and lead of an item in each row; of equal scores the lower row number comes first."
     own = scores[:, item, None]
@@ -349,7 +349,7 @@ def _standing_together(block:ListBlock, items:Sequence[int], owners:bool)->Itera
             yield from zip(part[fits], [number]*fits.sum(), rank[fits], raw[fits, number], lead[fits])
 
 
-# %% ../../nbs/jobs/batch.ipynb #6032b590
+# %% ../../nbs/jobs/batch.ipynb #e130b85f
 def _standing_alone(block:ListBlock, place:int, items:Sequence[int], owners:bool)->Iterator[tuple]:
     "The same for one user of whom something is new; nothing where the model knows nothing of them."
     model, request = block.recommender.model, block.request(place)
@@ -395,7 +395,7 @@ def audience_table(
     return table, _tally(sources, np.full(len(users), question.n), question.n)
 
 
-# %% ../../nbs/jobs/batch.ipynb #cc430736
+# %% ../../nbs/jobs/batch.ipynb #a0c6a92e
 def item_row(
     recommender:Recommender,
     item:int|str, # external id
@@ -409,7 +409,7 @@ def item_row(
     return row
 
 
-# %% ../../nbs/jobs/batch.ipynb #4a5c2328
+# %% ../../nbs/jobs/batch.ipynb #cbc0f515
 _MANIFEST = "manifest.json"
 _COLUMNS = {"user_id", "rank", "item_id", "score", "source", "propensity", "similar_id", "place", "lead"}
 
@@ -459,7 +459,7 @@ def _fsync(path:Path)->None:
     with open(path, "rb") as file: os.fsync(file.fileno())
 
 
-# %% ../../nbs/jobs/batch.ipynb #00685f7c
+# %% ../../nbs/jobs/batch.ipynb #484996e4
 def _engine(url):
     "An engine whose transactions cover what makes and renames tables."
     engine = create_engine(url)
@@ -489,7 +489,7 @@ def _said(url)->Iterator[None]:
         raise BatchError(f"{shown_url(url)}: the database refused: {without_secrets(reason, url)}") from None
 
 
-# %% ../../nbs/jobs/batch.ipynb #3797eb3f
+# %% ../../nbs/jobs/batch.ipynb #0d83397d
 class _Table:
     "A table of a database."
     def __init__(self, out:str, table:str):
@@ -546,7 +546,7 @@ def _goal(out:str, table:str)->_Folder|_CsvFile|_Table:
     return _CsvFile(path) if path.name.endswith((".csv", ".csv.gz")) else _Folder(path)
 
 
-# %% ../../nbs/jobs/batch.ipynb #44045e9f
+# %% ../../nbs/jobs/batch.ipynb #a133c89a
 def _digest(path:Path)->str:
     "The sha256 of a file."
     found = hashlib.sha256()
@@ -594,7 +594,7 @@ class _Work:
         return (self.folder/"asked.parquet").exists()
 
 
-# %% ../../nbs/jobs/batch.ipynb #7424efe3
+# %% ../../nbs/jobs/batch.ipynb #bfaaef91
 def _save(work:_Work)->None: atomic_write(work.folder/"state.json", _text(work.state))
 
 def _types(question:Question, roll:Roll, items_are_int:bool)->dict[str, str]: # column -> type in SQL
@@ -632,7 +632,7 @@ def _write_part(path:Path, tables:Sequence[dict], types:dict)->int: # rows
     return rows
 
 
-# %% ../../nbs/jobs/batch.ipynb #fd4b2dff
+# %% ../../nbs/jobs/batch.ipynb #03318ebe
 def _make_part(recommender:Recommender, question:Question, roll:Roll, span:range, advance)->tuple[list, dict, int]:
     "Tables, tally and forgotten users of one part."
     bundle, tables, tally, gone = recommender.model.bundle, [], {}, 0
@@ -687,7 +687,7 @@ def _seq(recommender:Recommender)->int|None: # None: there is no feedback store
     return None if recommender.changes is NO_FEEDBACK else recommender.changes.seq
 
 
-# %% ../../nbs/jobs/batch.ipynb #591232da
+# %% ../../nbs/jobs/batch.ipynb #7d8075c3
 def _best_of_all(work:_Work, question:Question, types:dict)->tuple[Path, dict]: # the file; item -> users, last rank
     "One file of an audience, from its parts."
     files, whole = [work.folder/part["file"] for part in work.state["parts"]], work.folder/"audience.parquet"
@@ -734,7 +734,7 @@ def _facts(path:Path)->dict:
     return {"rows": rows, "bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
-# %% ../../nbs/jobs/batch.ipynb #6a09671b
+# %% ../../nbs/jobs/batch.ipynb #b3485331
 @dataclass(frozen=True)
 class Batch:
     "A batch that is done."
@@ -750,7 +750,7 @@ def write_batch(
     query:str="",        # for a URL: one SELECT that gives ids
     *,
     table:str="recommendations", # of a database; schema.table in PostgreSQL
-    part:int=0,          # users or items of one part; 0: half a million rows
+    part:int=0,          # users or items of one part; 0: half a million rows, or some seconds of work
     hours:float=12.0,    # older unfinished work begins anew
     fresh:bool=False,    # begin anew in any case
     progress:bool=True,  # show a bar
@@ -761,8 +761,8 @@ def write_batch(
     goal.check()
     for item in question.items: item_row(recommender, item)
     recommender.model.bundle.model(question.task) # or a `NoModelForTask`
-    part = checked_n(part or max(1, 500_000//(BLOCK*question.n))*BLOCK)
-    if question.kind == "audience": part = max(part, 10*BLOCK)
+    most = {"lists": max(1, 500_000//(BLOCK*question.n))*BLOCK, "similar": BLOCK//2, "audience": 10*BLOCK}
+    part = checked_n(part or most[question.kind])
     work = _Work(goal.work)
     try:
         with locked(goal.work.with_suffix(".lock"), 5):
@@ -774,7 +774,7 @@ def write_batch(
                          "again when that is mended") from None
 
 
-# %% ../../nbs/jobs/batch.ipynb #469e8063
+# %% ../../nbs/jobs/batch.ipynb #441019e2
 def _made(recommender:Recommender, question:Question, goal, work:_Work, users, query:str, part:int, hours:float,
           fresh:bool, progress:bool)->Batch:
     "The batch, for whoever holds the lock."
@@ -805,7 +805,7 @@ def _made(recommender:Recommender, question:Question, goal, work:_Work, users, q
     return Batch(manifest, goal.shown, examples)
 
 
-# %% ../../nbs/jobs/batch.ipynb #fc6e56b5
+# %% ../../nbs/jobs/batch.ipynb #61b3dba7
 @contextmanager
 def open_for_batch(
     models_dir:str|Path="models",
@@ -826,7 +826,7 @@ def open_for_batch(
         yield recommender
 
 
-# %% ../../nbs/jobs/batch.ipynb #b82350f7
+# %% ../../nbs/jobs/batch.ipynb #f28c7463
 def batch_sentences(
     batch:Batch,
 )->list[str]: # the first one says what there is
