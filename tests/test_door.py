@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import duckdb
 import numpy as np
@@ -16,7 +17,8 @@ from product_recs.core.columns import TASKS
 from product_recs.core.ids import IdTable
 from product_recs.data.arrays import save_table
 from product_recs.data.left_out import LeftOut
-from product_recs.inference import recommend_all, recommend_many
+from product_recs.inference import recommend_many
+from product_recs.jobs.batch import Question, write_batch
 from product_recs.jobs.cli import main
 from product_recs.models.signals import SIGNALS, BlendWeights
 
@@ -106,12 +108,43 @@ def in_batches(recommender, file, n, task, served):
         told = (answer.source, answer.model), answer.items, answer.shortfall
         assert told == (made_by, items, shortfall), (user, task)
         assert np.allclose(answer.scores, scores, atol=1e-5), (user, task)
-    recommend_all(recommender, file, n, task, block=16, progress=False)
-    query = f"SELECT user_id, list(item_id ORDER BY rank) FROM read_parquet('{file}') GROUP BY 1"
-    written = dict(duckdb.connect().execute(query).fetchall())
-    assert written.keys() == set(TRAINED)
-    for user in set(EVERYBODY) & set(TRAINED):
-        assert written[user] == served[user, task][1], (user, task)
+    gone = served[4, "discovery"][0][0] == "popular"  # 4 asked to be forgotten, and others have come
+    everybody = {*map(str, (*TRAINED, LEFT_OUT, COLD))} - {"4"} | {"999", "guest"} if gone else None
+    for users in ("all", EVERYBODY):
+        made = write_batch(recommender, Question(n=n, task=task), file, users, part=16, progress=False).manifest
+        written = rows_of(file, "user_id", "item_id")
+        if users == "all":
+            assert made["asked"] == (64 if gone else 62) and made["forgotten"] == gone
+            assert written.keys() == (everybody or {*map(str, (*TRAINED, LEFT_OUT, COLD))})
+        else:
+            assert made["asked"] == len({*EVERYBODY}) and made["forgotten"] == 0
+            short = {user for user in EVERYBODY if served[user, task][3]}
+            assert made["short"] == len(short)
+            rungs = [served[user, task][0][0] for user in {*EVERYBODY}]
+            assert {rung: one["lists"] for rung, one in made["rungs"].items()} == dict(Counter(rungs))
+        for user in EVERYBODY:
+            (source, _), items, scores, _ = served[user, task]
+            if str(user) not in written:
+                assert users == "all" and (user in (4, 999, "nobody", "guest")) or not items, (user, task)
+                continue
+            found = written[str(user)]
+            assert found[:2] == (items, {source}) and np.allclose(found[2], scores, atol=1e-5), (user, task)
+
+
+def rows_of(folder, key, items):
+    query = (
+        f"SELECT CAST({key} AS VARCHAR), list({items} ORDER BY rank), list(DISTINCT source), list(score ORDER BY rank) "
+        f"FROM read_parquet('{folder}/*.parquet') GROUP BY 1"
+    )
+    return {one: (ids, {*sources}, scores) for one, ids, sources, scores in duckdb.connect().execute(query).fetchall()}
+
+
+def similar_in_a_batch(recommender, folder, n, served):
+    write_batch(recommender, Question("similar", n=n), folder, part=16, progress=False)
+    written = rows_of(folder, "item_id", "similar_id")
+    for item in ITEMS:
+        (source, _), items = served["similar", item][:2]
+        assert written.get(str(item), ([], {source}))[:2] == (items, {source}), item
 
 
 def compare(folder, server, capsys, n):
@@ -124,7 +157,8 @@ def compare(folder, server, capsys, n):
             assert np.allclose(more[0], asked[question][2], atol=1e-5) and more[1] == asked[question][3], question
     with open_recommender(folder / "models", f"sqlite:///{folder}/feedback.db") as recommender:
         for task in TASKS:
-            in_batches(recommender, folder / f"{task}.parquet", n, task, served)
+            in_batches(recommender, folder / task, n, task, served)
+        similar_in_a_batch(recommender, folder / "similar", n, served)
     return served
 
 

@@ -17,7 +17,9 @@ from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE, Columns
 from product_recs.core.errors import FeatureError
 from product_recs.data.arrays import load_table, save_table
 from product_recs.features import build_features, ensure_features
-from product_recs.inference import recommend_all, recommend_many
+from product_recs.answer.rules import Filters
+from product_recs.inference import recommend_many
+from product_recs.jobs.batch import Question, write_batch
 from product_recs.ingest import ingest
 from product_recs.models.blend import HabitBlend
 from product_recs.models.content_neighbours import ContentNeighbours
@@ -156,10 +158,11 @@ def test_no_list_of_any_model_has_an_excluded_item(shop, served, name, tmp_path)
     assert lists["body 1 1"] == [] == lists[f"similar {CARD}"] and lists["body 0 99"] == lists["body 0 1000"]
     recommender = Recommender(ReadyModel(open_bundle(models_dir, version, verify=True)))
     for task in (DISCOVERY, NEXT_PURCHASE):
-        recommend_all(recommender, tmp_path / "all.parquet", 50, task, exclude_seen=False, progress=False)
-        batch = load_table(tmp_path / "all.parquet")
+        asked = Question(n=50, task=task, filters=Filters(exclude_seen=False))
+        write_batch(recommender, asked, tmp_path / "all", progress=False)
+        batch = load_table(tmp_path / "all" / "part-00000.parquet")
         assert len(batch["item_id"]) and not {*EXCLUDED} & {*batch["item_id"].tolist()}
-        assert 99 not in batch["user_id"], "who had gift cards only is no user of the model"
+        assert 99 in batch["user_id"], "who had gift cards only is no user of the model, and a customer all the same"
         for one in recommend_many(recommender, [1, 40, 99, 1000], 50, task):
             assert len(one) and not {*EXCLUDED} & {*one.items}
 

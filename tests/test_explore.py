@@ -20,7 +20,8 @@ from product_recs.bundle.ready import ReadyModel, open_bundle
 from product_recs.core.settings import Settings
 from product_recs.data.arrays import load_table
 from product_recs.features import build_features
-from product_recs.inference import recommend_all, recommend_many
+from product_recs.inference import recommend_many
+from product_recs.jobs.batch import Question, write_batch
 from product_recs.ingest import ingest
 from product_recs.train import train_bundle
 
@@ -227,8 +228,8 @@ def test_the_batch_draws_as_the_service_does(models, tmp_path):
         over_http = [get(client, f"/recommend/{user}")["recommendations"] for user in users]
     assert [one.items for one in lists] == over_http
     assert [len(one.propensities or {}) for one in lists] == [2] * 20 + [0]
-    recommend_all(recommender, tmp_path / "lists.parquet", 10, explore=today, progress=False)
-    table = load_table(tmp_path / "lists.parquet")
+    write_batch(recommender, Question(explore=today), tmp_path / "lists", progress=False)
+    table = load_table(tmp_path / "lists" / "part-00000.parquet")
     rows = table["user_id"] == 1
     assert table["item_id"][rows].tolist() == over_http[0]
     chances = table["propensity"][rows].astype(float)

@@ -25,7 +25,8 @@ from product_recs.core.ids import FOLDS, IdTable, LongerIds, folded
 from product_recs.data.arrays import save_table
 from product_recs.data.left_out import LeftOut
 from product_recs.feedback.changes import NOTHING_CHANGED
-from product_recs.inference import recommend_all, recommend_many
+from product_recs.inference import recommend_many
+from product_recs.jobs.batch import Question, write_batch
 from product_recs.models.als import ALS
 from product_recs.models.blend import HabitBlend
 from product_recs.web.details import explained, ranked, ranked_new
@@ -205,9 +206,9 @@ def test_the_batch_is_the_same_as_one_by_one(plain, places, task, tmp_path):
     for n in (1, 5, N + 2, 2 * N):
         single = [recommender.recommend(user, n, task) for user in users]
         assert recommend_many(recommender, users, n, task) == single
-        recommend_all(recommender, tmp_path / "lists.parquet", n, task, progress=False)
-        rows = duckdb.execute(f"SELECT user_id, item_id FROM '{tmp_path}/lists.parquet' ORDER BY user_id, rank")
-        assert rows.fetchall() == [(user, item) for user, one in zip(users[:-1], single) for item in one.items]
+        write_batch(recommender, Question(n=n, task=task), tmp_path / "lists", users, progress=False)
+        rows = duckdb.execute(f"SELECT user_id, item_id FROM '{tmp_path}/lists/*.parquet'")
+        assert rows.fetchall() == [(str(user), item) for user, one in zip(users, single) for item in one.items]
     if places:
         assert any(item >= 900 for one in single for item in one.items)
 

@@ -300,7 +300,7 @@ def test_what_is_known_decides_the_rung(question):
 def test_lists_of_many_are_those_of_one(model, n, exclude):
     rules, recommender = Filters(exclude_seen=exclude), Recommender(model)
     users = [*(model.bundle.users[row] for row in range(len(model.bundle.users))), "nobody at all"]
-    many = recommend_many(recommender, users, n, exclude_seen=exclude)
+    many = recommend_many(recommender, users, n, filters=rules)
     for user, answers in zip(users, many):
         expected = answer(model, Request(user, n, filters=Filters(exclude_seen=None if exclude else False)))
         assert answers.items == expected.items and answers.source == expected.source

@@ -18,7 +18,8 @@ from product_recs.core.settings import Settings
 from product_recs.data.arrays import load_table
 from product_recs.data.tasks import make_task, past_and_future
 from product_recs.features import build_features
-from product_recs.inference import recommend_all, recommend_many
+from product_recs.inference import recommend_many
+from product_recs.jobs.batch import Question, write_batch
 from product_recs.ingest import ingest
 from product_recs.train import train_bundle
 
@@ -220,8 +221,9 @@ def test_no_list_of_new_things_has_an_item_of_the_user_s_own_log(
         assert not own.get(user, set()) & set(answer.items)
     for user in everybody:
         assert not own.get(user, set()) & set(Recommender(model).recommend(user, 20).items)
-    recommend_all(Recommender(ReadyModel(bundle)), folder / "all.parquet", 20, progress=False)
-    lists = load_table(folder / "all.parquet")
+    write_batch(Recommender(ReadyModel(bundle)), Question(n=20), folder / "all", progress=False)
+    lists = load_table(folder / "all" / "part-00000.parquet")
+    assert set(bundle.left_out.users.ids.tolist()) <= set(lists["user_id"].tolist())
     assert all(item not in own[user] for user, item in zip(lists["user_id"].tolist(), lists["item_id"].tolist()))
     pairs = len(log.drop_duplicates(["user_id", "item_id"]))
     assert len(features.left_out) + features.all.confidence.nnz == pairs and bundle.manifest["shape"][

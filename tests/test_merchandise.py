@@ -26,7 +26,8 @@ from product_recs.core.ids import IdTable
 from product_recs.core.settings import Settings
 from product_recs.feedback.changes import Changes
 from product_recs.feedback.store import Store
-from product_recs.inference import recommend_all, recommend_many
+from product_recs.inference import recommend_many
+from product_recs.jobs.batch import Question, write_batch
 from product_recs.models.als import ALS
 from product_recs.models.blend import HabitBlend
 from product_recs.web.security import add_key
@@ -315,8 +316,8 @@ def test_every_door_gives_the_same_list(client, opened):
     url = f"sqlite:///{folder}/feedback.db"
     with open_recommender(folder / "models", url) as batch:
         assert [one.items for one in recommend_many(batch, users, 4, place="home")] == by_post
-        recommend_all(batch, folder / "all.parquet", 4, place="home", progress=False)
-    rows = duckdb.sql(f"SELECT user_id, item_id FROM '{folder}/all.parquet' ORDER BY user_id, rank").fetchall()
+        write_batch(batch, Question(n=4, place="home"), folder / "all", [*range(1, 25)], progress=False)
+    rows = duckdb.sql(f"SELECT user_id, item_id FROM '{folder}/all/*.parquet' ORDER BY user_id, rank").fetchall()
     assert [[item for user, item in rows if user == wanted] for wanted in range(1, 25)] == by_post[:-1]
     members = [user for user in range(1, 25) if (user - 1) % 3 == 0]
     assert all(not {102, 104} & {*by_post[user - 1]} for user in members)

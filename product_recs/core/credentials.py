@@ -140,7 +140,7 @@ def masked_parameters(
     return masked(value)
 
 # %% ../../nbs/core/credentials.ipynb #55101d91
-TAKES_URL = ("source", "query", "feedback", "products", "users") # parameters that may hold a secret
+TAKES_URL = ("source", "query", "feedback", "products", "users", "out") # parameters that may hold a secret
 
 def password_note(
     name:str, # of a parameter

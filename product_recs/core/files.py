@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,12 +79,21 @@ def _take_name(temporary:Path, path:Path, old:Path):
 @contextmanager
 def locked(
     path:Path, # the lock file, made where it is missing
+    seconds:float|None=None, # how long to wait at most; None: as long as it takes
 )->Iterator[None]:
-    "Run the block while no other process runs one under the same lock."
+    "Run the block while no other process runs one under the same lock; a `BlockingIOError` where that takes too long."
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        end = None if seconds is None else time.monotonic() + seconds
+        while end is not None:
+            try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > end: raise
+                time.sleep(0.05)
+            else: break
+        else: fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
 
 # %% ../../nbs/core/files.ipynb #ed83a85c
 def write_metrics(

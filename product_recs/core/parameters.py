@@ -40,6 +40,8 @@ def number(
 # texts that may also be a list of texts
 LIST_TOO = ("source", "models", "candidates", "products", "users", "timestamp_format", "normalise_ids")
 
+_MAPPING_TOO = ("filters",) # texts that may also be names with values of any shape; they become JSON
+
 def _read(text:str):
     "A text as YAML, with dates left as text and 1e-3 as a number; itself where it is not readable."
     import yaml # late: the service reads no parameters
@@ -55,6 +57,7 @@ def _text(value, name:str)->str|list|None:
     if name in LIST_TOO and isinstance(value, str) and value.lstrip()[:1] == "[": value = _read(value)
     if name in LIST_TOO and isinstance(value, (list, tuple)):
         return [str(entry) for entry in value] if all(isinstance(entry, (str, Real)) for entry in value) else None
+    if name in _MAPPING_TOO and isinstance(value, Mapping): return json.dumps(value, default=str)
     if isinstance(value, (datetime, date)): return value.isoformat()
     return str(value) if isinstance(value, (str, Real)) else None
 

@@ -246,6 +246,17 @@ def _recounted(view:_View, connection:Connection, top:int)->_News:
     for row in _counted(connection, view.learned, top): news.note(view.names.note(row.user_id), row.seq)
     return news
 
+
+# %% ../../nbs/feedback/changes.ipynb #f202c13d
+def _people(view:_View, connection:Connection)->Iterator[str]:
+    "Keys of everybody with newer interactions or with denials, each person once."
+    known = set()
+    for user in (*view.rules.denied, *(row.user_id for row in _counted(connection, view.learned, view.top))):
+        if (one := view.names.one(user)) in known: continue
+        known.add(one)
+        yield user
+
+
 # %% ../../nbs/feedback/changes.ipynb #3a543e1a
 def _apply(view:_View, forgotten:Sequence, events:Sequence, items:Sequence, products:Sequence, merchandise:Sequence,
            top:int)->None:
@@ -333,6 +344,8 @@ class _Memory:
             self._anew = self._recount = False
         return self.view.products is not products or self.view.merchandise is not merchandise
 
+    def people(self, store:Store)->Iterator[str]:
+        with store.transaction("people") as connection: yield from _people(self.view, connection)
     def load(self, store:Store, users:Sequence[str], chunk:int=1000)->Iterator[dict[str, UserState]]:
         "Read the events of users, so many at once; without those who did something meanwhile."
         view = self.view
@@ -489,10 +502,9 @@ class Changes:
     failures = property(lambda self: self._follower.failures, doc="How often the view fell behind.")
     behind = property(lambda self: self._follower.behind, doc="Are there changes that the thread could have read?")
     shelf = property(lambda self: self._follower.memory.view.availability, doc="The items' `Availability` in memory.")
-
     products = property(lambda self: self._follower.memory.view.products, doc="The shop's `Products` in memory.")
     merchandise = property(lambda self: self._follower.memory.view.merchandise, doc="Its `Merchandise` in memory.")
-
+    seq = property(lambda self: self._follower.memory.view.top, doc="Number of the last change in memory; -1: none.")
     products_since = property(lambda self: self._follower.memory.view.products_since, doc="How many the model lacks.")
     def listen(self, listener:Callable[[], object])->None:
         "Call it after every reading that brought products or rules, in the thread that read; it must not wait."
@@ -509,6 +521,9 @@ class Changes:
     def use(self, learned_until:datetime|str|None, timeout:float=10.0, folds:Sequence[str]=())->None:
         "Another model is served, with this `feedback_until`; wait so many seconds where all is to be read again."
         self._follower.use(learned_micros(learned_until), timeout, folds)
+    def people(self)->Iterator[str]: # each once, as the store spells them first
+        "Who did something that the model does not know, or denied an item; a `StoreError` where it cannot be read."
+        return self._follower.memory.people(self._follower.store)
 
     def look(self, user:int|str)->UserState|None: # `UNCHANGED` for most; None: it must be read
         "What is known of a user beyond the model, as it is in memory; the revision grows with each change."
@@ -522,7 +537,6 @@ class Changes:
     async def states(self, users:Sequence[int|str])->list[UserState]: # as of the last `catch_up`, or newer
         "What is known of users beyond the model; what is not in memory is read in a thread."
         return await _Question(users, self._follower).read_in_time(self.wait)
-
     def state(self, user:int|str)->UserState:
         "What is known of a user now, for a thread of one's own: it waits and reads itself."
         self._follower.catch_up(self.wait)

@@ -95,6 +95,8 @@ examples:
   product-recs recommend 1 -n 5
   product-recs similar 101 --json
   product-recs recommend 1 --task next_purchase
+  product-recs batch --users campaign.csv --out data/batch/mail.csv -n 20
+  product-recs batch --audience 101 -n 500           who should hear of product 101
   product-recs evaluate --compare current 20260101T120000-0a1b2c3d
   product-recs diff                                  what changes for customers with the newest model
   product-recs gate --criteria gate.yaml             the newest model goes live if it is not worse and breaks nothing
@@ -235,6 +237,45 @@ def _similar(
         titles = bundle.item_columns.get("title")
         title = (bundle.told(item) or {}).get("title") if row is None else titles is not None and titles[row]
         return _list_text(recommender, answer, as_json, f"Similar to {item} {title or ''}".rstrip(), item_id=item)
+
+# %% ../../nbs/jobs/cli.ipynb #060892e3
+@_verb("batch", "batch --users campaign.csv --out data/batch/mail.csv -n 20")
+def _batch(
+    users:Annotated[str|None, typer.Option(metavar="FILE", help="who: all (the default), a file with one column (CSV, "
+        "Parquet, text), or a database URL with --query")]=None,
+    query:Annotated[str|None, typer.Option(metavar="SQL", help="the SELECT that gives the users")]=None,
+    out:Annotated[str|None, typer.Option(metavar="PATH", help="where: a folder for Parquet, a file .csv or .csv.gz, or "
+        "a database URL (default: data/batch/ and lists, similar or audience)")]=None,
+    table:Annotated[str|None, typer.Option(metavar="NAME", help="table of the database")]=None,
+    n:Annotated[int|None, typer.Option("-n", help="items of a list (10), or users of an audience (1000)")]=None,
+    task:Annotated[Literal["discovery", "next_purchase"]|None, typer.Option(
+        help="new items, or what the user most likely takes next")]=None,
+    items:Annotated[bool, typer.Option("--items", help="items like each item, instead of lists for users")]=False,
+    audience:Annotated[list[str], typer.Option(metavar="ITEM", help="the users for whom this item ranks highest; may "
+                                               "be repeated")]=(),
+    owners:Annotated[bool, typer.Option("--owners", help="an audience also with those who have the item")]=False,
+    filters:Annotated[str|None, typer.Option(metavar="YAML", help="such as '{where: {category: [tea]}}'")]=None,
+    place:Annotated[str|None, typer.Option(help="where in the shop the lists stand, for the shop's rules")]=None,
+    diversity:Annotated[float|None, typer.Option(min=0, max=1, help="0: the best items, to 1: the most varied")]=None,
+    fresh:Annotated[bool, typer.Option("--fresh", help="begin anew, also where unfinished work could go on")]=False,
+    parameter:Pairs=(),
+    file:Files=(),
+    quiet:Quiet=False,
+    models_dir:ModelsDir=None,
+)->str:
+    "Write the lists of all users, items like each item, or who should hear of an item."
+    from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
+    given = {"users": users, "query": query, "out": out, "table": table, "n": n, "task": task, "filters": filters,
+             "place": place, "diversity": diversity, "audience": list(audience) or None, "owners": owners or None,
+             "fresh": fresh or None, "kind": "similar" if items else None}
+    asked = read_parameters(file, [*map(_pair, parameter)])
+    asked |= {name: value for name, value in given.items() if value is not None}
+    asked.setdefault("models_dir", str(_settings(models_dir=models_dir).models_dir))
+    kind = "audience" if asked.get("audience") else asked.get("kind", "lists")
+    asked.setdefault("out", f"data/batch/{kind}")
+    said, page = run_job("batch", asked, resolve_path("reports")/"batch", progress=not quiet)
+    return "\n".join([*said["sentences"], "", f"The page: {page}"])
+
 
 # %% ../../nbs/jobs/cli.ipynb #9af134dd
 @_verb("init", "init 'exports/*.csv' --products catalog.csv --out shop.yaml")
