@@ -67,6 +67,7 @@ def tracking_of(
 
 # %% ../../nbs/jobs/tracking.ipynb #ee5750e0
 _DEFAULTS = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
              "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"} # seconds
 
 def _reason(error:Exception)->str:
