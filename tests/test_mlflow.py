@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from product_recs.jobs.follow import Follower
 from product_recs.jobs.registry import Registry, promote, register
 from product_recs.jobs.tracking import Tracking, connected, is_installed, tracking_of
 
-pytestmark = pytest.mark.skipif(not is_installed(), reason="MLflow is not installed: pip install 'product-recs[mlflow]'")
+pytestmark = pytest.mark.skipif(not is_installed(), reason="there is no MLflow: pip install 'product-recs[mlflow]'")
 CHAMPION = "models:/product-recs@champion"
 QUICK = (
     "run", "--quiet", "-p", "model=popularity", "-p", "next_model=popularity", "-p", "models=popularity",
@@ -35,8 +34,8 @@ QUICK = (
 
 
 def full_mlflow():
-    """The program `mlflow` of an environment that has its server; ours has the client alone. Without one it is installed
-    into .venv-mlflow, once."""
+    """The program `mlflow` of an environment that has its server; ours has the client alone. Where there is none, it is
+    installed into .venv-mlflow, once."""
     own = ROOT / ".venv-mlflow" / "bin" / "mlflow"
     for program in (os.environ.get("MLFLOW"), own, shutil.which("mlflow", path=os.environ.get("PATH", ""))):
         if program and Path(program).exists():

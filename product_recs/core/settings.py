@@ -59,8 +59,8 @@ class Settings(BaseSettings):
         description="how items are searched: auto takes the model's index where that is worth it")
     workers: int = Field(1, ge=1, description="processes that serve")
     mlflow: Literal["auto", "on", "off"] = Field("auto",
-        description="keep runs and models in MLflow? auto: where the extra `mlflow` is installed and "
-                    "MLFLOW_TRACKING_URI is set or mlruns/mlflow.db is there; on makes that file")
+        description="keep runs and models in MLflow? auto: with the extra `mlflow`, where MLFLOW_TRACKING_URI names a "
+                    "server or mlruns/mlflow.db is there; on makes that file")
     registered_model: str = Field("product-recs", pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}$",
         description="name in the registry under which models are versions")
     follow: str = Field("", pattern=r"^(models:/[A-Za-z0-9][A-Za-z0-9 ._-]*@[A-Za-z0-9_-]+)?$",
