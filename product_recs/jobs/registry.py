@@ -9,6 +9,7 @@ __all__ = ['CHAMPION', 'CHALLENGER', 'PARAMS', 'tags_of', 'Registered', 'Registr
 # %% ../../nbs/jobs/registry.ipynb #046ff1b3
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,12 +64,16 @@ from mlflow.pyfunc import PythonModel
 from product_recs.jobs.pyfunc import BundleLists
 
 
-class Lists(PythonModel):
+class OfBundle:
     def load_context(self, context):
         self.lists = BundleLists(context.artifacts["bundle"])
 
     def predict(self, context, model_input, params: dict | None = None):
         return self.lists.predict(model_input, params)
+
+
+class Lists(OfBundle, PythonModel):
+    "MLflow warns where `predict` itself has no type hints; the signature has the types."
 
 
 set_model(Lists())
@@ -89,8 +94,9 @@ def _signature(path:Path)->Any:
 
 def _log_model(run_id:str, path:Path)->Any:
     "Put a bundle into a run as a model; what MLflow says of it."
-    import mlflow
-    with tempfile.TemporaryDirectory() as folder:
+    import mlflow.pyfunc # before the filter of warnings, which it changes
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore") # an example of the input is not needed beside the signature
         program = Path(folder)/"product_recs_lists.py"
         program.write_text(_PROGRAM, encoding="utf-8")
         with mlflow.start_run(run_id=run_id, nested=mlflow.active_run() is not None):

@@ -15,7 +15,6 @@ import os
 import re
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,9 +93,7 @@ def connected(
     before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     try:
         mlflow.set_tracking_uri(tracking.uri)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield mlflow.MlflowClient()
+        yield mlflow.MlflowClient()
     except (mlflow.MlflowException, RequestException, SQLAlchemyError) as error:
         raise TrackingError(f"MLflow at {tracking.shown}: {_reason(error)}") from error
     finally: mlflow.set_tracking_uri(before)
