@@ -75,12 +75,12 @@ class MLflow:
             command, cwd=self.folder, env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
             stdout=(self.folder / "server.log").open("a"), stderr=subprocess.STDOUT,
         )  # fmt: skip
-        until(self.answers, 120)
+        until(self.answers, 300)  # the server imports for half a minute on a busy machine
         return self
 
     def answers(self):
         try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=20) as answer:
                 return answer.status == 200
         except OSError:
             return False
@@ -95,8 +95,10 @@ class MLflow:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     started = MLflow(tmp_path_factory.mktemp("mlflow"))
-    yield started.start()
-    started.kill()
+    try:
+        yield started.start()
+    finally:
+        started.kill()
 
 
 @pytest.fixture(autouse=True)
