@@ -24,6 +24,7 @@ UNWANTED = (
     "matplotlib",
     "pyarrow",
     "faiss",
+    "mlflow",
 )
 
 
@@ -120,6 +121,37 @@ def test_the_requirements_of_serving_are_enough(serving_venv, tmp_path):
             == server.get("/docs")[0]
             == server.get("/health/ready")[0]
             == 200
+        )
+
+
+def test_without_mlflow_nothing_is_said_and_following_is_refused(serving_venv, tmp_path):
+    "The extra `mlflow` is not there: publishing is silent about it, even beside a server, unless it is asked for."
+    first, second = (publish_board(tmp_path / "models").name for _ in range(2))
+    environment = {"PATH": "", "PRODUCT_RECS_ROOT": str(tmp_path), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+
+    def product_recs(*words, **settings):
+        return subprocess.run(
+            [serving_venv / "bin/product-recs", *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd=tmp_path,
+            env=environment | {f"PRODUCT_RECS_{name.upper()}": value for name, value in settings.items()},
+        )
+
+    assert (done := product_recs("rollback")).returncode == 0 and done.stderr == ""
+    assert (done := product_recs("publish", second)).returncode == 0 and done.stderr == ""
+    done = product_recs("publish", first, mlflow="on")
+    assert done.returncode == 0 and "pip install 'product-recs[mlflow]'" in done.stderr
+    for words, settings in (
+        (("serve",), {"follow": "models:/product-recs@champion"}),
+        (("registry", "list"), {}),
+        (("registry", "follow"), {}),
+    ):
+        done = product_recs(*words, **settings)
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr == (
+            "product-recs: this needs MLflow, which is not installed: pip install 'product-recs[mlflow]'\n"
         )
 
 

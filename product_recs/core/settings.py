@@ -58,3 +58,12 @@ class Settings(BaseSettings):
     index: Literal["auto", "exact", "approximate"] = Field("auto",
         description="how items are searched: auto takes the model's index where that is worth it")
     workers: int = Field(1, ge=1, description="processes that serve")
+    mlflow: Literal["auto", "on", "off"] = Field("auto",
+        description="keep runs and models in MLflow? auto: with the extra `mlflow`, where MLFLOW_TRACKING_URI names a "
+                    "server or mlruns/mlflow.db is there; on makes that file")
+    registered_model: str = Field("product-recs", pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,99}$",
+        description="name in the registry under which models are versions")
+    follow: str = Field("", pattern=r"^(models:/[A-Za-z0-9][A-Za-z0-9 ._-]*@[A-Za-z0-9_-]+)?$",
+        description="an alias of the registry, such as models:/product-recs@champion, whose model "
+                    "`product-recs serve` takes up whenever it moves; empty: none")
+    follow_seconds: float = Field(10.0, gt=0, description="how often the registry is asked where the alias points")

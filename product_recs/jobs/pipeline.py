@@ -31,7 +31,9 @@ from ..core.text import counted
 from ..evaluation.competition import says_worse
 from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
                                        step_notes, typed_command, user_command)
+from .registry import keep_run, keep_verdicts
 from .reports import to_html, write_index
+from .tracking import run_record, tracking_of
 
 # %% ../../nbs/jobs/pipeline.ipynb #89e9ba21
 STEPS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference")
@@ -259,6 +261,7 @@ def run(
 )->RunResult:
     """Execute 01 to 05 and publish the model if all went well and nothing speaks against it; raises `JobError` where it
     cannot start."""
+    tracking_of() # where MLflow is asked for and not there, that is said now
     root, started = project_root(), datetime.now()
     name = name or f"{started:%Y%m%d-%H%M%S}"
     _check_name(name)
@@ -287,6 +290,7 @@ def run(
                 if result.failed: break
             else: _go_live(result, models, publish_it)
         finally: _end(result, models, shown, started)
+    result.notes += _keep(result, "run", STEPS, models)
     return result
 
 # %% ../../nbs/jobs/pipeline.ipynb #c1bc2ed7
@@ -310,6 +314,14 @@ def _end(result:RunResult, models:Path, shown:dict, started:datetime)->None:
     result.notes += _unjudged(result.steps)
     _summarise(result, shown, started)
 
+def _keep(result:RunResult, kind:str, steps:Sequence[str], models:Path)->list[str]:
+    "Log a run, and register the model that came out; a note, where MLflow is used."
+    headline = result.outcome.headline if result.outcome else ""
+    record = run_record(kind, result.name, result.metrics, result.reports, steps, result.status == "failed", headline)
+    if result.held_back: record.tags["needs_a_person"] = " ".join(result.held_back)
+    return keep_run(record, models/result.version if result.version else None, result.published)
+
+
 # %% ../../nbs/jobs/pipeline.ipynb #2b039eca
 def tune(
     parameters:dict|None=None, # name -> value; each reaches the notebooks that declare it
@@ -319,6 +331,7 @@ def tune(
     given:Sequence[str]=(),    # -f and -p words that a run would need, masked
 )->RunResult:
     "Compare weightings and search parameters, going on with an earlier search; raises `JobError` like `run`."
+    tracking_of()
     root, started = project_root(), datetime.now()
     _check_name(name)
     parameters, reports = parameters or {}, resolve_path("reports")/name
@@ -340,9 +353,12 @@ def tune(
         finally:
             result.metrics = _metrics(reports)
             _summarise(result, shown, started, "tuning")
+    result.notes += _keep(result, "tune", TUNE_STEPS, resolve_path(models_dir))
     return result
 
 # %% ../../nbs/jobs/pipeline.ipynb #3aab346b
+_KEPT = ("gate",) # jobs that are logged as runs of their own
+
 def run_job(
     step:str,        # such as `diff`
     parameters:dict, # name -> value, as the notebook declares them
@@ -362,6 +378,10 @@ def run_job(
         typed_ones = {name: _as_declared(name, value, declared[name]) for name, value in references.items()}
         done = run_step(step, typed_ones | own, reports, root, progress, alone=True)
     if done.status == "failed": raise JobError(f"{step} failed: {done.error}\nReport: {reports/(done.html or '')}")
+    if step in _KEPT: # it changes what is known of models, so MLflow hears of it
+        record = run_record(step, step, _metrics(reports), reports, (step,))
+        for note in (*keep_run(record), *keep_verdicts(parameters.get("models_dir", "models"))):
+            print(f"product-recs: note: {note}", file=sys.stderr)
     return _metrics(reports).get(step, {}), reports/done.html
 
 # %% ../../nbs/jobs/pipeline.ipynb #5500952e
