@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,11 +20,14 @@ from support import ROOT, call, fresh_project, only_the_jobs, with_texts
 from product_recs.bundle.files import current_version, previous_versions, publish, read_manifest, verify_files
 from product_recs.bundle.ready import open_bundle
 from product_recs.bundle.versions import version_facts
+from product_recs.core.settings import Settings
 from product_recs.features import build_features
 from product_recs.ingest import ingest
 from product_recs.jobs.cli import main
 from product_recs.jobs.criteria import ASK, HOLD, Criteria, GoldenUser
 from product_recs.jobs.gate import HELD, NEEDS_A_PERSON, PROMOTED, gate, settle
+from product_recs.jobs.registry import Registry
+from product_recs.jobs.tracking import connected, is_installed, tracking_of
 from product_recs.train import train_bundle
 
 QUICK = Criteria(bootstrap=200, sample=40)
@@ -332,8 +336,10 @@ def test_a_broken_model_is_published_by_nobody(shop, capsys):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_judges_publishes_and_holds(tmp_path):
+def test_the_command_judges_publishes_and_holds(tmp_path, monkeypatch):
     root = fresh_project(tmp_path)
+    monkeypatch.setenv("PRODUCT_RECS_ROOT", str(root))
+    monkeypatch.setenv("PRODUCT_RECS_MLFLOW", "on" if is_installed() else "off")
     only_the_jobs(root)
     features = features_in(root, "shop")
     champion = trained(root, features, factors=4)
@@ -344,6 +350,17 @@ def test_the_command_judges_publishes_and_holds(tmp_path):
     done = call(root, "product-recs", "gate", "--criteria", "gate.yaml", "--quiet")
     assert done.returncode == 0 and done.stdout.startswith(f"Promoted: model {better} against {champion}"), done.stderr
     assert current_version(root / "models") == better
+    if is_installed():
+        with connected(tracking := tracking_of(Settings())) as client:
+            live = Registry(client, tracking).find("@champion")
+            assert live.version == better and live.tags["gate.verdict"] == PROMOTED
+            assert live.tags["gate.against"] == champion
+            [run] = client.search_runs(
+                [client.get_experiment_by_name("product-recs").experiment_id], "attributes.run_name = 'gate'"
+            )
+            assert run.data.tags["kind"] == "gate" and "gate/exit_code" in run.data.metrics
+            kept = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "reports")}
+            assert kept == {"gate.html", "metrics.json"}
     worse = trained(root, features, model="recent popularity")
     done = call(root, "product-recs", "gate", "--criteria", "gate.yaml", "--quiet", "--dry-run")
     assert done.returncode == 4 and done.stdout.startswith(f"Held: model {worse}"), done.stdout + done.stderr

@@ -14,7 +14,6 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import nbformat
 import pandas as pd
 import psutil
 import pytest
@@ -23,7 +22,6 @@ from support import BIN, ROOT, Server, call, fresh_project, only_the_jobs, publi
 from product_recs.bundle.files import annotate, list_versions, live_version, read_manifest
 from product_recs.core.settings import Settings
 from product_recs.jobs.follow import Follower
-from product_recs.jobs.pipeline import run_job
 from product_recs.jobs.registry import Registry, promote, register
 from product_recs.jobs.tracking import Tracking, connected, is_installed, tracking_of
 
@@ -277,39 +275,6 @@ def test_without_a_server_and_back_again(tmp_path, monkeypatch):
     with connected(tracking_of(Settings())) as client:
         assert logged(client, "broken").info.status == "FAILED" and logged(client, "first").info.status == "FINISHED"
     assert not (root / "mlflow.db").exists() and (root / "mlruns/mlflow.db").exists()
-
-
-def test_the_verdict_of_a_gate_becomes_tags(tmp_path, monkeypatch):
-    "Any job of this name: it annotates the bundle, and the runner tells MLflow."
-    monkeypatch.setenv("PRODUCT_RECS_ROOT", str(tmp_path))
-    monkeypatch.setenv("PRODUCT_RECS_MLFLOW", "on")
-    challenger = publish_board(tmp_path / "models")
-    live = publish_board(tmp_path / "models").name
-    with connected(tracking := tracking_of(Settings())) as client:
-        registry = Registry(client, tracking)
-        promote(registry, register(registry, challenger), "challenger")
-    judge = [
-        nbformat.v4.new_code_cell('report_dir = ""', metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(
-            "from pathlib import Path\n"
-            "from product_recs.bundle.files import annotate\n"
-            "from product_recs.core.files import write_metrics\n"
-            f"verdict = {{'verdict': 'held', 'reasons': ['It is worse.', 'It is slow.'],\n'against': {live!r}}}\n"
-            f"annotate(Path({str(challenger)!r}), {{'gate': verdict}})\n"
-            "write_metrics(report_dir, 'gate', verdict | {'answer_ms': {'new': 2.5}})"
-        ),
-    ]
-    (tmp_path / "nbs/jobs").mkdir(parents=True)
-    notebook = nbformat.v4.new_notebook(cells=judge, metadata={"kernelspec": KERNEL})
-    nbformat.write(notebook, tmp_path / "nbs/jobs/gate.ipynb")
-    run_job("gate", {}, tmp_path / "reports/gate", progress=False)
-    with connected(tracking) as client:
-        one = Registry(client, tracking).find("@challenger")
-        assert one.tags["gate.verdict"] == "held" and one.tags["gate.reasons"] == "It is worse.; It is slow."
-        assert one.tags["gate.against"] == live
-        run = logged(client, "gate")
-        assert run.data.tags["kind"] == "gate" and run.data.metrics["gate/answer_ms/new"] == 2.5
-        assert artifacts(client, run, "reports") == {"gate.html", "metrics.json"}
 
 
 def test_a_registry_that_is_away_fails_no_run(tmp_path, monkeypatch):

@@ -117,6 +117,7 @@ app.add_typer(registry, name="registry", epilog="example: product-recs registry 
 app.add_typer(keys, name="keys", help="Add, list and remove API keys of the service.",
               epilog="example: product-recs keys add shop --scope read")
 
+# %% ../../nbs/jobs/cli.ipynb #5a8d9532
 def _verb(
     name:str,
     example:str,           # without `product-recs`
@@ -506,6 +507,7 @@ def _publish(
     instead = f"; {before} is not, and `product-recs rollback` goes back to it" if before else ""
     return f"Model {version} is live{instead}. Services that watch this folder take it up within a second"
 
+# %% ../../nbs/jobs/cli.ipynb #f9511457
 @_verb("rollback", "rollback, or: product-recs rollback 20260101T120000-0a1b2c3d")
 def _rollback(
     version:Annotated[str|None, typer.Argument(help="the version to go to (default: the one that was live before; "
@@ -527,6 +529,7 @@ def _rollback(
     now = f"Model {version} is live again, {before} is not"
     return f"{now}; services that watch this folder take it up within a second"
 
+# %% ../../nbs/jobs/cli.ipynb #6bf630c8
 @_verb("serve", "serve --host 0.0.0.0 --workers 2")
 def _serve(
     host:Annotated[str|None, typer.Option(help="address to bind (default: 127.0.0.1, or PRODUCT_RECS_HOST)")]=None,

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from ..bundle.files import list_versions, publish, read_manifest, remove_bundle
+from ..bundle.files import list_versions, live_version, publish, read_manifest, remove_bundle
 from ..bundle.versions import SAY_WHO, OtherLive, hold_back, live_of_another_run
 from ..core.credentials import STARS, by_reference, is_reference, masked, masked_parameters, password_note
 from ..core.errors import ProductRecsError
@@ -31,7 +31,7 @@ from ..core.text import counted
 from ..evaluation.competition import says_worse
 from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
                                        step_notes, typed_command, user_command)
-from .registry import keep_run, keep_verdicts
+from .registry import keep_live, keep_run, keep_verdicts
 from .reports import to_html, write_index
 from .tracking import run_record, tracking_of
 
@@ -366,7 +366,8 @@ def run_job(
     progress:bool=True,
 )->tuple[dict, Path]: # its section of metrics.json; its report
     "Execute the notebook of one job; raises `JobError` where it cannot start, or failed."
-    root = project_root()
+    root, models = project_root(), resolve_path(parameters.get("models_dir", "models"))
+    before = live_version(models)
     declared = declared_parameters(root/"nbs", (step,))[step]
     for name in parameters:
         if name not in declared:
@@ -378,9 +379,10 @@ def run_job(
         typed_ones = {name: _as_declared(name, value, declared[name]) for name, value in references.items()}
         done = run_step(step, typed_ones | own, reports, root, progress, alone=True)
     if done.status == "failed": raise JobError(f"{step} failed: {done.error}\nReport: {reports/(done.html or '')}")
-    if step in _KEPT: # it changes what is known of models, so MLflow hears of it
-        record = run_record(step, step, _metrics(reports), reports, (step,))
-        for note in (*keep_run(record), *keep_verdicts(parameters.get("models_dir", "models"))):
+    if step in _KEPT: # it changes what is known of models, and what is live, so MLflow hears of it
+        record, now = run_record(step, step, _metrics(reports), reports, (step,)), live_version(models)
+        moved = keep_live(models, now) if now and now != before else []
+        for note in (*keep_run(record), *moved, *keep_verdicts(models)):
             print(f"product-recs: note: {note}", file=sys.stderr)
     return _metrics(reports).get(step, {}), reports/done.html
 
