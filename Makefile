@@ -78,7 +78,7 @@ test: .venv/.kernels
 	@$(BIN)/ruff check product_recs nbs tools tests benchmarks setup.py
 	@$(BIN)/lint-imports --no-cache > /dev/null 2>&1 || $(BIN)/lint-imports --no-cache
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
-	@$(BIN)/pytest -q tests
+	@$(BIN)/pytest -q -n 2 --dist loadfile tests
 
 # exports of a generated shop, from `init` to a list by the command alone: examples/exports/README.md (some minutes)
 exports: .venv/.kernels
@@ -152,6 +152,7 @@ bench-quality: .venv/.kernels
 bench-cold: .venv/.kernels data
 	@test -z "$(DATA)" || $(BIN)/python benchmarks/cold.py citeulike "$(DATA)" $(if $(VECTORS),--vectors "$(VECTORS)") $(OPTIONS)
 	@$(BIN)/python benchmarks/cold.py groceries $(OPTIONS)
+	@$(BIN)/python benchmarks/cold.py cost
 
 clean:
 	rm -rf .venv .venv-bench build dist *.egg-info models data/processed data/complete_journey

@@ -236,6 +236,7 @@ MORE = {
     "quality-gowalla": "quality on Gowalla beside published figures",
     "cold-citeulike": "articles that nobody has, beside published figures",
     "cold-groceries": "groceries with few or no buyers, and new households",
+    "cold-cost": "what placing new products costs: training, lists, requests",
 }
 
 

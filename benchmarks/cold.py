@@ -2,6 +2,7 @@
 
     python benchmarks/cold.py citeulike FOLDER [--vectors FILE.npy]   (a public log of articles, with published figures)
     python benchmarks/cold.py groceries                               (the sample that `make data` writes)
+    python benchmarks/cold.py cost                                    (seconds and memory on the same sample)
     [--models "ALS + content, weighted ALS + content"] [--quick] [--out benchmarks/results]
 
 CITEULIKE. FOLDER holds train, warm_validation, warm_test, cold_validation and cold_test.parquet with the columns
@@ -13,7 +14,8 @@ cold_test is judged. Warm: the candidates are the items of train without the use
 its ideal cut at min(20, relevant).
 
 GROCERIES. A year of baskets, split by time as examples/complete_journey.yaml has it, without a minimum of buyers: this
-is the evaluation that `product-recs run` shows in its report, with what training and serving cost beside it.
+is the evaluation that `product-recs run` shows in its report. COST: what training and serving take on the same data,
+with the parameters that GROCERIES has chosen; it wants a quiet machine.
 
 Parameters are chosen on the validation files, or on the validation period, one after the other from the grids below,
 and the test judges once. Models are found by their names.
@@ -386,18 +388,48 @@ def groceries(options) -> None:
         print(json.dumps(content), file=sys.stderr)
         models = [model_of(name, als, content) for name in names]
         cold = evaluate_cold(features, models, max_users=500 if options.quick else 0)
-        costs = [cost(features, name, als, content, folder) for name in names if name != "content neighbours"]
-        asked = [] if options.quick else [served(features, name, als, content, folder) for name in
-                                         serving_names(names)]  # fmt: skip
     own = next((name for name in reversed(names) if name.endswith("+ content")), names[0])
     pictures = draw(cold, own, names, options.out)
-    text, figures = groceries_page(cold, own, names, content, costs, asked, pictures)
+    text, figures = groceries_page(cold, own, names, content, pictures)
     write(options.out, "cold-groceries", text, figures)
 
 
-def serving_names(names: list[str]) -> list[str]:
-    "ALS alone, and with content where that is there."
-    return ["ALS", *(["ALS + content"] if "ALS + content" in names else [])]
+def costs(options) -> None:
+    "What ALS costs alone, and with content."
+    file, names, als = options.out / "cold-groceries.json", ["ALS", "ALS + content"], {"ALS": GROCERY_ALS}
+    if not file.exists():
+        sys.exit(f"{file}: the parameters of the description are missing; run groceries first")
+    content = json.loads(file.read_text(encoding="utf-8"))["content"]
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        features = grocery_features(folder)
+        spent = [cost(features, name, als, content, folder) for name in names]
+        asked = [served(features, name, als, content, folder) for name in names]
+    figures = {"measured": date.today().isoformat(), "load_before": load, "costs": spent, "served": asked}
+    write(options.out, "cold-cost", costs_page(spent, asked, content, load), figures)
+
+
+def costs_page(costs: list[dict], asked: list[dict], content: dict, load: float) -> str:
+    spent = [[f"**{one['model']}**", f"{one['seconds']:.1f}", f"{one['peak_mb'] - one['before_mb']:.0f}",
+              f"{one['model_mb']:.0f}", f"{one['list_ms']:.2f}"] for one in costs]  # fmt: skip
+    rates = [[f"**{one['model']}**", *(f"{one[key]:.0f}" for key in ("similar_cold", "similar_warm", "guest")),
+              f"{one['memory_mb']:.0f}"] for one in asked]  # fmt: skip
+    head = ["model", "/similar, no buyers", "/similar, with buyers", "/recommend, guest with attributes", "memory, MB"]
+    return f"""# Groceries: what placing new products costs
+
+The sample of the Complete Journey, all products, {GROCERY_ALS["factors"]} factors. A fit on everything known, in a
+process of its own: seconds, memory on top of the data, size of what was learned, and milliseconds of one list.
+
+{markdown(["model", "seconds", "memory, MB", "learned, MB", "list, ms"], spent)}
+One worker of the service without a cache, requests a second on one connection; memory is that of the worker after
+them.
+
+{markdown(head, rates)}
+Parameters of the description, as [cold-groceries.md](cold-groceries.md) chose them: {json.dumps(content)}. Measured
+{date.today().isoformat()} on {os.cpu_count()} cores, load before {load:.1f}: `python benchmarks/cold.py cost`, the last
+part of `make bench-cold`.
+"""
 
 
 def in_child(arguments: list[str]) -> dict:
@@ -510,7 +542,7 @@ def groups_table(cold: Cold, part: str, metric: str, k: int, groups: list[str]) 
                            for model in cold.models(part)])  # fmt: skip
 
 
-def groceries_page(cold: Cold, own: str, names, content, costs, asked, pictures) -> tuple[str, dict]:
+def groceries_page(cold: Cold, own: str, names, content, pictures) -> tuple[str, dict]:
     part = own.removesuffix(" + content")
     bands, lengths = list(cold.facts["bands"]), list(cold.facts.get("events", {}))
     items, people = ("popularity in the category", "content neighbours"), ("popularity", part)
@@ -523,17 +555,6 @@ def groceries_page(cold: Cold, own: str, names, content, costs, asked, pictures)
     ]
     sentences.sort(key=lambda said: list(beside).index(said[1]["part"]))
     new = cold.table[cold.table.part == NEW_ITEMS].iloc[0]
-    spent = [[f"**{one['model']}**", f"{one['seconds']:.1f}", f"{one['peak_mb'] - one['before_mb']:.0f}",
-              f"{one['model_mb']:.0f}", f"{one['list_ms']:.2f}"] for one in costs]  # fmt: skip
-    rates = [[f"**{one['model']}**", *(f"{one[key]:.0f}" for key in ("similar_cold", "similar_warm", "guest")),
-              f"{one['memory_mb']:.0f}"] for one in asked]  # fmt: skip
-    head = ["model", "/similar, no buyers", "/similar, with buyers", "/recommend, guest with attributes", "memory, MB"]
-    serving_part = ""
-    if asked:
-        serving_part = (
-            "\nOne worker of the service without a cache, requests a second on one connection; memory is that of the "
-            f"worker after them.\n\n{markdown(head, rates)}"
-        )
     text = f"""# Groceries: few buyers, no buyers, no past
 
 The sample of the Complete Journey, split at {cold.facts["split"][:10]}; attributes are title, category, department,
@@ -578,36 +599,31 @@ Recall@50:
 ## In words
 
 {"".join(f"- {sentence}{chr(10)}" for sentence in dict.fromkeys(sentence for sentence, _ in sentences))}
-## What it costs
-
-A fit on everything known, in a process of its own: seconds, memory on top of the data, size of what was learned, and
-milliseconds of one list.
-
-{markdown(["model", "seconds", "memory, MB", "learned, MB", "list, ms"], spent)}{serving_part}
 Parameters of the description, chosen on the validation period: {json.dumps(content)}.
 Measured {date.today().isoformat()} on {os.cpu_count()} cores: `make bench-cold`.
 """
     table = cold.table.to_dict("records")
-    figures = {"measured": date.today().isoformat(), "facts": cold.facts, "table": table, "costs": costs,
-               "served": asked, "content": content, "comparisons": [one for _, one in sentences]}  # fmt: skip
+    figures = {"measured": date.today().isoformat(), "facts": cold.facts, "table": table, "content": content,
+               "comparisons": [one for _, one in sentences]}  # fmt: skip
     return text, figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    parts = {name: commands.add_parser(name) for name in ("citeulike", "groceries", "fit")}
+    parts = {name: commands.add_parser(name) for name in ("citeulike", "groceries", "cost", "fit")}
     parts["citeulike"].add_argument("folder", type=Path)
     parts["citeulike"].add_argument("--vectors", type=Path, default=None)
     for name in ("citeulike", "groceries"):
         parts[name].add_argument("--models", default=MODELS)
         parts[name].add_argument("--quick", action="store_true", help="no search of parameters, fewer users")
         parts[name].add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parts["cost"].add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     for argument in ("features", "name", "given"):
         parts["fit"].add_argument(argument)
     options = parser.parse_args()
     try:
-        {"citeulike": citeulike, "groceries": groceries, "fit": fit}[options.command](options)
+        {"citeulike": citeulike, "groceries": groceries, "cost": costs, "fit": fit}[options.command](options)
     except ProductRecsError as error:
         sys.exit(str(error))
 
