@@ -267,9 +267,11 @@ def test_without_a_server_and_back_again(tmp_path, monkeypatch):
     registered = call(root, "product-recs", "registry", "register", second)
     assert registered.returncode == 0 and look() == {"champion": 1, "challenger": 2}
     assert listed[first].tags["gate.verdict"] == "promoted" and listed[second].tags["gate.reasons"] == "It is a toy."
-    assert call(root, "product-recs", "publish", second).returncode == 0 and look() == {"champion": 2}
-    assert call(root, "product-recs", "rollback").returncode == 0
-    assert look() == {"champion": 1}
+    assert call(root, "product-recs", "publish", second).returncode == 1 and look() == {"champion": 1, "challenger": 2}
+    decided = call(root, "product-recs", "publish", second, "--by", "Ada", "--reason", "a toy is wanted")
+    assert decided.returncode == 0 and look() == {"champion": 2}
+    back = call(root, "product-recs", "rollback")
+    assert back.returncode == 0 and look() == {"champion": 1}, (back.stdout, back.stderr, listed)
     table = call(root, "product-recs", "registry", "list").stdout
     assert re.search(rf"1  {first} .*@champion", table) and "gate: held (It is a toy.)" in table
     with connected(tracking_of(Settings())) as client:

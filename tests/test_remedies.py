@@ -17,12 +17,12 @@ from product_recs.models.all import KINDS
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {
     step: next(path for path in (ROOT / f"nbs/{step}.ipynb", ROOT / f"nbs/jobs/{step}.ipynb") if path.exists())
-    for step in dict.fromkeys((*STEPS, *TUNE_STEPS))
+    for step in dict.fromkeys((*STEPS, *TUNE_STEPS, "batch", "diff", "gate"))
 }
 # what looks like `name=value` and is none of ours: where it stands -> why
 FOREIGN = {
     "index": "to_csv(index=False) of pandas",
-    "file_row_number": "an option of DuckDB, in SQL",
+    **dict.fromkeys(("auto_detect", "file_row_number", "filename", "header", "quote"), "an option of DuckDB, in SQL"),
     "realm": "a part of the header WWW-Authenticate",
     "error": "a part of the header WWW-Authenticate",
     "scope": "a part of the header WWW-Authenticate",
