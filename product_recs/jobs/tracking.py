@@ -14,6 +14,7 @@ import math
 import os
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ def _reason(error:Exception)->str:
     cause = re.search(r"(Connection refused|Name or service not known|timed out|No route to host)", str(error))
     return masked(cause[1] if cause else text[:300])
 
+_URI, _ALONE = "MLFLOW_TRACKING_URI", threading.RLock() # MLflow has one address a process
+
 @contextmanager
 def connected(
     tracking:Tracking,
@@ -90,13 +93,17 @@ def connected(
     except ImportError as error:
         raise TrackingError(f"MLflow cannot be imported ({error}): pip install 'product-recs[mlflow]'") from None
     for name in ("mlflow", "alembic"): logging.getLogger(name).setLevel(logging.ERROR)
-    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
-    try:
-        mlflow.set_tracking_uri(tracking.uri)
-        yield mlflow.MlflowClient()
-    except (mlflow.MlflowException, RequestException, SQLAlchemyError) as error:
-        raise TrackingError(f"MLflow at {tracking.shown}: {_reason(error)}") from error
-    finally: mlflow.set_tracking_uri(before)
+    with _ALONE:
+        before = os.environ.get(_URI)
+        try:
+            mlflow.set_tracking_uri(tracking.uri) # of the whole process, and of its environment
+            yield mlflow.MlflowClient()
+        except (mlflow.MlflowException, RequestException, SQLAlchemyError) as error:
+            raise TrackingError(f"MLflow at {tracking.shown}: {_reason(error)}") from error
+        finally:
+            mlflow.set_tracking_uri(None)
+            if before is None: os.environ.pop(_URI, None)
+            else: os.environ[_URI] = before
 
 # %% ../../nbs/jobs/tracking.ipynb #6c8f459a
 def tracked_name(
