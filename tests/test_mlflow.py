@@ -154,7 +154,8 @@ def kept(tmp_path_factory, server):
 def test_a_run_is_logged_whole(kept, server):
     root, done = kept
     version = live_version(root / "models")
-    assert len(done.stderr.splitlines()) == 1 and "Warning" not in done.stderr, done.stderr
+    said = [line for line in done.stderr.splitlines() if "signaler.cpp" not in line]  # ZeroMQ, when a kernel ends
+    assert len(said) == 1 and "Warning" not in done.stderr, done.stderr
     assert f"Kept in MLflow at {server.uri}: version 1 of product-recs is @champion" in done.stderr
     metrics = json.loads((root / "reports/nightly/metrics.json").read_text())
     with registry_at(server.uri) as registry:
