@@ -35,7 +35,8 @@ from training import shop
 
 from product_recs.answer.recommender import Recommender
 from product_recs.bundle.files import publish, write_bundle
-from product_recs.bundle.ready import ReadyModel, open_bundle
+from product_recs.bundle.opening import open_bundle
+from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from product_recs.core.events import Event
 from product_recs.core.ids import IdTable

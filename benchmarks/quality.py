@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 from product_recs.answer.recommender import Recommender
 from product_recs.bundle.files import write_bundle
-from product_recs.bundle.ready import ReadyModel, open_bundle
+from product_recs.bundle.opening import open_bundle
+from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.errors import ProductRecsError
 from product_recs.core.ids import IdTable

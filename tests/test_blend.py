@@ -10,7 +10,7 @@ from support import Server, features_of_log, problem
 
 from product_recs.answer.recommender import Recommender
 from product_recs.bundle.files import publish, write_bundle
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.errors import BundleError, EvaluateError, NoModelForTask

@@ -10,7 +10,7 @@ import pytest
 from support import once_today
 
 from product_recs.bundle.files import list_versions, publish, write_bundle
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.errors import BundleError, ProductRecsError

@@ -9,7 +9,7 @@ import pytest
 from support import Server, problem
 
 from product_recs.bundle.files import verify_files
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.core.errors import BundleError
 from product_recs.features import build_features
 from product_recs.ingest import ingest

@@ -14,7 +14,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, text
 
 from product_recs.api import create_app
-from product_recs.bundle.ready import ReadyModel, open_bundle
+from product_recs.bundle.opening import open_bundle
+from product_recs.bundle.ready import ReadyModel
 from product_recs.core.errors import EvaluateError, IngestError, ProductRecsError
 from product_recs.core.settings import Settings
 from product_recs.data.arrays import load_table, save_table

@@ -12,7 +12,8 @@ from support import Server, call, every_model, problem
 from product_recs.answer.recommender import Recommender
 from product_recs.bundle.files import publish, version_of, write_bundle
 from product_recs.bundle.live import rollback
-from product_recs.bundle.ready import ReadyModel, open_bundle
+from product_recs.bundle.opening import open_bundle
+from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE, Columns
 from product_recs.core.errors import FeatureError
 from product_recs.data.arrays import load_table, save_table

@@ -16,7 +16,8 @@ from scipy.stats import chi2
 from product_recs.answer.explore import Exploration, this_day
 from product_recs.answer.recommender import Recommender
 from product_recs.api import create_app
-from product_recs.bundle.ready import ReadyModel, open_bundle
+from product_recs.bundle.opening import open_bundle
+from product_recs.bundle.ready import ReadyModel
 from product_recs.core.settings import Settings
 from product_recs.data.arrays import load_table
 from product_recs.features import build_features

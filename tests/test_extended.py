@@ -18,7 +18,8 @@ from product_recs.answer.rules import Filters
 from product_recs.bundle.catalogue import NOT_A_CANDIDATE, rows_of
 from product_recs.bundle.cold import ColdTable
 from product_recs.bundle.extended import extended
-from product_recs.bundle.ready import ReadyModel, open_bundle
+from product_recs.bundle.opening import open_bundle
+from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE, Columns
 from product_recs.core.events import Event, UserState
 from product_recs.core.ids import FOLDS, IdTable, LongerIds, folded

@@ -14,7 +14,7 @@ from product_recs.answer.person import confidence_with, person_now, score_person
 from product_recs.answer.recommender import Recommender
 from product_recs.answer.rules import Filters
 from product_recs.bundle.catalogue import SEEN
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from product_recs.core.events import Event, UserState

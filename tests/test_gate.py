@@ -18,7 +18,7 @@ import pytest
 from support import ROOT, call, fresh_project, only_the_jobs, with_texts
 
 from product_recs.bundle.files import current_version, previous_versions, publish, read_manifest, verify_files
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.versions import version_facts
 from product_recs.core.settings import Settings
 from product_recs.features import build_features

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import described_items, described_models, random_log, train
 
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.data.artifact import open_features
 from product_recs.data.snapshots import NOBODY, Histories
 from product_recs.models import hybrid_weights

@@ -8,7 +8,7 @@ import pytest
 from support import call, fresh_project, only_the_jobs
 
 from product_recs.bundle.files import read_manifest
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 
 RUNS = {
     "named": ("-p", "model", "ALS + content", "-p", "next_model", "none"),

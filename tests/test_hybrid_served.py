@@ -9,7 +9,7 @@ from support import Server, until
 from product_recs.answer.recommender import open_recommender
 from product_recs.bundle.files import publish
 from product_recs.bundle.live import rollback
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.features import build_features
 from product_recs.inference import recommend_many
 from product_recs.ingest import ingest

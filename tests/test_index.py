@@ -18,7 +18,7 @@ from product_recs.answer.ladder import Request, answer
 from product_recs.answer.recommender import Recommender
 from product_recs.answer.rules import Filters
 from product_recs.bundle.files import list_versions, publish
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.live import LiveModel
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.errors import BundleError
@@ -235,7 +235,7 @@ def test_without_the_library_everything_is_exact_and_says_how_to_get_it(models):
 import logging, sys
 sys.modules["faiss"] = None  # an import of it fails, as where it is not installed
 logging.basicConfig()
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.core.errors import BundleError, TrainError
 from product_recs.bundle.ready import ReadyModel
 from product_recs.answer.recommender import Recommender
@@ -263,7 +263,7 @@ for call, error in ((prepare, BundleError), (lambda: check_index("approximate"),
 def test_processes_share_one_mapped_index(models):
     program = f"""
 import sys
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.answer.recommender import Recommender
 from product_recs.bundle.ready import ReadyModel
 model = ReadyModel(open_bundle({str(models)!r})).prepare()

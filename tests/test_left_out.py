@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from product_recs.answer.recommender import Recommender
 from product_recs.api import create_app
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.errors import FeatureError, NothingToJudge
 from product_recs.core.settings import Settings

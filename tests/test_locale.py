@@ -28,7 +28,7 @@ PROGRAM = """
 import json, locale, sys
 from pathlib import Path
 from sqlalchemy import update
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.data.arrays import load_table
 from product_recs.core.errors import IngestError
 from product_recs.features import build_features

@@ -19,7 +19,7 @@ from support import N, Server, both, new_database, one, problem, publish_board, 
 from product_recs.api import create_app
 from product_recs.bundle.files import publish
 from product_recs.bundle.live import rollback
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.core.settings import Settings
 from product_recs.feedback.store import Store
 from product_recs.web import service as web_service

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support import features_of_log, fresh_project, only_the_jobs
 
 from product_recs.answer.person import confidence_with
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.core.columns import DISCOVERY
 from product_recs.core.errors import FeatureError, TrainError
 from product_recs.core.events import Event

@@ -18,7 +18,7 @@ import pytest
 from support import call, fresh_project, only_the_jobs
 
 from product_recs.bundle.files import current_version, list_versions, read_manifest
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.versions import SAY_WHO
 
 ALONE = ("-p", "model", "ALS", "-p", "next_model", "none")  # no competition: it is not what is tested

@@ -15,7 +15,7 @@ from sqlalchemy import update
 
 from product_recs.answer.person import person_now
 from product_recs.api import create_app
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.errors import FeedbackError, IngestError
 from product_recs.core.events import KNOWN_EVENTS, EventRules

@@ -20,7 +20,7 @@ from product_recs.answer.ladder import Request, answer
 from product_recs.api import create_app
 from product_recs.bundle.checkerboard import publish_checkerboard
 from product_recs.bundle.files import current_version, publish
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.bundle.live import rollback
 from product_recs.bundle.ready import ReadyModel
 from product_recs.core.ids import IdTable

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import create_engine, inspect, select, text, update
 from support import start_postgres, until
 
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.core.errors import StoreError
 from product_recs.features import build_features
 from product_recs.feedback.changes import Changes

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from support import QUICK, call, fresh_project, only_the_jobs
 
-from product_recs.bundle.ready import open_bundle
+from product_recs.bundle.opening import open_bundle
 from product_recs.features import build_features, ensure_features
 from product_recs.ingest import ingest
 from product_recs.jobs.tune import (

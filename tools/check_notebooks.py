@@ -205,5 +205,5 @@ paths = [Path(name) for name in sys.argv[1:]] or sorted((root / "nbs").rglob("*.
 problems = [problem for path in paths for problem in check(path)]
 print(*problems, sep="\n")
 if problems:
-    sys.exit(f"{len(problems)} problems in {len(paths)} notebooks")
+    sys.exit(f"problems: {len(problems)}, in {len(paths)} notebooks")
 print(f"{len(paths)} notebooks keep the rules.")

@@ -21,7 +21,8 @@ from .placing import NO_RULES, FittedRules, fit_rules
 from .rules import NO_FILTERS, Filters
 from ..bundle.catalogue import read_value
 from ..bundle.extended import extended
-from ..bundle.ready import Bundle, ReadyModel, open_bundle, words_of
+from ..bundle.opening import open_bundle
+from ..bundle.ready import Bundle, ReadyModel, words_of
 from ..core.documents import read_yaml
 from ..core.errors import StoreError
 from ..core.events import UNCHANGED, Event, UserState

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .files import current_version, live_version, previous_versions, publish, read_manifest
-from .ready import Bundle, open_bundle
+from .opening import open_bundle
+from .ready import Bundle
 from ..core.errors import BundleError
 from ..core.paths import resolve_path
 

@@ -492,7 +492,7 @@ def _publish(
 )->str:
     "Make a model the live one."
     from product_recs.bundle.files import live_version, publish
-    from product_recs.bundle.ready import open_bundle
+    from product_recs.bundle.opening import open_bundle
     from product_recs.bundle.versions import override
     from product_recs.jobs.registry import keep_live
     folder = resolve_path(_settings(models_dir=models_dir).models_dir)

@@ -26,7 +26,8 @@ import pandas as pd
 # %% ../../nbs/jobs/gate.ipynb #8ca5145f
 from ..answer.recommender import Recommender, open_recommender
 from ..bundle.files import annotate, live_version, publish, read_manifest
-from ..bundle.ready import Bundle, ReadyModel, open_bundle
+from ..bundle.opening import open_bundle
+from ..bundle.ready import Bundle, ReadyModel
 from ..bundle.versions import contestants, of_one_shop
 from ..core.columns import DISCOVERY
 from ..core.errors import BundleError, ProductRecsError
