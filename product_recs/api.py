@@ -155,7 +155,7 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
         def response()->Response:
             lists = recommender.answer_all(requests) if person is None else [recommender.answer(requests[0], person)]
             results = [result(model, user, recommendations, body.detail) for user, recommendations in zip(users, lists)]
-            for user, one in zip(users, lists): service.shown(http_request.scope, model, user, Shown.of(one))
+            for user, one in zip(users, lists): service.shown(http_request.scope, model, user, Shown.of(one, body.task))
             rungs, models = (",".join(dict.fromkeys(names)) for names in ((one.source for one in lists),
                                                                           (one.model for one in lists)))
             return JSONResponse({"results": results}, headers=_headers(model.bundle.version, rungs, models))

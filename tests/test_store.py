@@ -332,7 +332,7 @@ def test_a_backup_is_noticed(tmp_path, opened):
 NEXT = """
 import sqlalchemy as sa
 from alembic import op
-revision, down_revision = "0004", "0003"
+revision, down_revision = "0005", "0004"
 def upgrade():
     op.create_table("later", sa.Column("id", sa.Integer, primary_key=True))
     op.add_column("events", sa.Column("channel", sa.Text))
@@ -345,7 +345,7 @@ def scripts(folder, last="pass"):
     shutil.copytree(
         files("product_recs") / "feedback" / "migrations", folder, ignore=shutil.ignore_patterns("__pycache__")
     )
-    (folder / "versions/0004_next.py").write_text(NEXT.format(last=last))
+    (folder / "versions/0005_next.py").write_text(NEXT.format(last=last))
     return folder
 
 
@@ -353,14 +353,14 @@ def test_a_next_version_is_migrated_with_its_rows(url, tmp_path, opened):
     store = opened(Store(url))
     store.add_events([NewEvent(1, 101, key="a"), NewEvent("guest", 102)])
     before = list(store.read_events())
-    assert migrate(store._engine) == "0003"
-    assert migrate(store._engine, scripts(tmp_path / "next")) == "0004"
+    assert migrate(store._engine) == "0004"
+    assert migrate(store._engine, scripts(tmp_path / "next")) == "0005"
     assert {"later", VERSION_TABLE} <= set(inspect(store._engine).get_table_names())
     assert list(store.read_events()) == before and store.add_events([NewEvent(1, 101, key="a"), NewEvent(1, 103)]) == [
         "duplicate",
         "accepted",
     ]
-    with pytest.raises(StoreError, match="version 0004 .* knows 0003; update product-recs"):
+    with pytest.raises(StoreError, match="version 0005 .* knows 0004; update product-recs"):
         Store(url).open()
 
 
@@ -371,7 +371,7 @@ def test_a_migration_that_fails_changes_nothing(url, tmp_path, opened):
         migrate(store._engine, scripts(tmp_path / "broken", last="1 / 0"))
     assert "later" not in inspect(store._engine).get_table_names()
     assert "channel" not in [column["name"] for column in inspect(store._engine).get_columns("events")]
-    assert migrate(store._engine) == "0003" and len(list(store.read_events())) == 1
+    assert migrate(store._engine) == "0004" and len(list(store.read_events())) == 1
 
 
 def first_version(url, folder):
@@ -379,7 +379,7 @@ def first_version(url, folder):
     shutil.copytree(
         files("product_recs") / "feedback" / "migrations",
         folder,
-        ignore=lambda _, names: {"__pycache__", "0002_keys.py", "0003_products.py"} & {*names},
+        ignore=lambda _, names: {"__pycache__", "0002_keys.py", "0003_products.py", "0004_experiments.py"} & {*names},
     )
     store = Store(url)
     engine = create_engine(store.url)
@@ -448,7 +448,7 @@ def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_p
         connection.execute(text("UPDATE clock SET seq = 23, at = 23"))
     engine.dispose()
 
-    assert migrate(store.open()._engine) == "0003"
+    assert migrate(store.open()._engine) == "0004"
     assert [(event.seq, event.user_id, event.item_id) for event in store.read_events()] == [
         (1, "12", "5"), (2, "12", "6"), (3, "12", "07"), (4, "anna", "x.0"), (5, "-3", "0"), (13, "9", "2"),
         (19, "8", "2")]  # fmt: skip

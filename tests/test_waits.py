@@ -426,7 +426,7 @@ def test_a_swap_in_the_middle_of_keeping_an_answer_leaves_a_count_that_is_right(
 
         question = (b"/recommend/1", b"")
         service.kept.put(
-            question, Kept(service.live.get(), 1, UNCHANGED, None, [], Body(b"x" * 1000), "popular", [], False)
+            question, Kept(service.live.get(), 1, UNCHANGED, None, [], Body(b"x" * 1000), ("popular", [], False))
         )
         assert len(swaps) == 1
         for kept in (service.kept, *swaps):
@@ -437,7 +437,7 @@ def test_a_swap_in_the_middle_of_keeping_an_answer_leaves_a_count_that_is_right(
             ):  # with a count that is too high this empties the dict, and then there is nothing left to drop
                 kept.put(
                     (b"/recommend/%d" % number, b""),
-                    Kept(service.live.get(), 1, UNCHANGED, None, [], b"x" * 1000, "popular", [], False),
+                    Kept(service.live.get(), 1, UNCHANGED, None, [], b"x" * 1000, ("popular", [], False)),
                 )
             assert kept.bytes == 1000 and len(kept._kept) == 1
     finally:

@@ -10,7 +10,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ..core.errors import StoreError
 from ..core.ids import key_or_none
@@ -43,16 +43,14 @@ class ImpressionLog:
         model_version:str,
         source:str,           # the rung that answered
         items:Sequence,       # ids, best first
-        propensities:Mapping|None=None, # item id -> probability of its place, of explored items; None: there are none
-        rules:Mapping|None=None, # item id -> names of the shop's rules that worked on it; None: on none
+        *more,                # propensities, rules, task, experiment and arm, as an `Impression` has them
     )->None:
         "Note one answer; never blocks and never fails."
         if self.share < 1 and random.random() >= self.share: return
         if len(self._waiting) >= self.limit: self.dropped += 1
         else:
-            now = time.time_ns() // 1000
-            facts = model_version, source, items, propensities, rules
-            self._waiting.append((now, request_id, key_or_none(user_id), *facts))
+            facts = model_version, source, items, *more
+            self._waiting.append((time.time_ns() // 1000, request_id, key_or_none(user_id), *facts))
 
     def close(self)->None:
         "Write what waits, once; what cannot be written is dropped and counted."
@@ -70,8 +68,8 @@ class ImpressionLog:
         "Write one batch; False where there is none or it failed and waits again."
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.batch))]
         if not batch: return False
-        shown = [Impression(request, user, version, source, tuple(items), from_micros(at), propensities, rules)
-                 for at, request, user, version, source, items, propensities, rules in batch]
+        shown = [Impression(request, user, version, source, tuple(items), from_micros(at), *more)
+                 for at, request, user, version, source, items, *more in batch]
         try: self.written += self.store.add_impressions(shown)
         except StoreError:
             self._waiting.extendleft(reversed(batch))

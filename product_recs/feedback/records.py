@@ -81,6 +81,9 @@ class Impression:
     # item id -> probability with which it was shown at its place, of the explored items; None: there are none
     propensities: dict|None = None
     rules: dict|None = None # key of an item -> names of the shop's rules that worked on it; None: on none
+    task: str|None = None       # discovery | next_purchase; None: it was written before tasks were
+    experiment: str|None = None # name of the experiment in which the user is; None: in none
+    arm: str|None = None        # of that experiment
 
     def __post_init__(self):
         if self.rules:
@@ -116,7 +119,8 @@ IMPRESSIONS = Table("impressions", METADATA, Column("id", _NUMBER, primary_key=T
                     Column("user_id", Text), Column("model_version", Text, nullable=False),
                     Column("source", Text, nullable=False), Column("items", JSON, nullable=False),
                     Column("propensities", JSON(none_as_null=True)),
-                    Column("rules", JSON(none_as_null=True)),
+                    Column("rules", JSON(none_as_null=True)), Column("task", Text), Column("experiment", Text),
+                    Column("arm", Text),
                     Index("impressions_of_user", "user_id", "id"), Index("impressions_at", "at"))
 PRODUCTS = Table("products", METADATA, Column("item_id", Text, primary_key=True),
                  Column("attributes", JSON(none_as_null=True)), # null: it was deleted

@@ -122,7 +122,8 @@ def _add_impressions(connection:Connection, impressions:Sequence[Impression])->t
     forgotten = dict(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.at)).all())
     rows = [dict(at=to_micros(shown.at), request_id=shown.request_id, user_id=shown.user_id,
                  model_version=shown.model_version, source=shown.source, items=list(shown.items),
-                 propensities=shown.propensities, rules=shown.rules)
+                 propensities=shown.propensities, rules=shown.rules, task=shown.task, experiment=shown.experiment,
+                 arm=shown.arm)
             for shown in impressions]
     rows = [row for row in rows if row["at"] > forgotten.get(row["user_id"], -1)]
     if rows: connection.execute(insert(IMPRESSIONS), rows)
@@ -130,7 +131,7 @@ def _add_impressions(connection:Connection, impressions:Sequence[Impression])->t
 
 def _impression(row:Row)->Impression:
     return Impression(row.request_id, row.user_id, row.model_version, row.source, tuple(row.items), from_micros(row.at),
-                      row.propensities, row.rules)
+                      row.propensities, row.rules, row.task, row.experiment, row.arm)
 
 # %% ../../nbs/feedback/store.ipynb #67c9fa53
 MOST_PRODUCTS = 100_000 # that were told and not deleted

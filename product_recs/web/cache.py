@@ -21,17 +21,8 @@ class Kept:
     shelf: object    # availability
     headers: list    # raw, as ASGI sends them
     body: bytes
-    source: str      # rung
-    items: list      # external ids
-    short: bool      # fewer than asked?
-    propensities: dict|None = None # of the explored items, by external id; None: there are none
-    named: dict|None = None # item -> names of the shop's rules that worked on it
+    facts: tuple     # what is noted of the list when it goes out again: `web/service.Shown`
     rules: object = None    # of the shop, as the list was made
-
-    @property
-    def facts(self)->tuple:
-        "What is noted of the list when it goes out again."
-        return self.source, self.items, self.short, self.propensities, self.named
 
     def holds(self,
         model:ReadyModel,                     # the live one

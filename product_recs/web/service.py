@@ -20,6 +20,7 @@ from ..answer.lists import Recommendations
 from ..bundle.extended import extended
 from ..bundle.live import LiveModel, Reload
 from ..bundle.ready import Bundle, ReadyModel
+from ..core.columns import DISCOVERY
 from ..core.settings import Settings
 from ..feedback.changes import Availability, Products
 from .cache import Kept, KeptAnswers, question_of
@@ -49,11 +50,15 @@ class Shown(NamedTuple):
     short: bool             # has it fewer items than asked?
     propensities: Mapping|None = None # of the explored items, by external id; None: there are none
     rules: Mapping|None = None # item -> names of the shop's rules that worked on it; None: on none
+    task: str = DISCOVERY   # discovery | next_purchase
 
     @classmethod
-    def of(cls, one:Recommendations)->"Shown":
+    def of(cls,
+        one:Recommendations,
+        task:str=DISCOVERY, # that it answers
+    )->"Shown":
         "The facts of a list."
-        return cls(one.source, one.items, one.shortfall is not None, one.propensities, one.rules)
+        return cls(one.source, one.items, one.shortfall is not None, one.propensities, one.rules, task)
 
 def _question(settings:Settings, scope:dict)->tuple:
     "What tells one request from another: where lists change with the day, also the day."
@@ -171,18 +176,18 @@ class Service:
     def keep(self, scope:dict, model:ReadyModel, request:Request, shelf:Availability,
              recommendations:Recommendations, response:Response)->None:
         "Keep an answer of `GET /recommend` as it goes out, and note that it was shown."
-        facts = Shown.of(recommendations)
+        facts = Shown.of(recommendations, request.task)
         self.shown(scope, model, request.user, facts)
         self.metrics.cache(False)
         basis = model, request.user, request.state, shelf
-        self.kept.put(_question(self.settings, scope), Kept(*basis, response.raw_headers, response.body, *facts,
+        self.kept.put(_question(self.settings, scope), Kept(*basis, response.raw_headers, response.body, facts,
                                                           request.rules))
 
     def shown(self, scope:dict, model:ReadyModel, user:int|str|None, facts:Shown)->None:
         "Count a list that goes out, and note it as an impression."
         self.metrics.recommended(facts.source, facts.short)
         self.desk.shown(scope["request_id"], user, model.bundle.version, facts.source, facts.items, facts.propensities,
-                        facts.rules)
+                        facts.rules, facts.task)
 
 # %% ../../nbs/web/service.ipynb #a1925333
 _STALE = raw(Header.Stale)
@@ -211,4 +216,4 @@ class FastPath:
         scope["route_template"] = "/recommend/{user_id}"
         await send_on({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
         await send({"type": "http.response.body", "body": kept.body})
-        service.shown(scope, kept.model, kept.user, Shown(*kept.facts))
+        service.shown(scope, kept.model, kept.user, kept.facts)
