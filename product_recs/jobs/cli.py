@@ -624,20 +624,24 @@ Version = Annotated[str, typer.Argument(
     metavar="VERSION", help="number in the registry, version of a bundle, or an alias such as @champion")]
 
 @contextlib.contextmanager
-def _registry()->Iterator:
+def _registry(make:bool=False)->Iterator: # also a store where there is none
     "The registered models of the settings."
     from product_recs.jobs.registry import Registry
     from product_recs.jobs.tracking import connected, tracking_of
     tracking = tracking_of(needed=True)
-    with connected(tracking) as client: yield Registry(client, tracking)
+    with connected(tracking, make) as client: yield Registry(client, tracking)
 
 @_verb("list", "registry list --json", registry)
 def _list_registered(as_json:AsJson=False)->str:
     "List the versions, the newest first, with their aliases and the gate's verdict."
     from product_recs.jobs.registry import registry_table
-    with _registry() as found: versions, name, where = found.versions(), found.name, found.tracking.shown
-    if as_json: return json.dumps([vars(one) for one in versions], indent=2)
-    return registry_table(versions) or f"No version of {name} in MLflow at {where}"
+    from product_recs.jobs.tracking import NoStore
+    versions, none = [], ""
+    try:
+        with _registry() as found:
+            versions, none = found.versions(), f"No version of {found.name} in MLflow at {found.tracking.shown}"
+    except NoStore as error: none = f"No model is registered. {error}"
+    return json.dumps([vars(one) for one in versions], indent=2) if as_json else registry_table(versions) or none
 
 @_verb("register", "registry register 20260101T120000-0a1b2c3d", registry)
 def _register(
@@ -654,7 +658,7 @@ def _register(
         raise ProductRecsError(f"{folder}: no model is live there; name a version")
     version = live if version == "current" else valid_version(version)
     alias = CHAMPION if version == live else CHALLENGER
-    with _registry() as found:
+    with _registry(make=True) as found:
         one = register(found, folder/version)
         promote(found, one, alias)
     return f"Model {version} is version {one.number} of {found.name}, @{alias}"
@@ -671,8 +675,9 @@ def _promote(
     from product_recs.bundle.files import list_versions
     from product_recs.jobs.registry import promote, register
     folder = resolve_path(_settings(models_dir=models_dir).models_dir)
-    with _registry() as found:
-        one = register(found, folder/version) if version in list_versions(folder) else found.find(version)
+    is_here = version in list_versions(folder)
+    with _registry(make=is_here) as found:
+        one = register(found, folder/version) if is_here else found.find(version)
         promote(found, one, alias)
     return f"@{alias} of {found.name} is version {one.number} ({one.version}) now; services that follow it take it up"
 

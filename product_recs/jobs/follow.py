@@ -53,7 +53,7 @@ class Follower:
 
     def look(self)->str|None: # the version that is live by this look; None: the alias has not moved
         "Take up what the alias names; raises `TrackingError` or `BundleError`, and then nothing has changed."
-        with connected(self.tracking) as client:
+        with connected(self.tracking, make=False) as client:
             registry = Registry(client, self.tracking)
             if (number := registry.aliases().get(self.alias)) is None:
                 remedy = f"`product-recs registry promote VERSION --alias {self.alias}` sets it"
