@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FINE', 'LOOK', 'STOP', 'LEVELS', 'EXIT_CODES', 'Check', 'worst', 'by_urgency', 'headline', 'as_records',
-           'check_table']
+           'check_lines', 'check_table']
 
 # %% ../../nbs/jobs/checks.ipynb #9ea03491
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -66,9 +67,28 @@ def as_records(
     return [{name: number(value) for name, value in asdict(check).items()} for check in checks]
 
 
-# %% ../../nbs/jobs/checks.ipynb #bae46759
+# %% ../../nbs/jobs/checks.ipynb #4d080105
 _MARKS = {FINE: "✓", LOOK: "?", STOP: "✗"} # a colour alone would say nothing to some
 
+def check_lines(
+    checks:Sequence[Check],
+    width:int=100, # of the terminal
+    every:bool=False, # also those that are fine, each with its sentence; otherwise their names in a line
+)->list[str]:
+    "The checks for a terminal, what needs somebody first."
+    def fold(text, first, rest):
+        return textwrap.wrap(visible(text), max(width, 40), initial_indent=first, subsequent_indent=rest,
+                             break_long_words=False, break_on_hyphens=False)
+
+    lines, fine = [], [check for check in checks if check.level == FINE]
+    for check in by_urgency(checks):
+        if check.level == FINE and not every: continue
+        lines += fold(f"{check.name}: {check.says}", f"{_MARKS[check.level]} ", "  ")
+        if check.remedy: lines += fold(check.remedy, "  → ", "    ")
+    if fine and not every: lines += fold("fine: " + ", ".join(check.name for check in fine), f"{_MARKS[FINE]} ", "  ")
+    return lines
+
+# %% ../../nbs/jobs/checks.ipynb #bae46759
 def check_table(
     checks:Sequence[Check],
 )->ShownTable: # HTML in a report, text in a terminal

@@ -93,6 +93,7 @@ examples:
   product-recs run -f examples/complete_journey.yaml --name groceries -p factors 64
   product-recs tune -f examples/complete_journey.yaml --minutes 8
   product-recs run -f examples/complete_journey.yaml -f data/processed/complete_journey/best_discovery.yaml
+  product-recs doctor --file shop.yaml               what is wrong here, and is the machine large enough
   product-recs recommend 1 -n 5
   product-recs similar 101 --json
   product-recs recommend 1 --task next_purchase
@@ -713,6 +714,33 @@ def _follow(
     with contextlib.suppress(KeyboardInterrupt): keep_following(follower, settings.follow_seconds, threading.Event())
     return ""
 
+
+# %% ../../nbs/jobs/cli.ipynb #9500a4ec
+@_verb("doctor", "doctor --file shop.yaml")
+def _doctor(
+    parameter:Pairs=(),
+    file:Files=(),
+    thorough:Annotated[bool, typer.Option("--thorough", help="also compare every byte of the live model")]=False,
+    everything:Annotated[bool, typer.Option("--all", help="also say what was found where all is well")]=False,
+    as_json:AsJson=False,
+    models_dir:ModelsDir=None,
+)->str:
+    """Look at this machine, installation and configuration; with --file also foretell memory and time of a run.
+
+    The exit code is 0 where all is well, 3 where a person should look, 4 where a run or a service would fail."""
+    from product_recs.jobs.checks import EXIT_CODES, as_records, check_lines, headline, worst
+    from product_recs.jobs.doctor import doctor
+    from product_recs.jobs.forecast import data_checks
+    from product_recs.jobs.machine import machine
+    here, of_data, disk, pairs = machine(), [], 200.0, [*map(_pair, parameter)]
+    if file or pairs: of_data, disk = data_checks(read_parameters(file, pairs), here)
+    checks = [*doctor(_settings(models_dir=models_dir), here, disk, thorough), *of_data]
+    level, width = worst(checks), shutil.get_terminal_size().columns
+    said = json.dumps({"verdict": level, "headline": headline(checks), "checks": as_records(checks)}, indent=2) \
+        if as_json else "\n".join(check_lines(checks, width, everything))
+    print(said)
+    if level != "fine": raise typer.Exit(EXIT_CODES[level])
+    return ""
 
 # %% ../../nbs/jobs/cli.ipynb #3fe5bd60
 # as --help lists them: what a newcomer does first comes first
