@@ -89,7 +89,8 @@ def test_a_terminal(shop):
 
 def test_a_store_is_looked_at_and_nothing_else(url, opened):
     assert store_checks(url)[0][0].level == "fine"  # before the first service
-    store = opened(Store(url)).open()
+    store = opened(Store(url))
+    store.cut()  # its clock ticks
     [check], moments = store_checks(url)
     assert check.level == "fine" and "the feedback store" in moments
     with store.transaction("test", write=True) as connection:
