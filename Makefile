@@ -3,7 +3,7 @@
 # make serve   set up, train on the small sample if no model is live, serve on http://127.0.0.1:8000
 # make test    set up, run every check
 # make lab     JupyterLab on the notebooks
-# make docs    the documentation site, with search, in _docs/; make docs-serve shows it on http://127.0.0.1:8080
+# make docs    the documentation site, with search, in build/site/; make docs-serve shows it on http://127.0.0.1:8080
 # make data    write the real sample to data/complete_journey
 # make kernels   compile the C of the trainer and of the search again, where it has changed
 # make bench   training, ranking, ingest, serving and all models beside their peers, and a page about it: benchmarks/results/README.md (35 minutes)
@@ -77,7 +77,7 @@ docs: .venv/.kernels
 	@$(BIN)/python tools/make_docs.py
 
 docs-serve: docs
-	@$(BIN)/python -m http.server 8080 --bind 127.0.0.1 --directory _docs
+	@$(BIN)/python -m http.server 8080 --bind 127.0.0.1 --directory build/site
 
 # type the commands of the pages again and write what they print below them (some minutes; OPTIONS="docs/tutorial.md")
 docs-run: .venv/.kernels
@@ -168,5 +168,5 @@ bench-cold: .venv/.kernels data
 	@$(BIN)/python benchmarks/cold.py cost
 
 clean:
-	rm -rf .venv .venv-bench _docs build dist *.egg-info models data/processed data/complete_journey
+	rm -rf .venv .venv-bench build dist *.egg-info models data/processed data/complete_journey
 	@find reports -mindepth 1 ! -name README.md -delete

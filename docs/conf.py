@@ -17,7 +17,6 @@ language = "en"
 extensions = ["myst_nb", "sphinx_copybutton", "sphinx_design"]
 nb_execution_mode = "off"  # the committed outputs are shown; a build runs no notebook
 nb_merge_streams = True
-nb_output_folder = "build/jupyter_execute"  # beside _docs, where the pictures of the notebooks are laid down
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline", "attrs_block"]
 myst_heading_anchors = 4
 myst_dmath_allow_digits = False

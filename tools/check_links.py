@@ -1,6 +1,6 @@
 """Fail on dead links between the pages: files and headings that Markdown files and notebooks point to.
 
-With a folder of built pages (python tools/check_links.py _docs) the links of the site are looked at instead, and
+With a folder of built pages (python tools/check_links.py build/site) the links of the site are looked at instead, and
 anything that a browser would fetch from elsewhere is a mistake.
 """
 

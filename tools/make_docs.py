@@ -1,4 +1,4 @@
-"""Build the documentation site from docs/ and the notebooks into _docs/; no notebook is run and nothing is fetched.
+"""Build the documentation site from docs/ and the notebooks into build/site; no notebook is run and nothing is fetched.
 
 The pages keep their places in the repository (docs/how-to/serve.md, nbs/models/als.ipynb), so that a link between two
 files leads to the same place on the site, on a code host and in an editor. `tools/docs_reference.py` writes the
@@ -19,7 +19,7 @@ from docs_api import api_of
 from docs_reference import reference_pages
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE, SITE = ROOT / "build" / "docs", ROOT / "_docs"
+SOURCE, SITE = ROOT / "build" / "docs", ROOT / "build" / "site"
 
 # the rooms in the order of the house, from the ground up: what is said of each on its page
 ROOMS = {
