@@ -3,6 +3,7 @@
 # make serve   set up, train on the small sample if no model is live, serve on http://127.0.0.1:8000
 # make test    set up, run every check
 # make lab     JupyterLab on the notebooks
+# make docs    the documentation site, with search, in build/site/; make docs-serve shows it on http://127.0.0.1:8080
 # make data    write the real sample to data/complete_journey
 # make kernels   compile the C of the trainer and of the search again, where it has changed
 # make bench   training, ranking, ingest, serving and all models beside their peers, and a page about it: benchmarks/results/README.md (35 minutes)
@@ -13,7 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export exports notebooks readme mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index clean
+.PHONY: help run serve test lab data kernels export exports notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -24,7 +25,7 @@ help:
 	@echo "Setting up .venv (a minute or two, once) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "product_recs needs Python 3.10 or newer; name one with make PYTHON=python3.11")'
 	@$(PYTHON) -m venv .venv
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[index,jobs,sample,dev]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[index,jobs,sample,docs,dev]'
 	@touch $@
 
 # the installation compiles the kernels; again, when they are not what the C files say (without a compiler NumPy does it)
@@ -71,10 +72,22 @@ notebooks: .venv/.kernels
 readme: .venv/.kernels
 	@$(BIN)/python tools/make_readme.py
 
+# the pages of docs/, every notebook and the reference; nothing is run and nothing is fetched (a minute, the first time)
+docs: .venv/.kernels
+	@$(BIN)/python tools/make_docs.py
+
+docs-serve: docs
+	@$(BIN)/python -m http.server 8080 --bind 127.0.0.1 --directory build/site
+
+# type the commands of the pages again and write what they print below them (some minutes; OPTIONS="docs/tutorial.md")
+docs-run: .venv/.kernels
+	@$(BIN)/python tools/run_docs.py $(OPTIONS)
+
 test: .venv/.kernels
 	@$(BIN)/python tools/check_export.py
 	@$(BIN)/python tools/check_notebooks.py
 	@$(BIN)/python tools/make_readme.py --check
+	@$(BIN)/python tools/check_links.py
 	@$(BIN)/ruff check product_recs nbs tools tests benchmarks setup.py
 	@$(BIN)/lint-imports --no-cache > /dev/null 2>&1 || $(BIN)/lint-imports --no-cache
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2

@@ -1,0 +1,150 @@
+"""Run the commands of the pages in docs/ and write what they print below them, so that the pages stay true.
+
+A page asks for a project by a comment, `<!-- project: sample -->`: a copy of a folder with a live model of the
+committed sample; `<!-- project: shop -->`: the exports of a generated shop, no model yet. In a fence `console`, each
+line that begins with `$ ` is typed in that folder (it goes on below where it ends in a backslash or a comma), and the
+lines after it are replaced by what is printed. A command
+that ends in ` &` goes on in the background and is ended with its page; `<!-- $ command -->` is typed and not shown.
+`--sample FOLDER` takes a folder that has such a model already.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from exports import american  # noqa: E402
+from support import fresh_project  # noqa: E402
+
+BLOCK = re.compile(r"^```console\n(.*?)^```$|^<!-- \$ (.*?) -->$", re.M | re.S)
+PORT = "8000"  # as the pages write it; what is typed has a free one
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+class Terminal:
+    "A folder in which commands are typed, and what goes on in its background."
+
+    def __init__(self, folder: Path):
+        self.folder, self.port, self.background = folder, free_port(), []
+        self.environment = os.environ | {
+            "PRODUCT_RECS_ROOT": str(folder),
+            "COLUMNS": "100",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+
+    def type(self, command: str) -> str:
+        "What a command prints; raises SystemExit where it fails."
+        typed = command.replace(f":{PORT}", f":{self.port}")
+        options = dict(cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        if command.endswith(" &"):
+            log = open(self.folder / "background.log", "wb")  # noqa: SIM115 - as long as the process
+            words = ["env", *shlex.split(typed[:-2])]
+            started = subprocess.Popen(
+                words, stdout=log, **options | {"env": self.environment | {"PRODUCT_RECS_PORT": self.port}}
+            )
+            self.background.append(started)
+            self.wait(started)
+            return ""
+        done = subprocess.run(["bash", "-c", typed], stdout=subprocess.PIPE, text=True, **options)
+        if done.returncode:
+            raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stdout}")
+        return self.shown(done.stdout)
+
+    def wait(self, process: subprocess.Popen) -> None:
+        "Until the service answers."
+        until = time.monotonic() + 60
+        while time.monotonic() < until and process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health/ready", timeout=2).close()
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise SystemExit("the service did not start:\n" + (self.folder / "background.log").read_text())
+
+    def shown(self, text: str) -> str:
+        "What differs from run to run and from machine to machine, under one name."
+        text = text.replace(f"{self.folder}/", "").replace(str(self.folder), ".").replace(f":{self.port}", f":{PORT}")
+        text = re.sub(r"\d{8}T\d{6}[.\d]*-[0-9a-f]+(?=  )", lambda one: "VERSION".ljust(len(one.group())), text)
+        text = re.sub(r"\d{8}T\d{6}[.\d]*-[0-9a-f]+", "VERSION", text)
+        text = re.sub(r"(succeeded in) [\d,.]+ (seconds|minutes)", r"\1 N seconds", text)
+        text = re.sub(r"(?m)^date: .*\r?\n", "", text.replace("\r\n", "\n"))
+        return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+
+    def close(self) -> None:
+        for process in self.background:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
+
+
+def with_output(terminal: Terminal, found: re.Match) -> str:
+    "A fence with what its commands print now."
+    if found.group(2):
+        terminal.type(found.group(2))
+        return found.group()
+    lines = []
+    commands = re.findall(r"^\$ (.*(?:(?<=[\\,])\n    .*)*)$", found.group(1), re.M)
+    for command in commands:
+        print(f"  $ {command}", flush=True)
+        lines += [f"$ {command}", terminal.type(command)]
+    return "```console\n" + "".join(f"{line}\n" for line in lines if line) + "```"
+
+
+def project(kind: str, folder: Path, kept: dict[str, Path]) -> Path:
+    "A new folder with what a page starts from."
+    if kind == "shop":
+        american(fresh_project(folder))
+        return folder
+    if kind not in kept:
+        kept[kind] = Path(tempfile.mkdtemp()).resolve()
+        Terminal(fresh_project(kept[kind])).type("product-recs run --name sample --quiet")
+    shutil.copytree(kept[kind], folder, dirs_exist_ok=True)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python tools/run_docs.py docs/tutorial.md     (`make docs-run`: all pages, some minutes)",
+    )
+    parser.add_argument("pages", nargs="*", type=Path, metavar="PAGE", help="default: all pages of docs/")
+    parser.add_argument("--sample", type=Path, metavar="FOLDER", help="a project with a live model of the sample")
+    given = parser.parse_args()
+    pages = [page.resolve() for page in given.pages] or sorted((ROOT / "docs").rglob("*.md"))
+    kept = {"sample": given.sample.resolve()} if given.sample else {}
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        if not (asked := re.search(r"<!-- project: (sample|shop) -->", text)):
+            continue
+        print(page.relative_to(ROOT), flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            terminal = Terminal(project(asked.group(1), Path(folder).resolve(), kept))
+            try:
+                written = BLOCK.sub(lambda found, terminal=terminal: with_output(terminal, found), text)
+            finally:
+                terminal.close()
+        page.write_text(written, encoding="utf-8")
+    if not given.sample:
+        for folder in kept.values():
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
