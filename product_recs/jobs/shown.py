@@ -433,7 +433,7 @@ def serving_figures(
     days = days.assign(now=days.index >= first)
     return ServingFigures(from_micros(begin), from_micros(end), days, rungs, models, items)
 
-# %% ../../nbs/jobs/shown.ipynb #3c87d373
+# %% ../../nbs/jobs/shown.ipynb #4bd8ba47
 _LEAST_DAYS, _LEAST_LISTS = 5, 100
 
 def _day_change(values:pd.Series, now:pd.Series, alpha:float, lists:float=0)->tuple[float, float, float]|None:
@@ -465,12 +465,13 @@ def _volume(found:ServingFigures, alpha:float)->Check:
     remedy = "is the service asked, and does it write impressions (product_recs_impressions_total)?"
     return Check("lists a day", level, says, remedy if level != FINE else "", "serving", now, low, high)
 
+# %% ../../nbs/jobs/shown.ipynb #ee9b67fc
 def _mix(found:ServingFigures, alpha:float, most_shift:float)->list[Check]:
     "Rungs and guests, as shares of the lists of a day."
     days, checks = found.days, []
     busy = days.lists >= 1
     shares = {f"rung {name}": found.rungs[name]/days.lists.where(busy) for name in found.rungs}
-    shares |= {"guests": days.guests/days.lists.where(busy), "empty lists": days.empty/days.lists.where(busy)}
+    shares |= {"guests": days.guests/days.lists.where(busy), "empty lists": days["empty"]/days.lists.where(busy)}
     for name, values in shares.items():
         change = _day_change(values, days.now, alpha, days.lists[~days.now].mean())
         words = name.replace("_", " ")
