@@ -14,7 +14,7 @@ from datetime import datetime
 from sqlalchemy import Row, Text, bindparam, cast, delete, func, insert, literal_column, select, update
 from sqlalchemy.engine import Connection
 
-from ..core.errors import FeedbackError
+from ..core.errors import FeedbackError, StoreError
 from ..core.events import INSTRUCTIONS
 from ..core.ids import folded
 from .connection import StoreConnection
@@ -242,7 +242,7 @@ def _wish_of(self, names:Sequence[str])->datetime|None: # None: there is none
     return None if at is None else from_micros(at)
 
 # %% ../../nbs/feedback/store.ipynb #6e1f694f
-_BATCH_SECONDS = 0.05
+_BATCH_SECONDS, _TRIES = 0.05, 10
 
 def _delete_impressions(self,
     before:datetime,  # UTC where it has no zone
@@ -250,13 +250,19 @@ def _delete_impressions(self,
     done:Callable[[int], object]|None=None, # called after each batch with its rows
 )->int:               # how many were deleted
     "Delete what was shown before a moment, in transactions that hold up writers for a moment only."
-    until, deleted = to_micros(before), 0
+    until, deleted, failed = to_micros(before), 0, 0
     while True:
         started = time.monotonic()
         oldest = select(IMPRESSIONS.c.id).where(IMPRESSIONS.c.at < until).order_by(IMPRESSIONS.c.at).limit(batch)
-        with self.transaction("delete_impressions", write=True) as connection:
-            gone = connection.execute(delete(IMPRESSIONS).where(IMPRESSIONS.c.id.in_(oldest))).rowcount
+        try:
+            with self.transaction("delete_impressions", write=True) as connection:
+                gone = connection.execute(delete(IMPRESSIONS).where(IMPRESSIONS.c.id.in_(oldest))).rowcount
+        except StoreError: # others write without a pause: cleaning can wait for them, some times
+            if (failed := failed + 1) > _TRIES: raise
+            time.sleep(_BATCH_SECONDS*failed)
+            continue
         if not gone: return deleted
+        failed = 0
         took, deleted = time.monotonic() - started, deleted + gone
         if done: done(gone)
         batch = max(batch//2, 50) if took > 2*_BATCH_SECONDS else min(2*batch, 20_000) if took < _BATCH_SECONDS/2 \

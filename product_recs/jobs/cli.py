@@ -63,10 +63,10 @@ def _join_pairs(words:Sequence[str])->Iterator[str]:
             yield "=".join(pair)
             del rest[:2]
 
-_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity", "--out") # of these verbs, with a value
+_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity", "--out") # have a value
 
 def _id_last(words:Sequence[str])->list[str]:
-    "A command line in which the id of `recommend`, `similar` or `export` may be a negative number: it is no option then."
+    "A command line in which the id of one of these verbs may be a negative number: it is no option then."
     words = list(words)
     if words[:1] not in (["recommend"], ["similar"], ["export"]) or "--" in words: return words
     for place in range(1, len(words)):

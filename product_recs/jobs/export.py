@@ -18,6 +18,7 @@ from ..bundle.ready import ReadyModel
 from ..core.paths import resolve_path
 from ..feedback.store import Store
 from ..web.people import person_export
+from ..web.schemas import as_id
 
 # %% ../../nbs/jobs/export.ipynb #a2a1b425
 @contextmanager
@@ -30,8 +31,7 @@ def opened_export(
     models, store = resolve_path(models_dir), Store(database_url) if database_url else None
     if store and store.url.get_backend_name() == "sqlite" and not Path(store.url.database).exists(): store = None
     model = ReadyModel(open_bundle(models)) if live_version(models) else None
-    shown = model.bundle.users.shown(user) if model else user
-    try: yield person_export(model, store, shown)
+    try: yield person_export(model, store, as_id(model and model.bundle.users, user))
     finally:
         if store: store.close()
 
