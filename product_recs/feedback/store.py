@@ -214,6 +214,12 @@ def _person_spellings(self, user:int|str, folds:Sequence[str]=())->list[str]: # 
     "All keys under which the store has a person, where `folds` say in what spellings of an id may differ."
     with self.transaction("spellings") as connection: return _spellings(connection, stored_key(user, "user_id"), folds)
 
+def _newest_of(self, user:int|str, limit:int=50, names:Iterable[str]=())->list[StoredEvent]: # the newest first
+    "What the store has of a user, instructions included, at most `limit`; also under these further keys."
+    query = select(EVENTS).where(EVENTS.c.user_id.in_([*{stored_key(user, "user_id"), *names}]))
+    newest = query.order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
+    return [_event(row) for row in self._read("history", newest)]
+
 def _of_person(self, operation:str, table, number, names:Sequence[str], page:int)->Iterator[Row]:
     "All rows of a person in the order of their numbers."
     last, rows = -1, None
@@ -327,11 +333,6 @@ class Store(StoreConnection):
             yield from map(_event, rows)
             if rows: seq = rows[-1].seq
 
-    def history(self, user:int|str, limit:int=50, names:Iterable[str]=())->list[StoredEvent]: # the newest first
-        "What the store has of a user, instructions included, at most `limit`; also under these further keys."
-        query = select(EVENTS).where(EVENTS.c.user_id.in_([*{stored_key(user, "user_id"), *names}]))
-        newest = query.order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
-        return [_event(row) for row in self._read("history", newest)]
     def forgotten(self)->dict[str, datetime]: # key of a user -> moment of the wish, UTC
         "Users that want to be forgotten, and since when."
         return {row.user_id: from_micros(row.at) for row in self._read("forgotten", select(FORGOTTEN))}
@@ -346,5 +347,5 @@ class Store(StoreConnection):
     set_products, delete_products, products = _tell_products, _take_back_products, _told_products
     set_rules, rules = _tell_rules, _told_rules
     spellings, events_of, impressions_of = _person_spellings, _events_of, _impressions_of
-    denied_by, forgotten_since = _denied_by, _wish_of
+    history, denied_by, forgotten_since = _newest_of, _denied_by, _wish_of
     delete_impressions, impressions_before, pages = _delete_impressions, _impressions_before, _pages

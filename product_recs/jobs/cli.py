@@ -622,11 +622,12 @@ def _export(
     models_dir:ModelsDir=None,
 )->str|None:
     "Write down all that is known of a person, as JSON."
-    from product_recs.jobs.export import opened_export, write_export # FastAPI, numpy and SQLAlchemy
+    from product_recs.jobs.export import opened_parts, write_export # FastAPI, numpy and SQLAlchemy
+    from product_recs.web.people import person_export
     settings = _settings(models_dir=models_dir)
-    with opened_export(user, settings.models_dir, settings.database_url) as pieces:
-        if out: return f"{visible(user)}: {write_export(pieces, out)}"
-        for piece in pieces: print(piece, end="")
+    with opened_parts(user, settings.models_dir, settings.database_url) as parts:
+        if out: return f"{visible(user)}: {write_export(person_export(*parts), out)}"
+        for piece in person_export(*parts): print(piece, end="")
     return "\n"
 
 # %% ../../nbs/jobs/cli.ipynb #34c1d2e2
