@@ -10,6 +10,7 @@ __all__ = ['Leftover', 'old_models', 'named_versions', 'registry_aliases', 'unfi
 import fcntl
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 from ..bundle.files import (in_use, list_versions, live_version, previous_versions, read_manifest,
                                        remove_unused)
@@ -239,8 +241,7 @@ def clean_impressions(
     if result.dry_run or not count:
         result.impressions = count
         return
-    from tqdm.auto import tqdm # late for its cost, as in the other jobs that show a bar
-    with tqdm(total=count, desc="impressions", unit=" rows", disable=not progress) as bar:
+    with tqdm(total=count, desc="impressions", unit=" rows", disable=not progress, file=sys.stdout) as bar:
         result.impressions = store.delete_impressions(result.before, done=bar.update)
 
 # %% ../../nbs/jobs/clean.ipynb #c0aed4d1
