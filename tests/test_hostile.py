@@ -366,7 +366,9 @@ def of_paths():
         "/recommend/" + "x" * 60_000,
     ):
         yield Hostile(f"`{short(path)}`, a user like any other", request("GET", path), 200)
-    for path in ("/users/a%00b/history", "/users/%20/history", "/users/" + "x" * 5000 + "/history"):
+    long = "x" * 5000
+    for id in ("a%00b/history", "%20/history", f"{long}/history", "%00/export", f"{long}/export"):
+        path = f"/users/{id}"
         yield Hostile(f"`{short(path)}`", request("GET", path), 422, "user_id")
     for path in ("/users/a%00b", "/users/null", "/users/%ED%A0%80%22"):
         yield Hostile(f"`DELETE {path}`", request("DELETE", path), 422, "user_id", "DELETE")
@@ -407,6 +409,7 @@ ROUTES = {
     "/users": "GET",
     "/users/1": "DELETE",
     "/users/1/history": "GET",
+    "/users/1/export": "GET",
     "/items/101": "GET DELETE",
     "/items?query=thing": "GET POST",
     "/rules": "GET PUT DELETE",

@@ -68,7 +68,7 @@ def conforms(server, report, words, least):
     "Every operation was tested, nothing failed, and no line of the server's log is a fault."
     assert report["failures"] == report["errors"] == [], words[-6000:]
     assert (
-        report["operations"]["tested"] == report["operations"]["total"] == 24 and report["stop_reason"] == "completed"
+        report["operations"]["tested"] == report["operations"]["total"] == 25 and report["stop_reason"] == "completed"
     )
     assert (
         all(phase["status"] in ("success", "skip") for phase in report["phases"].values())
@@ -87,6 +87,7 @@ def conforms(server, report, words, least):
         "/availability",
         "/users/{user_id}",
         "/users/{user_id}/history",
+        "/users/{user_id}/export",
         "/items/{item_id}",
     } <= good
     return seen

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .cold import NO_COLD, ColdTable
-from .files import current_version, valid_version, verify_files
+from .files import current_version, hold, valid_version, verify_files
 from .ready import Bundle
 from ..core.columns import told_columns
 from ..core.errors import BundleError, ProductRecsError
@@ -75,6 +75,7 @@ def open_bundle(
         reason = "no model is live there (there is no file `current`); train one with `product-recs run`"
         raise BundleError(f"{models_dir}: {reason}")
     path = models_dir/valid_version(version)
+    held = hold(path)
     manifest = verify_files(path, hashes=verify)
     folds = _folds(manifest)
     (users, user_columns), (items, item_columns) = (_table(path/f"{name}s.parquet", f"{name}_id", folds)
@@ -84,7 +85,7 @@ def open_bundle(
         path, manifest, _open_models(path, manifest, snapshot), snapshot, users, items, user_columns, item_columns,
         *(_cold(path, name, manifest) for name in ("cold_items", "cold_users")),
         load_left_out(path, len(items), folds) if "left_out_users.parquet" in manifest["files"] else NO_LEFT_OUT,
-        _cold(path, "excluded_items", manifest).prepared(),
+        _cold(path, "excluded_items", manifest).prepared(), held=held,
     )
 
 def _cold(path:Path, name:str, manifest:dict)->ColdTable:

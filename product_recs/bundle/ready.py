@@ -44,6 +44,7 @@ class Bundle:
     left_out: LeftOut = NO_LEFT_OUT     # what users had and training did not see
     excluded_items: ColdTable = NO_COLD # items that the shop excludes: in no list, and in histories all the same
     first_new: float = math.inf         # row of the first item that came after the training; infinite: none did
+    held: object = None                 # keeps the folder from being deleted while the bundle is open
 
     @property
     def version(self)->str:

@@ -67,3 +67,8 @@ class Settings(BaseSettings):
         description="an alias of the registry, such as models:/product-recs@champion, whose model "
                     "`product-recs serve` takes up whenever it moves; empty: none")
     follow_seconds: float = Field(10.0, gt=0, description="how often the registry is asked where the alias points")
+    impression_days: int = Field(90, ge=0,
+        description="days for which impressions are kept; `product-recs clean` deletes older ones; 0: all are kept")
+    keep_models: int = Field(5, ge=0,
+        description="newest models that `product-recs clean`, and a service that follows the registry, leave; those in "
+                    "use stay in any case; 0: all are kept")

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 
-from sqlalchemy import Row, bindparam, delete, func, insert, literal_column, select, update
+from sqlalchemy import Row, Text, bindparam, cast, delete, func, insert, literal_column, select, update
 from sqlalchemy.engine import Connection
 
-from ..core.errors import FeedbackError
+from ..core.errors import FeedbackError, StoreError
 from ..core.events import INSTRUCTIONS
 from ..core.ids import folded
 from .connection import StoreConnection
@@ -80,7 +80,7 @@ def _spellings(connection:Connection, user:str, folds:Sequence[str])->list[str]:
     "The keys of one person in all tables; without folds the one that was given."
     if not folds: return [user]
     wanted, names = folded(user, folds), {user}
-    for table in (EVENTS, DENIED, IMPRESSIONS):
+    for table in (EVENTS, DENIED, IMPRESSIONS, FORGOTTEN):
         known = connection.scalars(select(table.c.user_id).distinct().execution_options(yield_per=10_000))
         names.update(name for name in known if name is not None and folded(name, folds) == wanted)
     return sorted(names)
@@ -209,6 +209,88 @@ def _told_rules(self)->dict|None:
     "What was said with `set_rules`; None: nothing."
     return next((row.document for row in self._read("rules", select(RULES))), None)
 
+# %% ../../nbs/feedback/store.ipynb #9ee5c588
+def _person_spellings(self, user:int|str, folds:Sequence[str]=())->list[str]: # keys; without folds the one of the id
+    "All keys under which the store has a person, where `folds` say in what spellings of an id may differ."
+    with self.transaction("spellings") as connection: return _spellings(connection, stored_key(user, "user_id"), folds)
+
+def _newest_of(self, user:int|str, limit:int=50, names:Iterable[str]=())->list[StoredEvent]: # the newest first
+    "What the store has of a user, instructions included, at most `limit`; also under these further keys."
+    query = select(EVENTS).where(EVENTS.c.user_id.in_([*{stored_key(user, "user_id"), *names}]))
+    newest = query.order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
+    return [_event(row) for row in self._read("history", newest)]
+
+def _of_person(self, operation:str, table, number, names:Sequence[str], page:int)->Iterator[Row]:
+    "All rows of a person in the order of their numbers."
+    last, rows = -1, None
+    while rows is None or len(rows) == page:
+        query = select(table).where(table.c.user_id.in_(names), number > last).order_by(number).limit(page)
+        rows = self._read(operation, query)
+        yield from rows
+        if rows: last = rows[-1]._mapping[number]
+
+def _events_of(self, names:Sequence[str], page:int=1000)->Iterator[StoredEvent]: # as accepted, by pages
+    "Every event of the person with these keys, instructions included."
+    yield from map(_event, _of_person(self, "events_of", EVENTS, EVENTS.c.seq, names, page))
+
+def _impressions_of(self, names:Sequence[str], page:int=1000)->Iterator[Impression]: # as written, by pages
+    "Every answer that the person with these keys was shown."
+    yield from map(_impression, _of_person(self, "impressions_of", IMPRESSIONS, IMPRESSIONS.c.id, names, page))
+
+def _denied_by(self, names:Sequence[str])->list[str]: # keys of items
+    "What the person with these keys does not want to see."
+    query = select(DENIED.c.item_id).where(DENIED.c.user_id.in_(names)).distinct().order_by(DENIED.c.item_id)
+    return [item for item, in self._read("denied_by", query)]
+
+def _wish_of(self, names:Sequence[str])->datetime|None: # None: there is none
+    "When the person with these keys asked to be forgotten."
+    [[at]] = self._read("wish_of", select(func.max(FORGOTTEN.c.at)).where(FORGOTTEN.c.user_id.in_(names)))
+    return None if at is None else from_micros(at)
+
+# %% ../../nbs/feedback/store.ipynb #6e1f694f
+_BATCH_SECONDS, _TRIES = 0.05, 10
+
+def _delete_impressions(self,
+    before:datetime,  # UTC where it has no zone
+    batch:int=1000,   # rows of the first transaction
+    done:Callable[[int], object]|None=None, # called after each batch with its rows
+)->int:               # how many were deleted
+    "Delete what was shown before a moment, in transactions that hold up writers for a moment only."
+    until, deleted, failed = to_micros(before), 0, 0
+    while True:
+        started = time.monotonic()
+        oldest = select(IMPRESSIONS.c.id).where(IMPRESSIONS.c.at < until).order_by(IMPRESSIONS.c.at).limit(batch)
+        try:
+            with self.transaction("delete_impressions", write=True) as connection:
+                gone = connection.execute(delete(IMPRESSIONS).where(IMPRESSIONS.c.id.in_(oldest))).rowcount
+        except StoreError: # others write without a pause: cleaning can wait for them, some times
+            if (failed := failed + 1) > _TRIES: raise
+            time.sleep(_BATCH_SECONDS*failed)
+            continue
+        if not gone: return deleted
+        failed = 0
+        took, deleted = time.monotonic() - started, deleted + gone
+        if done: done(gone)
+        batch = max(batch//2, 50) if took > 2*_BATCH_SECONDS else min(2*batch, 20_000) if took < _BATCH_SECONDS/2 \
+            else batch
+        time.sleep(max(took, 0.002))
+
+def _impressions_before(self, before:datetime)->tuple[int, int]: # how many; bytes, about
+    "How many impressions there are from before a moment."
+    was_before = IMPRESSIONS.c.at < to_micros(before)
+    texts = (IMPRESSIONS.c[name] for name in ("items", "propensities", "rules"))
+    length = sum(func.coalesce(func.length(cast(column, Text)), 0) for column in texts)
+    sample = select(length.label("bytes")).where(was_before).limit(1000).subquery()
+    [[count]] = self._read("impressions_before", select(func.count()).select_from(IMPRESSIONS).where(was_before))
+    [[mean]] = self._read("impressions_before", select(func.avg(sample.c.bytes)))
+    return count, round(count*(float(mean or 0) + 150)) # ids, numbers, names and the indexes beside the lists
+
+# %% ../../nbs/feedback/store.ipynb #4f10c48d
+def _pages(self, operation:str, query, page:int=50_000)->Iterator[Sequence[Row]]:
+    "The rows of a query, so many at once; a `StoreError` that names the operation where the database fails."
+    with self.transaction(operation) as connection:
+        yield from connection.execute(query.execution_options(yield_per=page)).partitions()
+
 # %% ../../nbs/feedback/store.ipynb #8a232283
 class Store(StoreConnection):
     "The feedback of users, in a SQLite file or a PostgreSQL database; safe to share between threads."
@@ -251,11 +333,6 @@ class Store(StoreConnection):
             yield from map(_event, rows)
             if rows: seq = rows[-1].seq
 
-    def history(self, user:int|str, limit:int=50, names:Iterable[str]=())->list[StoredEvent]: # the newest first
-        "What the store has of a user, instructions included, at most `limit`; also under these further keys."
-        query = select(EVENTS).where(EVENTS.c.user_id.in_([*{stored_key(user, "user_id"), *names}]))
-        newest = query.order_by(EVENTS.c.at.desc(), EVENTS.c.seq.desc()).limit(limit)
-        return [_event(row) for row in self._read("history", newest)]
     def forgotten(self)->dict[str, datetime]: # key of a user -> moment of the wish, UTC
         "Users that want to be forgotten, and since when."
         return {row.user_id: from_micros(row.at) for row in self._read("forgotten", select(FORGOTTEN))}
@@ -269,3 +346,6 @@ class Store(StoreConnection):
 
     set_products, delete_products, products = _tell_products, _take_back_products, _told_products
     set_rules, rules = _tell_rules, _told_rules
+    spellings, events_of, impressions_of = _person_spellings, _events_of, _impressions_of
+    history, denied_by, forgotten_since = _newest_of, _denied_by, _wish_of
+    delete_impressions, impressions_before, pages = _delete_impressions, _impressions_before, _pages

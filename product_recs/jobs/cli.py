@@ -63,12 +63,12 @@ def _join_pairs(words:Sequence[str])->Iterator[str]:
             yield "=".join(pair)
             del rest[:2]
 
-_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity") # of `recommend` and `similar`, with a value
+_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity", "--out") # have a value
 
 def _id_last(words:Sequence[str])->list[str]:
-    "A command line in which the id of `recommend` or `similar` may be a negative number: it is no option then."
+    "A command line in which the id of one of these verbs may be a negative number: it is no option then."
     words = list(words)
-    if words[:1] not in (["recommend"], ["similar"]) or "--" in words: return words
+    if words[:1] not in (["recommend"], ["similar"], ["export"]) or "--" in words: return words
     for place in range(1, len(words)):
         if re.fullmatch(r"-\d+", words[place]) and words[place - 1] not in _WITH_VALUE:
             return [*words[:place], *words[place + 1:], "--", words[place]]
@@ -106,6 +106,8 @@ examples:
   product-recs publish 20260101T120000-0a1b2c3d --by Ada --reason 'new range'   although it needs a person
   product-recs rollback                              back to the model before
   product-recs keys add shop --scope read            an API key, shown once
+  product-recs clean --dry-run                       what old models, impressions and reports would go
+  product-recs export 1 --out person.json            all that is known of a person
   product-recs serve --port 9000 --workers 2
   product-recs registry promote 3                    make version 3 the @champion, for all services that follow it
 """
@@ -585,6 +587,50 @@ def _gate(
     print(f"product-recs: to publish it all the same: {command}", file=sys.stderr)
     raise typer.Exit(said["exit_code"])
 
+# %% ../../nbs/jobs/cli.ipynb #9b29ed1a
+@_verb("clean", "clean --dry-run")
+def _clean(
+    keep_models:Annotated[int|None, typer.Option(min=0, help="newest models that stay; 0: all (default: 5, or "
+                                                 "PRODUCT_RECS_KEEP_MODELS)")]=None,
+    impression_days:Annotated[int|None, typer.Option(min=0, help="days for which impressions are kept; 0: all "
+                                                     "(default: 90, or PRODUCT_RECS_IMPRESSION_DAYS)")]=None,
+    report_days:Annotated[float, typer.Option(min=0, help="days for which reports are kept; 0: all")]=90.0,
+    dry_run:Annotated[bool, typer.Option("--dry-run", help="list what would go, and delete nothing")]=False,
+    parameter:Pairs=(),
+    file:Files=(),
+    quiet:Quiet=False,
+    models_dir:ModelsDir=None,
+)->str:
+    "Delete old impressions, models and reports, and what killed runs left; nothing that is live or in use."
+    from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
+    settings = _settings(models_dir=models_dir, keep_models=keep_models, impression_days=impression_days)
+    asked = {"models_dir": str(settings.models_dir), "keep_models": settings.keep_models, "report_days": report_days,
+             "impression_days": settings.impression_days, "dry_run": dry_run}
+    said, page = run_job("clean", asked | read_parameters(file, [*map(_pair, parameter)]),
+                         resolve_path("reports")/"clean", progress=not quiet)
+    gone = [name for kind in ("models", "reports", "batches", "leftovers") for name in said[f"{kind}_deleted"]]
+    lines = [said["headline"], *(f"- {name}" for name in gone), "", f"The page: {page}"]
+    if not said["trouble"]: return "\n".join(lines)
+    print("\n".join(lines), flush=True)
+    for sentence in said["trouble"]: print(f"product-recs: {sentence}", file=sys.stderr)
+    raise typer.Exit(3)
+
+@_verb("export", "export 1 --out person.json")
+def _export(
+    user:Annotated[str, typer.Argument(help="id of the person, as in your data")],
+    out:Annotated[str|None, typer.Option("--out", metavar="FILE", help="where to write it, readable for you alone "
+                                         "(default: print it)")]=None,
+    models_dir:ModelsDir=None,
+)->str|None:
+    "Write down all that is known of a person, as JSON."
+    from product_recs.jobs.export import opened_parts, write_export # FastAPI, numpy and SQLAlchemy
+    from product_recs.web.people import person_export
+    settings = _settings(models_dir=models_dir)
+    with opened_parts(user, settings.models_dir, settings.database_url) as parts:
+        if out: return f"{visible(user)}: {write_export(person_export(*parts), out)}"
+        for piece in person_export(*parts): print(piece, end="")
+    return "\n"
+
 # %% ../../nbs/jobs/cli.ipynb #34c1d2e2
 KeysFile = Annotated[str|None, typer.Option(
     "--file", metavar="FILE", help="file of the keys (default: api_keys.json, or PRODUCT_RECS_API_KEYS_FILE)")]
@@ -745,7 +791,7 @@ def _doctor(
 # %% ../../nbs/jobs/cli.ipynb #3fe5bd60
 # as --help lists them: what a newcomer does first comes first
 _ORDER = ("init", "run", "tune", "evaluate", "gate", "diff", "recommend", "similar", "batch", "serve", "models",
-          "publish", "rollback", "registry", "daily", "monitor", "experiment", "clean", "doctor", "data")
+          "publish", "rollback", "registry", "daily", "monitor", "experiment", "clean", "export", "doctor", "data")
 app.registered_commands.sort(key=lambda command: _ORDER.index(command.name))
 
 def _lines_of(error:Exception)->list[str]|None: # None: it is none of those that a message explains

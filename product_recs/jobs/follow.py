@@ -17,16 +17,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..bundle.files import live_version, publish
+from ..bundle.files import list_versions, live_version, publish
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write
 from ..core.paths import resolve_path
 from ..core.settings import Settings
+from .clean import delete, old_models
 from .registry import Registry, pull
 from .tracking import Tracking, TrackingError, connected, tracking_of
 from ..web.monitor import log_config
 
 # %% ../../nbs/jobs/follow.ipynb #fa9e67c0
+_log = logging.getLogger("product_recs.follow")
+
 def alias_of(
     follow:str, # such as models:/product-recs@champion
 )->tuple[str, str]: # name of the model, alias
@@ -40,16 +43,28 @@ class Follower:
         follow:str,         # such as models:/product-recs@champion
         models_dir:str|Path,
         tracking:Tracking,  # where the registry is
+        keep_models:int=0,  # of those that were pulled, the newest that stay; 0: all
     ):
+        self.keep_models = keep_models
         self.follow, self.models_dir = follow, resolve_path(models_dir)
         name, self.alias = alias_of(follow)
         self.tracking = Tracking(tracking.uri, tracking.artifacts, name)
 
+    def _facts(self)->dict:
+        "What stands in `followed`; nothing where it cannot be read."
+        try: found = json.loads((self.models_dir/"followed").read_text(encoding="utf-8"))
+        except (OSError, ValueError): return {}
+        return found if isinstance(found, dict) else {}
+
     def taken_up(self)->int|None:
         "The number that was taken up last; None: no one of this alias was."
-        try: found = json.loads((self.models_dir/"followed").read_text(encoding="utf-8"))
-        except (OSError, ValueError): return None
-        return found.get("number") if isinstance(found, dict) and found.get("follow") == self.follow else None
+        found = self._facts()
+        return found.get("number") if found.get("follow") == self.follow else None
+
+    def clear(self)->list[str]: # versions that were deleted
+        "Delete old versions that were pulled and that nobody needs."
+        old, _ = old_models(self.models_dir, self.keep_models, among=self._facts().get("pulled", []))
+        return [one.path.name for one in old if not delete(one)]
 
     def look(self)->str|None: # the version that is live by this look; None: the alias has not moved
         "Take up what the alias names; raises `TrackingError` or `BundleError`, and then nothing has changed."
@@ -59,14 +74,17 @@ class Follower:
                 remedy = f"`product-recs registry promote VERSION --alias {self.alias}` sets it"
                 raise TrackingError(f"{self.follow} points to nothing in MLflow at {self.tracking.shown}; {remedy}")
             if number == self.taken_up(): return None
+            before = list_versions(self.models_dir)
             version = pull(registry, registry.find(str(number)), self.models_dir)
         if live_version(self.models_dir) != version: publish(self.models_dir, version)
-        facts = {"follow": self.follow, "number": number, "version": version}
+        known = [one for one in self._facts().get("pulled", []) if one in before]
+        pulled = known if version in before else [*known, version]
+        facts = {"follow": self.follow, "number": number, "version": version, "pulled": pulled}
         atomic_write(self.models_dir/"followed", json.dumps(facts) + "\n")
+        if gone := self.clear(): _log.info("old models deleted: %s", ", ".join(gone))
         return version
 
 # %% ../../nbs/jobs/follow.ipynb #9f8043a8
-_log = logging.getLogger("product_recs.follow")
 _LONGEST = 120.0 # seconds between two tries, at most
 
 def keep_following(
@@ -96,7 +114,7 @@ def follower_of(
     "What the settings say is followed; raises `TrackingError` where that is nothing, or where MLflow is not installed."
     if not settings.follow:
         raise TrackingError("nothing is followed: set PRODUCT_RECS_FOLLOW, such as to models:/product-recs@champion")
-    return Follower(settings.follow, settings.models_dir, tracking_of(settings, needed=True))
+    return Follower(settings.follow, settings.models_dir, tracking_of(settings, needed=True), settings.keep_models)
 
 def follow_beside()->None:
     "The process beside the workers: it follows until its standard input ends."

@@ -7,8 +7,9 @@ __all__ = ['Id', 'EventName', 'Task', 'Place', 'PLACE_WORDS', 'DIVERSITY_WORDS',
            'FilterRules', 'recommend_body', 'FeedbackEvent', 'EventStatus', 'EventsAnswer', 'RecommendationList',
            'Reason', 'RankedItem', 'DetailedRecommendationList', 'SimilarList', 'DetailedSimilarList', 'UserResult',
            'RecommendAnswer', 'PopularList', 'NewList', 'ItemFacts', 'FoundItem', 'FoundItems', 'PastItem', 'History',
-           'Forgotten', 'UserSample', 'ProductStatus', 'ProductsAnswer', 'TakenBack', 'ReasonShare', 'ExplainAnswer',
-           'AvailabilityItem', 'ReloadAnswer']
+           'Forgotten', 'UserSample', 'ExportedEvent', 'ExportedList', 'ExportedItem', 'ExportedModel', 'PersonExport',
+           'ProductStatus', 'ProductsAnswer', 'TakenBack', 'ReasonShare', 'ExplainAnswer', 'AvailabilityItem',
+           'ReloadAnswer']
 
 # %% ../../nbs/web/schemas.ipynb #720c8870
 import re
@@ -343,6 +344,71 @@ class UserSample(BaseModel):
     "Some of the users that the model knows."
     users: list[int | str]
     total: int
+
+# %% ../../nbs/web/schemas.ipynb #4b924fb3
+class ExportedEvent(BaseModel):
+    "One event, or an instruction such as `deny`."
+    item_id: int | str
+    event: str
+    quantity: float
+    happened: datetime
+    received: datetime
+
+class ExportedList(BaseModel):
+    "One list that was shown."
+    shown: datetime
+    request_id: str
+    model_version: str
+    source: str = Field(description="the rung that answered")
+    items: list[int | str] = Field(description="best first")
+    propensities: dict[str, float] | None
+    rules: dict[str, list[str]] | None
+    task: str | None
+    experiment: str | None
+    arm: str | None
+
+class ExportedItem(BaseModel):
+    "One item that the training data have of a person."
+    item_id: int | str
+    title: str | None
+    interactions: float
+    last: str | None
+
+class ExportedModel(BaseModel):
+    "What the live model has of a person."
+    version: str
+    known: bool
+    used: bool = Field(description="false: the person is forgotten, and the next training leaves this out")
+    history: list[ExportedItem] = Field(description="what was learned from")
+    left_out: list[ExportedItem] = Field(description="what was there and not learned from, being too little")
+    counted: dict[str, Any] = Field(description="what was counted of their history")
+    attributes: dict[str, Any] = Field(description="of the users file")
+    computed: dict[str, Any] = Field(description="task -> the model and how many numbers it has of the person")
+    segment: dict[str, Any] | None = Field(description="how many users agree with them in their attributes")
+
+# %% ../../nbs/web/schemas.ipynb #8bdf4c75
+_EXPORT = {"user_id": 1, "exported_at": "2026-03-01T12:00:00+00:00", "spellings": ["1"], "forgotten": None,
+           "denied": [107], "events": [{"item_id": 101, "event": "purchase", "quantity": 1.0,
+               "happened": "2026-02-27T09:30:00+00:00", "received": "2026-02-27T09:30:01+00:00"}],
+           "impressions": [{"shown": "2026-02-26T20:00:00+00:00", "request_id": "a1", "model_version": "v1",
+               "source": "personalised", "items": [101, 104], "propensities": None, "rules": None,
+               "task": "discovery", "experiment": None, "arm": None}],
+           "model": {"version": "v1", "known": True, "used": True,
+               "history": [{"item_id": 102, "title": "Tea", "interactions": 2.0, "last": "2026-01-30T00:00:00"}],
+               "left_out": [], "counted": {"popularity": 1}, "attributes": {"age": "35-44"},
+               "computed": {"discovery": {"model": "ALS", "numbers": 64}}, "segment": {"users": 120}}}
+
+class PersonExport(BaseModel):
+    "All that is known of a person."
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXPORT]})
+    user_id: int | str
+    exported_at: datetime
+    spellings: list[str] = Field(description="under which the store may have them")
+    forgotten: datetime | None = Field(description="since when they want to be forgotten")
+    denied: list[int | str] = Field(description="items that they do not want to see")
+    model: ExportedModel | None = Field(description="null: no model is live")
+    events: list[ExportedEvent]
+    impressions: list[ExportedList]
 
 # %% ../../nbs/web/schemas.ipynb #bcd1d248
 class ProductStatus(BaseModel):

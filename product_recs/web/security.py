@@ -166,6 +166,7 @@ def required_scope(
 )->str|None:    # None: open to everybody
     "The scope that a request needs."
     if path in _OPEN or path.startswith(("/static/", "/static-offline-docs/")): return None
+    if path.startswith("/users/") and path.rstrip("/").endswith("/export"): return "write"
     asks = method in ("GET", "HEAD", "OPTIONS") or path.rstrip("/") in ("/recommend", "/rules/preview")
     return "read" if asks else "admin" if path.startswith(("/model", "/rules")) else "write"
 
