@@ -44,8 +44,8 @@ kernels = [
 
 
 class BuildWithNotebooks(build_py):
-    """The package also holds what `product-recs init` lays into a workspace: the notebooks that run, without outputs, the
-    sample and the examples. They are copied when the package is built, so that they exist once in the repository."""
+    """The package also holds what `product-recs init` lays into a workspace: the notebooks that run, without outputs,
+    the sample and the examples. They are copied when it is built, so that they exist once in the repository."""
 
     def run(self) -> None:
         super().run()

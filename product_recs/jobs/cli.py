@@ -343,12 +343,14 @@ def _init(
         raise typer.BadParameter("name a FOLDER for a workspace, or --source FILES for a parameter file alone")
     if not source:
         root, said = _files_of_release(folder, False)
-        if not said: raise ProductRecsError(f"{root} is a workspace already; `init --update` brings a newer release's files")
-        own = f"product-recs init --source export.csv; the sample: cd {shlex.quote(folder)} && product-recs run --name sample"
-        return "\n".join([*said, "", f"Next, in there, with your own export: {own}"])
+        if not said:
+            raise ProductRecsError(f"{root} is a workspace already; `init --update` brings a newer release's files")
+        return "\n".join([*said, "", f"Next: cd {shlex.quote(folder)} && product-recs init --source export.csv",
+                          "Or the sample: product-recs run --name sample"])
     from product_recs.jobs.init import bring_data, propose, told, write_proposal # DuckDB
     path = resolve_path(out) if folder is None else resolve_path(folder)/out
-    if path.exists() and not force: raise ProductRecsError(f"{path} is there already. Name another with --out, or say --force.")
+    if path.exists() and not force:
+        raise ProductRecsError(f"{path} is there already. Name another with --out, or say --force.")
     words = ["product-recs", "init", *([folder] if folder else []), "--source", *map(masked, source)]
     for name, value in (("--products", products), ("--users", users), ("--query", query)):
         if value: words += [name, masked(value)]

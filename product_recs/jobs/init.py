@@ -222,7 +222,8 @@ def seen_columns(
     seen = []
     for column in dict.fromkeys(name for names in look.names for name in names if name):
         texts = f"(SELECT text FROM ({look.values(con, column)}) WHERE text <> '' LIMIT 1000)"
-        rows, whole, numbers, flags, first = con.execute(f"""SELECT count(*), count(*) FILTER (regexp_full_match(text, '[+-]?[0-9]+')),
+        rows, whole, numbers, flags, first = con.execute(f"""SELECT count(*),
+            count(*) FILTER (regexp_full_match(text, '[+-]?[0-9]+')),
             count(TRY_CAST(replace(text, ',', '.') AS DOUBLE)),
             count(*) FILTER (lower(text) IN ('true', 'false', 'yes', 'no', 'ja', 'nein', 't', 'f', 'y', 'n')),
             first(text) FROM {texts}""").fetchone()
@@ -485,14 +486,17 @@ def _try(proposal:Proposal, files, asked:dict, tables:dict, work:Path)->None:
 
 # %% ../../nbs/jobs/init.ipynb #088d827d
 _NONE = "-" # what is typed where a shop has no such column
-_ASKED = {Columns.User: "who (a customer's number)", Columns.Item: "what (a product's number)", Columns.Timestamp: "when",
-          Columns.Event: "what happened (view, cart, purchase, ...)", Columns.Quantity: "how many"}
+_ASKED = {Columns.User: "who (a customer's number)", Columns.Item: "what (a product's number)",
+          Columns.Timestamp: "when", Columns.Event: "what happened (view, cart, purchase, ...)",
+          Columns.Quantity: "how many"}
 
 def seen_text(
     proposal:Proposal,
 )->str:
     "The columns of an export as a table, for the console and the head of the file."
-    role = {theirs: ours for ours, names in proposal.roles.items() for theirs in _flat([names])}
+    given = proposal.parameters
+    in_log = given.get("product_columns", {}) if given.get("products") == given.get("source") else {}
+    role = {theirs: ours for ours, names in (in_log | proposal.roles).items() for theirs in _flat([names])}
     rows = [("column", "type", "first value", "taken for"),
             *((one.name, one.kind, one.example, role.get(one.name, "")) for one in proposal.seen)]
     widths = [max(len(row[place]) for row in rows) for place in range(4)]
@@ -510,22 +514,22 @@ def asked_columns(
         question = f"{role}: {meaning}"
         while (answer := ask(question, shown).strip()) not in (shown, *names):
             if answer == _NONE and role not in Columns.Required: break
-            needed = f"this is needed; there are {', '.join(names)}" if answer == _NONE else f"no column {answer!r}; {_NONE} for none"
-            question = f"{role} ({needed})"
+            wrong = "this is needed" if answer == _NONE else f"there is no {answer!r}"
+            question = f"{role} ({wrong}; there are {', '.join(names)})"
         if answer == shown == _NONE and role in Columns.Required: return asked_columns(proposal, ask)
         if answer != shown: answers[role] = "" if answer == _NONE else answer
     return answers
 
 # %% ../../nbs/jobs/init.ipynb #6afede8f
 _MEANING = {
-    "source": "The log: a file, several in [a, b], a pattern such as exports/*.csv, a database URL, or env:NAME for a secret.",
+    "source": "The log: a file, several in [a, b], a pattern such as exports/*.csv, a database URL, or env:NAME.",
     "query": "The SELECT that gives the log.",
     "columns": "Ours: yours. user_id and item_id are needed; timestamp, event and quantity where the shop has them.",
-    "products": "The table of products, from which titles, categories and prices come; the log itself, where it has them.",
-    "product_columns": "Ours: yours. item_id, title, category, brand, price, available; any other column keeps its name.",
+    "products": "The table of products, with titles, categories, prices; the log itself, where it has them.",
+    "product_columns": "Ours: yours. item_id, title, category, brand, price, available; others keep their names.",
     "users": "The table of customers.", "user_columns": "Ours: yours.",
     "encoding": "How the text is encoded; leave it out for UTF-8.", "sheet": "The sheet of the workbook.",
-    "event_names": "Yours: ours. purchase, cart, view, click, wishlist, like, rating; return; skip for what nobody wants.",
+    "event_names": "Yours: ours, which are purchase, cart, view, click, wishlist, like, rating, return and skip.",
     "return_marker": "A column and the pattern of rows that take a purchase back.",
     "skip_rows": "A column and the values of rows that came to nothing.",
     "max_reject_share": "The run stops where a larger share of the rows cannot be used.",
@@ -600,8 +604,8 @@ def bring_data(
     if copy is None: copy = not patterns and sum(files.values()) <= SMALL
     outside = [path for path in files if copy and not path.is_relative_to(root)]
     if twice := [path.name for path in outside if sum(other.name == path.name for other in outside) > 1]:
-        raise ProductRecsError(f"Two files are called {twice[0]}, and a workspace keeps them in one folder: say --no-copy, "
-                               "or give one another name.")
+        raise ProductRecsError(f"Two files are called {twice[0]}, and a workspace keeps them in one folder: say "
+                               "--no-copy, or give one another name.")
     target = {path: root/"data/exports"/path.name if path in outside else path for path in files}
     for path in outside:
         target[path].parent.mkdir(parents=True, exist_ok=True)

@@ -67,8 +67,9 @@ def _merged_lines(base:bytes, ours:bytes, theirs:bytes)->bytes|None:
     git = shutil.which("git")
     if git is None or b"\0" in base + ours + theirs: return None
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in (("ours", ours), ("base", base), ("theirs", theirs)): Path(folder, name).write_bytes(content)
-        merged = subprocess.run([git, "merge-file", "--stdout", "ours", "base", "theirs"], cwd=folder, capture_output=True)
+        versions = {"ours": ours, "base": base, "theirs": theirs}
+        for name, content in versions.items(): Path(folder, name).write_bytes(content)
+        merged = subprocess.run([git, "merge-file", "--stdout", *versions], cwd=folder, capture_output=True)
     return merged.stdout if merged.returncode == 0 else None
 
 def merged(

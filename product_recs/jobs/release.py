@@ -61,7 +61,8 @@ def clone_files(
     settings.read(clone/"settings.ini", encoding="utf-8")
     url = f"{settings['DEFAULT']['git_url']}/blob/{settings['DEFAULT']['branch']}"
     name = lambda path: path.relative_to(clone).as_posix()
-    files = {name(path): path.read_bytes() for pattern in _BESIDE for path in sorted(clone.glob(pattern)) if path.is_file()}
+    files = {name(path): path.read_bytes() for pattern in _BESIDE for path in sorted(clone.glob(pattern))
+             if path.is_file()}
     every = {name(path): json.loads(path.read_text(encoding="utf-8")) for path in sorted(clone.glob("nbs/**/*.ipynb"))
              if ".ipynb_checkpoints" not in path.parts}
     jobs = {file: notebook for file, notebook in every.items() if runs(notebook)}

@@ -9,6 +9,7 @@ __all__ = ['Change', 'digest', 'beside', 'change_of', 'is_workspace', 'lay_in', 
 import base64
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from ..core.files import atomic_folder, atomic_write, locked
 from ..core.paths import MARKER
 from ..core.text import counted
 from .merging import merged, same_content
-from .release import notebook_bytes, release_files, templates
+from .release import release_files, templates
 
 # %% ../../nbs/jobs/update.ipynb #52c8216f
 @dataclass
@@ -79,7 +80,8 @@ _HOME = Path(MARKER).parent
 def _originals(root:Path)->dict[str, bytes]:
     "The files as the last release had them."
     folder = root/_HOME/"originals"
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*"))
+            if path.is_file()}
 
 def _write_plan(root:Path, facts:dict, changes:Sequence[Change], release:dict[str, bytes])->None:
     "Keep what an update will do."
@@ -154,7 +156,7 @@ def lay_in(
 
 def _plain(name:str)->str:
     "A folder's name as that of an image: lower case letters, digits and dashes."
-    return "-".join("".join(letter if letter.isascii() and letter.isalnum() else " " for letter in name.lower()).split()) or "shop"
+    return "-".join(re.findall("[a-z0-9]+", name.lower())) or "shop"
 
 # %% ../../nbs/jobs/update.ipynb #ec32f3af
 def installed_file()->Path|None:
@@ -172,7 +174,7 @@ def keep_file(
     "Put the package's own file beside those that a workspace installs from."
     if file is None or digest(_read(root/"wheels"/file.name)) == digest(file.read_bytes()): return ""
     atomic_write(root/"wheels"/file.name, file.read_bytes())
-    return f"wheels/{file.name} is the file that this release was installed from: requirements.txt finds it there."
+    return f"wheels/{file.name} is what this release was installed from; requirements.txt finds it there."
 
 # %% ../../nbs/jobs/update.ipynb #310de682
 _DID = {"added": "added", "replaced": "replaced by the new one", "merged": "has your change and the new one's",
@@ -191,9 +193,10 @@ def changes_text(
     width = max((len(change.name) for change in told), default=0)
     lines = [f"  {change.name:<{width}}  {_DID[change.did]}" for change in told]
     if asks := [change.name for change in changes if change.did == "asks"]:
-        lines += ["", "To do, for each of these: compare the two, take over what you want, and delete the one beside it."]
+        lines += ["", "To do, for each: compare the two, take over what you want, and delete the one beside yours."]
         lines += [f"  git diff --no-index {name} {beside(name)}" for name in asks]
     if not before:
-        return "\n".join([f"{root} is a workspace now, with {counted(len(changes), 'file')} of release {version}.", *lines])
+        files = counted(len(changes), "file")
+        return "\n".join([f"{root} is a workspace now, with {files} of release {version}.", *lines])
     if not told: return f"{root} has the files of release {version} already."
     return "\n".join([f"{root}: from release {before} to {version}", *lines])
