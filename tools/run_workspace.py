@@ -37,8 +37,9 @@ def source_tree(folder: Path) -> Path:
     return folder
 
 
-def built(source: Path, target: Path, *options: str) -> Path:
-    command = [sys.executable, "-m", "build", "--outdir", str(target), *options, str(source)]
+def built(source: Path, target: Path) -> Path:
+    "A wheel; a second one of the same folder takes the kernels that are compiled there already."
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(target), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"the package cannot be built:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
@@ -167,7 +168,8 @@ columns are called as the shop calls them. Every command that was typed is here,
 
 def walk(shell: Shell, first: Path, second: Path) -> None:
     shell.prose("## Install\n\nThe extra `jobs` brings papermill, the kernel that it starts, and what reports need.")
-    shell.type("python -m venv venv && source venv/bin/activate", quiet=True)
+    venv.create(shell.folder / "venv", with_pip=True)
+    shell.parts.append("```console\n$ python -m venv venv && source venv/bin/activate\n```")
     shell.type(f"pip install --quiet './{first.name}[jobs]' 2>/dev/null", quiet=True)
     shell.type("product-recs run", code=1)
     shell.prose("## A workspace from an export")
@@ -218,7 +220,8 @@ def walk(shell: Shell, first: Path, second: Path) -> None:
 def update(shell: Shell, second: Path) -> None:
     shell.prose(
         "## A newer release\n\nThe newer release has a sentence more in `nbs/01_ingest.ipynb`, of which a heading was "
-        "changed above, and another time limit in `compose.yaml`. In `README.md` it has changed a line that is changed here, too."
+        "changed above, and another time limit in `compose.yaml`. In `README.md` it has changed a line that is "
+        "changed here, too."
     )
     shell.type("sed -i 's/^Made by .*/The shop of tea. Everything/' README.md", within="tea")
     shell.type(f"pip install --quiet --upgrade './{second.name}[jobs]' 2>/dev/null", quiet=True)
@@ -239,14 +242,13 @@ def main() -> None:
         source = source_tree(work / "source")
         first = built(source, work / "first")
         next_release(source)
-        second = built(source, work / "second", "--wheel")
+        second = built(source, work / "second")
         print(f"built: {first.name}, {first.stat().st_size / 1e6:.2f} MB, and {second.name}", flush=True)
         shop = work / "shop"
         shop.mkdir()
         for wheel in (first, second):
             shutil.copy(wheel, shop)
         export(shop / "verkauf.csv")
-        venv.create(shop / "venv", with_pip=True)
         shell = Shell(shop, shop / "venv/bin")
         walk(shell, first, second)
         megabytes = first.stat().st_size / 1e6

@@ -9,6 +9,7 @@ __all__ = ['Change', 'digest', 'beside', 'change_of', 'is_workspace', 'lay_in', 
 import base64
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,12 @@ def _write_plan(root:Path, facts:dict, changes:Sequence[Change], release:dict[st
             path.write_bytes(content)
         (folder/"plan.json").write_text(json.dumps(facts | {"changes": [asdict(change) for change in changes]}))
 
+def _put(root:Path, name:str, content:bytes)->None:
+    "Write a file of a workspace; what a kill leaves lies in the folder of the plan, which goes in the end."
+    half = atomic_write(root/_HOME/"pending/half", content)
+    (root/name).parent.mkdir(parents=True, exist_ok=True)
+    os.replace(half, root/name)
+
 def _carry_out(root:Path)->tuple[dict, list[Change]]:
     "Do what a plan says; again after a kill."
     pending = root/_HOME/"pending"
@@ -104,14 +111,14 @@ def _carry_out(root:Path)->tuple[dict, list[Change]]:
         if here == digest(content): continue # done before a kill
         if here != change.before:            # edited since
             change.did, change.target = "asks", beside(change.name)
-            if content is not None: atomic_write(root/change.target, content)
+            if content is not None: _put(root, change.target, content)
         elif content is None: (root/change.target).unlink()
-        else: atomic_write(root/change.target, content)
+        else: _put(root, change.target, content)
     if (pending/"originals").exists():
         shutil.rmtree(root/_HOME/"originals", ignore_errors=True)
         (pending/"originals").rename(root/_HOME/"originals")
-    atomic_write(root/MARKER, json.dumps(facts, indent=2) + "\n")
-    shutil.rmtree(pending)
+    _put(root, MARKER, (json.dumps(facts, indent=2) + "\n").encode())
+    shutil.rmtree(pending.rename(pending.with_name(".pending.done"))) # a plan is there whole, or not at all
     return facts, changes
 
 # %% ../../nbs/jobs/update.ipynb #12cbda7b
