@@ -208,6 +208,9 @@ def walk(shell: Shell, first: Path, second: Path) -> None:
         "product-recs batch -n 5 --out data/batch/lists.csv --quiet && head -3 data/batch/lists.csv", within="tea"
     )
     shell.type(f"product-recs diff --new {versions[0]} --quiet", within="tea", lines=20)
+    shell.prose(
+        "The golden users of the example file are two of the sample, whom this shop does not have: a shop names its own."
+    )
     shell.type(
         f"product-recs gate --challenger {versions[0]} --criteria examples/gate.yaml --dry-run --quiet"
         ' || echo "exit code $?"',
@@ -231,7 +234,7 @@ def update(shell: Shell, second: Path) -> None:
         within="tea",
     )
     shell.type("git diff --no-index README.md README.md.new | tail -n +5", within="tea", lines=20)
-    shell.prose("The shop's own sentence stays, so the file beside it goes. A second update has nothing to do.")
+    shell.prose("The shop's own sentence stays, so the file beside it goes. A second update changes nothing.")
     shell.type("rm README.md.new && product-recs init --update", within="tea")
     shell.type("product-recs recommend 10001 -n 3", within="tea")
 

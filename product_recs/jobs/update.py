@@ -206,4 +206,5 @@ def changes_text(
         files = counted(len(changes), "file")
         return "\n".join([f"{root} is a workspace now, with {files} of release {version}.", *lines])
     if not told: return f"{root} has the files of release {version} already."
-    return "\n".join([f"{root}: from release {before} to {version}", *lines])
+    head = f"from release {before} to {version}" if before != version else f"release {version}, as before"
+    return "\n".join([f"{root}: {head}", *lines])
