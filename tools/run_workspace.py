@@ -209,7 +209,8 @@ def walk(shell: Shell, first: Path, second: Path) -> None:
     )
     shell.type(f"product-recs diff --new {versions[0]} --quiet", within="tea", lines=20)
     shell.prose(
-        "The golden users of the example file are two of the sample, whom this shop does not have: a shop names its own."
+        "The golden users of the example file are two of the sample, whom this shop does not have: a shop names its "
+        "own."
     )
     shell.type(
         f"product-recs gate --challenger {versions[0]} --criteria examples/gate.yaml --dry-run --quiet"
