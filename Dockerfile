@@ -16,18 +16,22 @@ print(*shlex.split(c['DEFAULT']['serve_requirements']), sep='\n')" > /tmp/serve.
  && pip --python /opt/venv/bin/python install -r /tmp/serve.txt
 
 COPY setup.py pyproject.toml README.md LICENSE ./
+# the package holds the notebooks that run, the sample and the examples, for `product-recs init`
+COPY nbs nbs
+COPY data data
+COPY examples examples
 # the sources go again: a job runs in this folder, and would import them in place of the package with its kernels
 COPY product_recs product_recs
 RUN pip wheel --no-deps --wheel-dir /tmp/wheels . && rm -rf product_recs build
 
 # the whole pipeline, from the committed log to a published bundle
 RUN python -m venv /opt/train && /opt/train/bin/pip install "$(echo /tmp/wheels/*.whl)[jobs]"
-COPY nbs nbs
-COPY data data
 RUN /opt/train/bin/product-recs run --name sample
 
-# last, so that a change of the code keeps the layers of the requirements; tests of libraries are of no use in service
+# last, so that a change of the code keeps the layers of the requirements; what `init` lays into a workspace and tests of
+# libraries are of no use in service
 RUN pip --python /opt/venv/bin/python install --no-deps /tmp/wheels/*.whl \
+ && rm -rf /opt/venv/lib/python*/site-packages/product_recs/jobs/workspace \
  && find /opt/venv/lib -type d -path '*/site-packages/*' \( -name tests -o -name include \) -prune -exec rm -rf {} +
 
 

@@ -14,7 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export exports notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index clean
+.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -96,6 +96,10 @@ test: .venv/.kernels
 # exports of a generated shop, from `init` to a list by the command alone: examples/exports/README.md (some minutes)
 exports: .venv/.kernels
 	@$(BIN)/python tools/run_exports.py $(OPTIONS)
+
+# from a built package and an empty folder to lists and the next release: docs/how-to/alone-from-a-package.md (a quarter of an hour)
+workspace: .venv/.kernels
+	@$(BIN)/python tools/run_workspace.py
 
 # every exported function in turn does nothing, and its notebook or a test must notice (some minutes; OPTIONS="nbs/models/als.ipynb")
 mutants: .venv/.kernels

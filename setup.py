@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import runpy
 import shlex
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="], interpolation=None)
@@ -40,6 +42,22 @@ kernels = [
     for name in ("_als", "_search")
 ]
 
+
+class BuildWithNotebooks(build_py):
+    """The package also holds what `product-recs init` lays into a workspace: the notebooks that run, without outputs,
+    the sample and the examples. They are copied when it is built, so that they exist once in the repository."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # there they are taken from nbs/ itself
+            return
+        release = runpy.run_path(str(here / "product_recs/jobs/release.py"))
+        for name, content in release["clone_files"](here).items():
+            target = Path(self.build_lib, "product_recs/jobs/workspace", name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -59,8 +77,16 @@ setup(
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
     ],
     packages=find_packages(include=["product_recs", "product_recs.*"]),
-    package_data={"product_recs": ["feedback/migrations/*.py", "feedback/migrations/versions/*.py", "web/page/*"]},
+    package_data={
+        "product_recs": [
+            "feedback/migrations/*.py",
+            "feedback/migrations/versions/*.py",
+            "jobs/workspace/**",
+            "web/page/*",
+        ]
+    },
     ext_modules=kernels,
+    cmdclass={"build_py": BuildWithNotebooks},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("serve", "train"),

@@ -74,6 +74,10 @@ def build_wheel(folder: Path, **environment) -> Path:
     source.mkdir()
     for name in ("settings.ini", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    for name in ("data/interactions.csv", "data/products.csv", "examples/gate.yaml"):
+        (source / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    shutil.copytree(ROOT / "nbs", source / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copytree(
         ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__", "*.so")
     )

@@ -33,7 +33,7 @@ def test_the_shop_is_the_same_each_time():
 @pytest.mark.parametrize("name", exports.EXPORTS)
 def test_from_an_export_to_a_served_list(name, project, capsys):
     export = exports.EXPORTS[name](project)
-    assert main(["init", *export.sources, *export.options, "--out", "shop.yaml"]) == 0
+    assert main(["init", "--source", *export.sources, *export.options, "--out", "shop.yaml"]) == 0
     said = capsys.readouterr().out
     assert f"Written to {project}/shop.yaml" in said and "not found" not in said
     with open(project / "shop.yaml", "a") as file:
@@ -69,8 +69,8 @@ def test_from_an_export_to_a_served_list(name, project, capsys):
 
 def test_a_file_of_parameters_is_valid_yaml_with_the_command_that_wrote_it(project, capsys):
     exports.EXPORTS["european"](project)
-    assert main(["init", "verkauf.csv", "--out", "shop.yaml"]) == 0
+    assert main(["init", "--source", "verkauf.csv", "--out", "shop.yaml"]) == 0
     text = (project / "shop.yaml").read_text()
-    assert text.startswith("# written by: product-recs init verkauf.csv --out shop.yaml\n")
+    assert text.startswith("# written by: product-recs init --source verkauf.csv --out shop.yaml\n")
     assert yaml.safe_load(text)["columns"]["user_id"] == "Kundennummer"
-    assert main(["init", "verkauf.csv", "--out", "shop.yaml"]) == 1 and "--force" in capsys.readouterr().err
+    assert main(["init", "--source", "verkauf.csv", "--out", "shop.yaml"]) == 1 and "--force" in capsys.readouterr().err

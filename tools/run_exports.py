@@ -54,7 +54,7 @@ def transcript(name: str, folder: Path) -> str:
     )
     parts = [f"## {export.name.replace('_', ' ').capitalize()}\n\n{export.about}"]
     user = export.user(7)
-    steps = [["product-recs", "init", *export.sources, *export.options]]
+    steps = [["product-recs", "init", "--source", *export.sources, *export.options]]
     steps.append(["product-recs", "run", "-f", "shop.yaml", "--name", "shop", "--quiet"])
     steps.append(["product-recs", "recommend", user, "-n", "5"])
     for words in steps:

@@ -119,7 +119,8 @@ def declared_defaults(
     try: cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except FileNotFoundError:
         raise ParameterError(
-            f"{path} is not there; run this in a clone of the project, or set PRODUCT_RECS_ROOT to one"
+            f"{path} is not there. `product-recs init my-shop` makes a folder with the notebooks: run this in there, "
+            "or set PRODUCT_RECS_ROOT to it"
         ) from None
     lines = next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(lines).body}

@@ -26,7 +26,7 @@ import typer
 from ..core.credentials import masked
 from ..core.documents import read_yaml
 from ..core.errors import ProductRecsError
-from ..core.paths import project_root, resolve_path
+from ..core.paths import MARKER, project_root, resolve_path
 from ..core.settings import Settings
 from ..core.text import visible
 
@@ -74,6 +74,17 @@ def _id_last(words:Sequence[str])->list[str]:
             return [*words[:place], *words[place + 1:], "--", words[place]]
     return words
 
+def _each_source(words:Sequence[str])->list[str]:
+    "A command line in which `init --source A B` has become `--source A --source B`: a shell writes patterns out so."
+    words, joined, many = list(words), [], False
+    if words[:1] != ["init"]: return words
+    for word in words:
+        if word.startswith("-"): many = False
+        if many and joined[-1] != "--source": joined.append("--source")
+        joined.append(word)
+        if word == "--source": many = True
+    return joined
+
 def _pair(text:str)->tuple[str, str]:
     "Name and value of `NAME=VALUE`."
     name, mark, value = text.partition("=")
@@ -83,7 +94,9 @@ def _pair(text:str)->tuple[str, str]:
 # %% ../../nbs/jobs/cli.ipynb #2c0e0cbe
 _EXAMPLES = """\b
 examples:
-  product-recs init 'exports/*.csv' --out shop.yaml  a parameter file for an export that nobody has cleaned
+  product-recs init my-shop --source export.csv      a folder to work in: notebooks, parameters, Dockerfile, workflows
+  product-recs init --source exports/*.csv           the parameter file alone, for an export that nobody has cleaned
+  product-recs init --update                         after an upgrade: the newer files, without losing an edit
   product-recs run -f shop.yaml --name shop
   product-recs run                                   the committed sample: models compete, the winner goes live
   product-recs run -p model EASE -p model_parameters '{regularization: 500}'
@@ -287,27 +300,75 @@ def _batch(
 
 
 # %% ../../nbs/jobs/cli.ipynb #9af134dd
-@_verb("init", "init 'exports/*.csv' --products catalog.csv --out shop.yaml")
+def _files_of_release(folder:str|None, update:bool)->tuple:
+    "The workspace of `init`, or the one to update, with the files of this release; and what to say of it."
+    from product_recs.jobs.update import changes_text, installed_file, is_workspace, keep_file, lay_in
+    root = project_root() if folder is None else resolve_path(folder)
+    if root.is_file() or set("*?") & set(root.name) or folder and "://" in folder:
+        raise ProductRecsError(f"{masked(folder)} is no folder; for a log: product-recs init --source {masked(folder)}")
+    if update and not (root/MARKER).exists() and not (root/MARKER).with_name("pending").exists():
+        raise ProductRecsError(f"{root} is no workspace; `product-recs init FOLDER` makes one")
+    if is_workspace(root) and not update: return root, []
+    changes, before = lay_in(root)
+    return root, [changes_text(root, changes, before), *filter(None, [keep_file(root, installed_file())])]
+
+def _asked(proposal, propose_again:Callable):
+    "A proposal as a person at the terminal has confirmed it."
+    from product_recs.jobs.init import asked_columns, seen_text
+    print(f"{seen_text(proposal)}\n\nWhich column is which? Enter takes what stands in brackets, - is for none.")
+    answers = asked_columns(proposal, lambda question, guess: typer.prompt(question, default=guess))
+    return propose_again(proposal.parameters.get("columns", {}) | answers) if answers else proposal
+
+# %% ../../nbs/jobs/cli.ipynb #84ea96ef
+@_verb("init", "init my-shop --source exports/*.csv --products catalog.csv")
 def _init(
-    source:Annotated[list[str], typer.Argument(help="files of the log, patterns, or one database URL")],
+    folder:Annotated[str|None, typer.Argument(metavar="[FOLDER]", help="the workspace to make (default: none, the "
+                                              "parameter file alone)")]=None,
+    source:Annotated[list[str], typer.Option("--source", metavar="FILES", help="files of the log, patterns, or one "
+                                             "database URL")]=(),
     products:Annotated[str, typer.Option(metavar="FILE", help="table of products; titles in the log are found by "
                                          "themselves")]="",
     users:Annotated[str, typer.Option(metavar="FILE", help="table of users")]="",
     query:Annotated[str, typer.Option(metavar="SQL", help="the SELECT, for a database")]="",
     parameter:Pairs=(),
+    yes:Annotated[bool, typer.Option("--yes", "-y", help="ask nothing: take each column for what it looks like")]=False,
+    copy:Annotated[bool|None, typer.Option("--copy/--no-copy", help="copy the files into the workspace (default: up to "
+                                           "100 MB, and no patterns)")]=None,
     out:Annotated[str, typer.Option(metavar="YAML", help="the file to write")]="shop.yaml",
-    force:Annotated[bool, typer.Option("--force", help="write over a file that is there")]=False,
+    force:Annotated[bool, typer.Option("--force", help="write over a parameter file that is there")]=False,
+    update:Annotated[bool, typer.Option("--update", help="bring this release's files into a workspace; your edits "
+                                        "stay")]=False,
 )->str:
-    "Look at a shop's export and write a first parameter file."
-    from product_recs.jobs.init import propose, told, write_proposal # DuckDB
-    words = ["product-recs", "init", *source]
+    "Make a folder to work in, or look at a shop's export and write its parameter file."
+    if update and source: raise typer.BadParameter("--update brings a release's files; leave --source out")
+    if update: return "\n".join(_files_of_release(folder, True)[1])
+    if not source and folder is None:
+        raise typer.BadParameter("name a FOLDER for a workspace, or --source FILES for a parameter file alone")
+    if not source:
+        root, said = _files_of_release(folder, False)
+        if not said:
+            raise ProductRecsError(f"{root} is a workspace already; `init --update` brings a newer release's files")
+        return "\n".join([*said, "", f"Next: cd {shlex.quote(folder)} && product-recs init --source export.csv",
+                          "Or the sample: product-recs run --name sample"])
+    from product_recs.jobs.init import bring_data, propose, told, write_proposal # DuckDB
+    path = resolve_path(out) if folder is None else resolve_path(folder)/out
+    if path.exists() and not force:
+        raise ProductRecsError(f"{path} is there already. Name another with --out, or say --force.")
+    words = ["product-recs", "init", *([folder] if folder else []), "--source", *map(masked, source)]
     for name, value in (("--products", products), ("--users", users), ("--query", query)):
-        if value: words += [name, value]
+        if value: words += [name, masked(value)]
     for pair in parameter: words += ["-p", masked(pair)]
     given = {"products": products, "users": users, "query": query} | read_parameters((), [*map(_pair, parameter)])
     proposal = propose(source, **given)
-    path = write_proposal(proposal, out, [*words, "--out", out], force)
-    return told(proposal, path)
+    if not yes and sys.stdin.isatty():
+        proposal = _asked(proposal, lambda columns: propose(source, **given | {"columns": columns}))
+    said, first = [], ""
+    if folder is not None:
+        root, said = _files_of_release(folder, False)
+        proposal.parameters, brought = bring_data(proposal.parameters, root, copy)
+        said, first = [*said, *brought, ""], f"cd {shlex.quote(folder)}"
+    path = write_proposal(proposal, path, [*words, "--out", out], force)
+    return "\n".join([*said, told(proposal, path, first)])
 
 # %% ../../nbs/jobs/cli.ipynb #7608bd7b
 def _given(files:Sequence[str], pairs:Sequence[str])->list[str]:
@@ -810,7 +871,7 @@ def main(
     "The command `product-recs`."
     for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
-    words = _id_last([*_join_pairs(sys.argv[1:] if arguments is None else arguments)])
+    words = _id_last(_each_source([*_join_pairs(sys.argv[1:] if arguments is None else arguments)]))
     try:
         result = app(words, prog_name="product-recs", standalone_mode=False)
         if result == 130: raise KeyboardInterrupt # which Typer has caught

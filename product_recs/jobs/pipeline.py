@@ -52,8 +52,8 @@ def step_notebook(
     "The notebook of a step, in the folder or in its `jobs`; raises `JobError` where there is none."
     for path in (nbs/f"{step}.ipynb", nbs/"jobs"/f"{step}.ipynb"):
         if path.exists(): return path
-    raise JobError(f"{nbs}: {step}.ipynb is not there; run this in a clone of the project, "
-                   "or set PRODUCT_RECS_ROOT to one")
+    raise JobError(f"{nbs}: {step}.ipynb is not there. `product-recs init my-shop` makes a folder "
+                   "with the notebooks: run this in there, or set PRODUCT_RECS_ROOT to it")
 
 def declared_parameters(
     nbs:Path, # folder of the notebooks
