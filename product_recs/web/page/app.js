@@ -745,7 +745,7 @@ async function loadChecks() {
   $("checks-body").replaceChildren(
     h("ul", {class: "verdicts"}, needy.map(({name, level, says, remedy}) => h("li", {class: level},
       h("strong", {}, `${LEVEL_SIGNS[level]} ${tidy(name)}: `), tidy(says), remedy && h("p", {class: "muted small"}, tidy(remedy))))),
-    h("p", {class: "note"}, parts.map(([group, {at}]) => `${tidy(group)} ${ago(moment(at))}`).join(", ") + "."));
+    h("p", {class: "note"}, `Judged: ${parts.map(([group, {at}]) => `${group} ${ago(moment(at))}`).join(", ")}.`));
 }
 
 function showRungs(rows) {
