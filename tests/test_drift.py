@@ -200,7 +200,7 @@ def test_an_empty_feed_of_products_is_seen_beside_the_model(tmp_path):
         "products: category": "stop",
         "products: price": "stop",
     }
-    assert f"{len(table):,} of {len(table):,} items that had a category" in found["products: category"].says
+    assert f"{len(table):,} of {len(table):,} items have lost their category" in found["products: category"].says
 
 
 def test_a_day_that_somebody_accepted_is_neither_judged_nor_a_measure(tmp_path):

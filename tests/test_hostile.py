@@ -416,6 +416,7 @@ ROUTES = {
     "/health/live": "GET",
     "/health/ready": "GET",
     "/metrics": "GET",
+    "/monitor": "GET",
     "/": "GET",
     "/docs": "GET",
     "/openapi.json": "GET",

@@ -7,7 +7,7 @@ __all__ = ['LOOK_ERROR', 'STOP_ERROR', 'DriftError', 'NoTimes', 'Mix', 'Share', 
            'volume_surprise', 'share_surprise', 'divergence', 'mix_surprise', 'Finding', 'holm', 'day_words',
            'judge_day', 'judge_days', 'input_checks', 'attribute_checks']
 
-# %% ../../nbs/jobs/drift.ipynb #88546f7c
+# %% ../../nbs/jobs/drift.ipynb #08e7bd46
 import math
 import shutil
 import tempfile
@@ -20,12 +20,13 @@ import duckdb
 import numpy as np
 from scipy import stats
 
+from ..core.columns import Columns
 from ..core.errors import ProductRecsError
 from ..core.sql import named, parquet, quoted, temporary_database
 from ..core.text import counted, visible
 from .checks import FINE, LOOK, STOP, Check
 
-# %% ../../nbs/jobs/drift.ipynb #718d9583
+# %% ../../nbs/jobs/drift.ipynb #cb5d1c8c
 class DriftError(ProductRecsError):
     "The log of a run cannot be judged."
 
@@ -56,7 +57,7 @@ class DayFigures:
     ends: str = ""     # ISO-8601 UTC of the last event
     begun: int|None = None # hour at which the last day was cut off; None: it is whole
 
-# %% ../../nbs/jobs/drift.ipynb #c01ac018
+# %% ../../nbs/jobs/drift.ipynb #a0c60209
 def _shape(id:str)->str:
     "SQL: how an id looks."
     kind = (f"CASE WHEN regexp_full_match({id}, '[0-9]+') THEN 'digits' WHEN regexp_full_match({id}, '[a-z]+') THEN "
@@ -67,7 +68,7 @@ def _spelling(id:str)->str:
     "SQL: what ids have in common that differ in zeros, capitals or spaces alone."
     return f"ltrim(lower(trim({id})), '0')"
 
-# %% ../../nbs/jobs/drift.ipynb #2ff5838d
+# %% ../../nbs/jobs/drift.ipynb #616004c4
 _TOP, _CATEGORIES, _ATTRIBUTES, _LAGS = 100, 50, 20, 7
 _QUANTITIES = "CASE WHEN quantity <= 1 THEN 'one' WHEN quantity <= 2 THEN '2' WHEN quantity <= 5 THEN '3 to 5' " \
               "WHEN quantity <= 20 THEN '6 to 20' WHEN quantity <= 100 THEN '21 to 100' ELSE 'over 100' END"
@@ -110,7 +111,7 @@ class _Counting:
         columns = len(self.con.execute(f"DESCRIBE {query}").fetchall()) - 1
         return Share(*self.rows(query, index, columns).T)
 
-# %% ../../nbs/jobs/drift.ipynb #b4d23265
+# %% ../../nbs/jobs/drift.ipynb #4162b330
 def _mixes(counting:_Counting, index:Mapping[date, int])->dict[str, Mix]:
     "What needs the log alone."
     mix = lambda query: counting.mix(query, index)
@@ -145,7 +146,7 @@ def _shares(counting:_Counting, index:Mapping[date, int])->dict[str, Share]:
              "rows sent twice": twice, "copy of an earlier day": copies}
     return {name: counting.share(query, index) for name, query in asked.items()}
 
-# %% ../../nbs/jobs/drift.ipynb #705750c7
+# %% ../../nbs/jobs/drift.ipynb #78044d0b
 def _habit(day_pairs:str, known:str)->str:
     "SQL: day, pairs known before it, all pairs, and known ones where its users are shuffled; a pair is u and x."
     return f"""WITH today AS ({day_pairs}), known AS ({known}),
@@ -180,7 +181,7 @@ def _of_products(counting:_Counting, index:Mapping[date, int])->tuple[dict[str, 
             "SELECT u, category AS x, min(first) AS first " + pairs.format("first_pair") + " GROUP BY 1, 2"), index)
     return mixes, shares
 
-# %% ../../nbs/jobs/drift.ipynb #7632a8be
+# %% ../../nbs/jobs/drift.ipynb #f0470177
 def _span(con, since:date|None, reference:int, period:str, until:datetime|None)->tuple[date, date, date, datetime]:
     "First day to count, first to judge, last day, and last event; raises `NoTimes` where no event has one."
     first, last = con.execute("SELECT min(t), max(t) FROM log").fetchone()
@@ -241,7 +242,7 @@ def _counted_days(counting:_Counting, days:list[date], step:int, last:datetime, 
     begun = None if whole or step > 1 or at != len(days) - 1 else _cut_off(mixes["hours"], at, last)
     return DayFigures(days, step, mixes["hours"].counts.sum(1), mixes, shares, last.isoformat(), begun)
 
-# %% ../../nbs/jobs/drift.ipynb #03961142
+# %% ../../nbs/jobs/drift.ipynb #ab77fd6b
 _DRAWS = 400
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def _ends(draws:np.ndarray)->tuple[float, float]:
     low, high = np.quantile(draws, [0.005, 0.995])
     return float(low), float(high)
 
-# %% ../../nbs/jobs/drift.ipynb #254adf56
+# %% ../../nbs/jobs/drift.ipynb #9bed310f
 def volume_surprise(
     count:float,          # events of the day
     before:np.ndarray,    # (n,) events of the days before, the latest last
@@ -285,7 +286,7 @@ def volume_surprise(
     return Surprise(float(count), float(mean), *_ends(draws), float(probability),
                     abs(math.log((count + 0.5)/(mean + 0.5))))
 
-# %% ../../nbs/jobs/drift.ipynb #8452bbd6
+# %% ../../nbs/jobs/drift.ipynb #1aac46ec
 def share_surprise(
     hits:float,           # of the day
     of:float,             # of the day, above 0
@@ -306,7 +307,7 @@ def share_surprise(
     effect = mean - value if falls else value - mean
     return Surprise(float(value), mean, *_ends(draws), float(probability), max(effect, 0.0))
 
-# %% ../../nbs/jobs/drift.ipynb #8f7aa1ec
+# %% ../../nbs/jobs/drift.ipynb #a546390e
 def divergence(
     one:np.ndarray,   # (..., K) shares that add up to 1
     other:np.ndarray, # (..., K)
@@ -332,7 +333,7 @@ def mix_surprise(
     probability = stats.gamma.sf(value, mean**2/variance, scale=variance/mean)
     return Surprise(value, float(mean), *_ends(draws), float(probability), max(value - float(mean), 0.0))
 
-# %% ../../nbs/jobs/drift.ipynb #1a26d5fd
+# %% ../../nbs/jobs/drift.ipynb #0be971e9
 _REMEDIES = {
     "events": "Is a file missing, or in the log twice? Is the shop closed, or is it a sale? A day that is right is "
               "accepted with --accept {day}",
@@ -382,7 +383,7 @@ def _figure(name:str)->_Figure:
     shown = visible(name).replace("{", "{{").replace("}", "}}") # a column may be called anything
     return of(0.1, 0.3, f"{{value}} of the items that were sold have {shown}; {usual}", "no")
 
-# %% ../../nbs/jobs/drift.ipynb #521b052b
+# %% ../../nbs/jobs/drift.ipynb #fa318afe
 _LEAST, _SAME = 7, 4 # days before, and of them with the same weekday
 LOOK_ERROR, STOP_ERROR = 0.01, 0.001 # probability that an ordinary day gets a look, or a stop
 
@@ -418,7 +419,7 @@ def _references(figures:DayFigures, at:int, days:np.ndarray)->list[np.ndarray]:
     same = np.array([day for day in days if (at - day)*figures.step % 7 == 0], int)
     return [days, same] if figures.step == 1 and len(same) >= _SAME else [days]
 
-# %% ../../nbs/jobs/drift.ipynb #85292265
+# %% ../../nbs/jobs/drift.ipynb #7fa144fa
 def _volume(figures:DayFigures, at:int, days:np.ndarray, rng)->Surprise:
     "Events, up to the hour at which the last day was cut off."
     volume = figures.volume
@@ -464,7 +465,7 @@ def _share(figures:DayFigures, name:str, at:int, days:np.ndarray, rng)->tuple[Su
     return Surprise(found.value, found.usual, found.low, found.high, found.probability, float(max(lost, 0))), \
         float(share.chance[at]/share.of[at])
 
-# %% ../../nbs/jobs/drift.ipynb #ea16486a
+# %% ../../nbs/jobs/drift.ipynb #865cd709
 def holm(
     probabilities:Sequence[float],
 )->np.ndarray: # corrected, in the order given
@@ -518,7 +519,7 @@ def judge_day(
                                 figure.remedy.format(day=day)))
     return findings
 
-# %% ../../nbs/jobs/drift.ipynb #37d41212
+# %% ../../nbs/jobs/drift.ipynb #ab2b4c72
 def judge_days(
     figures:DayFigures,
     since:date,         # the first day to judge
@@ -535,7 +536,7 @@ def judge_days(
         if any(one.level == STOP for one in judged[day]): left_out.add(at)
     return judged
 
-# %% ../../nbs/jobs/drift.ipynb #0c0e7874
+# %% ../../nbs/jobs/drift.ipynb #c8cfb111
 def _gap_closed(judged:Mapping[date, Sequence[Finding]], figures:DayFigures)->dict[date, list[Finding]]:
     "The same, where a day without events has others after it."
     filled = {day for day, count in zip(figures.days, figures.volume) if count}
@@ -568,13 +569,13 @@ def input_checks(
                             surprise.high))
     return checks
 
-# %% ../../nbs/jobs/drift.ipynb #e1e40330
+# %% ../../nbs/jobs/drift.ipynb #e19ef91a
 def attribute_checks(
     products:Path, # products.parquet of the run; it may be gone
     items:Path,    # items.parquet of the live model, with its attributes
 )->list[Check]:    # of the group `input`; one for each attribute of the model
     "What the products have lost since the live model was trained; items of both are compared."
-    own = ("item_id", "popularity")
+    own = (Columns.Item, *Columns.Counted) # what the model has by itself
     with duckdb.connect() as con:
         columns = lambda file: [name for name, *_ in con.execute(f"DESCRIBE SELECT * FROM {parquet(file)}").fetchall()]
         then, now = columns(items), columns(products) if products.exists() else []
@@ -592,7 +593,7 @@ def attribute_checks(
         if not all_: continue
         share, shown = gone/all_, visible(name)
         level = STOP if share > 0.2 else LOOK if share > 0.05 else FINE
-        says = f"{gone:,} of {counted(all_, 'item')} that had a {shown} when the live model was trained have none now."
+        says = f"{gone:,} of {counted(all_, 'item')} have lost their {shown} since the live model was trained."
         checks.append(Check(f"products: {shown}", level, says, _REMEDIES["no"] if level != FINE else "", "input", share,
                             0.0, 0.05))
     return checks

@@ -7,7 +7,7 @@ __all__ = ['PARTS', 'MonitorError', 'chosen_parts', 'as_day', 'first_new_day', '
            'unlearned_events', 'staleness_checks', 'store_to_look_at', 'keep_verdicts', 'write_textfile',
            'verdict_words', 'day_levels', 'volume_picture', 'mix_picture', 'share_picture']
 
-# %% ../../nbs/jobs/monitor.ipynb #d684a70a
+# %% ../../nbs/jobs/monitor.ipynb #8230d540
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -41,7 +41,7 @@ from .drift import (DayFigures, Finding, NoTimes, attribute_checks, day_figures,
                                      judge_days)
 from ..web.monitor import VERDICTS, read_verdicts, verdict_text
 
-# %% ../../nbs/jobs/monitor.ipynb #ac59044c
+# %% ../../nbs/jobs/monitor.ipynb #ec0fd23e
 class MonitorError(ProductRecsError):
     "The monitor was asked for something that cannot be."
 
@@ -79,7 +79,7 @@ def first_new_day(
                              f"timestamp::DATE = DATE '{last.date()}'").fetchone()
     return last.date() if later else last.date() + timedelta(days=1)
 
-# %% ../../nbs/jobs/monitor.ipynb #8adc8884
+# %% ../../nbs/jobs/monitor.ipynb #3e8b469c
 @dataclass(frozen=True)
 class InputReport:
     "What is known of the new days."
@@ -122,7 +122,7 @@ def _complete_until(folder:Path)->datetime|None:
     alone = ledger.feedback_until and not ledger.parameters.get("source")
     return datetime.fromisoformat(ledger.feedback_until) if alone else None
 
-# %% ../../nbs/jobs/monitor.ipynb #9d4b6e49
+# %% ../../nbs/jobs/monitor.ipynb #f5b6bf5f
 @dataclass(frozen=True)
 class Limits:
     "What is still fresh."
@@ -152,7 +152,7 @@ def unlearned_events(
     if until: query = query.where(EVENTS.c.received_at > to_micros(_in_utc(until)))
     with store.transaction("count_events") as connection: return connection.execute(query).scalar_one()
 
-# %% ../../nbs/jobs/monitor.ipynb #d5a11db1
+# %% ../../nbs/jobs/monitor.ipynb #eccce2fe
 def _batch_check(path:Path, live:str, now:datetime, most:float)->list[Check]:
     "The lists of the last batch; none where there was no batch."
     manifests = [path/"manifest.json", path.with_name(f"{path.name}.manifest.json")]
@@ -196,19 +196,19 @@ def staleness_checks(
                             "staleness", n, 0.0, limits.unlearned))
     return checks + (_batch_check(batch, live, now, limits.batch_days) if batch else [])
 
-# %% ../../nbs/jobs/monitor.ipynb #4e9a1270
+# %% ../../nbs/jobs/monitor.ipynb #b5223756
 def store_to_look_at(
-    database_url:str, # settings: that of the service; or a URL, env:NAME, file:PATH with one; "": none
-)->Store|None:        # None: there is none; to be opened
+    feedback:str, # settings: that of the service; or a URL, env:NAME, file:PATH with one; "": none
+)->Store|None:    # None: there is none; to be opened
     "The feedback store, where there is one; raises `MonitorError` where a file that is named is missing."
-    url = Settings().database_url if database_url == "settings" else resolve(database_url) if database_url else ""
+    url = Settings().database_url if feedback == "settings" else resolve(feedback) if feedback else ""
     if not url: return None
     parsed = store_url(url)
     if parsed.get_backend_name() != "sqlite" or Path(parsed.database).exists(): return Store(url)
-    if database_url == "settings": return None
-    raise MonitorError(f"database_url: {parsed.database} is not there")
+    if feedback == "settings": return None
+    raise MonitorError(f"feedback: {parsed.database} is not there")
 
-# %% ../../nbs/jobs/monitor.ipynb #82d8693c
+# %% ../../nbs/jobs/monitor.ipynb #66b5fc7d
 def keep_verdicts(
     models:Path,            # folder of the bundles
     checks:Sequence[Check],
@@ -232,7 +232,7 @@ def write_textfile(
     if path.suffix != ".prom": raise MonitorError(f"{path}: the textfile collector reads files that end in .prom alone")
     return atomic_write(path, verdict_text(groups))
 
-# %% ../../nbs/jobs/monitor.ipynb #5e236456
+# %% ../../nbs/jobs/monitor.ipynb #aecdeb05
 def verdict_words(
     checks:Sequence[Check],
 )->str: # Markdown
@@ -248,7 +248,7 @@ def _escaped(text:str)->str:
     "Data that Markdown and HTML leave as it is."
     return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", escape(visible(text), quote=False))
 
-# %% ../../nbs/jobs/monitor.ipynb #4bbb8f6c
+# %% ../../nbs/jobs/monitor.ipynb #519d14ee
 _SIGNS = {FINE: ("o", PALETTE[0]), LOOK: ("s", PALETTE[4]), STOP: ("X", PALETTE[1])}
 
 def _dated(ax)->None:
@@ -290,11 +290,11 @@ def volume_picture(
         ax.set(ylim=(0, 1.15*max(figures.volume.max(), 1)), ylabel="events")
     return picture
 
-# %% ../../nbs/jobs/monitor.ipynb #395df8d0
+# %% ../../nbs/jobs/monitor.ipynb #2eb1a5ac
 def mix_picture(
     report:InputReport,
     name:str,      # of a mix, such as `kinds of event`
-    most:int=12,   # names
+    most:int=8,   # names
 )->Picture:
     "How the events were spread before, and on the worst of the new days."
     figures, worst_day = report.figures, max(
