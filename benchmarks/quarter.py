@@ -345,7 +345,7 @@ def write(quarter: Quarter, options: argparse.Namespace, seconds: float, folder:
     (folder / "quarter.md").write_text(f"""# A quarter of nights
 
 {options.days} days of {options.households} households of the groceries, sent to `POST /events` of two workers day by
-day; `product-recs daily` after each. {len(nights)} nights ({each}), {median:.0f} seconds each (median), {seconds/60:.0f}
+day; `product-recs daily` after each. {len(nights)} nights ({each}), {median:.0f} seconds each, {seconds/60:.0f}
 minutes in all. Customers asked {sum(answers.values()):,} times meanwhile; {other} answers were not 200. Made by
 `python benchmarks/quarter.py`.
 

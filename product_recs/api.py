@@ -238,7 +238,7 @@ def _add_new(app:FastAPI, service:Service)->None:
 
 # %% ../nbs/06_api.ipynb #080fb30a
 def _add_operations(app:FastAPI, service:Service)->None:
-    "/health, /model and /metrics."
+    "/health, /model, /metrics and /monitor."
     live, desk = service.live, service.desk
     @app.get("/health/live", tags=["operation"], summary="The process answers",
              responses=documented("Alive.", model=False))
@@ -274,6 +274,11 @@ def _add_operations(app:FastAPI, service:Service)->None:
              responses=documented("Text in the format of Prometheus.", model=False))
     async def metrics():
         return Response(await run_in_threadpool(service.metrics.body), media_type=service.metrics.content_type)
+
+    @app.get("/monitor", tags=["operation"], summary="What the monitor found last",
+             responses=documented("By group of checks: when it was judged, and each check.", model=False))
+    async def monitor():
+        return {"groups": await run_in_threadpool(service.metrics.verdicts)}
 
 # %% ../nbs/06_api.ipynb #635acb59
 PAGE = Path(str(files("product_recs")/"web"/"page"))

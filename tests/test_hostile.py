@@ -419,6 +419,7 @@ ROUTES = {
     "/health/live": "GET",
     "/health/ready": "GET",
     "/metrics": "GET",
+    "/monitor": "GET",
     "/": "GET",
     "/docs": "GET",
     "/openapi.json": "GET",

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from support import Server, both, new_database, publish_board, start_postgres
 
 from product_recs.bundle.files import publish
 from product_recs.core.files import atomic_write
+from product_recs.jobs.checks import Check
+from product_recs.jobs.monitor import keep_verdicts
 from product_recs.web.security import add_key
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,6 +246,20 @@ def test_an_old_model(watched):
     assert "trained 20d 0h" in watched.prometheus.fires("ModelTooOld")["ModelTooOld"]["summary"]
     watched.publish("fresh")
     watched.prometheus.is_silent("ModelTooOld")
+
+
+def test_what_the_monitor_found(watched):
+    then = datetime.now(timezone.utc) - timedelta(days=3)
+    odd = [Check("events", "stop", "No event.", group="input", value=0), Check("hours", "look", "Odd.", group="input")]
+    keep_verdicts(watched.models, odd, ["input"], then)
+    told = watched.prometheus.fires("MonitorStop", "MonitorLook", "MonitorSilent")
+    assert told["MonitorStop"]["summary"] == "events (input): going on would do harm"
+    assert told["MonitorSilent"]["summary"].startswith("The monitor has not judged input for 3d 0h")
+    text = watched.ask("GET", "/metrics")[2].decode()
+    assert 'product_recs_check_level{check="events",group="input"} 2.0' in text
+    promtool("check", "metrics", text=text)
+    keep_verdicts(watched.models, [replace(one, level="fine") for one in odd], ["input"], datetime.now(timezone.utc))
+    watched.prometheus.is_silent("MonitorStop", "MonitorLook", "MonitorSilent")
 
 
 def test_a_broken_model(watched):

@@ -115,6 +115,7 @@ examples:
   product-recs evaluate --compare current 20260101T120000-0a1b2c3d
   product-recs diff                                  what changes for customers with the newest model
   product-recs gate --criteria gate.yaml             the newest model goes live if it is not worse and breaks nothing
+  product-recs monitor --name shop --parts input     are the new days of the log like those before?
   product-recs models                                what is there, what is live, what was, and how good
   product-recs publish 20260101T120000-0a1b2c3d --by Ada --reason 'new range'   although it needs a person
   product-recs rollback                              back to the model before
@@ -647,6 +648,45 @@ def _gate(
     command = _publishing(said["challenger"], models_dir)
     print(f"product-recs: to publish it all the same: {command}", file=sys.stderr)
     raise typer.Exit(said["exit_code"])
+
+# %% ../../nbs/jobs/cli.ipynb #0dc257f6
+@_verb("monitor", "monitor --name shop --parts input --since 2026-03-01")
+def _monitor(
+    name:Annotated[str, typer.Option(help="name of the run whose log is looked at (default: that of the live "
+                                     "model)")]="",
+    parts:Annotated[str, typer.Option(metavar="PARTS", help="input, staleness, serving, outcome, comma separated; or "
+                                      "all")]="all",
+    since:Annotated[str, typer.Option(metavar="DAY", help="first day to judge (default: what the live model has not "
+                                      "learned, or the last seven days)")]="",
+    accept:Annotated[list[str], typer.Option(metavar="DAY", help="a day that is right, however it looks; may be "
+                                             "repeated")]=(),
+    textfile:Annotated[str, typer.Option(metavar="PATH", help="also write the verdicts for the textfile collector of "
+                                         "Prometheus; ends in .prom")]="",
+    as_json:AsJson=False,
+    parameter:Pairs=(),
+    file:Files=(),
+    quiet:Quiet=False,
+    models_dir:ModelsDir=None,
+)->str:
+    "Look whether new data are sound, what customers see is fresh, and what was shown works."
+    from product_recs.bundle.files import live_version, read_manifest # numpy and scipy
+    from product_recs.jobs.checks import EXIT_CODES, Check, check_lines
+    from product_recs.jobs.monitor import as_day, chosen_parts
+    from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
+    models_dir = _settings(models_dir=models_dir).models_dir
+    asked = {"models_dir": str(models_dir), "parts": parts, "since": since, "accepted": list(accept),
+             "textfile": textfile, "run": name} | read_parameters(file, [*map(_pair, parameter)])
+    chosen_parts(asked["parts"]) # a mistake is said before anything is looked at
+    for day in [*asked["accepted"], *filter(None, [asked["since"]])]: as_day("day", str(day))
+    if not asked["run"]:
+        live = live_version(resolve_path(models_dir))
+        asked["run"] = (live and read_manifest(resolve_path(models_dir)/live)["data"].get("run")) or "sample"
+    said, page = run_job("monitor", asked, resolve_path("reports")/"monitor", progress=not quiet)
+    checks, width = [Check(**one) for one in said["checks"]], shutil.get_terminal_size().columns
+    text = json.dumps(said, indent=1) if as_json else "\n".join([*check_lines(checks, width), "", f"The page: {page}"])
+    if not EXIT_CODES[said["verdict"]]: return text
+    print(text, flush=True)
+    raise typer.Exit(EXIT_CODES[said["verdict"]])
 
 # %% ../../nbs/jobs/cli.ipynb #9b29ed1a
 @_verb("clean", "clean --dry-run")

@@ -15,6 +15,7 @@ from nbconvert import HTMLExporter
 
 from ..core.files import atomic_write
 from ..core.text import shown_path
+from .checks import LEVELS, STOP
 
 # %% ../../nbs/jobs/reports.ipynb #94b77757
 # a bar of tqdm: signs that fill up between two lines, or the time that has passed and that is left
@@ -84,7 +85,10 @@ def _verdict(cells:list)->list:
             for output in cell.get("outputs", []) if "text/markdown" in output.get("data", {})]
     lines = all(text.startswith("- ") for text in said)
     cell = nbformat.v4.new_markdown_cell(("\n" if lines else "\n\n").join(said))
-    cell.metadata["verdict"] = True
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    levels = [output.get("metadata", {}).get("level") for output in outputs]
+    levels += [STOP for output in outputs if output.output_type == "error"]
+    cell.metadata["verdict"] = next((level for level in reversed(LEVELS) if level in levels), "plain")
     return [cell] if said else []
 
 # %% ../../nbs/jobs/reports.ipynb #1c612a6b
@@ -139,7 +143,9 @@ thead th { border-bottom: 2px solid var(--line); }
 .text td { overflow-wrap: anywhere; } .text td:first-child { overflow-wrap: normal; }
 caption { text-align: left; padding: .3rem 0; color: var(--soft); }
 .note { border-left: 4px solid var(--accent); background: var(--panel); padding: .6rem 1rem; }
-.found { border-left: 4px solid var(--good); background: var(--panel); padding: .4rem 1rem; margin: 1rem 0; }
+.found { --tone: var(--accent); border-left: 6px solid var(--tone); padding: .4rem 1rem; margin: 1rem 0;
+  background: color-mix(in srgb, var(--tone) 7%, var(--paper)); }
+.found-fine { --tone: var(--good); } .found-look { --tone: var(--wait); } .found-stop { --tone: var(--bad); }
 .failed { border-left: 4px solid var(--bad); background: var(--panel-bad); padding: .6rem 1rem; margin: .8rem 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 nav { font-size: .9rem; }
@@ -199,7 +205,7 @@ _TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {% block any_cell %}{% if not cell.metadata.skip %}
 {% if cell.metadata.opens %}<details class="definitions"><summary>How this notebook works: its definitions, each with
   its check ({{ cell.metadata.opens }} cells)</summary>{% endif %}
-{% if cell.metadata.verdict %}<div class="found">{% endif %}{{ super() }}
+{% if cell.metadata.verdict %}<div class="found found-{{ cell.metadata.verdict }}">{% endif %}{{ super() }}
 {% if cell.metadata.verdict %}</div>{% endif %}
 {% if cell.metadata.closes %}</details>{% endif %}{% endif %}{% endblock %}
 {% block data_png scoped %}{% set width = output | get_metadata('width', 'image/png') %}

@@ -21,12 +21,13 @@ from ..bundle.extended import extended
 from ..bundle.live import LiveModel, Reload
 from ..bundle.ready import Bundle, ReadyModel
 from ..core.columns import DISCOVERY
+from ..core.paths import resolve_path
 from ..core.settings import Settings
 from ..feedback.changes import Availability, Products
 from .cache import Kept, KeptAnswers, question_of
 from .desk import FeedbackDesk, StateView
 from .headers import Header, raw
-from .monitor import Metrics, Pulse
+from .monitor import VERDICTS, Metrics, Pulse
 from .renewal import Renewal
 from .rulebook import RuleDesk, RuleSources, utc_now
 
@@ -132,7 +133,7 @@ def _tell_state(service:"Service")->None:
 class Service:
     "What a worker process needs to answer: settings, figures, feedback desk, live model and kept answers."
     def __init__(self, settings:Settings, now:Callable[[], datetime]=utc_now): # the clock of the shop's rules
-        self.settings, self.metrics = settings, Metrics()
+        self.settings, self.metrics = settings, Metrics(resolve_path(settings.models_dir)/VERDICTS)
         self.desk, self.kept = FeedbackDesk(settings, self.metrics), KeptAnswers(settings.cache_size)
         self.rules = RuleDesk(RuleSources(settings.rules_file, self.desk.changes, settings.watch_seconds), now)
         preparation = _Preparation(settings, self.desk.view, self.rules)

@@ -732,6 +732,22 @@ async function loadFigures() {
     $("rungs-body").replaceChildren();
   }
 }
+// what the job `monitor` found last; the card is there once it has run
+const LEVELS = ["stop", "look", "fine"], LEVEL_SIGNS = {stop: "✗", look: "?", fine: "✓"};
+async function loadChecks() {
+  let groups = {};
+  try { ({groups} = await ask("monitor")); } catch (error) { if (failed(error)) return; }
+  const parts = Object.entries(groups ?? {}), all = parts.flatMap(([, {checks}]) => checks);
+  $("checks").hidden = !parts.length;
+  if (!parts.length) return;
+  const needy = LEVELS.slice(0, 2).flatMap(level => all.filter(check => check.level === level));
+  $("checks-count").textContent = needy.length ? `${number.format(needy.length)} of ${number.format(all.length)} need somebody` : `All ${number.format(all.length)} are fine`;
+  $("checks-body").replaceChildren(
+    h("ul", {class: "verdicts"}, needy.map(({name, level, says, remedy}) => h("li", {class: level},
+      h("strong", {}, `${LEVEL_SIGNS[level]} ${tidy(name)}: `), tidy(says), remedy && h("p", {class: "muted small"}, tidy(remedy))))),
+    h("p", {class: "note"}, `Judged: ${parts.map(([group, {at}]) => `${group} ${ago(moment(at))}`).join(", ")}.`));
+}
+
 function showRungs(rows) {
   const counts = new Map();
   for (const {labels, value} of rows) counts.set(labels.source ?? "?", (counts.get(labels.source ?? "?") ?? 0) + value);
@@ -1214,6 +1230,7 @@ function follow() {
 }
 async function loadAll() {
   loadModel();
+  loadChecks();
   loadRules();
   if (newcomer.near && !newcomer.fields) loadFields();
   const people = loadPeople();
