@@ -29,6 +29,7 @@ from ..core.parameters import ParameterError, typed
 from ..core.paths import project_root, resolve_path
 from ..core.text import counted
 from ..evaluation.competition import says_worse
+from ..evaluation.metrics import METRIC_NAMES
 from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
                                        step_notes, typed_command, user_command)
 from .registry import keep_live, keep_run, keep_verdicts
@@ -489,7 +490,7 @@ def _tables(records:list[dict])->tuple[dict[str, list[dict]], list[str]]:
     tasks, columns = {}, []
     for record in records:
         if record["metric"] not in _SHOWN: continue
-        column = f"{record['metric']}@{record['k']}"
+        column = f"{METRIC_NAMES.get(record['metric'], record['metric'])}@{record['k']}"
         if column not in columns: columns.append(column)
         rows = tasks.setdefault(record["task"], {})
         rows.setdefault(record["model"], {"model": record["model"]})[column] = {
