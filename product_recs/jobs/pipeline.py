@@ -186,11 +186,13 @@ def _run_words(result:RunResult, model:str="")->list[str]:
     words = ["product-recs", "run", "--name", result.name, *result.at]
     if not model: return [*words, *result.given]
     pairs = list(zip(result.given[::2], result.given[1::2]))
-    kept = [word for pair in pairs for word in pair if not re.match(r"model(_parameters)?=", pair[1])]
-    other = ["-p", f"model={model}"]
-    # those of the model that was named; they may also stand in a file
-    if result.metrics.get("03_train", {}).get("parameters", {}).get("model_parameters"):
-        other += ["-p", "model_parameters={}"]
+    # what was named for these models; it may also stand in a file
+    named = result.metrics.get("03_train", {}).get("parameters", {})
+    next_fails = named.get("next_model", "auto") != "auto" and any(one.startswith("Next") for one in result.worse)
+    left_out = r"(next_)?model=|model_parameters=" if next_fails else r"model(_parameters)?="
+    kept = [word for pair in pairs for word in pair if not re.match(left_out, pair[1])]
+    other = ["-p", f"model={model}", *(["-p", "next_model=auto"] if next_fails else [])]
+    if named.get("model_parameters"): other += ["-p", "model_parameters={}"]
     return [*words, *kept, *other]
 
 # %% ../../nbs/jobs/pipeline.ipynb #538aa45b
