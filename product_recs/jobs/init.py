@@ -494,7 +494,7 @@ def told(
     lines += [f"{name:<10} not found: write its name into the file" for name in proposal.missing]
     if proposal.notes: lines += ["", "To check:", *(f"- {note}" for note in proposal.notes)]
     if any(re.search("[a-z_]+=", note) for note in proposal.notes):
-        lines += ["", "What is said as name=value goes into the file as a line of its own: name: value"]
+        lines += ["", "What is said as max_quantity=5 goes into the file as a line of its own, max_quantity: 5"]
     then = ("Next" if not proposal.missing else
             f"Write the names of your columns for {' and '.join(proposal.missing)} into it. Then")
     return "\n".join([*lines, "", f"Written to {path}. {then}: product-recs run -f {shlex.quote(str(path))} --name "
