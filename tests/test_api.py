@@ -64,7 +64,8 @@ def test_detail_says_the_same_with_titles(server):
     assert [item["rank"] for item in body["items"]] == [1, 2, 3, 4]
     assert [item["item_id"] for item in body["items"]] == plain["recommendations"]
     first = body["items"][0]
-    assert {reason["item_id"] % 2 for reason in first.pop("reasons")} == {1}  # things of the same taste speak for it
+    reasons = first.pop("reasons")
+    assert {reason["item_id"] % 2 for reason in reasons} == {1}  # things of the same taste speak for it
     assert first == {
         "rank": 1,
         "item_id": 103,

@@ -250,7 +250,8 @@ def test_rules_and_a_posted_product_beside_exploration(models, tmp_path):
     with shop(models, tmp_path) as client:
         greedy = get(client, "/recommend/1?detail=true")
         assert [line["rank"] for line in greedy["items"] if line["explored"]] == [4, 8]
-        assert client.put("/rules", json={"rules": rules}).status_code == 200
+        answer = client.put("/rules", json={"rules": rules})
+        assert answer.status_code == 200
         assert get(client, "/recommend/1?explore=0")["recommendations"][3] != 900  # nobody knows it yet
         told = {"items": [{"item_id": 900, "attributes": {"title": "Dark roast", "category": "coffee", "price": 5}}]}
         assert client.post("/items", json=told).json()["taken_up"]

@@ -183,7 +183,8 @@ def test_every_kind_of_source_is_the_same_in_every_locale(tmp_path, place):
     there, encoding = place
     usual, _ = ingested(tmp_path / "usual", LC_ALL="C.UTF-8")
     found, environment = ingested(tmp_path / "there", **there)
-    assert usual.pop("encoding").lower() == "utf-8" and found.pop("encoding") == encoding
+    encodings = usual.pop("encoding").lower(), found.pop("encoding")
+    assert encodings == ("utf-8", encoding)
     assert found == usual
     for name, rejects in {"log.csv": 0, "breaks.csv": 1, "log.jsonl": 1, "log.parquet": 0, "sql": 0}.items():
         kept = found[name]["interactions"]

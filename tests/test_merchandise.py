@@ -306,7 +306,8 @@ def test_a_sale_begins_and_ends_by_the_clock_also_in_kept_answers(client):
 
 def test_every_door_gives_the_same_list(client, opened):
     document = {"rules": [PIN, SALE | {"from": "2020-01-01", "until": "2099-01-01"}, OUT]}
-    assert client.put("/rules", json=document).status_code == 200
+    answer = client.put("/rules", json=document)
+    assert answer.status_code == 200
     users, folder = [*range(1, 25), 999], client.folder
     posted = client.post("/recommend", json={"users": users, "n": 4, "place": "home"}).json()["results"]
     by_post = [one["recommendations"] for one in posted]
@@ -456,7 +457,8 @@ def test_rules_change_while_lists_are_made(client):
     for asker in askers:
         asker.start()
     for turn in range(20):
-        assert client.put("/rules", json=both[turn % 2]).status_code == 200
+        answer = client.put("/rules", json=both[turn % 2])
+        assert answer.status_code == 200
         assert listed(client, 1, place="home")[0] == (110, 112)[turn % 2]
     stop.set()
     for asker in askers:

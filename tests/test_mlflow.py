@@ -287,7 +287,8 @@ def test_a_registry_that_is_away_fails_no_run(tmp_path, monkeypatch):
         port = probe.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://shop:secret@127.0.0.1:{port}")
     done = call(root, "product-recs", *QUICK, "--name", "alone")
-    assert done.returncode == 0 and (version := live_version(root / "models"))
+    version = live_version(root / "models")
+    assert done.returncode == 0 and version
     note = f"note: MLflow has not been told: MLflow at http://***@127.0.0.1:{port}: Connection refused."
     assert note in done.stderr and f"product-recs registry register {version}" in done.stderr, done.stderr
     assert "secret" not in done.stderr + done.stdout

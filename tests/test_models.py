@@ -187,6 +187,23 @@ def test_contributions_add_up_to_the_score(fitted, name):
 
 
 @every
+def test_reasons_for_a_list_fold_nobody_in_again(fitted, name, monkeypatch):
+    model = fitted(name)
+    history = model.snapshot.histories(np.array([17]))
+    users, items = model.fold_in(history), range(0, len(model.candidates), 10)
+    wanted = [model.contributions(history, item) for item in items]
+
+    def parts_of(model):
+        return [model, *(inner for part in model.parts for inner in parts_of(part))]
+
+    for part in parts_of(model):
+        monkeypatch.setattr(part, "fold_in", lambda histories: pytest.fail("somebody was folded in again"))
+    for item, one in zip(items, wanted):
+        found = model.contributions(history, item, users)
+        assert np.isclose(found.score, one.score) and np.allclose(found.parts, one.parts)
+
+
+@every
 def test_stored_and_mapped_it_gives_the_same_lists(fitted, name, tmp_path):
     model = fitted(name)
 

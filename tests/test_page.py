@@ -396,7 +396,8 @@ def test_why_a_next_purchase_tells_the_habit_and_what_the_score_is_made_of(visit
     expect(why.get_by_role("heading", name="Where the taste comes from")).to_be_visible()
     signals = service.get(f"/explain/3/{FIRST + 4}?task=next_purchase")[2]["signals"]
     rows = why.get_by_role("list").first.get_by_role("listitem")
-    assert signals.pop("intercept") == -1  # which all items have in common, and the page leaves out
+    intercept = signals.pop("intercept")
+    assert intercept == -1  # which all items have in common, and the page leaves out
     expect(rows).to_have_count(sum(abs(value) > 1e-4 for value in signals.values()))
 
 

@@ -82,7 +82,8 @@ def test_a_file_is_judged_as_an_event_is(tmp_path, rows, rules):
     )
     with open(tmp_path / "run/rejects.csv", newline="", encoding="utf-8") as file:
         found = {int(row["line"]): row["column"] for row in csv.DictReader(file)}
-    assert found == {line: column for line, row in enumerate(rows, 2) if (column := judged(rules, *row))}
+    columns = {line: judged(rules, *row) for line, row in enumerate(rows, 2)}
+    assert found == {line: column for line, column in columns.items() if column}
     assert ledger.rows_read == len(rows) + 1 == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged
     assert EventRules(**open_ledger(tmp_path / "run").rules) == EventRules(
         tuple(sorted(rules.events)), rules.max_quantity, ledger.rules["numbers"]
@@ -124,7 +125,8 @@ def test_what_a_store_holds_is_judged_as_the_rules_of_the_run_say(tmp_path, rows
     rules = EventRules(**ledger.rules)
     with open(tmp_path / "run/rejects.csv", newline="", encoding="utf-8") as file:
         found = {int(row["line"]): (row["column"], row["reason"]) for row in csv.DictReader(file)}
-    assert found == {seq: fault for seq, event in enumerate(events, 1) if (fault := rules.fault(event))}
+    faults = {seq: rules.fault(event) for seq, event in enumerate(events, 1)}
+    assert found == {seq: fault for seq, fault in faults.items() if fault}
     assert all(rules.counts(event) == (seq not in found) for seq, event in enumerate(events, 1))
 
 

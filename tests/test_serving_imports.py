@@ -139,8 +139,9 @@ def test_without_mlflow_nothing_is_said_and_following_is_refused(serving_venv, t
             env=environment | {f"PRODUCT_RECS_{name.upper()}": value for name, value in settings.items()},
         )
 
-    assert (done := product_recs("rollback")).returncode == 0 and done.stderr == ""
-    assert (done := product_recs("publish", second)).returncode == 0 and done.stderr == ""
+    for words in (["rollback"], ["publish", second]):
+        done = product_recs(*words)
+        assert done.returncode == 0 and done.stderr == ""
     done = product_recs("publish", first, mlflow="on")
     assert done.returncode == 0 and "pip install 'product-recs[mlflow]'" in done.stderr
     for words, settings in (

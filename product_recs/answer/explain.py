@@ -50,7 +50,7 @@ def why(
     "Why this item has this score for this person and task; a `ProductRecsError` where the person has no score."
     if person.representation is None:
         raise ProductRecsError("there is no score to explain for somebody of whom the model knows nothing")
-    found = model.model(person.task).contributions(person.history, item)
+    found = model.model(person.task).contributions(person.history, item, person.representation)
     order, total = np.lexsort((found.items, -found.parts)), float(found.parts.sum())
     rounding = 0.0 if score is None else score - found.score
     affinity = total + found.signals.get("average_taste", 0.0) + rounding

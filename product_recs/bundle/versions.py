@@ -172,7 +172,8 @@ def version_facts(
             found.append({"version": version, "mark": mark, "error": str(error)})
             continue
         against, reasons = ("", []) if mark else objections(manifest)
-        models = {task: {"name": section["name"], **_quality(manifest, task)}
+        optimistic = {"optimistic": True} if _section(manifest, "judged", dict).get("by") == "user" else {}
+        models = {task: {"name": section["name"], **_quality(manifest, task), **optimistic}
                   for task, section in manifest["models"].items() if "part" in section}
         said = {"gate": _section(manifest, "gate", dict),
                 "overrides": [one for one in _section(manifest, "overrides", list) if isinstance(one, dict)]}
@@ -194,6 +195,7 @@ def _task_lines(models:Mapping[str, Mapping], width:int)->list[str]:
             says = f"NDCG@{one['k']} {one['ndcg']:.4f}"
             if one.get("popularity") is not None: says += f" (popularity {one['popularity']:.4f})"
             if one["period"] != "test": says += f", {one['period']}"
+            if one.get("optimistic"): says += ", optimistic"
         rows.append((task.replace("_", " "), visible(one["name"]), says))
     names = width - 6 - 15 - 2 - max((len(says) for *_, says in rows), default=0)
     names = min(names, max((len(name) for _, name, _ in rows), default=0))

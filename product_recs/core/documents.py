@@ -6,6 +6,8 @@
 __all__ = ['read_yaml']
 
 # %% ../../nbs/core/documents.ipynb #e3b26a92
+import re
+
 from .errors import ProductRecsError
 
 # %% ../../nbs/core/documents.ipynb #6fc302c8
@@ -36,4 +38,6 @@ def read_yaml(
         # its own text quotes the line, and the line may hold a password
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "not valid"
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ProductRecsError(f"{where}{place}: not readable as YAML: {problem}") from None
+        assigned = re.search(r"^\s*(\w+)\s*=", text, re.M)
+        hint = f". Write {assigned[1]}: with a colon and a space, and not {assigned[1]}=" if assigned else ""
+        raise ProductRecsError(f"{where}{place}: not readable as YAML: {problem}{hint}") from None

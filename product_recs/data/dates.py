@@ -174,7 +174,7 @@ def _ambiguous(con, shown:str, formats:dict[str, list[str]], found:dict)->Ambigu
         read = _spell(con, found["example"], formats[name])
         lines.append(f"  {order}: {found['example']!r} is {read}, and the log goes from {span}: timestamp_format="
                      f'"{order}"')
-    return AmbiguousDates("\n".join([*lines, "Say which; nothing was written."]))
+    return AmbiguousDates("\n".join([*lines, "Say which of the two."]))
 
 def _one_order(found:dict, shown:str, rows:int)->str:
     "The order that the values show; empty where there are none of two orders; None where they do not show it."

@@ -130,6 +130,10 @@ def find_column(
                           "in the mapping of columns, or rename the other.")
     return exact[0] if exact else None
 
+def _one_or_list(names:list[str])->str|list[str]:
+    "As a person writes it: one name plainly, several as a list."
+    return names[0] if len(names) == 1 else names
+
 def match_columns(
     names:Iterable[str],       # columns of the file
     columns:Mapping[str, str|Sequence[str]], # ours -> the file's, or several of which a file has one; "": none
@@ -149,7 +153,10 @@ def match_columns(
     guessed = guess_columns(free, [*required, *optional])
     listed = " or ".join(map(repr, _names(columns.get(missing[0], missing[0]))))
     hint = "" if len(names) > 1 else "The first line must name the columns. "
-    example = {name: guessed.get(name, "the name of your column") for name in missing}
+    example = {}
+    for name in missing: # a name that is mapped already may be that of another file, so it stays beside the new one
+        known = _names(columns[name]) if columns.get(name) else []
+        example[name] = _one_or_list([*known, guessed.get(name, "the name of your column")])
     proposal = {name: column for name, column in guessed.items() if name not in wanted} | example
     kept = {name: column for name, column in columns.items() if name not in missing}
     maybe = "Perhaps: " if any(name in guessed for name in missing) else "Map it with "

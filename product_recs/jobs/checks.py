@@ -36,7 +36,7 @@ class Check:
     high: float = math.nan
 
     def __post_init__(self):
-        if self.level not in LEVELS: raise ValueError(f"level={self.level!r}: must be one of {', '.join(LEVELS)}")
+        if self.level not in LEVELS: raise ValueError(f"level {self.level!r} must be one of {', '.join(LEVELS)}")
 
 # %% ../../nbs/jobs/checks.ipynb #4f567548
 def worst(

@@ -121,6 +121,13 @@ class Look:
                  for names, table in zip(self.names, self.tables) if column in names]
         return " UNION ALL ".join(parts)
 
+    def without(self,
+        columns:Iterable[str], # of files
+    )->"Look":
+        "The files that have none of these columns."
+        files = zip(self.names, self.shown, self.tables)
+        return Look(*map(list, zip(*(file for file in files if not {*file[0]} & {*columns}))))
+
 def look_at(
     con:duckdb.DuckDBPyConnection,
     source,                       # what `read_source` takes: files, or a database with a query
@@ -309,9 +316,14 @@ def _log_columns(con, log:Look, proposal:Proposal)->dict:
     if refused and Columns.Item not in given:
         proposal.notes.append(f"{refused[0]} is another one in each row, so it is no product, and "
                               f"{_flat([columns[Columns.Item]])[0]} is taken.")
-    if Columns.Timestamp not in {*columns, *given} and (dated := dated_column(con, log, _flat(columns.values()))):
-        columns[Columns.Timestamp] = dated
-        proposal.notes.append(f"No column is called like a time; {dated} is taken, since its values are dates.")
+    times = _flat([columns.get(Columns.Timestamp, [])])
+    while Columns.Timestamp not in given and (
+            dated := dated_column(con, log.without(times), _flat(columns.values()))):
+        files = [shown for names, shown in zip(log.names, log.shown) if dated in names]
+        where = f" of {' and '.join(files)}" if len(log.names) > 1 else ""
+        proposal.notes.append(f"No column{where} is called like a time; {dated} is taken, since its values are dates.")
+        times.append(dated)
+        columns[Columns.Timestamp] = times[0] if len(times) == 1 else times
     proposal.missing = [name for name in Columns.Required if name not in columns]
     for names, shown, table in zip(log.names, log.shown, log.tables):
         if not proposal.missing: break
@@ -575,6 +587,8 @@ def told(
     lines = [f"{ours:<10} {example}" for ours, example in proposal.examples.items()]
     lines += [f"{name:<10} not found: write its name into the file" for name in proposal.missing]
     if proposal.notes: lines += ["", "To check:", *(f"- {note}" for note in proposal.notes)]
+    if any(re.search("[a-z_]+=", note) for note in proposal.notes):
+        lines += ["", "What is said as max_quantity=5 goes into the file as a line of its own, max_quantity: 5"]
     then = ("Next" if not proposal.missing else
             f"Write the names of your columns for {' and '.join(proposal.missing)} into it. Then")
     file = path.name if first else str(path)

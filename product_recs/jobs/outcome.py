@@ -88,6 +88,7 @@ class Standing:
     figure: str=""           # such as NDCG@10
     users: int=0
     values: dict=field(default_factory=dict) # model -> value, low, high: the served one first
+    judged_on: str="of the test period"
 
 def _words(task:str)->str: return task.replace("_", " ")
 
@@ -120,7 +121,9 @@ def _standing(evaluated:Mapping, task:str, served:Mapping)->Standing:
     sentence = f"{_words(task).capitalize()}: {phrase}."
     if differences: sentence += f" {figure} {differences}: 95 % interval of the difference, {counted(users, 'user')}."
     if same and not itself: sentence += " Buy again is the same as popularity there."
-    return Standing(task, served["model"], verdict, phrase, sentence, differences, figure, users, values)
+    hidden = (evaluated.get("judged") or {}).get("by") == "user"
+    judged_on = "of items hidden at random, optimistic" if hidden else "of the test period"
+    return Standing(task, served["model"], verdict, phrase, sentence, differences, figure, users, values, judged_on)
 
 # %% ../../nbs/jobs/outcome.ipynb #e2b68ce6
 def standings(

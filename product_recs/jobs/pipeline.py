@@ -29,6 +29,7 @@ from ..core.parameters import ParameterError, typed
 from ..core.paths import project_root, resolve_path
 from ..core.text import counted
 from ..evaluation.competition import says_worse
+from ..evaluation.metrics import METRIC_NAMES
 from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
                                        step_notes, typed_command, user_command)
 from .registry import keep_live, keep_run, keep_verdicts
@@ -185,11 +186,13 @@ def _run_words(result:RunResult, model:str="")->list[str]:
     words = ["product-recs", "run", "--name", result.name, *result.at]
     if not model: return [*words, *result.given]
     pairs = list(zip(result.given[::2], result.given[1::2]))
-    kept = [word for pair in pairs for word in pair if not re.match(r"model(_parameters)?=", pair[1])]
-    other = ["-p", f"model={model}"]
-    # those of the model that was named; they may also stand in a file
-    if result.metrics.get("03_train", {}).get("parameters", {}).get("model_parameters"):
-        other += ["-p", "model_parameters={}"]
+    # what was named for these models; it may also stand in a file
+    named = result.metrics.get("03_train", {}).get("parameters", {})
+    next_fails = named.get("next_model", "auto") != "auto" and any(one.startswith("Next") for one in result.worse)
+    left_out = r"(next_)?model=|model_parameters=" if next_fails else r"model(_parameters)?="
+    kept = [word for pair in pairs for word in pair if not re.match(left_out, pair[1])]
+    other = ["-p", f"model={model}", *(["-p", "next_model=auto"] if next_fails else [])]
+    if named.get("model_parameters"): other += ["-p", "model_parameters={}"]
     return [*words, *kept, *other]
 
 # %% ../../nbs/jobs/pipeline.ipynb #538aa45b
@@ -489,7 +492,7 @@ def _tables(records:list[dict])->tuple[dict[str, list[dict]], list[str]]:
     tasks, columns = {}, []
     for record in records:
         if record["metric"] not in _SHOWN: continue
-        column = f"{record['metric']}@{record['k']}"
+        column = f"{METRIC_NAMES.get(record['metric'], record['metric'])}@{record['k']}"
         if column not in columns: columns.append(column)
         rows = tasks.setdefault(record["task"], {})
         rows.setdefault(record["model"], {"model": record["model"]})[column] = {

@@ -307,7 +307,7 @@ _OUTCOME = """
 <span{{ own }}>{{ '%.4f' | format(value.value) }}{% if own and value.low is not none %} <small>({{ '%.4f' |
   format(value.low) }} to {{ '%.4f' | format(value.high) }})</small>{% endif %}</span>{% endfor %}</div>
 {% endif %}<p><small><b class="{{ colours[one.verdict] }}">{{ one.phrase | capitalize }}</b>{% if one.differences
-  %}: {{ one.differences }}{% endif %}{% if one.users %}. {{ one.figure }} of the test period, {{
+  %}: {{ one.differences }}{% endif %}{% if one.users %}. {{ one.figure }} {{ one.judged_on }}, {{
   '{:,}'.format(one.users) }} users{% endif %}</small></p></div>
 {% endfor %}</div>{% endif %}
 {% if outcome.next_steps %}<h2 class="small">What to do next</h2><ul class="next">{% for what, command in

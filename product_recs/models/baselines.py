@@ -49,7 +49,7 @@ class SameForAll(Model):
             found[place, :len(best)] = best
         return found, np.where(found >= 0, self.score[found], np.float32(-np.inf))
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "No past item adds anything."
         score = float(self.score[item])
         return Contributions(score, np.empty(0, np.int32), np.empty(0), {self.name.replace(" ", "_"): score})
@@ -111,7 +111,7 @@ class BuyAgain(Model):
         ranks[order] = np.arange(len(order)) - had.indptr[had.places[order]] + 1
         return ranks
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "An own item speaks for itself."
         place = np.flatnonzero(history.items == item)
         if not len(place):

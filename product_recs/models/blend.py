@@ -73,9 +73,9 @@ class ScoreBlend(Model):
             total += scores
         return total
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "Those of the parts, on one scale."
-        return score_contributions(self, history, item)
+        return score_contributions(self, history, item, users)
 
     def shares(self)->list[float]: return self.parameters["weights"]
 
@@ -96,12 +96,14 @@ def score_contributions(
     model:ScoreBlend,
     history:Histories, # of one user
     item:int,          # row
+    users:list|None=None, # the user's representation; None: folded in from the history
 )->Contributions:
     "The score of one item: what each past item adds in all parts, and what the means take off."
     items, parts, average = [], [], 0.0
-    for part, weight in zip(model.parts, model.parameters["weights"]):
-        users, one = part.fold_in(history), part.contributions(history, item)
-        mean, spread = (float(value[0]) for value in part.moments(users, part.scores(users)))
+    users = model.fold_in(history) if users is None else users
+    for part, weight, own in zip(model.parts, model.parameters["weights"], users):
+        one = part.contributions(history, item, own)
+        mean, spread = (float(value[0]) for value in part.moments(own, part.scores(own)))
         average += weight*(sum(one.signals.values()) - mean)/spread
         items.append(one.items); parts.append(weight*one.parts/spread)
     rows, place = np.unique(np.concatenate(items), return_inverse=True)
@@ -170,20 +172,21 @@ class HabitBlend(Model):
 
     work = property(lambda self: self.parts[0].work + 3*len(self.candidates), doc="As of the part, and the signals.")
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "What each past item adds to the taste, in log odds, and what each signal adds."
-        return habit_contributions(self, history, item)
+        return habit_contributions(self, history, item, users)
 
 # %% ../../nbs/models/blend.ipynb #564e1c26
 def habit_contributions(
     model:HabitBlend,
     history:Histories, # of one user
     item:int,          # row
+    users:Habits|None=None, # the user's representation; None: folded in from the history
 )->Contributions:
     "The score of one item, part by part."
     part, weights = model.parts[0], model.weights
-    taste = part.contributions(history, item)
-    representation = part.fold_in(history)
+    representation = part.fold_in(history) if users is None else users.taste
+    taste = part.contributions(history, item, representation)
     mean, spread = (float(value[0]) for value in part.moments(representation, part.scores(representation)))
     scale = weights.weights["taste"]/spread
     table = pair_signals(model.signals, np.zeros(1), np.zeros(1, np.int64), np.array([item]), history)[0]

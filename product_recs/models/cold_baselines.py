@@ -98,7 +98,7 @@ class CategoryPopularity(Model):
     def scores(self, representations:Histories)->np.ndarray:
         return self._favourites(representations)[:, self.codes] + self.places
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "The user's items of the same category share its rank by their counts."
         alike = np.flatnonzero((self.codes[history.items] == self.codes[item]) & (self.codes[item] >= 0))
         rank, place = float(self._favourites(history)[0, self.codes[item]]), float(self.places[item])
@@ -173,8 +173,9 @@ class SegmentPopularity(Model):
                 found[place] += np.bincount(self.snapshot.histories(rows).items, minlength=len(self.below))
         return found[kind.ravel()]
 
-    def contributions(self, history:Histories, item:int)->Contributions:
-        score = float(self.scores(self.fold_in(history))[0, item])
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
+        users = self.fold_in(history) if users is None else users
+        score = float(self.scores(users)[0, item])
         return Contributions(score, np.empty(0, np.int32), np.empty(0), {"popularity_in_the_segment": score})
 
 # %% ../../nbs/models/cold_baselines.ipynb #5813c024

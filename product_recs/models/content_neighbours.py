@@ -54,7 +54,7 @@ class ContentNeighbours(Model):
         profiles = self.matrix.rows(different).summed(ones[:, different].T.toarray())
         return np.ascontiguousarray(self.matrix.times(profiles).T, np.float32)
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "The cosine with each past item."
         parts = self.matrix.rows(history.items).times(self.matrix.vector(item)).astype(np.float64)
         return Contributions(float(parts.sum()), history.items, parts, {})

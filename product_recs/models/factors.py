@@ -98,7 +98,7 @@ class FactorModel(_FactorArrays):
         "The score of an item with these factors, taken apart."
         raise NotImplementedError
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "What each past item pulls the user towards this one."
         parts, signals = self.pulls(history, self.item_factors[item])
         return Contributions(float(parts.sum() + sum(signals.values())), history.items, parts, signals)

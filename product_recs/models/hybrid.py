@@ -92,9 +92,9 @@ class Hybrid(Model):
         "Over the items of the training, however many came since: habits count as much as before."
         return moments_of(scores[:, :len(self.own)], self.own)
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "What each past item adds, through the part and through what it has in common, and the rest by name."
-        return _contributions_of(self, history, item)
+        return _contributions_of(self, history, item, users)
 
     def widened(self, snapshot:Snapshot)->"Hybrid":
         "With the new and the changed items described by the vocabulary of the training."
@@ -247,9 +247,10 @@ def _contributions_of(
     model:Hybrid,
     history:Histories, # of one user
     item:int,          # row
+    users:HybridUsers|None=None, # the user's representation; None: folded in from the history
 )->Contributions:
     "The score of one item, part by part."
-    rows, users = model.rows, _users_of(model, history)
+    rows, users = model.rows, _users_of(model, history) if users is None else users
     evidence, new, part = float(users.evidence[0]), float(users.new[0]), rows.part
     added, named = np.zeros(len(history.items)), {}
     def add(name, value): named[name] = named.get(name, 0.0) + float(value)
@@ -258,7 +259,7 @@ def _contributions_of(
     known, short = history.items < rows.own, _of_part(history, rows.own)
     mean, spread = (float(one[0]) for one in part.moments(users.users, part.scores(users.users)))
     if item < rows.own and own*evidence*(1 - new):
-        scale, one = own*evidence*(1 - new)/spread, part.contributions(short, item)
+        scale, one = own*evidence*(1 - new)/spread, part.contributions(short, item, users.users)
         spot = np.searchsorted(short.items, one.items)
         added[np.flatnonzero(known)[spot]] += scale*one.parts
         add("average_taste", scale*(sum(one.signals.values()) - mean))

@@ -153,7 +153,11 @@ class Model(Learner):
         "Mean and standard deviation of each user's scores over the candidates; 1 where all are equal."
         return moments_of(scores, self.candidates)
 
-    def contributions(self, history:Histories, item:int)->Contributions: # history of one user; row of an item
+    def contributions(self,
+        history:Histories, # of one user
+        item:int,          # row
+        users:Any=None,    # the user's representation, where it is known: then nobody is folded in again
+    )->Contributions:
         "What each past item, or named signal, adds to the score of an item."
         raise NotImplementedError
 
@@ -231,9 +235,9 @@ class Widened(Model):
         if closed is not None: closed = closed[closed < self.own]
         return self.parts[0].top(representations, n, forbidden, closed, threads)
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         if item >= self.own: return Contributions(-np.inf, np.empty(0, np.int64), np.empty(0), {})
-        return self.parts[0].contributions(_without(history, self.own), item)
+        return self.parts[0].contributions(_without(history, self.own), item, users)
 
     def widened(self, snapshot:Snapshot)->Model: return self.parts[0].widened(snapshot)
 

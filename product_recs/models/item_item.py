@@ -97,9 +97,9 @@ class ItemItem(Model):
         rows, scores = np.append(rows, np.full(gap, -1)), np.append(scores, np.full(gap, -np.inf))
         return rows[None].astype(np.int32), scores[None].astype(np.float32)
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "Weight times similarity of each past item."
-        weights = self.fold_in(history)
+        weights = self.fold_in(history) if users is None else users
         said = self.similarity[weights.indices][:, [item]].toarray().ravel().astype(np.float64)
         parts = weights.data*said
         if parts.sum() > 0: return Contributions(float(parts.sum()), weights.indices, parts, {})
@@ -395,7 +395,7 @@ class EASE(_Regression):
         scores[:, self.regressions.columns] = self.regressions.predict(representations)
         return scores
 
-    def contributions(self, history:Histories, item:int)->Contributions:
+    def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "The weight of each past item towards this one."
         items = history.items[self.candidates[history.items]]
         parts = np.zeros(len(items))
