@@ -67,3 +67,5 @@ class Settings(BaseSettings):
         description="an alias of the registry, such as models:/product-recs@champion, whose model "
                     "`product-recs serve` takes up whenever it moves; empty: none")
     follow_seconds: float = Field(10.0, gt=0, description="how often the registry is asked where the alias points")
+    experiments_file: str = Field("", description="experiments.yaml, which is watched; relative to the project root")
+
