@@ -106,7 +106,7 @@ def _recommender(service:Service, served:Served|None=None)->Recommender:
 def _asked(service:Service, served:Served, user:int|str|None, scope:dict, task:Task|None, diversity:float|None,
            explore:float|None)->dict:
     "Task, diversity and exploration of a list: what the request says, or else the arm of the user or the settings."
-    arm, settings = served.arm, service.settings
+    arm, settings = served.says, service.settings
     if task is None: task = arm.task if arm and arm.task else DISCOVERY
     if diversity is None: diversity = arm.diversity if arm and arm.diversity is not None else settings.diversity
     explores = exploration_of(settings, explore, user, scope, arm)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_EXPERIMENTS', 'ALIASES', 'ExperimentError', 'Arm', 'position', 'Experiment', 'ExperimentBook', 'read_experiments',
-           'experiments_of', 'registry_aliases', 'resolve_version', 'versions_in_use', 'with_blend', 'experiment_lines']
+           'experiments_of', 'registry_aliases', 'names_aliases', 'resolve_version', 'versions_in_use', 'with_blend',
+           'heeded', 'experiment_lines']
 
 # %% ../../nbs/answer/experiments.ipynb #db33550c
 import hashlib
@@ -235,6 +236,13 @@ def registry_aliases(
     models = (arm.model for one in book.experiments for arm in one.arms)
     return list(dict.fromkeys(model for model in models if model.startswith("models:/")))
 
+def names_aliases(
+    file:str|Path, # of experiments; empty: there is none
+)->bool:
+    "Does the file name an alias of the registry? One that cannot be read names none; the service says why."
+    try: return bool(registry_aliases(experiments_of(file)))
+    except ProductRecsError: return False
+
 def _resolved(models_dir:Path)->Mapping:
     try: found = json.loads((models_dir/ALIASES).read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
@@ -288,6 +296,13 @@ def with_blend(
         raise ExperimentError(f"blend: model {model.bundle.version} has no weight {missing[0]!r}; {there}")
     models = {task: reweighed(asked, dict(blend)) for task, asked in model.bundle.models.items()}
     return ReadyModel(replace(model.bundle, models=models), model.index)
+
+def heeded(
+    arm:Arm|None,
+    model:ReadyModel, # that answers the user
+)->Arm|None:          # None: what the arm says does not count
+    "The arm, where the model can do what it says."
+    return None if arm is None or (arm.task is not None and arm.task not in model.bundle.models) else arm
 
 # %% ../../nbs/answer/experiments.ipynb #1c8221c7
 def experiment_lines(

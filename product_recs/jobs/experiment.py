@@ -83,7 +83,7 @@ def user_outcomes(
     window_days:float=7.0,    # that each user has
     since:datetime|None=None, # lists from then on; None: all
     until:datetime|None=None, # lists before it; None: now
-)->pd.DataFrame: # user (index); arm, first, lists, versions (number of lists of each), crossed, over; one column a metric
+)->pd.DataFrame: # user (index); arm, first, lists, versions (lists of each), crossed, over; one column a metric
     "Each user with what became of them; raises `NoOutcome` where nobody was shown anything."
     until, since = until or datetime.now(timezone.utc), since or datetime(1970, 1, 1, tzinfo=timezone.utc)
     given = {"since": to_micros(since), "until": to_micros(until), "window": round(window_days*86_400e6)}
@@ -97,7 +97,8 @@ def user_outcomes(
                                       if experiment else f"{store.shown}: nobody was shown a list in that time")
     entered = entered.sort_values(["user_id", "first"])
     by_user = entered.groupby("user_id")
-    users = by_user.agg(arm=("arm", "first"), first=("first", "first"), lists=("lists", "sum"), crossed=("arm", "nunique"))
+    users = by_user.agg(arm=("arm", "first"), first=("first", "first"), lists=("lists", "sum"),
+                        crossed=("arm", "nunique"))
     versions = entered.groupby(["user_id", "model_version"]).lists.sum()
     users["versions"] = versions.reset_index(1).groupby(level=0).apply(lambda one: dict(one.to_numpy().tolist()))
     users["crossed"] = users.crossed > 1
@@ -125,7 +126,7 @@ def daily_lift(
     metric:str,          # column
     alpha:float=0.05,    # of this comparison
     planned:float=10_000,# users for which the sequence is tightest
-)->pd.DataFrame: # day (index); users of both, their means; lift, low, high (all looks), once_low, once_high, p (so far), found
+)->pd.DataFrame: # day (index); users and means of both; lift with its bounds for all looks and for one; p so far; found
     "How the arm stands beside the control at the end of each day."
     two = users[users.arm.isin([control, arm])]
     last = two.over.dt.floor("D")
@@ -141,7 +142,8 @@ def daily_lift(
         "control_users": sides[0].users, "users": sides[1].users, "control_mean": sides[0].mean, "mean": sides[1].mean,
         "lift": shown(always.lift), "low": shown(always.lift_low), "high": shown(always.lift_high),
         "once_low": shown(once.lift_low), "once_high": shown(once.lift_high),
-        "difference": shown(always.difference), "difference_low": shown(always.low), "difference_high": shown(always.high),
+        "difference": shown(always.difference),
+        "difference_low": shown(always.low), "difference_high": shown(always.high),
         "p": np.minimum.accumulate(p) if len(p) else p, "found": found}, index=days.rename("day"))
 
 # %% ../../nbs/jobs/experiment.ipynb #ea51791b
@@ -162,16 +164,16 @@ def experiment_checks(
                    remedy="find out where one arm loses users before anything else is read" if p < 0.001 else "")]
     crossed = float(users.crossed.mean())
     found.append(Check("users of two arms", LOOK if crossed > 0.01 else FINE, group=group, value=crossed, high=0.01,
-                       says=f"{crossed:.1%} of the users were shown lists of more than one arm; they count in their first",
+                       says=f"{crossed:.1%} of the users were shown lists of two arms; they count in their first",
                        remedy="shares were changed while it ran; begin a new experiment" if crossed > 0.01 else ""))
     for name in names:
         lists = pd.Series(dict(Counter(sum((Counter(one) for one in users.versions[users.arm == name]), Counter()))))
         if not len(lists): continue
         other = 1 - float(lists.max()/lists.sum())
         says = f"{lists.idxmax()} made {1 - other:.1%} of {int(lists.sum()):,} lists"
-        found.append(Check(f"model of {name}", LOOK if other > 0.05 else FINE, says, group=group, value=other, high=0.05,
-                           remedy="the arm stands for several models; /model of the service says why, or the alias "
-                                  "has moved" if other > 0.05 else ""))
+        found.append(Check(f"model of {name}", LOOK if other > 0.05 else FINE, says, group=group, value=other,
+                           high=0.05, remedy="several models answered for it; /model of the service says why, or its alias "
+                                             "has moved" if other > 0.05 else ""))
     return found
 
 # %% ../../nbs/jobs/experiment.ipynb #3142117f
@@ -208,7 +210,8 @@ def evaluate_trial(
     return Trial(name, control, users, lifts, experiment_checks(users, shares), alpha, window_days, until)
 
 def _percent(value:float, low:float, high:float)->str:
-    if not np.isfinite(low + high): return f"{value:+.1%}, without bounds" if np.isfinite(value) else "nothing to compare"
+    if not np.isfinite(value): return "nothing to compare"
+    if not np.isfinite(low + high): return f"{value:+.1%}, without bounds"
     return f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
 
 def comparison_sentence(
@@ -237,9 +240,9 @@ def trial_sentences(
     stop = [check for check in trial.checks if check.level == STOP]
     if stop: said = [f"Nothing may be concluded: {stop[0].says}; {stop[0].remedy}.", *said]
     done = int((trial.users.over <= trial.until).sum())
-    said.append(f"{counted(len(trial.users), 'user')} in the experiment, of {done:,} the {trial.window_days:g} days are "
-                f"over. Intervals hold for all days and for {counted(len(trial.lifts), 'comparison')} together, with "
-                f"{1 - trial.alpha:.0%}.")
+    said.append(f"{counted(len(trial.users), 'user')} in the experiment, of {done:,} the {trial.window_days:g} days "
+                f"are over. Intervals hold for all days and for {counted(len(trial.lifts), 'comparison')} together, "
+                f"with {1 - trial.alpha:.0%}.")
     return said
 
 # %% ../../nbs/jobs/experiment.ipynb #134183e9
@@ -256,7 +259,8 @@ def explored_places(
     window = timedelta(days=window_days)
     until, since = until or datetime.now(timezone.utc) - window, since or datetime(1970, 1, 1, tzinfo=timezone.utc)
     pairs = _PAIRS[store.url.get_backend_name()]
-    query = ("WITH drawn AS (SELECT i.user_id, pair.key AS item_id, CAST(pair.value AS DOUBLE PRECISION) AS propensity, "
+    query = ("WITH drawn AS (SELECT i.user_id, pair.key AS item_id, "
+             "CAST(pair.value AS DOUBLE PRECISION) AS propensity, "
              f"min(i.at) AS at FROM impressions i, {pairs} WHERE i.user_id IS NOT NULL AND i.propensities IS NOT NULL "
              "AND i.at >= :since AND i.at < :until GROUP BY i.user_id, pair.key, pair.value, i.at/86400000000) "
              "SELECT d.user_id, d.item_id, d.propensity, d.at, CASE WHEN EXISTS (SELECT 1 FROM events e WHERE "
@@ -329,6 +333,6 @@ def plan_sentences(
             total = math.ceil(two/2*arms)
             days = f", {math.ceil(total/(daily*share)) + math.ceil(window_days):,} days" if daily else ""
             numbers.append(f"{total:,} users{days}")
-        said.append(f"A lift of {lift:+.0%}: {numbers[0]} (looked at as often as you like), or {numbers[1]} (at the end "
-                    "alone).")
+        said.append(f"A lift of {lift:+.0%}: {numbers[0]} (looked at as often as you like), or {numbers[1]} (at the "
+                    "end alone).")
     return said

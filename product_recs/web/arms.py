@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import NamedTuple
 
-from ..answer.experiments import (ALIASES, NO_EXPERIMENTS, Arm, ExperimentBook, read_experiments,
+from ..answer.experiments import (ALIASES, NO_EXPERIMENTS, Arm, ExperimentBook, heeded, read_experiments,
                                              resolve_version, with_blend)
 from ..answer.explore import prepare_exploration
 from ..bundle.files import list_versions
@@ -33,6 +33,7 @@ class Served(NamedTuple):
     model: ReadyModel
     view: StateView     # of what users did since that model was trained
     arm: Arm|None       # None: the user is in no experiment
+    says: Arm|None = None # the same, where what it says counts; None: they are answered as without it
 
 @dataclass(frozen=True)
 class _Beside:
@@ -100,12 +101,13 @@ class _Fleet:
         before, live, models, opened = self.plan, self.live.version, {}, {}
         versions, fallen = _fit_for(arms, self.live.models_dir, live)
         for arm, version in versions.items():
-            if version == live and not arm.blend: continue
-            key = version, arm.blend
+            key, own = (version, arm.blend), version != live or bool(arm.blend)
             try:
-                opened[key] = opened.get(key) or before.opened.get(key) or self.opener.open(*key)
-                if arm.explore: prepare_exploration(opened[key].model, self.below)
-                models[arm] = opened[key]
+                if own and key not in opened: opened[key] = before.opened.get(key) or self.opener.open(*key)
+                model = opened[key].model if own else self.live.get()
+                if arm.task: model.bundle.model(arm.task) # or a `NoModelForTask`
+                if arm.explore: prepare_exploration(model, self.below)
+                if own: models[arm] = opened[key]
             except Exception as error: fallen[arm] = str(error) or type(error).__name__
         self.plan = _Plan(book, models, opened, fallen, versions)
         _tell(before.fallen, fallen)
@@ -167,8 +169,9 @@ class ArmDesk:
         plan = self._fleet.plan
         arm = plan.book.arm_of(user, self.now(), self.desk.view.folds) if plan.book.experiments else None
         beside = None if arm is None else plan.models.get(arm)
-        if beside is None: return Served(self.live.get(), self.desk.view, arm)
-        return Served(beside.model, beside.view, arm)
+        if arm is None or (beside is None and arm in plan.fallen): return Served(self.live.get(), self.desk.view, arm)
+        model, view = (self.live.get(), self.desk.view) if beside is None else (beside.model, beside.view)
+        return Served(model, view, arm, heeded(arm, model))
 
     def listen(self, callback:Callable[[], object])->None:
         "Call it after every new plan."
