@@ -287,7 +287,7 @@ def _add_operations(app:FastAPI, service:Service)->None:
     async def is_ready():
         version = live.get().bundle.version
         facts = {"status": "ready", "model_version": version, "store": desk.state()}
-        if fallen := len(service.arms.fallen): # of an experiment; /model says which, and why
+        if fallen := len(service.arms.plan.fallen): # of an experiment; /model says which, and why
             facts["experiments"] = f"{counted(fallen, 'arm')} answered by the live model"
         return JSONResponse(facts, headers={Header.Version: version})
 

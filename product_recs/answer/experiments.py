@@ -99,6 +99,8 @@ class ExperimentBook:
     salt: str = "product-recs" # of the line on which the users lie
 
     def __len__(self): return len(self.experiments)
+    explores = property(lambda self: any(arm.explore for one in self.experiments for arm in one.arms),
+                        doc="Does an arm explore?")
 
     def running(self,
         moment:datetime, # with time zone

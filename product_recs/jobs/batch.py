@@ -654,6 +654,7 @@ def _asked(recommender:Recommender, question:Question, users, query:str, part:in
                                 "day": this_day() if arms.explores else ""}
     return json.loads(json.dumps(asked, default=str))
 
+# %% ../../nbs/jobs/batch.ipynb #8819dd21
 class _Work:
     "The unfinished work of one goal."
     def __init__(self, folder:Path):
@@ -747,6 +748,7 @@ def _check_feedback(recommender:Recommender, question:Question|None=None)->None:
         raise BatchError(f"the feedback store cannot be read ({changes.error}), and lists without it would show what "
                          "users have denied. What is done is kept: run this again when it can be read")
 
+# %% ../../nbs/jobs/batch.ipynb #a1f88761
 def _make_parts(recommender:Recommender, question:Question, roll:Roll, work:_Work, part:int, progress:bool)->None:
     "Make the parts that are missing."
     state, total = work.state, len(roll)

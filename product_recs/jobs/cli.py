@@ -280,7 +280,8 @@ def _batch(
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
     given = {"users": users, "query": query, "out": out, "table": table, "n": n, "task": task, "filters": filters,
              "place": place, "diversity": diversity, "audience": list(audience) or None, "owners": owners or None,
-             "fresh": fresh or None, "experiments": "settings" if experiments else None, "kind": "similar" if items else None}
+             "fresh": fresh or None, "kind": "similar" if items else None,
+             "experiments": "settings" if experiments else None}
     asked = read_parameters(file, [*map(_pair, parameter)])
     asked |= {name: value for name, value in given.items() if value is not None}
     asked.setdefault("models_dir", str(_settings(models_dir=models_dir).models_dir))

@@ -172,8 +172,8 @@ def experiment_checks(
         other = 1 - float(lists.max()/lists.sum())
         says = f"{lists.idxmax()} made {1 - other:.1%} of {int(lists.sum()):,} lists"
         found.append(Check(f"model of {name}", LOOK if other > 0.05 else FINE, says, group=group, value=other,
-                           high=0.05, remedy="several models answered for it; /model of the service says why, or its alias "
-                                             "has moved" if other > 0.05 else ""))
+                           high=0.05, remedy="several models answered for it: its alias has moved, or /model of the "
+                                             "service says why" if other > 0.05 else ""))
     return found
 
 # %% ../../nbs/jobs/experiment.ipynb #3142117f
@@ -209,6 +209,7 @@ def evaluate_trial(
              for metric in metrics for arm in arms}
     return Trial(name, control, users, lifts, experiment_checks(users, shares), alpha, window_days, until)
 
+# %% ../../nbs/jobs/experiment.ipynb #84c447e3
 def _percent(value:float, low:float, high:float)->str:
     if not np.isfinite(value): return "nothing to compare"
     if not np.isfinite(low + high): return f"{value:+.1%}, without bounds"

@@ -151,14 +151,10 @@ class ArmDesk:
         file, every, self.desk, self.live, self.now = settings.experiments_file, settings.watch_seconds, desk, live, now
         self.file = WatchedFile(file, every, read_experiments, "experiments") if file else None
         self._fleet = _Fleet(_Opener(settings, desk, extend), live, settings.explore_below or None)
-        self._seen, self._next_try, self._every, self._listeners = None, 0.0, every, []
-        self._lock, self._stop, self._thread = threading.Lock(), threading.Event(), None
+        self._seen, self._next_try, self._listeners, self._lock = None, 0.0, [], threading.Lock()
 
-    book = property(lambda self: self._fleet.plan.book, doc="The experiments in force.")
-    opened = property(lambda self: [*self._fleet.plan.opened.values()], doc="`model`, `view`, ... beside the live one.")
-    fallen = property(lambda self: self._fleet.plan.fallen, doc="Arm -> why it answers from the live model.")
-    explores = property(lambda self: any(arm.explore for one in self.book.experiments for arm in one.arms),
-                        doc="Does an arm explore?")
+    plan = property(lambda self: self._fleet.plan, doc="What is in force: `book`, `fallen` (arm -> why), `versions`.")
+    opened = property(lambda self: [*self.plan.opened.values()], doc="`model`, `view`, ... beside the live one.")
     stale = property(lambda self: any(one.changes and one.changes.stale for one in self.opened),
                      doc="Is there feedback, or may there be, that a view has not read?")
 
@@ -166,16 +162,16 @@ class ArmDesk:
         user:int|str|None, # external id as somebody wrote it; None: a guest
     )->Served:
         "What answers a user now; a `NoModel` where nothing does."
-        plan = self._fleet.plan
+        plan = self.plan
         arm = plan.book.arm_of(user, self.now(), self.desk.view.folds) if plan.book.experiments else None
         beside = None if arm is None else plan.models.get(arm)
         if arm is None or (beside is None and arm in plan.fallen): return Served(self.live.get(), self.desk.view, arm)
         model, view = (self.live.get(), self.desk.view) if beside is None else (beside.model, beside.view)
         return Served(model, view, arm, heeded(arm, model))
 
-    def listen(self, callback:Callable[[], object])->None:
-        "Call it after every new plan."
-        self._listeners.append(callback)
+    def listen(self, callback:Callable[[], object])->None: self._listeners.append(callback) # called after a new plan
+    def _tell(self, changed:bool)->None:
+        for callback in self._listeners if changed else (): callback()
 
     def look(self)->None:
         "Bring the plan up to date, where something has changed."
@@ -185,23 +181,20 @@ class ArmDesk:
             book = source.book or NO_EXPERIMENTS
             due = [one for one in book.experiments if one.runs(moment) or one.runs(moment + _AHEAD)]
             seen = source, self.live.version, _stamp(self.live.models_dir) if due else None, [*map(id, due)]
-            again = bool(self.fallen) and time.monotonic() > self._next_try
+            again = bool(self.plan.fallen) and time.monotonic() > self._next_try
             if seen == self._seen and not again: return
             self._seen, self._next_try = seen, time.monotonic() + _AGAIN
             self._fleet.take_up(book, [arm for one in due for arm in one.arms])
-            for callback in self._listeners: callback()
+            self._tell(True)
 
     def renew(self)->None:
         "Add what the shop told meanwhile to all models; raises the last error."
         with self._lock:
-            before = self._fleet.plan
+            before = self.plan.opened
             try: self._fleet.renew()
-            finally:
-                if self._fleet.plan.opened != before.opened:
-                    for callback in self._listeners: callback()
+            finally: self._tell(self.plan.opened != before)
 
-    def holds(self, revision:int)->bool:
-        "Do all models have the products of this revision?"
+    def holds(self, revision:int)->bool: # do all models have the products of this revision?
         return all(beside.told.revision >= revision for beside in self.opened)
 
 # %% ../../nbs/web/arms.ipynb #ad63609c
@@ -240,7 +233,7 @@ def arm_facts(
     desk:ArmDesk,
 )->dict: # error of the file; of each experiment: name, start, end, running, arms
     "What there is to know of the experiments, for whoever may read the model's facts."
-    plan, moment = desk._fleet.plan, desk.now()
+    plan, moment = desk.plan, desk.now()
     iso = lambda at: None if at is None else at.isoformat()
     def facts(arm):
         return {"name": arm.name, "share": arm.share, "differs": arm.says, "model_version": plan.versions.get(arm),

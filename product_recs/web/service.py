@@ -94,6 +94,7 @@ async def _take_up(rules:RuleDesk, models:Sequence[ReadyModel])->None:
     for model in models:
         if not rules.holds(model): await run_in_threadpool(rules.rules, model)
 
+# %% ../../nbs/web/service.ipynb #48e9dfa2
 class ToldProducts:
     "The products that the shop told of, on their way into the model that answers."
     def __init__(self,
@@ -136,7 +137,7 @@ def _tell_state(service:"Service")->None:
     "Put into the figures what no request brings."
     refused, live = service.live.refused, service.live.version # neither has a version: none was published yet
     service.metrics.model.refusing(refused is not None and (refused.version or live) is not None)
-    service.metrics.fallen_arms(len(service.arms.fallen))
+    service.metrics.fallen_arms(len(service.arms.plan.fallen))
     service.desk.count()
 
 # %% ../../nbs/web/service.ipynb #307de7c8
@@ -205,7 +206,7 @@ class AnswerDesk:
         return self.service.arms.of(user)
 
     def _question(self, scope:dict)->tuple:
-        return _question(bool(self.service.settings.explore) or self.service.arms.explores, scope)
+        return _question(bool(self.service.settings.explore) or self.service.arms.plan.book.explores, scope)
 
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
