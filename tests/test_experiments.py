@@ -51,7 +51,7 @@ def two_models(folder):
         item_columns=columns,
         version="other",
     )
-    live = publish_board(folder / "models", version="live")
+    live = publish_board(folder / "models", version="mine")
     return live.name, turned.name
 
 
@@ -121,7 +121,8 @@ def test_two_workers_answer_each_user_by_their_arm(tmp_path, url, workers):
     settings = {"database_url": url, "experiments_file": file, "watch_seconds": 0.1}
     lists, labels = {}, {}
     with Server(tmp_path, tmp_path / "models", workers=workers, **settings) as server:
-        assert server.ask("POST", "/events", [{"user_id": 3, "item_id": 103}, {"user_id": 4, "item_id": 104}])[0] == 200
+        events = [{"user_id": 3, "item_id": 103}, {"user_id": 4, "item_id": 104}]
+        assert server.ask("POST", "/events", {"events": events})[0] == 200
         for user in USERS:
             for _, headers, body in [*both(server, f"/recommend/{user}?n=4"), *both(server, f"/recommend/{user}?n=4")]:
                 assert lists.setdefault(user, body["recommendations"]) == body["recommendations"]
@@ -169,8 +170,8 @@ def test_a_model_that_breaks_fails_no_request(tmp_path):
         return ready, [arm["answers_from_live_because"] for arm in one["arms"]]
 
     def gauge(server):
-        text = server.get("/metrics")[2].decode()
-        return float(next(line for line in text.splitlines() if "arms_on_live_model " in line).split()[-1])
+        text, name = server.get("/metrics")[2].decode(), "product_recs_experiment_arms_on_live_model "
+        return float(next(line for line in text.splitlines() if line.startswith(name)).split()[-1])
 
     def ask():
         found = {}
