@@ -7,7 +7,7 @@ __all__ = ['PAGE', 'respond', 'create_app']
 
 # %% ../nbs/06_api.ipynb #9d6fe9b3
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from importlib.resources import files
@@ -22,16 +22,21 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from . import __version__
+from .answer.experiments import Arm
 from .answer.ladder import check_words
 from .answer.lists import Recommendations
 from .answer.new import new_for
 from .answer.recommender import Recommender
 from .bundle.ready import ReadyModel
 from .bundle.versions import public_facts
+from .core.columns import DISCOVERY
 from .core.errors import ProductRecsError, StoreError, UnknownItem
+from .core.events import UNCHANGED, UserState
 from .core.ids import LONGEST_ID
 from .core.kernels import one_blas_thread
 from .core.settings import Settings
+from .core.text import counted
+from .web.arms import Served, arm_facts
 from .web.details import explained, ranked, ranked_new
 from .web.events import add_feedback
 from .web.headers import Header
@@ -50,9 +55,10 @@ from .web.security import Guard, auth_required, describe_keys
 from .web.service import FastPath, Service, Shown, exploration_of
 
 # %% ../nbs/06_api.ipynb #9a6cfed0
-def _headers(version:str, source:str, model:str, shortfall:str|None=None)->dict[str, str]:
-    "What every list says of itself: the bundle, the rung, the model, and why it is short."
+def _headers(version:str, source:str, model:str, shortfall:str|None=None, arm:Arm|None=None)->dict[str, str]:
+    "What every list says of itself: the bundle, the rung, the model, the user's arm, and why it is short."
     headers = {Header.Version: version, Header.Source: source, Header.Model: model}
+    if arm is not None: headers[Header.Experiment] = arm.label
     if shortfall: headers[Header.Shortfall] = shortfall.encode("ascii", "replace").decode()
     return headers
 
@@ -61,6 +67,7 @@ def respond(
     recommendations:Recommendations,
     body:dict,                       # the plain answer
     detail:bool=False,               # also say all that is known of each item?
+    arm:Arm|None=None,               # of the user; None: they are in no experiment
 )->Response:
     "A list as it goes out: the JSON body, and the headers with the model and the rung."
     version, source, shortfall = model.bundle.version, recommendations.source, recommendations.shortfall
@@ -69,7 +76,8 @@ def respond(
         body = body | {"source": source, "model": made_by, "model_version": version, "shortfall": shortfall,
                        "items": ranked(model, recommendations)}
     content = json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-    return Response(content, media_type="application/json", headers=_headers(version, source, made_by, shortfall))
+    headers = _headers(version, source, made_by, shortfall, arm)
+    return Response(content, media_type="application/json", headers=headers)
 
 # %% ../nbs/06_api.ipynb #d7b4b1fc
 def _default_n(settings:Settings)->int: return min(settings.default_n, settings.max_n)
@@ -79,7 +87,8 @@ def _parameters(settings:Settings)->tuple:
     next_words = "`next_purchase`: what the user most likely takes next, own items included"
     N = Annotated[int, Query(ge=1, le=settings.max_n, description="how many items", examples=[10])]
     Detail = Annotated[bool, Query(description="also say rank, score, title, attributes and reasons of each item")]
-    TaskName = Annotated[Task, Query(description=f"`discovery`: items new to the user; {next_words}")]
+    absent = "absent: discovery, or what the user's experiment says"
+    TaskName = Annotated[Task | None, Query(description=f"`discovery`: items new to the user; {next_words}; {absent}")]
     ShopPlace = Annotated[str | None, Query(min_length=1, max_length=100, description=PLACE_WORDS)]
     Variety = Annotated[float | None, Query(ge=0, le=1, description=DIVERSITY_WORDS)]
     return N, Detail, TaskName, ShopPlace, Variety
@@ -89,14 +98,19 @@ def _explore_parameter(settings:Settings)->object:
     words = "share of the list for items with little evidence; absent: as the service is set, which is also the most"
     return Annotated[float | None, Query(ge=0, le=settings.explore, description=words)]
 
-def _recommender(service:Service)->Recommender:
-    "What makes the lists of one request: the model of this moment, what happened since, and the shop's rules."
-    model = service.live.get()
-    return Recommender(model, service.desk.changes, service.rules.rules(model))
+def _recommender(service:Service, served:Served|None=None)->Recommender:
+    "What makes lists: the model of this moment, or of a user's arm, what happened since, and the shop's rules."
+    served = service.answers.served(None) if served is None else served
+    return Recommender(served.model, served.view.changes, service.rules.rules(served.model))
 
-def _variety(service:Service, asked:float|None)->float:
-    "The diversity of a list."
-    return service.settings.diversity if asked is None else asked
+def _asked(service:Service, served:Served, user:int|str|None, scope:dict, task:Task|None, diversity:float|None,
+           explore:float|None)->dict:
+    "Task, diversity and exploration of a list: what the request says, or else the arm of the user or the settings."
+    arm, settings = served.says, service.settings
+    if task is None: task = arm.task if arm and arm.task else DISCOVERY
+    if diversity is None: diversity = arm.diversity if arm and arm.diversity is not None else settings.diversity
+    explores = exploration_of(settings, explore, user, scope, arm)
+    return {"task": task, "diversity": diversity, "explore": explores}
 
 def _add_recommend(app:FastAPI, service:Service)->None:
     "GET /recommend, for one user."
@@ -107,60 +121,83 @@ def _add_recommend(app:FastAPI, service:Service)->None:
              tags=["recommendations"], summary="The best items for a user",
              responses=documented("Best first; an unknown user gets what is popular.", 422, 503))
     async def recommend_user(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
-                             n:N=n_default, detail:Detail=False, task:TaskName="discovery", place:ShopPlace=None,
+                             n:N=n_default, detail:Detail=False, task:TaskName=None, place:ShopPlace=None,
                              diversity:Variety=None, explore:Explore=None):
-        recommender, view = _recommender(service), service.desk.view
-        model, shelf = recommender.model, view.shelf
-        user = as_id(model.bundle.users, path_id(http_request.scope, -1))
-        state, = await view.states([user])
-        request = recommender.request(user, n, task, state=state, shelf=shelf, place=place,
-                                      diversity=_variety(service, diversity),
-                                      explore=exploration_of(service.settings, explore, user, http_request.scope))
+        scope, shelf = http_request.scope, service.desk.view.shelf
+        served = service.answers.served(path_id(scope, -1))
+        recommender = _recommender(service, served)
+        user = as_id(served.model.bundle.users, path_id(scope, -1))
+        state, = await served.view.states([user])
+        request = recommender.request(user, n, state=state, shelf=shelf, place=place,
+                                      **_asked(service, served, user, scope, task, diversity, explore))
         person, answer = recommender.person(request), recommender.answer
         if recommender.takes_long(request, person): recommendations = await run_in_threadpool(answer, request, person)
         else: recommendations = answer(request, person)
-        response = respond(model, recommendations, {"user_id": user, "recommendations": recommendations.items}, detail)
-        service.keep(http_request.scope, model, request, shelf, recommendations, response)
+        body = {"user_id": user, "recommendations": recommendations.items}
+        response = respond(served.model, recommendations, body, detail, served.arm)
+        service.answers.keep(scope, served, request, shelf, recommendations, response)
         return response
 
+
 # %% ../nbs/06_api.ipynb #02c15e33
+def _result(served:Served, user:int|str|None, recommendations:Recommendations, detail:bool)->dict:
+    "The list of one user, as `UserResult`."
+    facts = {"user_id": user, "recommendations": recommendations.items, "source": recommendations.source,
+             "model": recommendations.model, "model_version": served.model.bundle.version,
+             "shortfall": recommendations.shortfall}
+    if served.arm is not None: facts["experiment"] = served.arm.label
+    return facts | ({"items": ranked(served.model, recommendations)} if detail else {})
+
+async def _states(answered:Sequence[Served], users:Sequence)->list[UserState]:
+    "What each user did since the model of their arm was trained; users of one view are read together."
+    states = [UNCHANGED]*len(users)
+    for view in dict.fromkeys(served.view for served in answered):
+        places = [place for place, served in enumerate(answered) if served.view is view]
+        found = await view.states([users[place] for place in places])
+        for place, state in zip(places, found): states[place] = state
+    return states
+
+def _many_headers(answered:Sequence[Served], lists:Sequence[Recommendations])->dict[str, str]:
+    "The headers of several lists: each version, rung, model and arm once."
+    each = lambda names: ",".join(dict.fromkeys(names))
+    headers = _headers(each(served.model.bundle.version for served in answered), each(one.source for one in lists),
+                       each(one.model for one in lists))
+    labels = each(served.arm.label for served in answered if served.arm is not None)
+    return headers | ({Header.Experiment: labels} if labels else {})
+
+# %% ../nbs/06_api.ipynb #875288b2
 def _add_recommend_many(app:FastAPI, service:Service)->None:
     "POST /recommend, for guests, sessions, filters and many users."
     n_default = _default_n(service.settings)
     Body = recommend_body(service.settings.max_n, n_default, service.settings.max_batch, service.settings.explore)
 
-    def result(model:ReadyModel, user:int|str|None, recommendations:Recommendations, detail:bool)->dict:
-        "The list of one user, as `UserResult`."
-        facts = {"user_id": user, "recommendations": recommendations.items, "source": recommendations.source,
-                 "model": recommendations.model, "model_version": model.bundle.version,
-                 "shortfall": recommendations.shortfall}
-        return facts | ({"items": ranked(model, recommendations)} if detail else {})
-
     @app.post("/recommend", response_model=RecommendAnswer, tags=["recommendations"],
               summary="For guests, sessions, filters, many users",
               responses=documented("One result a user, in the order asked.", 400, 413, 415, 422, 503))
     async def recommend_many(http_request:Request, body:Body):
-        recommender, view = _recommender(service), service.desk.view
-        model, shelf = recommender.model, view.shelf
+        scope, answers, shelf = http_request.scope, service.answers, service.desk.view.shelf
+        answered = [answers.served(user) for user in body.users or [None]]
+        model = answers.served(None).model
         session, filters = body.session(model.bundle.rules), body.filters.to_filters()
         check_words(model.user_attributes, body.attributes, "attributes")
         for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
-        users = [None] if body.users is None else [as_id(model.bundle.users, user) for user in body.users]
-        explores = [exploration_of(service.settings, body.explore, user, http_request.scope) for user in users]
-        requests = [recommender.request(user, body.n, body.task, session=session, filters=filters, state=state,
-                                        shelf=shelf, attributes=body.attributes, new_items=body.items, explore=explore,
-                                        place=body.place, diversity=_variety(service, body.diversity))
-                    for user, state, explore in zip(users, await view.states(users), explores)]
+        users = [None] if body.users is None else [as_id(served.model.bundle.users, user)
+                                                   for served, user in zip(answered, body.users)]
+        recommenders = {served.model: _recommender(service, served) for served in answered}
+        asked = [(recommenders[served.model], recommenders[served.model].request(
+                      user, body.n, session=session, filters=filters, state=state, shelf=shelf,
+                      attributes=body.attributes, new_items=body.items, place=body.place,
+                      **_asked(service, served, user, scope, body.task, body.diversity, body.explore)))
+                 for served, user, state in zip(answered, users, await _states(answered, users))]
 
         def response()->Response:
-            lists = recommender.answer_all(requests) if person is None else [recommender.answer(requests[0], person)]
-            results = [result(model, user, recommendations, body.detail) for user, recommendations in zip(users, lists)]
-            for user, one in zip(users, lists): service.shown(http_request.scope, model, user, Shown.of(one, body.task))
-            rungs, models = (",".join(dict.fromkeys(names)) for names in ((one.source for one in lists),
-                                                                          (one.model for one in lists)))
-            return JSONResponse({"results": results}, headers=_headers(model.bundle.version, rungs, models))
-        person = recommender.person(requests[0]) if len(requests) == 1 else None
-        quick = person is not None and not recommender.takes_long(requests[0], person)
+            lists = [recommender.answer(request, person) for recommender, request in asked]
+            results = [_result(*one, body.detail) for one in zip(answered, users, lists)]
+            for served, user, (_, request), one in zip(answered, users, asked, lists):
+                answers.shown(scope, served.model, user, Shown.of(one, request.task, served.arm))
+            return JSONResponse({"results": results}, headers=_many_headers(answered, lists))
+        person = asked[0][0].person(asked[0][1]) if len(asked) == 1 else None
+        quick = person is not None and not asked[0][0].takes_long(asked[0][1], person)
         return response() if quick else await run_in_threadpool(response)
 
 # %% ../nbs/06_api.ipynb #e85f25c2
@@ -194,22 +231,22 @@ def _add_others(app:FastAPI, service:Service)->None:
              summary="Why an item is recommended to a user, or why not",
              responses=documented("The past items that speak for it, or the rule that removed it.", 404, 422, 503))
     async def explain(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
-                      item_id:id_in_path("101", "an item of the model"), task:TaskName="discovery",
+                      item_id:id_in_path("101", "an item of the model"), task:TaskName=None,
                       place:ShopPlace=None, diversity:Variety=None, explore:Explore=None):
-        recommender, view = _recommender(service), service.desk.view
-        model = recommender.model
+        served = service.answers.served(path_id(http_request.scope, -2))
+        recommender, model = _recommender(service, served), served.model
         user = as_id(model.bundle.users, path_id(http_request.scope, -2))
         item = as_id(model.bundle.items, path_id(http_request.scope, -1))
         if excluded := model.bundle.why_excluded(item):
             raise UnknownItem(f"item {item!r} is in no list: it is excluded ({excluded})")
         if model.bundle.items.row(item) is None:
             raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
-        state, = await view.states([user])
-        request = recommender.request(user, n_default, task, state=state, shelf=view.shelf, place=place,
-                                      diversity=_variety(service, diversity),
-                                      explore=exploration_of(service.settings, explore, user, http_request.scope))
+        state, = await served.view.states([user])
+        words = _asked(service, served, user, http_request.scope, task, diversity, explore)
+        request = recommender.request(user, n_default, state=state, shelf=service.desk.view.shelf, place=place, **words)
         facts = await run_in_threadpool(explained, model, request, item)
-        return JSONResponse(facts, headers=_headers(model.bundle.version, facts["source"], facts["model"]))
+        headers = _headers(model.bundle.version, facts["source"], facts["model"], arm=served.arm)
+        return JSONResponse(facts, headers=headers)
 
 # %% ../nbs/06_api.ipynb #10951deb
 def _add_new(app:FastAPI, service:Service)->None:
@@ -224,17 +261,17 @@ def _add_new(app:FastAPI, service:Service)->None:
     @app.get("/new", response_model=NewList, response_model_exclude_unset=True, tags=["recommendations"],
              summary="What nobody has bought yet, for a user", responses=documented(order, 422, 503))
     async def new_items(n:N=n_default, detail:bool=False, user_id:User=None, category:Category=None):
-        recommender, view = _recommender(service), service.desk.view
-        model = recommender.model
+        served = service.answers.served(user_id)
+        recommender, model = _recommender(service, served), served.model
         user = None if user_id is None else as_id(model.bundle.users, user_id)
-        state, = await view.states([user])
-        request = recommender.request(user, n, state=state, shelf=view.shelf)
+        state, = await served.view.states([user])
+        request = recommender.request(user, n, state=state, shelf=service.desk.view.shelf)
         recommendations = await run_in_threadpool(new_for, model, request, category)
         version, source, shortfall = model.bundle.version, recommendations.source, recommendations.shortfall
         facts = {"user_id": user, "recommendations": recommendations.items, "source": source,
                  "order": recommendations.order, "model_version": version, "shortfall": shortfall}
         if detail: facts["items"] = await run_in_threadpool(ranked_new, model, recommendations)
-        return JSONResponse(facts, headers=_headers(version, source, recommendations.model, shortfall))
+        return JSONResponse(facts, headers=_headers(version, source, recommendations.model, shortfall, served.arm))
 
 # %% ../nbs/06_api.ipynb #080fb30a
 def _add_operations(app:FastAPI, service:Service)->None:
@@ -249,8 +286,10 @@ def _add_operations(app:FastAPI, service:Service)->None:
              responses=documented("Ready.", 503))
     async def is_ready():
         version = live.get().bundle.version
-        return JSONResponse({"status": "ready", "model_version": version, "store": desk.state()},
-                            headers={Header.Version: version})
+        facts = {"status": "ready", "model_version": version, "store": desk.state()}
+        if fallen := len(service.arms.plan.fallen): # of an experiment; /model says which, and why
+            facts["experiments"] = f"{counted(fallen, 'arm')} answered by the live model"
+        return JSONResponse(facts, headers={Header.Version: version})
 
     @app.get("/model", tags=["operation"], summary="Which model answers, and how it was trained",
              responses=documented("The manifest without its list of files.", 503))
@@ -260,7 +299,8 @@ def _add_operations(app:FastAPI, service:Service)->None:
         if refused: refused = {"version": refused.version, "error": refused.error, "at": plain(refused.at)}
         told = {"told": len(desk.view.products.by_key), "since_training": desk.view.products_since,
                 "taken_up": service.told.holds(desk.view.products.revision)}
-        facts |= {"loaded_at": plain(live.loaded_at), "refused": refused, "store": desk.state(), "products": told}
+        facts |= {"loaded_at": plain(live.loaded_at), "refused": refused, "store": desk.state(), "products": told,
+                  "experiments": arm_facts(service.arms)}
         return JSONResponse(facts, headers={Header.Version: bundle.version})
 
     @app.post("/model/reload", response_model=ReloadAnswer, tags=["operation"], summary="Look for a new model now",

@@ -19,7 +19,7 @@ from product_recs.bundle.files import current_version
 from product_recs.web.schemas import DetailedRecommendationList, DetailedSimilarList
 
 ROOT = Path(__file__).resolve().parents[1]
-LOG_KEYS = {"time", "request_id", "method", "route", "status", "ms", "model_version", "source"}
+LOG_KEYS = {"time", "request_id", "method", "route", "status", "ms", "model_version", "source", "experiment"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ MAX_LINES = 60  # of a code cell: the shape of a page, not a taste; most cells h
 MAX_RUN = 3  # code cells in a row without prose
 KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
 JOBS = {"01_ingest", "02_features", "03_train", "04_evaluate", "05_inference", "jobs/weights", "jobs/tune",
-        "jobs/batch", "jobs/diff", "jobs/gate", "jobs/monitor", "jobs/daily", "jobs/clean"}
+        "jobs/batch", "jobs/diff", "jobs/experiment", "jobs/gate", "jobs/monitor", "jobs/daily", "jobs/clean"}
 
 
 def source(cell: dict) -> str:

@@ -6,16 +6,17 @@
 __all__ = ['ACTIONS', 'STRONGEST', 'LAST_PLACE', 'MOST_RULES', 'RuleError', 'Rule', 'RuleBook', 'read_rules']
 
 # %% ../../nbs/answer/merchandise.ipynb #0e9bd820
-import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import datetime, timezone
+from functools import partial
 
 from .rules import Filters
 from ..core.columns import TASKS
+from ..core.documents import LATEST, check_keys, read_moment, read_number
 from ..core.errors import ProductRecsError
 from ..core.ids import IdError, id_key
+
 
 # %% ../../nbs/answer/merchandise.ipynb #704c80d8
 ACTIONS = ("pin", "boost", "bury", "exclude")
@@ -60,7 +61,7 @@ class Rule:
 def _words(moment:datetime)->str: return f"{moment:%Y-%m-%d %H:%M} UTC"
 
 # %% ../../nbs/answer/merchandise.ipynb #18059b29
-_EARLIEST, _LATEST = (end.replace(tzinfo=timezone.utc) for end in (datetime.min, datetime.max))
+_EARLIEST = datetime.min.replace(tzinfo=timezone.utc)
 
 @dataclass(frozen=True, eq=False)
 class RuleBook:
@@ -83,40 +84,13 @@ class RuleBook:
         ends = [end for rule in self.rules for end in (rule.start, rule.end) if end]
         if not ends: return None
         return (max((end for end in ends if end <= moment), default=_EARLIEST),
-                min((end for end in ends if end > moment), default=_LATEST))
-
-# %% ../../nbs/answer/merchandise.ipynb #dd9d03e8
-def _moment(at:str, key:str, value, last:bool)->datetime|None:
-    "A moment in UTC; of a day its begin, or with `last` the begin of the next."
-    if value is None: return None
-    text = value.isoformat() if isinstance(value, date) else value
-    wrong = f"{at}: {key}: {value!r} is no date; write it as 2026-08-31 or 2026-08-31T18:00:00+02:00"
-    if not isinstance(text, str): raise RuleError(wrong)
-    text = text.strip()
-    try:
-        if len(text) == 10:
-            day = datetime.combine(date.fromisoformat(text), time(), timezone.utc)
-            return day + timedelta(days=last) if day.date() < date.max else _LATEST
-        moment = datetime.fromisoformat(text[:-1] + "+00:00" if text[-1:] in "zZ" else text)
-        return moment.replace(tzinfo=timezone.utc) if moment.tzinfo is None else moment.astimezone(timezone.utc)
-    except (ValueError, OverflowError): raise RuleError(wrong) from None
+                min((end for end in ends if end > moment), default=LATEST))
 
 # %% ../../nbs/answer/merchandise.ipynb #ddd73449
 MOST_RULES, _MOST_ITEMS, _LONGEST = 500, 10_000, 100
 _KEYS = ("name", *ACTIONS, "items", "where", "users", "from", "until", "places", "tasks")
 
-def _known(at:str, given:Mapping, known:Sequence[str])->None:
-    "Refuse a key that is none, with the nearest."
-    for key in given:
-        if key in known: continue
-        near = difflib.get_close_matches(str(key), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-        raise RuleError(f"{at}: {key!r} is no key{hint}")
-
-def _number(at:str, key:str, value, low:float, high:float)->float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if fits and low < value <= high: return float(value)
-    raise RuleError(f"{at}: {key}: {value!r} must be a number above {low:g}, at most {high:g}")
+_known, _number, _moment = (partial(read, error=RuleError) for read in (check_keys, read_number, read_moment))
 
 def _texts(at:str, key:str, value, known:Sequence[str]=())->tuple:
     "A list of names, each once."

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+from .experiments import with_blend
 from .explore import NO_EXPLORATION, Exploration
 from .ladder import Request, answer, person_of, reads_files, similar_by_content
 from .lists import Recommendations, popular_items, similar_items
@@ -159,6 +160,7 @@ def open_recommender(
     version:str|None=None,   # of the bundle; None: the live one
     events_in_memory:int=100_000, # the events of further users are read when they ask
     rules_file:str|Path="",  # of the shop's rules; empty: none but those of the store
+    blend:Sequence=(),       # (name, weight) of blends that differ, as an arm of an experiment has them
     moment:datetime|None=None, # at which rules are to hold, with time zone; None: now
 )->Iterator[Recommender]:
     "The live model with what happened since; a `BundleError` where no model can be opened."
@@ -166,6 +168,6 @@ def open_recommender(
     with ExitStack() as closing:
         changes = _open_changes(database_url, bundle, events_in_memory, closing) if database_url else None
         told = NO_FEEDBACK if changes is None else changes
-        model = extended(ReadyModel(bundle, index), told.products.by_key)
+        model = extended(with_blend(ReadyModel(bundle, index), blend), told.products.by_key)
         book = rules_in_force(rules_file, told.merchandise.document)
         yield Recommender(model, changes, fit_rules(book.at(moment or datetime.now(timezone.utc)), model))

@@ -72,3 +72,5 @@ class Settings(BaseSettings):
     keep_models: int = Field(5, ge=0,
         description="newest models that `product-recs clean`, and a service that follows the registry, leave; those in "
                     "use stay in any case; 0: all are kept")
+    experiments_file: str = Field("", description="experiments.yaml, which is watched; relative to the project root")
+

@@ -11,6 +11,7 @@ class Header:
     Version = "X-Model-Version"              # the bundle that answered
     Model = "X-Recommendation-Model"         # the model in it that answered, or the rung where none was asked
     Source = "X-Recommendation-Source"       # the rung of the ladder that answered
+    Experiment = "X-Recommendation-Experiment" # only for a user of an experiment: its name and the arm, name=arm
     Shortfall = "X-Recommendation-Shortfall" # only where there are fewer items than asked: why
     Stale = "X-Feedback-Stale"               # only where the newest feedback could not be read: true
     Request = "X-Request-ID"                 # under which the log has the request

@@ -21,6 +21,7 @@ from ..answer.merchandise import RuleBook, RuleError, read_rules
 from ..answer.placing import NO_RULES, FittedRules, fit_rules
 from ..bundle.live import LiveModel
 from ..bundle.ready import ReadyModel
+from ..core.columns import DISCOVERY
 from ..core.errors import BundleError
 from ..core.settings import Settings
 from .desk import FeedbackDesk
@@ -160,8 +161,9 @@ def add_rules(
         for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
         user = None if body.users is None else as_id(model.bundle.users, body.users[0])
         state, = await desk.view.states([user])
-        request = Request(user, body.n, body.task, tuple(body.session(model.bundle.rules)), body.filters.to_filters(),
-                          state, shelf.available, shelf.unavailable, body.attributes, body.items, place=body.place,
+        session = tuple(body.session(model.bundle.rules))
+        request = Request(user, body.n, body.task or DISCOVERY, session, body.filters.to_filters(), state,
+                          shelf.available, shelf.unavailable, body.attributes, body.items, place=body.place,
                           diversity=settings.diversity if body.diversity is None else body.diversity)
         moment = body.at or rules.now()
         moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)

@@ -104,6 +104,9 @@ class _Counters:
         self.workers = gauge("workers", "Processes that serve", "livesum")
         self.started = gauge("worker_start_timestamp_seconds", "When the youngest worker began", "livemax")
         self.refusing = gauge("model_refusing_workers", "Workers that cannot use the newest model", "livesum")
+        self.fallen_arms = gauge("experiment_arms_on_live_model",
+                                 "Arms of experiments that answer from the live model since theirs cannot be used",
+                                 "livemax")
         of_version = (("workers", "Workers that answer from this version", "livesum"),
                       ("trained_timestamp_seconds", "When the model was trained", "livemax"),
                       ("taken_up_timestamp_seconds", "When a worker took the model up last", "livemax"),
@@ -237,6 +240,9 @@ class Metrics:
     def store_up(self, database:str, up:bool)->None:
         "Say whether this worker can read the feedback store, of the kind `sqlite` or `postgresql`."
         self._of.store_up.labels(database).set(float(up))
+    def fallen_arms(self, n:int)->None:
+        "Say how many arms of experiments answer from the live model since theirs cannot be used."
+        self._of.fallen_arms.set(n)
     def impressions(self, result:str, n:int=1)->None:
         "Count impressions that were `written` or `dropped`."
         self._of.impressions.labels(result).inc(n)

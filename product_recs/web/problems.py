@@ -136,6 +136,7 @@ def documented(
         headers |= {Header.Version: header("version of the model that answered"),
                     Header.Source: header("the rung that answered"),
                     Header.Model: header("the model that answered, or the rung where none was asked"),
+                    Header.Experiment: header("only for a user of an experiment: name=arm"),
                     Header.Shortfall: header("only where there are fewer than n: why"),
                     Header.Stale: header("only where the newest feedback could not be read: true")}
     schema, responses = Problem.model_json_schema(), {200: {"description": description, "headers": headers}}
@@ -202,7 +203,9 @@ def path_id(
     return unquote(scope["raw_path"].split(b"?")[0].split(b"/")[place].decode("latin-1"))
 
 # %% ../../nbs/web/problems.ipynb #2a74eea5
-_MODEL, _SOURCE, _REQUEST = (raw(name) for name in (Header.Version, Header.Source, Header.Request))
+_REQUEST = raw(Header.Request)
+# what an answer says of itself, and what the log calls it
+_LOGGED = {raw(Header.Version): "model_version", raw(Header.Source): "source", raw(Header.Experiment): "experiment"}
 
 class RequestLog:
     "ASGI middleware: request id, one log line, and a 500 document for what nobody caught."
@@ -219,14 +222,13 @@ class RequestLog:
         inner["request_id"] = id.decode() # for whoever logs more of this request
         line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "request_id": id.decode(),
                 "method": scope["method"], "route": None, "status": None, "ms": None, "model_version": None,
-                "source": None}
+                "source": None, "experiment": None}
 
         async def send_on(message):
             if message["type"] == "http.response.start":
                 line["status"] = message["status"]
                 for name, value in message["headers"]:
-                    if name == _MODEL: line["model_version"] = value.decode()
-                    elif name == _SOURCE: line["source"] = value.decode()
+                    if name in _LOGGED: line[_LOGGED[name]] = value.decode()
                 message["headers"] = [*message["headers"], (_REQUEST, id)]
             elif scope["method"] == "HEAD": message = {**message, "body": b""}
             await send(message)

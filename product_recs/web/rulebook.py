@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..answer.merchandise import RuleBook, RuleError, read_rules
 from ..answer.placing import FittedRules, fit_rules
@@ -24,22 +24,25 @@ from ..feedback.changes import NO_MERCHANDISE, Changes, Merchandise
 _log = logging.getLogger("product_recs.rules")
 
 class Source(NamedTuple):
-    "Rules as a place has them."
-    book: RuleBook|None    # the last good ones; None: there were none
+    "Rules, or experiments, as a place has them."
+    book: Any              # the last good ones: a `RuleBook`, say; None: there were none
     document: dict|None    # as they were written
     error: str|None = None # why a newer version is not in force
 
 class WatchedFile:
-    "The rules of a file, read again when it changes."
+    "What a file of the shop says, read again when it changes."
     def __init__(self,
         path:str,         # relative to the project root
         every:float=0.5,  # seconds between two looks
+        read:Callable=read_rules, # makes a book of a document; a `ProductRecsError` refuses it
+        what:str="rules", # that the book has
     ):
         self.path, self.every, self.source = resolve_path(path), every, Source(None, None)
+        self.read, self.what = read, what
         self._stamp, self._looking, self._stop = ..., threading.Lock(), threading.Event()
 
     def look(self)->Source: # the same object while nothing has changed
-        "The rules as of now."
+        "The book as of now."
         with self._looking:
             try: facts = self.path.stat()
             except OSError: stamp = None
@@ -50,7 +53,7 @@ class WatchedFile:
     def start(self)->None:
         "Look now, and from now on in a thread."
         self.look()
-        threading.Thread(target=self._run, name="rules file", daemon=True).start()
+        threading.Thread(target=self._run, name=f"{self.what} file", daemon=True).start()
 
     def close(self)->None:
         "End the thread; what is known stays."
@@ -62,14 +65,14 @@ class WatchedFile:
     def _read(self)->Source:
         try:
             document = read_yaml(self.path.read_text(encoding="utf-8"), str(self.path))
-            book = read_rules(document)
+            book = self.read(document)
         except (OSError, UnicodeDecodeError) as error: why = f"{self.path}: cannot be read ({error})"
-        except RuleError as error: why = f"{self.path}: {error}"
-        except ProductRecsError as error: why = str(error)
+        except ProductRecsError as error: # which of YAML names the file already
+            why = str(error) if str(error).startswith(str(self.path)) else f"{self.path}: {error}"
         else:
-            _log.info("%d rules from %s", len(book), self.path)
+            _log.info("%d %s from %s", len(book), self.what, self.path)
             return Source(book, document)
-        kept = "the rules before stay in force" if self.source.book is not None else "there are no rules"
+        kept = f"the {self.what} before stay in force" if self.source.book is not None else f"there are no {self.what}"
         _log.error("%s; %s", why, kept)
         return self.source._replace(error=why)
 
@@ -123,6 +126,8 @@ class _Fit(NamedTuple):
         return same and (self.window is None or self.window[0] <= now() < self.window[1])
 
 # %% ../../nbs/web/rulebook.ipynb #cc002ada
+_MOST_MODELS = 20 # beside the latest: those of experiments, and those before a renewal
+
 class RuleDesk:
     "The rules of a worker; safe to share between threads."
     def __init__(self,
@@ -130,7 +135,7 @@ class RuleDesk:
         now:Callable[[], datetime]=utc_now,
     ):
         self.sources, self.now, self._lock = sources, now, threading.Lock()
-        self._fits = () # the latest first; the second one is for another model
+        self._fits = () # the latest first, one a model
 
     def start(self)->None:
         "Read the file, and watch it from now on."
@@ -160,17 +165,17 @@ class RuleDesk:
             return self._take_up(model) if rules is None else rules
 
     def drop_others(self,
-        model:ReadyModel, # the live one
+        *models:ReadyModel, # those that answer
     )->None:
         "Hold no other model in memory."
-        with self._lock: self._fits = tuple(fit for fit in self._fits if fit.model is model)
+        with self._lock: self._fits = tuple(fit for fit in self._fits if any(fit.model is one for one in models))
 
     def _take_up(self, model:ReadyModel)->FittedRules:
         before, seen = self._fits[0].rules.warnings if self._fits else (), self.sources.seen()
         book, moment = self.sources.in_force().book or RuleBook(), self.now()
         rules = fit_rules(book.at(moment), model)
         others = [fit for fit in self._fits if fit.model is not model]
-        self._fits = (_Fit(model, seen, book.window(moment), rules), *others[:1])
+        self._fits = (_Fit(model, seen, book.window(moment), rules), *others[:_MOST_MODELS])
         for warning in rules.warnings:
             if warning not in before: _log.warning("model %s: %s", model.bundle.version, warning)
         return rules

@@ -136,7 +136,7 @@ def recommend_body(
         users: list[Id] | None = Field(None, min_length=1, max_length=max_batch,
                                        description="absent: one guest, known by `events` only")
         n: StrictInt = Field(default_n, ge=1, le=max_n)
-        task: Task = "discovery"
+        task: Task | None = Field(None, description="null: discovery, or what the user's experiment says")
         events: list[SessionEvent] = Field([], max_length=min(max_batch, 200),
                                            description="of this session; with `users`, they count for each of them")
         attributes: _Words = Field(
@@ -275,6 +275,7 @@ class UserResult(BaseModel):
     model: str
     model_version: str
     shortfall: str | None
+    experiment: str | None = Field(None, description="name=arm; only for a user of an experiment")
     items: list[RankedItem] | None = Field(None, description="with detail only")
 
 class RecommendAnswer(BaseModel):
