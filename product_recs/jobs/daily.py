@@ -140,7 +140,7 @@ def _part(work:_Work, notebook:str, parameters:Mapping, inside:str="")->tuple[di
     "Execute a notebook of the night; `inside` is a folder for the second report of one kind."
     folder = work.night.folder/inside
     done, notes = run_part(notebook, dict(parameters), folder, work.progress,
-                           above="../index.html" if inside else "index.html")
+                           above="../index.html" if inside else "index.html", lean=True)
     work.notes += notes
     page = f"{inside}/{done.html}" if inside and done.html else done.html
     if done.status == "failed":

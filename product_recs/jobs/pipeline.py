@@ -21,6 +21,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
+import nbformat
+
 from ..bundle.files import list_versions, live_version, publish, read_manifest, remove_bundle
 from ..bundle.versions import SAY_WHO, OtherLive, hold_back, live_of_another_run
 from ..core.credentials import STARS, by_reference, is_reference, masked, masked_parameters, password_note
@@ -30,6 +32,7 @@ from ..core.parameters import ParameterError, typed
 from ..core.paths import project_root, resolve_path
 from ..core.text import counted
 from ..evaluation.competition import says_worse
+from .lean import lean_copy, without_definitions
 from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
                                        step_notes, typed_command, user_command)
 from .registry import keep_live, keep_run, keep_verdicts
@@ -110,6 +113,13 @@ class _Bars:
 
 _BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} cells [{elapsed}]"
 
+
+# %% ../../nbs/jobs/pipeline.ipynb #ccac9b56
+def _page(executed:Path, name:str, above:str)->str:
+    "Make the page of an executed notebook; its file name."
+    back = f'<a href="{above}">← all reports of this run</a>' if above else ""
+    return to_html(executed, executed.with_suffix(".html"), name, navigation=back).name
+
 def run_step(
     name:str,           # such as `03_train`
     parameters:dict,
@@ -117,13 +127,16 @@ def run_step(
     root:Path,          # of the project
     progress:bool=True, # show a bar over the cells
     above:str="index.html", # page of which the report is a part; "": of none
+    lean:bool=False,    # without the examples of the notebook
 )->Step:
     "Execute one notebook and write its report, also when it fails."
     import papermill # late: it takes half a second, and most commands do without
     step, started, executed = Step(name, "done"), time.perf_counter(), reports/f"{name}.ipynb"
+    source = step_notebook(root/"nbs", name)
+    copy = lean_copy(nbformat.read(source, as_version=4)) if lean else None
     try:
         papermill.execute_notebook(
-            str(step_notebook(root/"nbs", name)), str(executed), parameters=parameters, kernel_name="python3",
+            copy or str(source), str(executed), parameters=parameters, kernel_name="python3",
             cwd=str(root), progress_bar={"desc": f"{name:<13}", "bar_format": _BAR} if progress else False,
             stdout_file=_Bars(sys.stderr) if progress and sys.stderr.isatty() else None,
             extra_arguments=["--IPKernelApp.log_level=50"]) # the kernel's own log would write over the progress bar
@@ -133,8 +146,8 @@ def run_step(
         step.status, step.error = "failed", masked(f"{type(error).__name__}: {error}")
     step.seconds = time.perf_counter() - started
     if executed.exists():
-        back = f'<a href="{above}">← all reports of this run</a>' if above else ""
-        step.html = to_html(executed, reports/f"{name}.html", name, navigation=back).name
+        if copy: without_definitions(executed)
+        step.html = _page(executed, name, above)
     return step
 
 # %% ../../nbs/jobs/pipeline.ipynb #2745950c
@@ -372,6 +385,7 @@ def run_part(
     reports:Path,    # folder for its report and metrics.json
     progress:bool=True,
     above:str="",    # page of which the report is a part; "": of none
+    lean:bool=False, # without the examples of the notebook
 )->tuple[Step, list[str]]: # what became of it; what MLflow was told, in sentences
     "Execute the notebook of one job; raises `JobError` where it cannot start."
     root, models = project_root(), resolve_path(parameters.get("models_dir", "models"))
@@ -385,7 +399,7 @@ def run_part(
         _clear(reports, (step,))
         own = {"report_dir": _from_root(reports)} if "report_dir" in declared else {}
         typed_ones = {name: _as_declared(name, value, declared[name]) for name, value in references.items()}
-        done = run_step(step, typed_ones | own, reports, root, progress, above)
+        done = run_step(step, typed_ones | own, reports, root, progress, above, lean)
     if done.status == "failed" or step not in _KEPT: return done, []
     # it changes what is known of models, and what is live, so MLflow hears of it
     record, now = run_record(step, step, _metrics(reports), reports, (step,)), live_version(models)
