@@ -279,7 +279,7 @@ def _judge(work:_Work)->dict:
 # %% ../../nbs/jobs/daily.ipynb #9170443c
 def _has_store()->bool:
     "Does the service keep feedback that can be read?"
-    try: return bool(Settings().database_url) and bool(feedback_url("settings"))
+    try: return bool(Settings().database_url) and bool(feedback_url(Settings().database_url))
     except IngestError: return False
 
 def _watch(work:_Work)->dict:

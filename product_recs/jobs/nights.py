@@ -27,7 +27,7 @@ from ..core.errors import ProductRecsError
 from ..core.files import atomic_write, locked
 from ..core.paths import resolve_path
 from ..core.text import counted
-from ..ingest import left_out_days
+from ..data.dates import left_out_days
 
 # %% ../../nbs/jobs/nights.ipynb #42df7b41
 class Busy(ProductRecsError):

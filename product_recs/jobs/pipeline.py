@@ -31,7 +31,7 @@ from ..core.files import atomic_write, write_metrics
 from ..core.parameters import ParameterError, typed
 from ..core.paths import project_root, resolve_path
 from ..core.text import counted
-from ..evaluation.competition import says_worse
+from ..evaluation.metrics import says_worse
 from .lean import lean_copy, without_definitions
 from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
                                        step_notes, typed_command, user_command)
