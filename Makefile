@@ -14,7 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index clean
+.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index daily-kills quarter clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -116,6 +116,10 @@ bench-endurance: .venv/.kernels
 # memory and time of the evaluation, at 20,000 and 100,000 users
 bench-scale: .venv/.kernels
 	@$(BIN)/python benchmarks/evaluate_scale.py
+
+# a night killed at 20 random moments; each re-run must end as an undisturbed one (a quarter of an hour); OPTIONS="--moments 5"
+daily-kills: .venv/.kernels
+	@$(BIN)/python benchmarks/daily_kills.py $(OPTIONS)
 
 # lists for a million users beside the bare search (some minutes); OPTIONS="--users 100000 1000000 --items 50000"
 bench-batch: .venv/.kernels

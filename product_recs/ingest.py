@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import duckdb
@@ -29,7 +29,7 @@ from .core.sql import (case_of, database_errors, file_name, local_name, named, p
 from .core.text import safe_cell_sql
 from .data.csvfiles import staged_query
 from .data.database import is_database
-from .data.dates import AmbiguousDates, checked_formats
+from .data.dates import AmbiguousDates, checked_formats, left_out_days
 from .data.dialect import Dialect, find_dialect
 from .data.doubts import crowd_note, row_number_note, text_notes
 from .data.exclude import checked_exclusions, suspects, suspects_note, write_excluded
@@ -254,6 +254,18 @@ def _checked_names(options:dict)->None:
                           "event_names={...}.")
     if options["returns"] == "ignore": options["return_marker"] = {}
 
+# %% ../nbs/01_ingest.ipynb #402a25ee
+def _drop_days(con, days:Sequence[str])->int:
+    "Take the good rows of some days out; the number of them."
+    if not days: return 0
+    day = timedelta(days=1)
+    inside = " OR ".join(f"(timestamp >= TIMESTAMP '{first}' AND timestamp < TIMESTAMP '{last + day}')"
+                         for first, last in left_out_days(days))
+    dropped = [con.execute(f"DELETE FROM {table} WHERE ({inside}){only}").fetchone()[0]
+               for table, only in (("plain", ""), ("checked", " AND fault IS NULL"))]
+    return sum(dropped)
+
+
 # %% ../nbs/01_ingest.ipynb #5fddcf4f
 def _checked_options(options:dict)->dict:
     "Refuse parameters that cannot be meant."
@@ -267,6 +279,8 @@ def _checked_options(options:dict)->dict:
         raise IngestError(f"decimal={options['decimal']!r} must be ',' or '.', or '' to find it.")
     _checked_names(options)
     checked_exclusions(options["exclude_items"])
+    options["leave_out"] = [*options["leave_out"]]
+    left_out_days(options["leave_out"])
     return options | {"timestamp_format": [*checked_formats(options["timestamp_format"])],
                       "normalise_ids": [*checked_folds(options["normalise_ids"])],
                       "exclude_items": [*options["exclude_items"]]}
@@ -356,6 +370,9 @@ def _counted(con, ledger:Ledger, what:str)->None:
     if not ledger.rows_read: raise IngestError(f"{what} has no events yet. Nothing was written.")
     if ledger.rows_read == ledger.rows_skipped:
         raise IngestError(f"{what}: skip_rows leaves out all rows. Nothing was written. Name less in it.")
+    if ledger.rows_left_out and ledger.rows_read == ledger.rows_left_out + ledger.rows_rejected + (
+            ledger.rows_forgotten + ledger.rows_skipped):
+        raise IngestError(f"{what}: leave_out leaves no row. Nothing was written. Name fewer days in it.")
     if ledger.rows_read == ledger.rows_rejected + ledger.rows_forgotten + ledger.rows_skipped:
         forgotten = f" or of users that want to be forgotten ({ledger.rows_forgotten:,})"*(ledger.rows_forgotten > 0)
         examples, remedy = reject_examples(con, "true")
@@ -403,10 +420,11 @@ def _build(con, source, work:Path, out:Path, options:dict, latest:datetime)->Led
         feedback = stage_feedback(options["feedback"], work)
         types = _add_feedback(con, feedback, types, rules, latest, options, ledger)
         what = f"{what} and the feedback" if source else "the feedback store"
+    ledger.rows_left_out = _drop_days(con, options["leave_out"])
     _counted(con, ledger, what)
     _write(con, out, types, options, ledger)
     outcomes = (ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged + ledger.rows_forgotten +
-                ledger.rows_returned + ledger.rows_skipped)
+                ledger.rows_returned + ledger.rows_skipped + ledger.rows_left_out)
     assert ledger.rows_read == outcomes, "the ledger does not add up"
     ledger.warnings += _row_notes(con, options, types, out)
     if note := row_number_note(ledger.rows_kept, ledger.items): ledger.warnings.append(note)
@@ -434,31 +452,29 @@ def ingest(
     product_columns:Mapping|None = None, user_columns:Mapping|None = None, # our column or attribute -> yours
     delimiter:str = "", encoding:str = "utf-8", # of CSV; the delimiter "" is found in the header
     sheet:str = "",                             # of .xlsx; "": the first
-    timestamp_format:str|Sequence[str] = "",    # see `checked_formats`; "" finds it
-    decimal:str = "",                           # "," or "." in quantities; "" finds it
+    timestamp_format:str|Sequence[str] = "", decimal:str = "", # see `checked_formats`; mark of a fraction; "" finds it
     events:Iterable[str] = KNOWN_EVENTS,        # the events that are known
     event_names:Mapping[str, str]|None = None,  # your event -> ours, or -> return
     returns:str = "net",                        # net, drop or ignore: what a quantity below 0 means
     return_marker:Mapping[str, str]|None = None,# your column -> a pattern: rows that fit it are returns
     skip_rows:Mapping|None = None,              # your column -> a pattern or several: rows that fit are left out
+    leave_out:Sequence[str] = (),               # days whose rows do not count: ISO dates or ranges, UTC
     exclude_items:Sequence = (),                # what is no product: ids, patterns, {attribute: value}
     normalise_ids:str|Sequence[str] = "none",   # in what spellings of one id differ: none, case, space, zeros
     max_quantity:float = 1000,                  # a larger quantity is a mistake
-    on_error:str = "skip",                      # or "fail": the first bad row stops the job
-    max_reject_share:float = 0.05,              # more bad rows than this stop the job
+    on_error:str = "skip", max_reject_share:float = 0.05, # or "fail": one bad row stops the job; more than this do
     memory_limit:str = "2GB",                   # of DuckDB
     now:datetime|str|None = None,               # UTC; rows later than a day after it are in the future
     progress:bool = True,                       # show bars
 )->Ledger:
     "Validate an interaction log and write it; raises `IngestError`, and writes nothing, where that is impossible."
     options = _checked_options(dict(
-        query=query, feedback=feedback, columns=columns, products=products, users=users,
-        products_query=products_query, users_query=users_query,
-        product_columns=product_columns, user_columns=user_columns, delimiter=delimiter, encoding=encoding, sheet=sheet,
-        timestamp_format=timestamp_format, decimal=decimal, events=events, event_names=event_names, returns=returns,
-        return_marker=return_marker, skip_rows=skip_rows, exclude_items=exclude_items, normalise_ids=normalise_ids,
-        max_quantity=max_quantity, on_error=on_error, max_reject_share=max_reject_share, memory_limit=memory_limit,
-        progress=progress))
+        query=query, feedback=feedback, columns=columns, products=products, users=users, products_query=products_query,
+        users_query=users_query, product_columns=product_columns, user_columns=user_columns, delimiter=delimiter,
+        encoding=encoding, sheet=sheet, timestamp_format=timestamp_format, decimal=decimal, events=events,
+        event_names=event_names, returns=returns, return_marker=return_marker, skip_rows=skip_rows, leave_out=leave_out,
+        exclude_items=exclude_items, normalise_ids=normalise_ids, max_quantity=max_quantity, on_error=on_error,
+        max_reject_share=max_reject_share, memory_limit=memory_limit, progress=progress))
     now = datetime.fromisoformat(now) if isinstance(now, str) else now or datetime.now(timezone.utc)
     latest = (now.astimezone(timezone.utc) if now.tzinfo else now).replace(tzinfo=None) + LEEWAY
     source = source if isinstance(source, (str, Path)) else list(source)
@@ -479,8 +495,9 @@ def ingest(
         finally: con.close()
         with locked(out.with_name(f".{out.name}.lock")), atomic_folder(out) as final:
             for file in result.iterdir(): file.rename(final/file.name)
-            # a search of parameters belongs to a fingerprint, and goes on if it is the same
-            for study in out.glob("tune.db"): shutil.copy2(study, final)
+            # a search of parameters may go on, and what a person decided of a day holds
+            for name in ("tune.db", "decisions.json"):
+                if (out/name).exists(): shutil.copy2(out/name, final)
     return ledger
 
 # %% ../nbs/01_ingest.ipynb #ce55b18e
@@ -503,7 +520,7 @@ def _as_recorded(parameters:dict)->dict:
     defaults = {"source": "", "query": "", "feedback": "", "columns": {}, "products": "", "users": "",
                 "products_query": "", "users_query": "",
                 "product_columns": {}, "user_columns": {}, "events": KNOWN_EVENTS, "event_names": {}, "returns": "net",
-                "return_marker": {}, "skip_rows": {}, "exclude_items": [], "normalise_ids": "none",
+                "return_marker": {}, "skip_rows": {}, "leave_out": [], "exclude_items": [], "normalise_ids": "none",
                 "timestamp_format": "", "decimal": "", "on_error": "skip", "max_reject_share": 0.05,
                 "max_quantity": 1000}
     checked = _checked_options(defaults | parameters)

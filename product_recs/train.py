@@ -26,9 +26,9 @@ from .core.parameters import typed
 from .core.paths import resolve_path
 from .data.artifact import Features
 from .data.tasks import how_judged, make_task, past_and_future
-from .evaluation.competition import (Competition, Fits, compete, says_worse, user_figures,
+from .evaluation.competition import (Competition, Fits, compete, user_figures,
                                                  worse_than_popularity)
-from .evaluation.metrics import Comparison, compared, paired_bootstrap
+from .evaluation.metrics import Comparison, compared, paired_bootstrap, says_worse
 from .features import ensure_features
 from .ingest import SAMPLES, open_ledger
 from .models.all import all_models, fit_sharing, named

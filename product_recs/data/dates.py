@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DAY_FIRST', 'MONTH_FIRST', 'EXCEL', 'ISO', 'parse_time', 'shape_sql', 'formats_of', 'checked_formats', 'english_sql',
-           'read_dates', 'Dates', 'AmbiguousDates', 'find_dates']
+           'read_dates', 'Dates', 'AmbiguousDates', 'find_dates', 'left_out_days']
 
 # %% ../../nbs/data/dates.ipynb #77424a11
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from itertools import product
 
 import duckdb
@@ -54,7 +54,7 @@ def _shape_of(format:str)->str:
 def _by_shape(dates:Iterable[str])->dict[str, list[str]]:
     "Shape -> formats."
     shapes = {}
-    for format in (date + clock for date, clock in product(dates, _CLOCKS)):
+    for format in map("".join, product(dates, _CLOCKS)):
         shapes.setdefault(_shape_of(format), []).append(format)
     return shapes
 
@@ -236,3 +236,20 @@ def find_dates(
     if said or not order: return Dates(own, order)
     return Dates(own, order, f"{shown}: the dates are read {order}, since {one['example']!r} in line {one['line']} can "
                              "be nothing else.")
+
+# %% ../../nbs/data/dates.ipynb #3b016bd5
+def left_out_days(
+    given:Iterable[str], # ISO dates, or ranges such as 2026-11-27/2026-11-28 with both ends
+)->list[tuple[date, date]]: # first and last day of each
+    "The days that `leave_out` names; raises `IngestError` for what is none."
+    if isinstance(given, str): raise IngestError(f"leave_out must be a list of days, such as [{given!r}].")
+    spans = []
+    for one in given:
+        first, mark, last = str(one).partition("/")
+        try: span = date.fromisoformat(first), date.fromisoformat(last if mark else first)
+        except ValueError: span = None
+        if span is None or span[0] > span[1]:
+            raise IngestError(f"leave_out: {str(one)!r} is no day and no range of days. Say 2026-11-27, or "
+                              "2026-11-27/2026-11-28.")
+        spans.append(span)
+    return spans

@@ -21,7 +21,7 @@ from .roles import guess_event
 # %% ../../nbs/data/ledger.ipynb #b209d420
 @dataclass
 class Ledger:
-    "What became of every row: `rows_read` is the sum of the six counts below it."
+    "What became of every row: `rows_read` is the sum of the seven counts below it."
     rows_read: int = 0
     rows_kept: int = 0
     rows_rejected: int = 0
@@ -29,6 +29,7 @@ class Ledger:
     rows_returned: int = 0                         # returns, and purchases that nothing is left of
     rows_skipped: int = 0                          # what skip_rows leaves out
     rows_forgotten: int = 0                        # from before the wish of a user to be forgotten
+    rows_left_out: int = 0                         # of the days that leave_out names
     reasons: dict = field(default_factory=dict)    # reason -> rows, the most frequent first
     files: list = field(default_factory=list)      # file, role, rows_read, rows_rejected, bytes, changed
     warnings: list = field(default_factory=list)   # what a person should know, although nothing is wrong

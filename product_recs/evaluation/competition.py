@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL_BLEND', 'Fits', 'some_users', 'user_figures', 'crossed_figures', 'usual_candidates', 'refusal', 'answer_ms',
-           'Competition', 'compete', 'worse_than_popularity', 'says_worse']
+           'Competition', 'compete', 'worse_than_popularity']
 
 # %% ../../nbs/evaluation/competition.ipynb #4adc8798
 import json
@@ -292,15 +292,3 @@ def worse_than_popularity(
     figures = (ground.judge(one).figures for one in (model, Popularity()))
     against = paired_bootstrap(*figures, bootstrap, seed)
     return against if against.high < 0 else None
-
-def says_worse(
-    model:str, task:str,             # names
-    against:Comparison|Mapping,      # with `difference`, `low`, `high`, `users`
-    metric:str="ndcg",
-    k:int=10,
-)->str:
-    "The sentence for whoever has to decide."
-    facts = against if isinstance(against, Mapping) else against._asdict()
-    return (f"{task.replace('_', ' ').capitalize()}: {model} is worse than popularity by {-facts['difference']:.4f} "
-            f"{METRIC_NAMES[metric]}@{k} (95 % interval {-facts['high']:.4f} to {-facts['low']:.4f}, "
-            f"{facts['users']:,} users)")

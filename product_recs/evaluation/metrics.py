@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['METRICS', 'METRIC_NAMES', 'Hits', 'find_hits', 'recall', 'recall_capped', 'precision', 'hit_rate', 'ndcg',
            'average_precision', 'reciprocal_rank', 'exposure', 'coverage', 'gini', 'novelty', 'category_diversity',
-           'cosine_diversity', 'bootstrap_means', 'interval', 'Comparison', 'paired_bootstrap', 'compared']
+           'cosine_diversity', 'bootstrap_means', 'interval', 'Comparison', 'paired_bootstrap', 'compared',
+           'says_worse']
 
 # %% ../../nbs/evaluation/metrics.ipynb #dc1305b2
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -309,3 +311,16 @@ def compared(
     unclear = f"no clear winner between {a} and {b}{also.rstrip(',')}"
     if not of_first.difference: return f"{unclear}: both have the same {metric} ({proof})"
     return f"{unclear}: {ahead} is ahead {by} ({proof})"
+
+# %% ../../nbs/evaluation/metrics.ipynb #bf7a9d47
+def says_worse(
+    model:str, task:str,             # names
+    against:Comparison|Mapping,      # with `difference`, `low`, `high`, `users`
+    metric:str="ndcg",
+    k:int=10,
+)->str:
+    "The sentence for whoever has to decide."
+    facts = against if isinstance(against, Mapping) else against._asdict()
+    return (f"{task.replace('_', ' ').capitalize()}: {model} is worse than popularity by {-facts['difference']:.4f} "
+            f"{METRIC_NAMES[metric]}@{k} (95 % interval {-facts['high']:.4f} to {-facts['low']:.4f}, "
+            f"{facts['users']:,} users)")

@@ -118,6 +118,7 @@ examples:
   product-recs diff                                  what changes for customers with the newest model
   product-recs gate --criteria gate.yaml             the newest model goes live if it is not worse and breaks nothing
   product-recs monitor --name shop --parts input     are the new days of the log like those before?
+  product-recs daily -f shop.yaml --name shop        a night: new events, checks, training, gate, lists; for cron
   product-recs models                                what is there, what is live, what was, and how good
   product-recs publish 20260101T120000-0a1b2c3d --by Ada --reason 'new range'   although it needs a person
   product-recs rollback                              back to the model before
@@ -526,6 +527,57 @@ def _run(
     print(outcome_text(replace(outcome, next_steps=[]), width), flush=True)
     print("\n".join(_waits(result)), file=sys.stderr)
     raise typer.Exit(3)
+
+# %% ../../nbs/jobs/cli.ipynb #9839816e
+def _decided(name:str, accept:Sequence[str], leave_out:Sequence[str], by:str, reason:str)->str:
+    "Record what a person decided of some days."
+    from product_recs.jobs.nights import ACCEPT, LEAVE_OUT, decide
+    made = [one for days, what in ((accept, ACCEPT), (leave_out, LEAVE_OUT)) if days
+            for one in decide(name, days, what, by, reason)]
+    words = {ACCEPT: "is accepted", LEAVE_OUT: "is left out of training and judging"}
+    return "\n".join([*(f"{one.day} {words[one.what]}, by {one.by}: {one.reason}" for one in made),
+                      "The next night goes on; or begin it now, with `product-recs daily` and its parameters"])
+
+@_verb("daily", "daily -f shop.yaml --name shop --batch batch.yaml")
+def _daily(
+    parameter:Pairs=(),
+    file:Files=(),
+    name:Annotated[str, typer.Option(help="name of the run (default: name of the first file, or sample)")]="",
+    gate:Annotated[str, typer.Option(metavar="YAML", help="thresholds and golden users of the gate")]="",
+    batch:Annotated[str, typer.Option(metavar="YAML", help="parameters of the lists for campaigns (default: none "
+                                      "are made)")]="",
+    accept:Annotated[list[str], typer.Option(metavar="DAY", help="record that the data of a day are right, and stop; "
+                                             "2026-11-27 or 2026-11-27/2026-11-28; may be repeated")]=(),
+    leave_out:Annotated[list[str], typer.Option(metavar="DAY", help="record that the rows of a day do not count, and "
+                                                "stop")]=(),
+    by:Annotated[str, typer.Option("--by", metavar="NAME", help="who decides; it is recorded")]="",
+    reason:Annotated[str, typer.Option("--reason", metavar="TEXT", help="why; it is recorded")]="",
+    dry_run:Annotated[bool, typer.Option("--dry-run", help="say what it would do, and change nothing")]=False,
+    force:Annotated[bool, typer.Option("--force", help="train also where nothing is new")]=False,
+    take_over:Annotated[bool, typer.Option("--take-over", help="take the lock of another machine")]=False,
+    quiet:Quiet=False,
+    models_dir:ModelsDir=None,
+)->str:
+    "One night: take in, check, train, judge, publish, list; safe to repeat."
+    from pathlib import Path
+    name = name or (Path(file[0]).stem if file else "sample")
+    if accept or leave_out: return _decided(name, accept, leave_out, by, reason)
+    from product_recs.jobs.daily import daily, read_plan # nbconvert: 1 s
+    from product_recs.jobs.daily import dry_run as look
+    from product_recs.jobs.nightly_page import night_text
+    from product_recs.jobs.nights import Busy
+    given = read_parameters(file, [*map(_pair, parameter)]) | ({"gate": gate} if gate else {})
+    words = [*_given(file, parameter), *(["--gate", gate] if gate else []), *(["--batch", batch] if batch else [])]
+    models_dir = _settings(models_dir=models_dir).models_dir
+    plan = read_plan(given | ({"batch": batch} if batch else {}), name, models_dir, words)
+    if dry_run: return "\n".join(look(plan, force))
+    try: night = daily(plan, force=force, take_over=take_over, progress=not quiet)
+    except Busy as error:
+        print(f"product-recs: {error}", file=sys.stderr)
+        raise typer.Exit(5) from None
+    text, code = night_text(night, shutil.get_terminal_size().columns), night.facts["exit_code"]
+    print(f"{text}\n\nThe page: {plan.pages/'index.html'}", flush=True)
+    raise typer.Exit(code)
 
 # %% ../../nbs/jobs/cli.ipynb #63dec32e
 @_verb("tune", "tune -f examples/complete_journey.yaml --minutes 8")
@@ -1004,7 +1056,7 @@ def _lines_of(error:Exception)->list[str]|None: # None: it is none of those that
 
 def main(
     arguments:Sequence[str]|None=None, # default: of the process
-)->int: # 0 done, 1 an error and its message, 2 wrong usage, 3 a model needs a person, 4 it was held, 130 interrupted
+)->int: # 0 done, 1 an error, 2 wrong usage, 3 a model needs a person, 4 it was held, 5 busy, 130 interrupted
     "The command `product-recs`."
     for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")

@@ -42,9 +42,8 @@ from ..data.arrays import load_array
 from ..data.artifact import Features
 from ..evaluate import served_models
 from ..evaluation.cold import NEW_ITEMS, NEW_USERS, Cold, evaluate_cold
-from ..evaluation.competition import says_worse
 from ..evaluation.judge import Evaluation
-from ..evaluation.metrics import METRIC_NAMES
+from ..evaluation.metrics import METRIC_NAMES, says_worse
 from ..evaluation.segments import item_bands
 from .compare import judge_recipes, recipe_differences, run_of
 from .criteria import ASK, HOLD, IGNORE, Criteria, GoldenUser, Guardrail

@@ -40,6 +40,8 @@ def dropped(
     if skipped := ingest.get("rows_skipped", 0): said.append(f"{counted(skipped, 'row')} left out by skip_rows")
     if merged := ingest.get("duplicates_merged", 0):
         said.append(f"{counted(merged, 'row')} merged: the same event delivered again")
+    if days := ingest.get("rows_left_out", 0):
+        said.append(f"{counted(days, 'row')} of days that a person left out")
     if gone := ingest.get("rows_forgotten", 0):
         said.append(f"{counted(gone, 'row')} of people who asked to be forgotten")
     for table, counts in ingest.get("tables", {}).items():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'TUNE_STEPS', 'JobError', 'step_notebook', 'declared_parameters', 'assign', 'Step', 'run_step', 'RunResult',
-           'run', 'tune', 'run_job', 'outcome_of']
+           'skip_reason', 'claim', 'run', 'tune', 'run_part', 'run_job', 'outcome_of']
 
 # %% ../../nbs/jobs/pipeline.ipynb #f91395ef
 import ast
@@ -19,6 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
+
+import nbformat
 
 from ..bundle.files import list_versions, live_version, publish, read_manifest, remove_bundle
 from ..bundle.versions import SAY_WHO, OtherLive, hold_back, live_of_another_run
@@ -28,13 +31,14 @@ from ..core.files import atomic_write, write_metrics
 from ..core.parameters import ParameterError, typed
 from ..core.paths import project_root, resolve_path
 from ..core.text import counted
-from ..evaluation.competition import says_worse
-from ..evaluation.metrics import METRIC_NAMES
+from ..evaluation.metrics import METRIC_NAMES, says_worse
+from .lean import lean_copy, without_definitions
 from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
                                        step_notes, typed_command, user_command)
 from .registry import keep_live, keep_run, keep_verdicts
 from .reports import to_html, write_index
 from .tracking import run_record, tracking_of
+from .warm import warm_kernels
 
 # %% ../../nbs/jobs/pipeline.ipynb #89e9ba21
 STEPS = ("01_ingest", "02_features", "03_train", "04_evaluate", "05_inference")
@@ -109,20 +113,30 @@ class _Bars:
 
 _BAR = "{desc} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} cells [{elapsed}]"
 
+
+# %% ../../nbs/jobs/pipeline.ipynb #ccac9b56
+def _page(executed:Path, name:str, above:str)->str:
+    "Make the page of an executed notebook; its file name."
+    back = f'<a href="{above}">← all reports of this run</a>' if above else ""
+    return to_html(executed, executed.with_suffix(".html"), name, navigation=back).name
+
 def run_step(
     name:str,           # such as `03_train`
     parameters:dict,
     reports:Path,       # folder of the run
     root:Path,          # of the project
     progress:bool=True, # show a bar over the cells
-    alone:bool=False,   # it is no part of a run, and its report has no index above it
+    above:str="index.html", # page of which the report is a part; "": of none
+    lean:bool=False,    # without the examples of the notebook
 )->Step:
     "Execute one notebook and write its report, also when it fails."
     import papermill # late: it takes half a second, and most commands do without
     step, started, executed = Step(name, "done"), time.perf_counter(), reports/f"{name}.ipynb"
+    source = step_notebook(root/"nbs", name)
+    copy = lean_copy(nbformat.read(source, as_version=4)) if lean else None
     try:
         papermill.execute_notebook(
-            str(step_notebook(root/"nbs", name)), str(executed), parameters=parameters, kernel_name="python3",
+            copy or str(source), str(executed), parameters=parameters, kernel_name="python3",
             cwd=str(root), progress_bar={"desc": f"{name:<13}", "bar_format": _BAR} if progress else False,
             stdout_file=_Bars(sys.stderr) if progress and sys.stderr.isatty() else None,
             extra_arguments=["--IPKernelApp.log_level=50"]) # the kernel's own log would write over the progress bar
@@ -132,8 +146,8 @@ def run_step(
         step.status, step.error = "failed", masked(f"{type(error).__name__}: {error}")
     step.seconds = time.perf_counter() - started
     if executed.exists():
-        back = "" if alone else '<a href="index.html">← all reports of this run</a>'
-        step.html = to_html(executed, reports/f"{name}.html", name, navigation=back).name
+        if copy: without_definitions(executed)
+        step.html = _page(executed, name, above)
     return step
 
 # %% ../../nbs/jobs/pipeline.ipynb #2745950c
@@ -201,7 +215,10 @@ def _notes(parameters:dict)->list[str]:
     return [password_note(name) for name, value in parameters.items()
             if not is_reference(value) and masked_parameters(value) != value]
 
-def _skip_reason(step:str, reports:Path)->str|None:
+def skip_reason(
+    step:str,     # such as `04_evaluate`
+    reports:Path, # folder of the run, with the metrics of the steps before
+)->str|None:      # a sentence
     "Why a step has nothing to do; None where it has."
     how = _metrics(reports).get("02_features", {}).get("judged", {})
     if step == "04_evaluate" and how.get("by") == "nothing": return how["note"]
@@ -224,8 +241,10 @@ def _metrics(reports:Path)->dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 # %% ../../nbs/jobs/pipeline.ipynb #d59ff5cb
-def _claim(reports:Path):
-    "The open lock file of a run; held until it is closed, refused where another run holds it."
+def claim(
+    reports:Path, # folder of the run
+)->TextIO:        # the lock file, open
+    "Lock a run until the file is closed; raises `JobError` where another run of the name goes on."
     try:
         reports.mkdir(parents=True, exist_ok=True)
         lock = open(reports/".lock", "w", encoding="utf-8")
@@ -275,12 +294,12 @@ def run(
     result = RunResult(name, reports, [Step(step) for step in STEPS], None, {}, _notes(parameters), [],
                        given=parameter_words(shown) if given is None else list(given),
                        at=[] if models == resolve_path("models") else ["--models-dir", str(models_dir)])
-    with _claim(reports), by_reference(parameters) as references:
+    with claim(reports), by_reference(parameters) as references, warm_kernels(reports/".kernel.lock"):
         _clear(reports, STEPS)
         per_step = assign(references, declared)
         try:
             for number, step in enumerate(STEPS):
-                if reason := _skip_reason(step, reports):
+                if reason := skip_reason(step, reports):
                     result.steps[number] = Step(step, "skipped", error=reason)
                     continue
                 own = {"run": name, "report_dir": _from_root(reports), "models_dir": _from_root(models),
@@ -341,7 +360,7 @@ def tune(
     declared = declared_parameters(root/"nbs", tuple(dict.fromkeys((*STEPS, *TUNE_STEPS))))
     shown = masked_parameters(parameters)
     assign(shown, declared)
-    with _claim(reports), by_reference(parameters) as references:
+    with claim(reports), by_reference(parameters) as references, warm_kernels(reports/".kernel.lock"):
         _clear(reports, TUNE_STEPS)
         per_step = assign(references, declared)
         result = RunResult(name, reports, [Step(step) for step in TUNE_STEPS], None, {}, _notes(parameters), [],
@@ -362,13 +381,15 @@ def tune(
 # %% ../../nbs/jobs/pipeline.ipynb #3aab346b
 _KEPT = ("gate",) # jobs that are logged as runs of their own
 
-def run_job(
+def run_part(
     step:str,        # such as `diff`
     parameters:dict, # name -> value, as the notebook declares them
     reports:Path,    # folder for its report and metrics.json
     progress:bool=True,
-)->tuple[dict, Path]: # its section of metrics.json; its report
-    "Execute the notebook of one job; raises `JobError` where it cannot start, or failed."
+    above:str="",    # page of which the report is a part; "": of none
+    lean:bool=False, # without the examples of the notebook
+)->tuple[Step, list[str]]: # what became of it; what MLflow was told, in sentences
+    "Execute the notebook of one job; raises `JobError` where it cannot start."
     root, models = project_root(), resolve_path(parameters.get("models_dir", "models"))
     before = live_version(models)
     declared = declared_parameters(root/"nbs", (step,))[step]
@@ -376,17 +397,27 @@ def run_job(
         if name not in declared:
             raise JobError(f"{step}.ipynb has no parameter {name!r}\nKnown: {', '.join(sorted(declared))}")
     for name, value in masked_parameters(parameters).items(): _as_declared(name, value, declared[name])
-    with _claim(reports), by_reference(parameters) as references:
+    with claim(reports), by_reference(parameters) as references:
         _clear(reports, (step,))
         own = {"report_dir": _from_root(reports)} if "report_dir" in declared else {}
         typed_ones = {name: _as_declared(name, value, declared[name]) for name, value in references.items()}
-        done = run_step(step, typed_ones | own, reports, root, progress, alone=True)
+        done = run_step(step, typed_ones | own, reports, root, progress, above, lean)
+    if done.status == "failed" or step not in _KEPT: return done, []
+    # it changes what is known of models, and what is live, so MLflow hears of it
+    record, now = run_record(step, step, _metrics(reports), reports, (step,)), live_version(models)
+    moved = keep_live(models, now) if now and now != before else []
+    return done, [*keep_run(record), *moved, *keep_verdicts(models)]
+
+def run_job(
+    step:str,        # such as `diff`
+    parameters:dict, # name -> value, as the notebook declares them
+    reports:Path,    # folder for its report and metrics.json
+    progress:bool=True,
+)->tuple[dict, Path]: # its section of metrics.json; its report
+    "Like `run_part`, for a verb: raises `JobError` also where the notebook failed."
+    done, notes = run_part(step, parameters, reports, progress)
     if done.status == "failed": raise JobError(f"{step} failed: {done.error}\nReport: {reports/(done.html or '')}")
-    if step in _KEPT: # it changes what is known of models, and what is live, so MLflow hears of it
-        record, now = run_record(step, step, _metrics(reports), reports, (step,)), live_version(models)
-        moved = keep_live(models, now) if now and now != before else []
-        for note in (*keep_run(record), *moved, *keep_verdicts(models)):
-            print(f"product-recs: note: {note}", file=sys.stderr)
+    for note in notes: print(f"product-recs: note: {note}", file=sys.stderr)
     return _metrics(reports).get(step, {}), reports/done.html
 
 # %% ../../nbs/jobs/pipeline.ipynb #5500952e

@@ -1,0 +1,181 @@
+"""A shop whose nights are simulated: a project with quick parameters, a monitor that knows two faults, and its days."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pandas as pd
+import psutil
+from support import BIN, ROOT, fresh_project, only_the_jobs
+
+from product_recs.bundle.files import live_version, previous_versions, read_manifest
+from product_recs.jobs.nights import nights_of
+
+QUICK = {
+    "source": "log.csv", "products": "data/products.csv", "model": "popularity", "next_model": "none",
+    "models": "popularity", "cold": "no", "bootstrap": 50, "diversity": [], "half_life_days": 0,
+}  # fmt: skip
+KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
+
+MONITOR_PARAMETERS = """run = "sample"
+models_dir = "models"
+report_dir = "reports/sample"
+parts = "all"
+accepted = []"""
+
+MONITOR = '''import duckdb
+from product_recs.bundle.files import live_version, read_manifest
+from product_recs.core.files import write_metrics
+from product_recs.core.parameters import typed_parameters
+from product_recs.core.paths import resolve_path
+from product_recs.jobs.checks import Check, as_records, headline, worst
+checks, models = [], resolve_path(models_dir)
+live = live_version(models)
+if "input" in parts and live:
+    until = read_manifest(models/live)["data"]["last_timestamp"]
+    log = str(resolve_path("data/processed")/run/"interactions.parquet")
+    rows = duckdb.execute("""WITH log AS (FROM read_parquet(?)), old AS (FROM log WHERE timestamp <= ?::TIMESTAMP)
+        SELECT timestamp::DATE::VARCHAR AS day, count(*), avg((user_id NOT IN (SELECT user_id FROM old))::INT)
+        FROM log WHERE timestamp > ?::TIMESTAMP GROUP BY 1 ORDER BY 1""", [log, until, until]).fetchall()
+    usual, = duckdb.execute("SELECT count(*)/count(DISTINCT timestamp::DATE) FROM read_parquet(?) WHERE timestamp <= "
+                            "?::TIMESTAMP", [log, until]).fetchone()
+    for day, count, strange in rows:
+        if day in accepted: continue
+        wrong = strange > 0.5 or count < 0.2*usual
+        says = f"On {day} came {count} events, {strange:.0%} of users whom nobody knows; {usual:.0f} are usual."
+        checks.append(Check("new days", "stop" if wrong else "fine", says, group="input"))
+said = {"verdict": worst(checks), "headline": headline(checks), "checks": as_records(checks)}
+write_metrics(report_dir, "monitor", said)'''
+
+CLEAN = """from product_recs.core.files import write_metrics
+write_metrics(report_dir, "clean", {"impressions_deleted": 0})"""
+
+
+def plant(root: Path, name: str, parameters: str, *code: str) -> None:
+    "A small notebook in place of a job, with the same contract."
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {name}\n\n> A stand-in.\n\n## Run"),
+        nbformat.v4.new_code_cell(parameters),
+    ]
+    cells[1].metadata["tags"] = ["parameters"]
+    cells += [nbformat.v4.new_code_cell(one) for one in code]
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), root / "nbs/jobs" / f"{name}.ipynb"
+    )
+
+
+def shop(folder: Path, until: str = "2026-06-23", **more) -> Path:
+    "A project whose log ends before a day; its file of parameters is shop.yaml."
+    root = fresh_project(folder)
+    only_the_jobs(root)
+    plant(root, "monitor", MONITOR_PARAMETERS, MONITOR)
+    plant(root, "clean", 'report_dir = "reports/sample"', CLEAN)
+    write_log(root, log_until(until))
+    (root / "shop.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in (QUICK | more).items()))
+    (root / "gate.yaml").write_text("bootstrap: 100\nsample: 30\nmin_users: 5\n")
+    (root / "batch.yaml").write_text("out: data/batch/mail\nn: 5\n")
+    return root
+
+
+def log_until(day: str) -> pd.DataFrame:
+    log = pd.read_csv(ROOT / "data/interactions.csv")
+    return log[log.timestamp < day]
+
+
+def day_of(day: str) -> pd.DataFrame:
+    log = pd.read_csv(ROOT / "data/interactions.csv")
+    return log[log.timestamp.str[:10] == day]
+
+
+def write_log(root: Path, log: pd.DataFrame) -> None:
+    log.to_csv(root / "log.csv.new", index=False)
+    os.replace(root / "log.csv.new", root / "log.csv")
+
+
+def environment(root: Path, store: str = "", **more: str) -> dict:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PRODUCT_RECS_", "MLFLOW_"))}
+    return kept | {"PRODUCT_RECS_ROOT": str(root), "PRODUCT_RECS_DATABASE_URL": store} | more
+
+
+def command(*more: str) -> list[str]:
+    return [str(BIN / "product-recs"), "daily", "-f", "shop.yaml", "--name", "shop", "--quiet", *more]
+
+
+NIGHT = ("--gate", "gate.yaml", "--batch", "batch.yaml")
+
+
+def run_night(root: Path, *more: str, env: dict | None = None) -> subprocess.CompletedProcess:
+    "A whole night, as a scheduler starts it."
+    return subprocess.run(
+        command(*NIGHT, *more), cwd=root, env=env or environment(root), capture_output=True, text=True, timeout=600,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def latest(root: Path):
+    return nights_of(root / "reports/daily/shop")[-1]
+
+
+def result(root: Path) -> dict:
+    "What must be the same however often a night was killed: arrays, verdict, what is live, lists, and no rest."
+    models = root / "models"
+    live = live_version(models)
+    manifest = read_manifest(models / live)
+    lists = sorted((root / "data/batch/mail").glob("*.parquet"))
+    batch = pd.concat([pd.read_parquet(path) for path in lists]) if lists else pd.DataFrame()
+    columns = [name for name in ("user_id", "rank", "item_id") if name in batch]
+    rest = [path.name for folder in (models, root / "data/processed") for path in folder.iterdir()
+            if path.name.startswith(".") and not path.name.endswith(".lock")]  # fmt: skip
+    night = latest(root)
+    return {
+        "arrays": {name: file["sha256"] for name, file in manifest["files"].items() if name.endswith(".npy")},
+        "verdict": manifest["metrics"].get("gate", {}).get("verdict"),
+        "status": night.status,
+        "states": {step: one["state"] for step, one in night.steps.items()},
+        "live is tonight's": night.facts.get("version") == live,
+        "versions": len([path for path in models.iterdir() if (path / "manifest.json").exists()]),
+        "before": len(previous_versions(models)),
+        "rows": batch[columns].sort_values(columns).to_numpy().tolist() if columns else [],
+        "rest": rest,
+    }
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_at(root: Path, seconds: float, *more: str) -> bool:
+    "Start a night and kill its process group after some seconds; was it still at work?"
+    process = subprocess.Popen(
+        command(*NIGHT, *more), cwd=root, env=environment(root), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        process.wait(seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    "Until something is so, while a process works."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, "it never came"
+        time.sleep(0.02)
+
+
+def shuffled(day: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    "A day whose users are nobody's: ids of another system."
+    rng = np.random.default_rng(seed)
+    return day.assign(user_id=rng.integers(5_000_000, 5_000_200, len(day)))
