@@ -73,4 +73,3 @@ class Settings(BaseSettings):
         description="newest models that `product-recs clean`, and a service that follows the registry, leave; those in "
                     "use stay in any case; 0: all are kept")
     experiments_file: str = Field("", description="experiments.yaml, which is watched; relative to the project root")
-

@@ -578,6 +578,8 @@ def write_proposal(
     if proposal.seen: head += ["#", "# What was found:", *(f"#   {line}" for line in seen_text(proposal).splitlines())]
     return atomic_write(path, "\n".join([*head, *_commented(parameters)]) + "\n")
 
+
+# %% ../../nbs/jobs/init.ipynb #7b108dd5
 def told(
     proposal:Proposal,
     path:Path,     # of the YAML
