@@ -82,6 +82,7 @@ class Shop:
         log[log.timestamp < start].to_csv(self.root / "log.csv", index=False)
         own = {"source": "log.csv", "products": "", "models": "popularity", "cold": "no", "bootstrap": 200}
         own |= {"diversity": [], "min_item_users": 3, "next_model": "none", "iterations": 8, "loss_every": 0}
+        own["monitor"] = {"max_data_days": 1000}  # its days are over; they pass in minutes
         (self.root / "shop.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in own.items()))
         (self.root / "gate.yaml").write_text("bootstrap: 300\nsample: 100\nmin_users: 50\n")
         with socket.create_server(("127.0.0.1", 0)) as probe:

@@ -1,4 +1,4 @@
-"""A shop whose nights are simulated: a project with quick parameters, a monitor that knows two faults, and its days."""
+"""A shop whose nights are simulated: a project with quick parameters, and its days."""
 
 import json
 import os
@@ -19,42 +19,9 @@ from product_recs.jobs.nights import nights_of
 QUICK = {
     "source": "log.csv", "products": "data/products.csv", "model": "popularity", "next_model": "none",
     "models": "popularity", "cold": "no", "bootstrap": 50, "diversity": [], "half_life_days": 0,
+    "monitor": {"max_data_days": 10_000},  # the sample's days are over
 }  # fmt: skip
 KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
-
-MONITOR_PARAMETERS = """run = "sample"
-models_dir = "models"
-report_dir = "reports/sample"
-parts = "all"
-accepted = []"""
-
-MONITOR = '''import duckdb
-from product_recs.bundle.files import live_version, read_manifest
-from product_recs.core.files import write_metrics
-from product_recs.core.parameters import typed_parameters
-from product_recs.core.paths import resolve_path
-from product_recs.jobs.checks import Check, as_records, headline, worst
-checks, models = [], resolve_path(models_dir)
-live = live_version(models)
-if "input" in parts and live:
-    until = read_manifest(models/live)["data"]["last_timestamp"]
-    log = str(resolve_path("data/processed")/run/"interactions.parquet")
-    rows = duckdb.execute("""WITH log AS (FROM read_parquet(?)), old AS (FROM log WHERE timestamp <= ?::TIMESTAMP)
-        SELECT timestamp::DATE::VARCHAR AS day, count(*), avg((user_id NOT IN (SELECT user_id FROM old))::INT)
-        FROM log WHERE timestamp > ?::TIMESTAMP GROUP BY 1 ORDER BY 1""", [log, until, until]).fetchall()
-    usual, = duckdb.execute("SELECT count(*)/count(DISTINCT timestamp::DATE) FROM read_parquet(?) WHERE timestamp <= "
-                            "?::TIMESTAMP", [log, until]).fetchone()
-    for day, count, strange in rows:
-        if day in accepted: continue
-        wrong = strange > 0.5 or count < 0.2*usual
-        says = f"On {day} came {count} events, {strange:.0%} of users whom nobody knows; {usual:.0f} are usual."
-        checks.append(Check("new days", "stop" if wrong else "fine", says, group="input"))
-said = {"verdict": worst(checks), "headline": headline(checks), "checks": as_records(checks)}
-write_metrics(report_dir, "monitor", said)'''
-
-CLEAN = """from product_recs.core.files import write_metrics
-write_metrics(report_dir, "clean", {"impressions_deleted": 0})"""
-
 
 def plant(root: Path, name: str, parameters: str, *code: str) -> None:
     "A small notebook in place of a job, with the same contract."
@@ -73,8 +40,6 @@ def shop(folder: Path, until: str = "2026-06-23", **more) -> Path:
     "A project whose log ends before a day; its file of parameters is shop.yaml."
     root = fresh_project(folder)
     only_the_jobs(root)
-    plant(root, "monitor", MONITOR_PARAMETERS, MONITOR)
-    plant(root, "clean", 'report_dir = "reports/sample"', CLEAN)
     write_log(root, log_until(until))
     (root / "shop.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in (QUICK | more).items()))
     (root / "gate.yaml").write_text("bootstrap: 100\nsample: 30\nmin_users: 5\n")

@@ -28,7 +28,7 @@ def old(store, days, count, start=0):
 def nothing(folder, **more):
     "Options of a cleaning that looks at nothing but this folder."
     places = {name: folder / name for name in ("reports", "data")}
-    return places | {"experiments": folder / "experiments.yaml", "progress": False} | more
+    return places | {"progress": False} | more
 
 
 def test_impressions_go_while_others_write(url, opened):
@@ -168,7 +168,10 @@ def test_who_waits_who_is_named_and_a_registry_that_is_away(tmp_path, monkeypatc
     publish(models, versions[4])
     publish(models, versions[3])
     held = hold(models / versions[2])
-    (tmp_path / "experiments.yaml").write_text(f"arms: [{versions[1]}]")
+    (tmp_path / "experiments.yaml").write_text(
+        "experiments: [{name: new, arms: [{name: a, share: 0.5}, "
+        f"{{name: b, share: 0.5, model: '{versions[1]}'}}]}}]"
+    )
     done = clean(models, 1, **nothing(tmp_path, dry_run=True))
     assert [one.path.name for one in done.gone] == [versions[0]] and list_versions(models)[0] == versions[0]
     assert done.stays[newer] == "it waits for a person" and done.stays[newest] == "it is the newest"

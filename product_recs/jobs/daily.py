@@ -57,7 +57,6 @@ class Plan:
     resume_hours: float = 12                          # an unfinished night that began longer ago is not gone on with
     lock_minutes: float = 15                          # without a sign of life of another machine
     keep_nights: int = 60                             # pages of so many nights stay; 0: all
-    keep_models: int = 30                             # models of the run that stay, beside those that were live; 0: all
     words: tuple[str, ...] = ()                       # -f and -p words of the command, masked
 
     def command(self, *more:str)->str:
@@ -98,7 +97,7 @@ def read_plan(
     if asked.get("batch") == {}: asked["batch"] = None
     for job in ("monitor", "gate"):
         if job in asked and asked[job] is None: raise JobError(f"{job}: a night does not go without it")
-    for key in ("resume_hours", "lock_minutes", "keep_nights", "keep_models"):
+    for key in ("resume_hours", "lock_minutes", "keep_nights"):
         value = asked.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise JobError(f"{key}={value!r}: a number of 0 or more")
@@ -306,10 +305,8 @@ def _write_lists(work:_Work)->dict:
 
 def _tidy(work:_Work)->dict:
     if work.plan.clean is None: return {"state": SKIPPED, "says": "It is left out."}
-    if not _has_store(): return {"state": SKIPPED, "says": "There is no store of feedback."}
-    done, section = _part(work, "clean", work.plan.clean)
-    if not section: return done
-    return done | {"says": f"{counted(section.get('impressions_deleted', 0), 'impression')} deleted."}
+    done, section = _part(work, "clean", {"models_dir": str(work.models)} | dict(work.plan.clean))
+    return done | {"says": section["headline"], "level": LOOK if section["trouble"] else FINE} if section else done
 
 # %% ../../nbs/jobs/daily.ipynb #fed8834d
 _STEPS:Mapping[str, Callable] = MappingProxyType({
@@ -390,14 +387,12 @@ def surplus(
     models = resolve_path(plan.models_dir)
     kept = {live_version(models), *previous_versions(models), waiting_model(_verdict_night(nights), models),
             *([going_on.facts.get("version")] if going_on else [])}
-    mine, unjudged = [], {one.facts.get("version") for one in nights if one.status in ("", "failed")} - kept
+    unjudged, gone = {one.facts.get("version") for one in nights if one.status in ("", "failed")} - kept, []
     for version in list_versions(models):
         try: manifest = read_manifest(models/version)
         except (BundleError, OSError): continue # of another program, or damaged: a person may want to see it
-        if manifest["data"].get("run") == plan.name and version not in kept: mine.append((version, manifest["metrics"]))
-    gone = [version for version, metrics in mine if version in unjudged and not metrics.get("gate")]
-    judged = [version for version, _ in mine if version not in gone]
-    if plan.keep_models: gone += judged[:-plan.keep_models]
+        mine = manifest["data"].get("run") == plan.name
+        if mine and version in unjudged and not manifest["metrics"].get("gate"): gone.append(version)
     old = nights[:-plan.keep_nights] if plan.keep_nights else []
     staged = [path for path in half_made(plan.name, models) if going_on is None or path.parent != models]
     return [*staged, *(models/version for version in sorted(gone)), *(one.folder for one in old)]
