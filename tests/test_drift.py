@@ -20,6 +20,7 @@ from product_recs.jobs.drift import (
     input_checks,
     judge_days,
 )
+from product_recs.jobs.monitor import look_at_input, stopped_days
 
 START, DAYS = date(2026, 1, 5), 75
 LAST = START + timedelta(days=DAYS - 1)
@@ -257,6 +258,32 @@ def test_a_shop_with_two_events_a_day_is_judged_by_the_week(tmp_path):
     judged = judge_days(figures, figures.days[-7])
     assert len(judged) == 7 and {worst(findings) for findings in judged.values()} == {"fine"}
     assert next(iter(judged.values()))[0].says.startswith("The week of ")
+
+
+@pytest.mark.parametrize("over", range(7))  # days of the week that has begun
+def test_a_week_that_has_begun_is_compared_with_as_many_days_of_the_others(tmp_path, over):
+    log = a_shop(3, 4, days=280 + over + 1, growth=0)
+    last = log.timestamp.max().normalize()
+    folder = write(tmp_path, log)
+    found = look_at_input(folder, tmp_path / "models", since=str(last.date()))  # as on each night: the new day
+    assert list(found.judged) == [(last - timedelta(days=over)).date()] and worst(found.checks) == "fine", found.checks
+    parts = log[log.timestamp.between(last - timedelta(days=over), last - timedelta(microseconds=1))]
+    events = next(check for check in found.checks if check.name == "events")
+    assert events.value == len(parts)
+
+
+def test_every_broken_week_is_named_by_its_days_and_can_be_accepted(tmp_path):
+    log = a_shop(3, 4, days=280, growth=0)
+    week = START + timedelta(days=266)  # of two, each with a twentieth of its events
+    broken = log[(log.timestamp < str(week)) | (np.arange(len(log)) % 20 == 0)]
+    asked = {"since": str(week), "until": str(week + timedelta(days=14)), "period": "week"}
+    found = look_at_input(write(tmp_path, broken), tmp_path / "models", **asked)
+    ranges = [f"{day}/{day + timedelta(days=6)}" for day in (week, week + timedelta(days=7))]
+    assert stopped_days(found) == ranges
+    remedies = " ".join(check.remedy for check in found.checks)
+    assert any(f"--accept {one}" in remedies for one in ranges)
+    again = look_at_input(tmp_path, tmp_path / "models", **asked, accepted=ranges)
+    assert stopped_days(again) == [] and worst(again.checks) == "fine"
 
 
 def test_names_of_the_data_are_data(tmp_path):

@@ -62,7 +62,7 @@ def log(shop):
 def test_sound_days_are_fine(shop):
     done = call(shop, "product-recs", "monitor", "--name", "sample", "--parts", "input", "--quiet")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("All is well: ") and "reports/monitor/monitor.html" in done.stdout
+    assert done.stdout.startswith("✓ fine: ") and "reports/monitor/monitor.html" in done.stdout
     said = json.loads((shop / "reports/monitor/metrics.json").read_text())["monitor"]
     assert said["verdict"] == "fine" and said["exit_code"] == 0 and said["parts"] == ["input"]
     assert len(said["days"]) == 7 and min(said["days"]) == LAST_WEEK and {*said["days"].values()} == {"fine"}
@@ -78,8 +78,8 @@ def test_a_broken_day_ends_the_command_with_4_and_names_the_day(shop, log):
     arguments = ("monitor", "--parts", "input", "--textfile", str(prom), "--quiet")
     done = call(shop, "product-recs", *arguments)
     assert done.returncode == 4, done.stdout + done.stderr
-    first, *lines = done.stdout.splitlines()
-    assert first.startswith("Stop: 1 of ") and lines[0].startswith("x events: Thursday 2026-06-25: ")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("✗ events: Thursday 2026-06-25: ")
     assert "--accept 2026-06-25" in lines[1]
     page = (shop / "reports/monitor/monitor.html").read_text()
     assert 'class="found found-stop"' in page and "Thursday 2026-06-25" in page
@@ -113,6 +113,9 @@ def test_users_that_were_mixed_up_and_an_empty_feed_of_products(shop, log):
         found = {check.name: check for check in look_at_input(processed, models).checks}
         assert found["products: category"].level == "stop" and found["products: price"].level == "fine"
         assert "items have lost their category" in found["products: category"].says
+        assert "accepted_attributes" in found["products: category"].remedy
+        meant = look_at_input(processed, models, accepted_attributes=["category"]).checks
+        assert "products: category" not in {check.name for check in meant}
     finally:
         shutil.copy(shop / "products.parquet", table)
 

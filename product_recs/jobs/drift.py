@@ -55,7 +55,8 @@ class DayFigures:
     mixes: dict[str, Mix] = field(default_factory=dict)
     shares: dict[str, Share] = field(default_factory=dict)
     ends: str = ""     # ISO-8601 UTC of the last event
-    begun: int|None = None # hour at which the last day was cut off; None: it is whole
+    begun: int|None = None # hour at which the last day was cut off, weekday (0 to 6) of the last week; None: whole
+    weekdays: np.ndarray|None = None # (weeks, 7) events, Monday first; None: these are days
 
 # %% ../../nbs/jobs/drift.ipynb #a0c60209
 def _shape(id:str)->str:
@@ -228,6 +229,12 @@ def day_figures(
             return _counted_days(counting, days, step, last, until)
     finally: shutil.rmtree(spill, ignore_errors=True)
 
+# %% ../../nbs/jobs/drift.ipynb #c2cfd7b8
+def _by_weekday(counting:_Counting, index:Mapping[date, int])->np.ndarray:
+    "(weeks, 7) events."
+    columns = ", ".join(f"count(*) FILTER (isodow(t) = {day})" for day in range(1, 8))
+    return counting.rows(f"SELECT d, {columns} FROM days GROUP BY 1", index, 7)
+
 def _counted_days(counting:_Counting, days:list[date], step:int, last:datetime, until:datetime|None)->DayFigures:
     "All figures of these days."
     index = {day: at for at, day in enumerate(days)}
@@ -239,8 +246,11 @@ def _counted_days(counting:_Counting, days:list[date], step:int, last:datetime, 
         mixes, shares = mixes | more[0], shares | more[1]
     at = (last.date() - days[0]).days//step
     whole = until is not None and until >= datetime.combine(days[-1], time()) + timedelta(days=step)
-    begun = None if whole or step > 1 or at != len(days) - 1 else _cut_off(mixes["hours"], at, last)
-    return DayFigures(days, step, mixes["hours"].counts.sum(1), mixes, shares, last.isoformat(), begun)
+    volume, weekdays, begun = mixes["hours"].counts.sum(1), None, None
+    if step > 1: weekdays = _by_weekday(counting, index)
+    if not whole and at == len(days) - 1: # a week is whole when the next one begins
+        begun = last.weekday() if step > 1 else _cut_off(mixes["hours"], at, last)
+    return DayFigures(days, step, volume, mixes, shares, last.isoformat(), begun, weekdays)
 
 # %% ../../nbs/jobs/drift.ipynb #ab77fd6b
 _DRAWS = 400
@@ -421,18 +431,19 @@ def _references(figures:DayFigures, at:int, days:np.ndarray)->list[np.ndarray]:
 
 # %% ../../nbs/jobs/drift.ipynb #7fa144fa
 def _volume(figures:DayFigures, at:int, days:np.ndarray, rng)->Surprise:
-    "Events, up to the hour at which the last day was cut off."
+    "Events, up to the hour, or the weekday, at which the last day, or week, was cut off."
     volume = figures.volume
     if at == len(figures.days) - 1 and figures.begun is not None:
         hours = figures.mixes["hours"]
-        volume = hours.counts[:, [int(label) < figures.begun for label in hours.labels]].sum(1)
+        volume = hours.counts[:, [int(label) < figures.begun for label in hours.labels]].sum(1) \
+            if figures.weekdays is None else figures.weekdays[:, :figures.begun].sum(1)
     weekday = lambda day: day*figures.step % 7
     return volume_surprise(volume[at], volume[days], weekday(days), weekday(at), rng)
 
 def _mix(figures:DayFigures, name:str, at:int, days:np.ndarray, rng)->tuple[Surprise, str]|None:
     "A mix, and the names that make the difference."
     mix, counts = figures.mixes[name], figures.mixes[name].counts
-    if name == "hours" and at == len(figures.days) - 1 and figures.begun is not None:
+    if name == "hours" and figures.step == 1 and at == len(figures.days) - 1 and figures.begun is not None:
         counts = counts*np.array([int(label) < figures.begun for label in mix.labels])
     days = days[counts[days].sum(1) > 0]
     if not counts[at].sum() or len(days) < _LEAST: return None
@@ -493,6 +504,11 @@ def day_words(
     "A day as a sentence names it."
     return f"{_WEEKDAYS[day.weekday()]} {day}" if step == 1 else f"The week of {day}"
 
+def _spelled(day:date, step:int)->str: return str(day) if step == 1 else f"{day}/{day + timedelta(days=6)}"
+
+def _cut_words(figures:DayFigures)->str:
+    return f" until {figures.begun}:00" if figures.step == 1 else f", before {_WEEKDAYS[figures.begun]}"
+
 def judge_day(
     figures:DayFigures,
     at:int,          # place of the day
@@ -514,15 +530,24 @@ def judge_day(
         level = STOP if probability < STOP_ERROR and surprise.effect >= figure.stop else \
             LOOK if probability < LOOK_ERROR and surprise.effect >= figure.look else FINE
         said = figure.words.format(**_spoken(surprise, whole=name == "events"), **more)
-        cut = f" until {figures.begun}:00" if name == "events" and at == len(figures.days) - 1 and figures.begun else ""
+        cut = _cut_words(figures) if name == "events" and at == len(figures.days) - 1 and figures.begun else ""
         findings.append(Finding(name, day, level, surprise, f"{day_words(day, figures.step)}{cut}: {said}.",
-                                figure.remedy.format(day=day)))
+                                figure.remedy.format(day=_spelled(day, figures.step))))
     return findings
 
 # %% ../../nbs/jobs/drift.ipynb #ab2b4c72
+def _gap_closed(judged:Mapping[date, Sequence[Finding]], figures:DayFigures)->dict[date, list[Finding]]:
+    "The same, where a day without events has others after it."
+    filled = {day for day, count in zip(figures.days, figures.volume) if count}
+    last = max(filled, default=date.min)
+    def kinder(one):
+        hole = one.name == "events" and one.level == STOP and one.day not in filled and one.day < last
+        return Finding(one.name, one.day, LOOK, one.surprise, one.says, one.remedy) if hole else one
+    return {day: [*map(kinder, findings)] for day, findings in judged.items()}
+
 def judge_days(
     figures:DayFigures,
-    since:date,         # the first day to judge
+    since:date,         # the first day to judge; of weeks a Monday
     reference:int=56,   # days before each
     accepted:Collection[date]=(), # neither judged nor compared with
     seed:int=0,
@@ -534,18 +559,9 @@ def judge_days(
         days = np.array([one for one in range(max(at - reference, 0), at) if one not in left_out], int)
         judged[day] = judge_day(figures, at, days, seed)
         if any(one.level == STOP for one in judged[day]): left_out.add(at)
-    return judged
+    return _gap_closed(judged, figures)
 
 # %% ../../nbs/jobs/drift.ipynb #c8cfb111
-def _gap_closed(judged:Mapping[date, Sequence[Finding]], figures:DayFigures)->dict[date, list[Finding]]:
-    "The same, where a day without events has others after it."
-    filled = {day for day, count in zip(figures.days, figures.volume) if count}
-    last = max(filled, default=date.min)
-    def kinder(one):
-        hole = one.name == "events" and one.level == STOP and one.day not in filled and one.day < last
-        return Finding(one.name, one.day, LOOK, one.surprise, one.says, one.remedy) if hole else one
-    return {day: [*map(kinder, findings)] for day, findings in judged.items()}
-
 def input_checks(
     figures:DayFigures,
     judged:Mapping[date, Sequence[Finding]], # of `judge_days`
@@ -557,7 +573,7 @@ def input_checks(
     checks = [Check("history", FINE, f"{counted(len(short), 'day')} cannot be judged: there are fewer than {_LEAST} "
                     "days before to compare with.", group="input")] if short else []
     of_name, rank = {}, {FINE: 0, LOOK: 1, STOP: 2}
-    for findings in _gap_closed(judged, figures).values():
+    for findings in judged.values():
         for one in findings: of_name.setdefault(one.name, []).append(one)
     for name, findings in of_name.items():
         worst_one = max(findings, key=lambda one: (rank[one.level], -one.surprise.probability if rank[one.level] else 0,
@@ -573,13 +589,14 @@ def input_checks(
 def attribute_checks(
     products:Path, # products.parquet of the run; it may be gone
     items:Path,    # items.parquet of the live model, with its attributes
+    accepted:Collection[str]=(), # attributes that are gone on purpose
 )->list[Check]:    # of the group `input`; one for each attribute of the model
     "What the products have lost since the live model was trained; items of both are compared."
     own = (Columns.Item, *Columns.Counted) # what the model has by itself
     with duckdb.connect() as con:
         columns = lambda file: [name for name, *_ in con.execute(f"DESCRIBE SELECT * FROM {parquet(file)}").fetchall()]
         then, now = columns(items), columns(products) if products.exists() else []
-        names = [name for name in then if name not in own]
+        names = [name for name in then if name not in own and name not in accepted]
         blank = lambda table, name: f"coalesce(trim({table}.{named(name)}::VARCHAR), '') = ''"
         found = {}
         for name in names:
@@ -594,6 +611,7 @@ def attribute_checks(
         share, shown = gone/all_, visible(name)
         level = STOP if share > 0.2 else LOOK if share > 0.05 else FINE
         says = f"{gone:,} of {counted(all_, 'item')} have lost their {shown} since the live model was trained."
-        checks.append(Check(f"products: {shown}", level, says, _REMEDIES["no"] if level != FINE else "", "input", share,
+        remedy = f"{_REMEDIES['no']} If that is meant, name it in accepted_attributes of the monitor."
+        checks.append(Check(f"products: {shown}", level, says, remedy if level != FINE else "", "input", share,
                             0.0, 0.05))
     return checks

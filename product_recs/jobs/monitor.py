@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'MonitorError', 'chosen_parts', 'as_day', 'first_new_day', 'InputReport', 'look_at_input', 'Limits',
            'unlearned_events', 'staleness_checks', 'store_to_look_at', 'keep_verdicts', 'write_textfile',
-           'verdict_words', 'day_levels', 'volume_picture', 'mix_picture', 'share_picture']
+           'verdict_words', 'day_levels', 'stopped_days', 'volume_picture', 'mix_picture', 'share_picture']
 
 # %% ../../nbs/jobs/monitor.ipynb #8230d540
 import json
@@ -65,6 +65,11 @@ def as_day(
     try: return datetime.fromisoformat(text).date()
     except (TypeError, ValueError): raise MonitorError(f"{name}={text!r}: must be a day, such as 2026-03-05") from None
 
+def _as_days(name:str, text:str)->list[date]:
+    "A day, or the days of a range with a slash."
+    first, last = (as_day(name, part) for part in (str(text).split("/", 1)*2)[:2])
+    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
+
 def first_new_day(
     log:Path,     # interactions.parquet of the run
     data:Mapping, # of the live model's manifest; empty where there is none
@@ -97,6 +102,7 @@ def look_at_input(
     reference:int=56,     # days before
     period:str="auto",    # day | week | auto
     accepted:Collection[str]=(), # ISO days that are right, however they look
+    accepted_attributes:Collection[str]=(), # of the products, that are gone on purpose
 )->InputReport:
     "Judge the new days of a run; raises `DriftError` where its log is missing."
     live, log = live_version(models), folder/"interactions.parquet"
@@ -104,14 +110,15 @@ def look_at_input(
     except BundleError: data = {}
     lost = []
     if data.get("run") == folder.name and (models/live/"items.parquet").exists():
-        lost = attribute_checks(folder/"products.parquet", models/live/"items.parquet")
-    accepted = {as_day("accepted", day) for day in accepted}
+        lost = attribute_checks(folder/"products.parquet", models/live/"items.parquet", accepted_attributes)
+    accepted = {day for text in accepted for day in _as_days("accepted", text)}
     first = as_day("since", since) if since else first_new_day(log, data, folder.name)
     complete = datetime.fromisoformat(until) if until else _complete_until(folder)
     if complete is not None and complete.tzinfo: complete = complete.astimezone(timezone.utc).replace(tzinfo=None)
     try: figures = day_figures(folder, first, reference, period, complete)
     except NoTimes as error: return InputReport([Check("days", FINE, str(error), group="input"), *lost])
     if first is None: first = figures.days[max(len(figures.days) - 7, 0)]
+    if figures.step > 1: first -= timedelta(days=first.weekday()) # the week that the day is in
     judged = judge_days(figures, first, reference, accepted)
     return InputReport([*input_checks(figures, judged), *lost], figures, judged, first)
 
@@ -263,6 +270,14 @@ def day_levels(
     "The worst level of each day."
     checks = lambda findings: [Check(one.name, one.level, one.says) for one in findings]
     return {day: worst(checks(findings)) for day, findings in judged.items()}
+
+def stopped_days(
+    report:InputReport,
+)->list[str]: # ISO days; a week as the range of its days, first/last
+    "Which days somebody must accept or leave out before anything learns from them."
+    days = [day for day, level in day_levels(report.judged).items() if level == STOP]
+    if report.figures is None or report.figures.step == 1: return [str(day) for day in days]
+    return [f"{day}/{day + timedelta(days=6)}" for day in days]
 
 def volume_picture(
     report:InputReport,
