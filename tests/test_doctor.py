@@ -4,6 +4,8 @@ import json
 import os
 import socket
 import subprocess
+import threading
+from contextlib import contextmanager, suppress
 
 import pytest
 from support import BIN, Server, publish_board
@@ -11,6 +13,7 @@ from support import BIN, Server, publish_board
 from product_recs.bundle.files import publish
 from product_recs.feedback.connection import VERSION_TABLE, store_url
 from product_recs.feedback.store import Store
+from product_recs.jobs.answered import AnsweredError, read_metrics
 from product_recs.jobs.doctor import store_checks
 
 QUIET = {"PRODUCT_RECS_PORT": "0", "PRODUCT_RECS_MLFLOW": "off"}
@@ -67,6 +70,22 @@ def test_what_somebody_should_see(shop):
     assert "PRODUCT_RECS_WORKERS is" in checks["settings"]["says"]
 
 
+@contextmanager
+def another_language():
+    "The port of a program that does not speak HTTP."
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet():
+            with suppress(OSError):  # closed
+                while True:
+                    with server.accept()[0] as guest:
+                        guest.recv(4096)
+                        guest.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+        threading.Thread(target=greet, daemon=True).start()
+        yield server.getsockname()[1]
+
+
 def test_who_has_the_port(shop):
     with Server(shop, shop / "models") as server:
         own = {"PORT": str(server.port), "DATABASE_URL": f"sqlite:///{shop}/feedback.db"}
@@ -76,6 +95,11 @@ def test_who_has_the_port(shop):
     with socket.create_server(("127.0.0.1", 0)) as somebody:
         _, checks = ask(shop, code=3, PRODUCT_RECS_PORT=str(somebody.getsockname()[1]))
         assert "cannot be bound" in checks["port"]["says"]
+    with another_language() as port:
+        _, checks = ask(shop, code=3, PRODUCT_RECS_PORT=str(port))
+        assert "cannot be bound" in checks["port"]["says"]
+        with pytest.raises(AnsweredError, match="SSH-2.0"):
+            read_metrics([f"http://127.0.0.1:{port}/metrics"])
 
 
 def test_a_terminal(shop):
@@ -99,6 +123,14 @@ def test_a_store_is_looked_at_and_nothing_else(url, opened):
     assert check.level == "fine" and "version 0002 and are brought to" in check.says
     with store.transaction("test") as connection:
         assert connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").scalar() == "0002"
+
+
+def test_a_store_in_a_folder_with_an_odd_name(tmp_path, opened):
+    folder = tmp_path / "shop #1"
+    folder.mkdir()
+    opened(Store(f"sqlite:///{folder}/feedback.db")).cut()
+    [check], moments = store_checks(f"sqlite:///{folder}/feedback.db")
+    assert "Its tables have version" in check.says and moments
 
 
 def test_a_password_stays_secret(postgres_url):

@@ -7,11 +7,11 @@ __all__ = ['AnsweredError', 'Answered', 'of_metrics', 'read_metrics', 'read_requ
 
 # %% ../../nbs/jobs/answered.ipynb #7a913508
 import math
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from http.client import HTTPException
 from pathlib import Path
 
 import duckdb
@@ -85,8 +85,9 @@ def read_metrics(
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
         try:
             with urllib.request.urlopen(request, timeout=seconds) as answer: texts.append(answer.read().decode())
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            raise AnsweredError(f"{url}: {getattr(error, 'reason', error)}") from None
+        except (OSError, ValueError, HTTPException) as error: # the last: something else than a service answers
+            why = str(getattr(error, "reason", error)).strip() or type(error).__name__
+            raise AnsweredError(f"{url}: {why}") from None
         if "product_recs_http_requests_total" not in texts[-1]:
             raise AnsweredError(f"{url}: these are no figures of product-recs")
     return of_metrics(texts, f"/metrics of {counted(len(urls), 'service')}, since it began")

@@ -7,6 +7,7 @@ __all__ = ['thread_checks', 'memory_checks', 'kernel_checks', 'version_checks', 
            'model_checks', 'store_checks', 'registry_checks', 'port_checks', 'key_checks', 'rule_checks', 'doctor']
 
 # %% ../../nbs/jobs/doctor.ipynb #cc14fa7e
+import math
 import os
 import platform
 import re
@@ -19,12 +20,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from difflib import get_close_matches
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, requires, version as package_version
 from importlib.resources import files
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
-from sqlalchemy import create_engine, text
+from sqlalchemy import URL, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from ..answer.merchandise import RuleError, read_rules
@@ -57,6 +60,7 @@ def thread_checks(here:Machine)->list[Check]:
 
 def memory_checks(here:Machine)->list[Check]:
     "Is there memory for a small run at all?"
+    if math.isinf(here.megabytes): return [Check("memory", FINE, "How much is free is not known here.", "", "machine")]
     says = f"{here.megabytes:,.0f} MB are free{' below the limit of the container'*here.limited}."
     level = STOP if here.megabytes < 300 else LOOK if here.megabytes < 1000 else FINE
     remedy = "A run of a small shop takes 400 MB in each step, a worker of the service 170 MB." if level != FINE else ""
@@ -195,7 +199,8 @@ def _newest_tables()->str:
 def _looked_at(url)->tuple[str|None, float|None, str]: # version of the tables, its moment, what else is wrong
     "What a store says of itself, by a connection that only reads."
     is_file = url.get_backend_name() == "sqlite"
-    reading = f"sqlite+pysqlite:///file:{url.database}?mode=ro&uri=true" if is_file else url
+    reading = URL.create("sqlite+pysqlite", database=f"file:{quote(url.database)}",
+                         query={"mode": "ro", "uri": "true"}) if is_file else url
     engine = create_engine(reading, connect_args={} if is_file else {"connect_timeout": 3})
     try:
         with engine.connect() as connection:
@@ -270,7 +275,7 @@ def port_checks(host:str, port:int)->list[Check]:
     try:
         with direct.open(f"http://{local}:{port}/health/live", timeout=3) as answer: body = answer.read(200)
         ours = b'"live"' in body
-    except (OSError, ValueError): ours = False
+    except (OSError, ValueError, HTTPException): ours = False # the last: it speaks another language
     if ours: return [Check("port", FINE, f"A service answers at {host}:{port} already.", "", "configuration")]
     return [Check("port", LOOK, f"{host}:{port} cannot be bound: {refused.strerror}.",
                   "stop the program that has it, or set PRODUCT_RECS_PORT", "configuration")]

@@ -33,5 +33,7 @@ def machine(
     free = re.search(r"MemAvailable:\s*(\d+)", _read(root/"proc/meminfo"))
     megabytes = int(free[1])*1024/1e6 if free else float("inf")
     most, used = _read(root/"sys/fs/cgroup/memory.max"), _read(root/"sys/fs/cgroup/memory.current")
-    left = (int(most) - int(used or 0))/1e6 if most.isdigit() else float("inf")
+    # files that were read count as used, and give way when a process needs the room
+    cached = re.search(r"^inactive_file (\d+)", _read(root/"sys/fs/cgroup/memory.stat"), re.MULTILINE)
+    left = (int(most) - int(used or 0) + int(cached[1] if cached else 0))/1e6 if most.isdigit() else float("inf")
     return Machine(min(cpus, allowed), min(megabytes, left), left < megabytes or allowed < cpus)
