@@ -5,9 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 from support import ROOT, Server, call, fresh_project, only_the_jobs, publish_board, until
@@ -17,7 +19,7 @@ from product_recs.bundle.opening import open_bundle
 from product_recs.core.errors import BundleError
 from product_recs.feedback.records import Impression, NewEvent
 from product_recs.feedback.store import Store
-from product_recs.jobs.clean import clean, old_models
+from product_recs.jobs.clean import clean, old_models, unfinished
 
 
 def old(store, days, count, start=0):
@@ -172,19 +174,20 @@ def test_who_waits_who_is_named_and_a_registry_that_is_away(tmp_path, monkeypatc
         "experiments: [{name: new, arms: [{name: a, share: 0.5}, "
         f"{{name: b, share: 0.5, model: '{versions[1]}'}}]}}]"
     )
-    done = clean(models, 1, **nothing(tmp_path, dry_run=True))
+    places = nothing(tmp_path, experiments=tmp_path / "experiments.yaml")
+    done = clean(models, 1, **places, dry_run=True)
     assert [one.path.name for one in done.gone] == [versions[0]] and list_versions(models)[0] == versions[0]
     assert done.stays[newer] == "it waits for a person" and done.stays[newest] == "it is the newest"
     assert done.stays[versions[2]] == "a process has it open" and "experiments.yaml" in done.stays[versions[1]]
-    assert clean(models, 0, **nothing(tmp_path)).gone == []
+    assert clean(models, 0, **places).gone == []
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("PRODUCT_RECS_MLFLOW", "on")
-    away = clean(models, 1, **nothing(tmp_path))
+    away = clean(models, 1, **places)
     assert away.gone == [] and "No model is deleted" in away.trouble[0] and len(list_versions(models)) == 7
     monkeypatch.setenv("PRODUCT_RECS_MLFLOW", "off")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert [one.path.name for one in clean(models, 1, **nothing(tmp_path)).gone] == [versions[0]]
+    assert [one.path.name for one in clean(models, 1, **places).gone] == [versions[0]]
     del held
     assert [one.path.name for one in old_models(models, 1)[0]] == versions[1:3]
 
@@ -198,6 +201,25 @@ def test_what_cannot_be_cleaned_holds_up_nothing_else(tmp_path, opened):
     done = clean(tmp_path / "models", 1, store, **nothing(tmp_path))
     assert list_versions(tmp_path / "models") == versions[-2:] and len(done.trouble) == 1
     assert done.trouble[0].startswith("Impressions: feedback store") and done.impressions == 0
+
+
+def test_a_folder_that_nobody_may_look_into_and_one_with_a_date():
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        closed, dated = folder / ".shop.abcd1234" / "closed", folder / ".shop.20260301"  # somebody's copy
+        closed.mkdir(parents=True)
+        dated.mkdir()
+        closed.chmod(0)
+        for path in (closed, closed.parent, dated):
+            os.utime(path, (0, 0))
+        try:
+            if os.getuid() == 0:
+                os.seteuid(65534)  # root looks everywhere
+            assert [one.path for one in unfinished([folder])] == [closed.parent]
+        finally:
+            os.seteuid(os.getuid())
+            closed.chmod(0o755)
 
 
 def test_the_verb(tmp_path):

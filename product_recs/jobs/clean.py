@@ -42,8 +42,9 @@ class Leftover:
 def _inside(path:Path)->Iterator[Path]:
     "The path and what is below it, as far as it can be seen; links are not followed."
     yield path
-    if not path.is_symlink() and path.is_dir():
-        for child in path.iterdir(): yield from _inside(child)
+    try: children = [*path.iterdir()] if path.is_dir() and not path.is_symlink() else []
+    except OSError: return # it went meanwhile, or nobody may look
+    for child in children: yield from _inside(child)
 
 def _leftover(kind:str, path:Path)->Leftover:
     sizes, newest = 0, 0.0
@@ -107,7 +108,7 @@ def aliased_versions()->dict[str, str]: # alias -> version of a bundle; empty wh
         return {alias: one.version for one in known for alias in one.aliases if one.version}
 
 # %% ../../nbs/jobs/clean.ipynb #942a1a3a
-_HALF = re.compile(r"\.(?P<name>.+?)(\.work)?\.[a-z0-9_]{8}(?P<old>\.old)?")
+_HALF = re.compile(r"\.(?P<name>.+?)(\.work)?\.(?!\d{8})[a-z0-9_]{8}(?P<old>\.old)?")
 _SPILL = re.compile(r"tmp[a-z0-9_]{8}")
 
 def unfinished(
