@@ -163,6 +163,7 @@ def users_needed(
     "How many users an experiment needs; raises `PlanError` where a number is none."
     if not 0 < baseline or (variance is None and baseline >= 1):
         raise PlanError(f"baseline={baseline!r}: must be a share between 0 and 1, or come with a variance")
+    if variance is not None and variance <= 0: raise PlanError(f"variance={variance!r}: must be above 0")
     if lift == 0 or lift <= -1: raise PlanError(f"lift={lift!r}: must be above -1, and not 0")
     if variance is None and baseline*(1 + lift) >= 1: raise PlanError(f"lift={lift!r}: a share cannot rise above 1")
     if not 0 < alpha < 1 or not 0 < power < 1 or looks not in ("all", "one"):
@@ -173,4 +174,4 @@ def users_needed(
     room = lambda n: abs(means[1] - means[0])*math.sqrt(n/spread)
     multiple = (lambda n: one_look(alpha)) if looks == "one" else (lambda n: float(all_looks(n, alpha, n)))
     short = lambda log_n: room(math.exp(log_n)) - multiple(math.exp(log_n)) - norm.ppf(power)
-    return math.ceil(math.exp(brentq(short, 0, 60)))
+    return max(2, math.ceil(math.exp(brentq(short, -60, 60)))) # one of each arm

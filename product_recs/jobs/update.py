@@ -111,7 +111,8 @@ def _carry_out(root:Path)->tuple[dict, list[Change]]:
         if here == digest(content): continue # done before a kill
         if here != change.before:            # edited since
             change.did, change.target = "asks", beside(change.name)
-            if content is not None: _put(root, change.target, content)
+            # what lies there may be at work, too
+            if content is not None and _read(root/change.target) is None: _put(root, change.target, content)
         elif content is None: (root/change.target).unlink()
         else: _put(root, change.target, content)
     if (pending/"originals").exists():
