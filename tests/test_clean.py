@@ -172,7 +172,7 @@ def test_who_waits_who_is_named_and_a_registry_that_is_away(tmp_path, monkeypatc
         "experiments: [{name: new, arms: [{name: a, share: 0.5}, "
         f"{{name: b, share: 0.5, model: '{versions[1]}'}}]}}]"
     )
-    done = clean(models, 1, **nothing(tmp_path, dry_run=True))
+    done = clean(models, 1, **nothing(tmp_path, dry_run=True, experiments=tmp_path / "experiments.yaml"))
     assert [one.path.name for one in done.gone] == [versions[0]] and list_versions(models)[0] == versions[0]
     assert done.stays[newer] == "it waits for a person" and done.stays[newest] == "it is the newest"
     assert done.stays[versions[2]] == "a process has it open" and "experiments.yaml" in done.stays[versions[1]]
@@ -184,7 +184,8 @@ def test_who_waits_who_is_named_and_a_registry_that_is_away(tmp_path, monkeypatc
     assert away.gone == [] and "No model is deleted" in away.trouble[0] and len(list_versions(models)) == 7
     monkeypatch.setenv("PRODUCT_RECS_MLFLOW", "off")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert [one.path.name for one in clean(models, 1, **nothing(tmp_path)).gone] == [versions[0]]
+    done = clean(models, 1, **nothing(tmp_path, experiments=tmp_path / "experiments.yaml"))
+    assert [one.path.name for one in done.gone] == [versions[0]]
     del held
     assert [one.path.name for one in old_models(models, 1)[0]] == versions[1:3]
 
