@@ -30,7 +30,7 @@ from .core.parameters import number
 from .core.paths import resolve_path
 from .core.sql import database_errors, file_name, named, parquet, temporary_database
 from .core.vectors import VECTOR
-from .data.arrays import save_csr
+from .data.arrays import save_array, save_csr
 from .data.artifact import SNAPSHOTS, Features, open_features
 from .data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
 from .data.tasks import how_judged
@@ -451,7 +451,7 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
             sums = _csr(_numbered(known, rows), "confidence", shape)
             if name == "all" and parameters["weighting"] == "bm25": mean_total = mean_user_total(sums)
             save_csr(folder, f"{name}_confidence", weighted(sums, parameters["weighting"]))
-            for value in ("counts", "age_days"): np.save(folder/f"{name}_{value}.npy", known[value])
+            for value in ("counts", "age_days"): save_array(folder/f"{name}_{value}.npy", known[value])
         _write_targets(folder, pairs, rows, shape)
     return shape, mean_total, split
 

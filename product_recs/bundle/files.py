@@ -28,7 +28,7 @@ import numpy as np
 from ..core.errors import BundleError
 from ..core.files import atomic_folder, atomic_write
 from ..core.ids import IdTable
-from ..data.arrays import matrix_values, save_csr, save_table
+from ..data.arrays import matrix_values, save_array, save_csr, save_table
 from ..data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
 from ..data.snapshots import Snapshot
 from ..models.interface import Model, recipe
@@ -92,7 +92,7 @@ def _save_models(folder:Path, models:Mapping[str, Model|str])->dict:
     for key, model in keys.values():
         arrays = model.to_arrays()
         files = {name: f"{key}.{name}.npy" for name in arrays}
-        for name, array in arrays.items(): np.save(folder/files[name], array, allow_pickle=False)
+        for name, array in arrays.items(): save_array(folder/files[name], array)
         made = recipe(model)
         parts[key] = {"name": model.name, "kind": made["kind"], "parameters": made["parameters"], "arrays": files,
                       "parts": [keys[id(part)][0] for part in model.parts]}
@@ -171,7 +171,7 @@ def _save_snapshot(folder:Path, snapshot:Snapshot)->None:
     seen = snapshot.confidence
     save_csr(folder, "seen", seen.astype(np.float32, copy=False))
     for name, matrix in {"seen_counts": snapshot.counts, "seen_age_days": snapshot.age_days}.items():
-        np.save(folder/f"{name}.npy", matrix_values(matrix, seen, name), allow_pickle=False)
+        save_array(folder/f"{name}.npy", matrix_values(matrix, seen, name))
 
 # %% ../../nbs/bundle/files.ipynb #500f0056
 _SECTIONS = {**dict.fromkeys(("version", "created_at"), str),

@@ -14,7 +14,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..core.ids import IdTable
-from .arrays import load_csr, load_table, matrix_values, on_structure, save_csr, save_table
+from .arrays import (load_csr, load_table, matrix_values, on_structure, save_array, save_csr,
+                                      save_table)
 
 # %% ../../nbs/data/left_out.ipynb #163fbfd9
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def save_left_out(
     save_csr(folder, "left_out", left_out.sums)
     for name in ("counts", "age_days"):
         values = matrix_values(getattr(left_out, name), left_out.sums, name)
-        np.save(folder/f"left_out_{name}.npy", values, allow_pickle=False)
+        save_array(folder/f"left_out_{name}.npy", values)
 
 def load_left_out(
     folder:Path,

@@ -129,7 +129,7 @@ def _metrics(folder:Path)->dict:
 
 def _why(error:str)->str:
     "The error of a notebook in words, where it is none of the data."
-    if error.startswith("DeadKernelError"):
+    if error.startswith("DeadKernelError") or "Kernel died before replying" in error:
         return "its process was killed from outside, most often because the memory of the machine ran out"
     if "No space left on device" in error or "Errno 28" in error: return f"the disk is full ({error})"
     return error
