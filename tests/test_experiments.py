@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import duckdb
@@ -251,6 +252,17 @@ def test_what_the_model_of_an_arm_cannot_do_the_live_model_does(tmp_path):
         assert {*headers["x-model-version"].split(",")} == {"new", other}
         unknown = {"users": [*USERS], "filters": {"where": {"colour": ["red"]}}}
         assert server.ask("POST", "/recommend", unknown)[0] == 422
+        bought = [server.get(f"/recommend/{user}?n=4&task=next_purchase")[2]["recommendations"] for user in USERS]
+    question = Question(n=4, task=NEXT_PURCHASE)
+    with (
+        open_for_batch(tmp_path / "models", feedback="") as recommender,
+        open_arms(recommender, file, tmp_path / "models", "", ["task"], question=question) as arms,
+    ):
+        made = write_batch(recommender, replace(question, arms=arms), tmp_path / "lists", [*USERS], progress=False)
+    assert made.manifest["experiments"]["taste=other"]["model_version"] == "new"
+    query = f"SELECT user_id, item_id FROM '{tmp_path}/lists/*.parquet' ORDER BY user_id, rank"
+    rows = duckdb.execute(query).fetchall()
+    assert [[item for one, item in rows if one == user] for user in USERS] == bought
 
 
 def test_an_arm_answers_nobody_before_it_knows_who_is_forgotten(tmp_path, postgres):

@@ -164,7 +164,7 @@ async def tried(
     except Exception as error:
         others = [_plain(desk.live, desk.desk.view, served.arm) for served in answered if served.arm is not None]
         if len(others) < len(answered) or others == [*answered]: raise
-        if not isinstance(error, ProductRecsError): _log.exception("an arm failed on a request; the live model is asked")
+        if not isinstance(error, ProductRecsError): _log.exception("an arm failed on a request; asking the live model")
         return await make(others)
 
 # %% ../../nbs/web/arms.ipynb #03bb007e
