@@ -10,9 +10,10 @@ import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from fastapi import FastAPI, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -31,12 +32,11 @@ from .bundle.ready import ReadyModel
 from .bundle.versions import public_facts
 from .core.columns import DISCOVERY
 from .core.errors import ProductRecsError, StoreError, UnknownItem
-from .core.events import UNCHANGED, UserState
 from .core.ids import LONGEST_ID
 from .core.kernels import one_blas_thread
 from .core.settings import Settings
 from .core.text import counted
-from .web.arms import Served, arm_facts
+from .web.arms import Served, arm_facts, tried
 from .web.details import explained, ranked, ranked_new
 from .web.events import add_feedback
 from .web.headers import Header
@@ -123,46 +123,52 @@ def _add_recommend(app:FastAPI, service:Service)->None:
     async def recommend_user(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
                              n:N=n_default, detail:Detail=False, task:TaskName=None, place:ShopPlace=None,
                              diversity:Variety=None, explore:Explore=None):
-        scope, shelf = http_request.scope, service.desk.view.shelf
-        served = service.answers.served(path_id(scope, -1))
-        recommender = _recommender(service, served)
-        user = as_id(served.model.bundle.users, path_id(scope, -1))
-        state, = await served.view.states([user])
-        request = recommender.request(user, n, state=state, shelf=shelf, place=place,
-                                      **_asked(service, served, user, scope, task, diversity, explore))
-        person, answer = recommender.person(request), recommender.answer
-        if recommender.takes_long(request, person): recommendations = await run_in_threadpool(answer, request, person)
-        else: recommendations = answer(request, person)
-        body = {"user_id": user, "recommendations": recommendations.items}
-        response = respond(served.model, recommendations, body, detail, served.arm)
-        service.answers.keep(scope, served, request, shelf, recommendations, response)
-        return response
+        scope, shelf, answers = http_request.scope, service.desk.view.shelf, service.answers
+
+        async def make(answered:Sequence[Served])->Response:
+            served, = answered
+            recommender, user = _recommender(service, served), as_id(served.model.bundle.users, path_id(scope, -1))
+            state, = await served.view.states([user])
+            request = recommender.request(user, n, state=state, shelf=shelf, place=place,
+                                          **_asked(service, served, user, scope, task, diversity, explore))
+            person, answer = recommender.person(request), recommender.answer
+            if recommender.takes_long(request, person): found = await run_in_threadpool(answer, request, person)
+            else: found = answer(request, person)
+            body = {"user_id": user, "recommendations": found.items}
+            response = respond(served.model, found, body, detail, served.arm)
+            answers.keep(scope, served, request, shelf, found, response)
+            return response
+        return await tried(service.arms, [answers.served(path_id(scope, -1))], make)
 
 
 # %% ../nbs/06_api.ipynb #02c15e33
-def _result(served:Served, user:int|str|None, recommendations:Recommendations, detail:bool)->dict:
-    "The list of one user, as `UserResult`."
-    facts = {"user_id": user, "recommendations": recommendations.items, "source": recommendations.source,
-             "model": recommendations.model, "model_version": served.model.bundle.version,
-             "shortfall": recommendations.shortfall}
-    if served.arm is not None: facts["experiment"] = served.arm.label
-    return facts | ({"items": ranked(served.model, recommendations)} if detail else {})
+class _Made(NamedTuple):
+    "The list of one user, and who made it."
+    served: Served
+    user: int|str|None # external id as the model has it
+    task: str          # that was answered
+    listed: Recommendations
 
-async def _states(answered:Sequence[Served], users:Sequence)->list[UserState]:
-    "What each user did since the model of their arm was trained; users of one view are read together."
-    states = [UNCHANGED]*len(users)
-    for view in dict.fromkeys(served.view for served in answered):
-        places = [place for place, served in enumerate(answered) if served.view is view]
-        found = await view.states([users[place] for place in places])
-        for place, state in zip(places, found): states[place] = state
-    return states
+    def result(self, detail:bool)->dict:
+        "As `UserResult`."
+        served, listed = self.served, self.listed
+        facts = {"user_id": self.user, "recommendations": listed.items, "source": listed.source, "model": listed.model,
+                 "model_version": served.model.bundle.version, "shortfall": listed.shortfall}
+        if served.arm is not None: facts["experiment"] = served.arm.label
+        return facts | ({"items": ranked(served.model, listed)} if detail else {})
 
-def _many_headers(answered:Sequence[Served], lists:Sequence[Recommendations])->dict[str, str]:
+def _by_model(answered:Sequence[Served])->list[list[int]]:
+    "The places of the users of each model."
+    places = {}
+    for place, served in enumerate(answered): places.setdefault(served.model, []).append(place)
+    return [*places.values()]
+
+def _many_headers(made:Sequence[_Made])->dict[str, str]:
     "The headers of several lists: each version, rung, model and arm once."
     each = lambda names: ",".join(dict.fromkeys(names))
-    headers = _headers(each(served.model.bundle.version for served in answered), each(one.source for one in lists),
-                       each(one.model for one in lists))
-    labels = each(served.arm.label for served in answered if served.arm is not None)
+    headers = _headers(each(one.served.model.bundle.version for one in made), each(one.listed.source for one in made),
+                       each(one.listed.model for one in made))
+    labels = each(one.served.arm.label for one in made if one.served.arm is not None)
     return headers | ({Header.Experiment: labels} if labels else {})
 
 # %% ../nbs/06_api.ipynb #875288b2
@@ -177,28 +183,40 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
     async def recommend_many(http_request:Request, body:Body):
         scope, answers, shelf = http_request.scope, service.answers, service.desk.view.shelf
         answered = [answers.served(user) for user in body.users or [None]]
-        model = answers.served(None).model
-        session, filters = body.session(model.bundle.rules), body.filters.to_filters()
-        check_words(model.user_attributes, body.attributes, "attributes")
-        for item, words in body.items.items(): check_words(model.catalogue.attributes, words, f"items: {item!a}")
-        users = [None] if body.users is None else [as_id(served.model.bundle.users, user)
-                                                   for served, user in zip(answered, body.users)]
-        recommenders = {served.model: _recommender(service, served) for served in answered}
-        asked = [(recommenders[served.model], recommenders[served.model].request(
-                      user, body.n, session=session, filters=filters, state=state, shelf=shelf,
-                      attributes=body.attributes, new_items=body.items, place=body.place,
-                      **_asked(service, served, user, scope, body.task, body.diversity, body.explore)))
-                 for served, user, state in zip(answered, users, await _states(answered, users))]
+        live = answers.served(None).model
+        session, filters = body.session(live.bundle.rules), body.filters.to_filters()
+        check_words(live.user_attributes, body.attributes, "attributes")
+        for item, words in body.items.items(): check_words(live.catalogue.attributes, words, f"items: {item!a}")
+
+        async def make(answered:Sequence[Served], users:Sequence)->list[_Made]: # of one model
+            recommender, view = _recommender(service, answered[0]), answered[0].view
+            users = [user if user is None else as_id(recommender.model.bundle.users, user) for user in users]
+            requests = [recommender.request(
+                user, body.n, session=session, filters=filters, state=state, shelf=shelf, attributes=body.attributes,
+                new_items=body.items, place=body.place,
+                **_asked(service, served, user, scope, body.task, body.diversity, body.explore))
+                for served, user, state in zip(answered, users, await view.states(users))]
+            person = recommender.person(requests[0]) if body.users is None or len(body.users) == 1 else None
+            if person is not None and not recommender.takes_long(requests[0], person):
+                lists = [recommender.answer(requests[0], person)]
+            else: lists = await run_in_threadpool(recommender.answer_all, requests)
+            return [_Made(served, user, request.task, one)
+                    for served, user, request, one in zip(answered, users, requests, lists)]
+
+        made = [None]*len(answered)
+        for places in _by_model(answered):
+            users = [body.users and body.users[place] for place in places]
+            parts = await tried(service.arms, [answered[place] for place in places], partial(make, users=users))
+            for place, one in zip(places, parts): made[place] = one
 
         def response()->Response:
-            lists = [recommender.answer(request, person) for recommender, request in asked]
-            results = [_result(*one, body.detail) for one in zip(answered, users, lists)]
-            for served, user, (_, request), one in zip(answered, users, asked, lists):
-                answers.shown(scope, served.model, user, Shown.of(one, request.task, served.arm))
-            return JSONResponse({"results": results}, headers=_many_headers(answered, lists))
-        person = asked[0][0].person(asked[0][1]) if len(asked) == 1 else None
-        quick = person is not None and not asked[0][0].takes_long(asked[0][1], person)
-        return response() if quick else await run_in_threadpool(response)
+            results = [one.result(body.detail) for one in made]
+            for one in made:
+                facts = Shown.of(one.listed, one.task, one.served.arm)
+                answers.shown(scope, one.served.model, one.user, facts)
+            return JSONResponse({"results": results}, headers=_many_headers(made))
+        return response() if len(made) == 1 else await run_in_threadpool(response)
+
 
 # %% ../nbs/06_api.ipynb #e85f25c2
 def _add_others(app:FastAPI, service:Service)->None:
@@ -233,20 +251,23 @@ def _add_others(app:FastAPI, service:Service)->None:
     async def explain(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
                       item_id:id_in_path("101", "an item of the model"), task:TaskName=None,
                       place:ShopPlace=None, diversity:Variety=None, explore:Explore=None):
-        served = service.answers.served(path_id(http_request.scope, -2))
-        recommender, model = _recommender(service, served), served.model
-        user = as_id(model.bundle.users, path_id(http_request.scope, -2))
-        item = as_id(model.bundle.items, path_id(http_request.scope, -1))
-        if excluded := model.bundle.why_excluded(item):
-            raise UnknownItem(f"item {item!r} is in no list: it is excluded ({excluded})")
-        if model.bundle.items.row(item) is None:
-            raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
-        state, = await served.view.states([user])
-        words = _asked(service, served, user, http_request.scope, task, diversity, explore)
-        request = recommender.request(user, n_default, state=state, shelf=service.desk.view.shelf, place=place, **words)
-        facts = await run_in_threadpool(explained, model, request, item)
-        headers = _headers(model.bundle.version, facts["source"], facts["model"], arm=served.arm)
-        return JSONResponse(facts, headers=headers)
+        scope, shelf = http_request.scope, service.desk.view.shelf
+
+        async def make(answered:Sequence[Served])->Response:
+            served, = answered
+            recommender, model = _recommender(service, served), served.model
+            user, item = as_id(model.bundle.users, path_id(scope, -2)), as_id(model.bundle.items, path_id(scope, -1))
+            if excluded := model.bundle.why_excluded(item):
+                raise UnknownItem(f"item {item!r} is in no list: it is excluded ({excluded})")
+            if model.bundle.items.row(item) is None:
+                raise UnknownItem(f"there is no item {item!r} in model {model.bundle.version}")
+            state, = await served.view.states([user])
+            words = _asked(service, served, user, scope, task, diversity, explore)
+            request = recommender.request(user, n_default, state=state, shelf=shelf, place=place, **words)
+            facts = await run_in_threadpool(explained, model, request, item)
+            headers = _headers(model.bundle.version, facts["source"], facts["model"], arm=served.arm)
+            return JSONResponse(facts, headers=headers)
+        return await tried(service.arms, [service.answers.served(path_id(scope, -2))], make)
 
 # %% ../nbs/06_api.ipynb #10951deb
 def _add_new(app:FastAPI, service:Service)->None:
@@ -261,17 +282,20 @@ def _add_new(app:FastAPI, service:Service)->None:
     @app.get("/new", response_model=NewList, response_model_exclude_unset=True, tags=["recommendations"],
              summary="What nobody has bought yet, for a user", responses=documented(order, 422, 503))
     async def new_items(n:N=n_default, detail:bool=False, user_id:User=None, category:Category=None):
-        served = service.answers.served(user_id)
-        recommender, model = _recommender(service, served), served.model
-        user = None if user_id is None else as_id(model.bundle.users, user_id)
-        state, = await served.view.states([user])
-        request = recommender.request(user, n, state=state, shelf=service.desk.view.shelf)
-        recommendations = await run_in_threadpool(new_for, model, request, category)
-        version, source, shortfall = model.bundle.version, recommendations.source, recommendations.shortfall
-        facts = {"user_id": user, "recommendations": recommendations.items, "source": source,
-                 "order": recommendations.order, "model_version": version, "shortfall": shortfall}
-        if detail: facts["items"] = await run_in_threadpool(ranked_new, model, recommendations)
-        return JSONResponse(facts, headers=_headers(version, source, recommendations.model, shortfall, served.arm))
+        async def make(answered:Sequence[Served])->Response:
+            served, = answered
+            recommender, model = _recommender(service, served), served.model
+            user = None if user_id is None else as_id(model.bundle.users, user_id)
+            state, = await served.view.states([user])
+            request = recommender.request(user, n, state=state, shelf=service.desk.view.shelf)
+            recommendations = await run_in_threadpool(new_for, model, request, category)
+            version, source, shortfall = model.bundle.version, recommendations.source, recommendations.shortfall
+            facts = {"user_id": user, "recommendations": recommendations.items, "source": source,
+                     "order": recommendations.order, "model_version": version, "shortfall": shortfall}
+            if detail: facts["items"] = await run_in_threadpool(ranked_new, model, recommendations)
+            return JSONResponse(facts, headers=_headers(version, source, recommendations.model, shortfall, served.arm))
+        return await tried(service.arms, [service.answers.served(user_id)], make)
+
 
 # %% ../nbs/06_api.ipynb #080fb30a
 def _add_operations(app:FastAPI, service:Service)->None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 
 import duckdb
@@ -258,8 +258,7 @@ def _checked_names(options:dict)->None:
 def _drop_days(con, days:Sequence[str])->int:
     "Take the good rows of some days out; the number of them."
     if not days: return 0
-    day = timedelta(days=1)
-    inside = " OR ".join(f"(timestamp >= TIMESTAMP '{first}' AND timestamp < TIMESTAMP '{last + day}')"
+    inside = " OR ".join(f"(timestamp >= TIMESTAMP '{first}' AND timestamp < DATE '{last}' + 1)"
                          for first, last in left_out_days(days))
     dropped = [con.execute(f"DELETE FROM {table} WHERE ({inside}){only}").fetchone()[0]
                for table, only in (("plain", ""), ("checked", " AND fault IS NULL"))]
@@ -279,8 +278,8 @@ def _checked_options(options:dict)->dict:
         raise IngestError(f"decimal={options['decimal']!r} must be ',' or '.', or '' to find it.")
     _checked_names(options)
     checked_exclusions(options["exclude_items"])
-    options["leave_out"] = [*options["leave_out"]]
     left_out_days(options["leave_out"])
+    options["leave_out"] = [*options["leave_out"]]
     return options | {"timestamp_format": [*checked_formats(options["timestamp_format"])],
                       "normalise_ids": [*checked_folds(options["normalise_ids"])],
                       "exclude_items": [*options["exclude_items"]]}

@@ -4,16 +4,20 @@ import itertools
 import json
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
 import duckdb
 import numpy as np
 import pytest
-from support import BIN, ROOT, Server, both, bundle_by_hand, call, once_today, publish_board, until
+from support import BIN, ROOT, Server, both, bundle_by_hand, call, new_database, once_today, publish_board, until
 
+from product_recs.answer import explore
 from product_recs.answer.experiments import experiments_of, read_experiments, versions_in_use
 from product_recs.bundle.files import publish
+from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.documents import read_yaml
+from product_recs.core.settings import Settings
 from product_recs.feedback.records import Impression, NewEvent
 from product_recs.feedback.store import Store
 from product_recs.jobs.batch import Question, open_arms, open_for_batch, write_batch
@@ -28,6 +32,7 @@ from product_recs.jobs.experiment import (
 )
 from product_recs.jobs.lift import Group, all_looks, compare, ratio_p_of_all_looks, simulate_looks
 from product_recs.web.monitor import Metrics
+from product_recs.web.service import Service
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=timezone.utc)
 USERS = range(1, 25)
@@ -217,6 +222,96 @@ def test_what_an_arm_says_counts_where_the_request_is_silent(tmp_path):
             plain = server.get(f"/recommend/{user}?n=5&diversity={varied}")[2]
             assert plain["recommendations"] == body["recommendations"]
         assert server.get("/health/ready")[2]["experiments"] == "1 arm answered by the live model"
+
+
+def test_what_the_model_of_an_arm_cannot_do_the_live_model_does(tmp_path):
+    "A task and a column that the older model does not have; what the live model refuses is refused to everybody."
+    _, other = two_models(tmp_path)
+    publish_board(tmp_path / "models", version="new", models=lambda model: {DISCOVERY: model, NEXT_PURCHASE: model})
+    file, even = write(tmp_path, HALVES % other), {"where": {"category": ["even"]}}
+    with Server(tmp_path, tmp_path / "models", experiments_file=file, watch_seconds=0.05) as server:
+        first = {user: server.get(f"/recommend/{user}") for user in USERS}
+        assert {headers["x-model-version"] for _, headers, _ in first.values()} == {"new", other}
+        for user, (_, headers, _) in first.items():
+            for _ in range(2):
+                status, found, _ = server.get(f"/recommend/{user}?task=next_purchase")
+                assert (status, found["x-model-version"], arm_of(found)) == (200, "new", arm_of(headers))
+            assert server.get(f"/explain/{user}/101?task=next_purchase")[0] == 200
+            assert server.get(f"/new?user_id={user}&category=even")[0] == 200
+            assert server.get(f"/new?user_id={user}&category=blue")[0] == server.get("/new?category=blue")[0]
+            assert server.get(f"/recommend/{user}")[1]["x-model-version"] == headers["x-model-version"]
+        _, _, body = server.ask("POST", "/recommend", {"users": [*USERS], "filters": even})
+        assert [one["user_id"] for one in body["results"]] == [*USERS]
+        for one in body["results"]:
+            assert one["model_version"] == "new" and {item % 2 for item in one["recommendations"]} == {1}
+            assert one["experiment"] == arm_of(first[one["user_id"]][1])
+        _, headers, body = server.ask("POST", "/recommend", {"users": [*USERS]})
+        assert [one["recommendations"] for one in body["results"]] == [
+            answer["recommendations"] for _, _, answer in first.values()
+        ]
+        assert {*headers["x-model-version"].split(",")} == {"new", other}
+        unknown = {"users": [*USERS], "filters": {"where": {"colour": ["red"]}}}
+        assert server.ask("POST", "/recommend", unknown)[0] == 422
+        bought = [server.get(f"/recommend/{user}?n=4&task=next_purchase")[2]["recommendations"] for user in USERS]
+    question = Question(n=4, task=NEXT_PURCHASE)
+    with (
+        open_for_batch(tmp_path / "models", feedback="") as recommender,
+        open_arms(recommender, file, tmp_path / "models", "", ["task"], question=question) as arms,
+    ):
+        made = write_batch(recommender, replace(question, arms=arms), tmp_path / "lists", [*USERS], progress=False)
+    assert made.manifest["experiments"]["taste=other"]["model_version"] == "new"
+    query = f"SELECT user_id, item_id FROM '{tmp_path}/lists/*.parquet' ORDER BY user_id, rank"
+    rows = duckdb.execute(query).fetchall()
+    assert [[item for one, item in rows if one == user] for user in USERS] == bought
+
+
+def test_an_arm_answers_nobody_before_it_knows_who_is_forgotten(tmp_path, postgres):
+    "The database goes away, then the experiment starts; the live model knows who is forgotten, and answers."
+    live, other = two_models(tmp_path)
+    file = write(tmp_path, "experiments: []")
+    settings = Settings(
+        models_dir=tmp_path / "models",
+        database_url=new_database(postgres),
+        experiments_file=str(file),
+        watch_seconds=0.05,
+    )
+    service = Service(settings).start()
+    try:
+        for user in USERS:
+            service.desk.store.forget(user)
+        until(lambda: all((state := service.desk.view.look(user)) and state.forgotten for user in USERS))
+        postgres.stop()
+        try:
+            write(tmp_path, HALVES % other)
+            until(lambda: service.arms.opened)
+            served = {user: service.answers.served(user) for user in USERS}
+            assert {one.arm.name for one in served.values()} == {"control", "other"}
+            assert {one.model.bundle.version for one in served.values()} == {live}
+            assert all(one.view.look(user).forgotten for user, one in served.items())
+        finally:
+            postgres.start()
+        until(lambda: {service.answers.served(user).model.bundle.version for user in USERS} == {live, other})
+        assert all(service.answers.served(user).view.look(user).forgotten for user in USERS)
+    finally:
+        service.stop()
+
+
+def test_what_exploration_needs_is_there_before_a_renewed_model_answers(tmp_path):
+    "An arm explores, the settings do not; the shop tells of a product, and no request computes what is new then."
+    two_models(tmp_path)
+    file = write(tmp_path, "experiments: [{name: e, arms: [{name: curious, share: 1, explore: 0.3}]}]")
+    url = f"sqlite:///{tmp_path}/feedback.db"
+    service = Service(
+        Settings(models_dir=tmp_path / "models", database_url=url, experiments_file=str(file), watch_seconds=0.05)
+    ).start()
+    try:
+        before = service.live.get()
+        service.desk.store.set_products({900: {"title": "Dark roast"}})
+        until(lambda: service.live.get() is not before)
+        for model in service.models:
+            assert all(asked in explore._KEPT for asked in model.answering.values())
+    finally:
+        service.stop()
 
 
 # --- the report

@@ -183,7 +183,7 @@ def _experiment(number:int, entry:Mapping, taken:set)->Experiment:
     if (total := sum(arm.share for arm in arms)) > 1 + 1e-9:
         raise ExperimentError(f"{at}: the shares of its arms add up to {total:g}, and 1 is everybody; lower some")
     control = entry.get("control", "control" if "control" in names else arms[0].name)
-    if control not in names:
+    if not isinstance(control, str) or control not in names:
         raise ExperimentError(f"{at}: control: {control!r} is none of its arms: {', '.join(sorted(names))}")
     salt = entry.get("salt", name)
     if not isinstance(salt, (str, int)) or not str(salt): raise ExperimentError(f"{at}: salt: {salt!r} must be a text")

@@ -46,6 +46,9 @@ def read_yaml(
         assigned = re.search(r"^\s*(\w+)\s*=", text, re.M)
         hint = f". Write {assigned[1]}: with a colon and a space, and not {assigned[1]}=" if assigned else ""
         raise ProductRecsError(f"{where}{place}: not readable as YAML: {problem}{hint}") from None
+    except RecursionError: raise ProductRecsError(f"{where}: not readable as YAML: nested too deeply") from None
+    except (ValueError, TypeError, AttributeError): # of a value with a tag, such as !!int x
+        raise ProductRecsError(f"{where}: not readable as YAML: a value is not of the kind that it says") from None
 
 # %% ../../nbs/core/documents.ipynb #36300066
 def check_keys(
@@ -69,7 +72,7 @@ def read_number(
     *, closed:bool=False, # may it be `low` itself?
 )->float:
     "A finite number up to `high`."
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if fits and (low < value or (closed and low == value)) and value <= high: return float(value)
     least = f"from {low:g} to {high:g}" if closed else f"above {low:g}, at most {high:g}"
     raise error(f"{at}: {key}: {value!r} must be a number {least}")

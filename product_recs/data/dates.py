@@ -242,7 +242,9 @@ def left_out_days(
     given:Iterable[str], # ISO dates, or ranges such as 2026-11-27/2026-11-28 with both ends
 )->list[tuple[date, date]]: # first and last day of each
     "The days that `leave_out` names; raises `IngestError` for what is none."
-    if isinstance(given, str): raise IngestError(f"leave_out must be a list of days, such as [{given!r}].")
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        example = given if isinstance(given, str) else "2026-11-27"
+        raise IngestError(f"leave_out must be a list of days, such as [{example!r}].")
     spans = []
     for one in given:
         first, mark, last = str(one).partition("/")

@@ -923,6 +923,10 @@ def open_for_batch(
         _check_feedback(recommender)
         yield recommender
 
+def _rehearse(recommender:Recommender, question:Question, task:str|None)->None:
+    "Ask for a guest, so that a model without such a column or task is found before the batch; raises what it says."
+    recommender.recommend(None, 1, task or question.task, **question.more)
+
 @contextmanager
 def open_arms(
     recommender:Recommender,  # of the batch
@@ -931,6 +935,7 @@ def open_arms(
     feedback:str="settings",  # as of `open_for_batch`
     named:Sequence[str]=(),   # of task, diversity and explore: what the batch itself says
     moment:datetime|None=None, # with time zone; None: now
+    question:Question|None=None, # of the batch, for a model that cannot be asked it; None: it asks nothing special
 )->Iterator[ArmLists]:
     "The models of the running experiments; an `ExperimentError` where the file cannot be used."
     book, moment, live = experiments_of(experiments), moment or datetime.now(timezone.utc), recommender.model.bundle
@@ -944,7 +949,9 @@ def open_arms(
                     opened[key] = closing.enter_context(open_for_batch(models_dir, key[0], feedback, arm.blend))
                 answering = opened[key] if own else recommender
                 if arm.task: answering.model.bundle.model(arm.task) # or a `NoModelForTask`
-                if own: recommenders[arm] = answering
+                if own:
+                    _rehearse(answering, question or Question(), arm.task if "task" not in named else None)
+                    recommenders[arm] = answering
             except BatchError: raise # of the feedback
             except ProductRecsError as error: fallen[arm] = str(error)
         yield ArmLists(book, moment, live.users.folds, recommenders, fallen, frozenset(named))

@@ -152,6 +152,12 @@ class ModelFigures:
 VERDICTS = "monitor.json" # in the folder of the models
 _LEVELS = ("fine", "look", "stop")
 
+def _is_check(check:dict)->bool:
+    "Is it what the service can tell on?"
+    name, value = check["name"], check.get("value")
+    fits = value is None or (isinstance(value, (int, float)) and abs(value) < 1e300)
+    return check["level"] in _LEVELS and isinstance(name, str) and name != "" and fits
+
 def read_verdicts(
     path:Path|None, # the file; None: there is none
 )->dict[str, dict]: # group of checks -> `at`, ISO-8601, and `checks`, each with name, level, says, remedy and value
@@ -160,9 +166,10 @@ def read_verdicts(
         groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
         for one in groups.values():
             datetime.fromisoformat(one["at"])
-            if not all(check["level"] in _LEVELS and check["name"] for check in one["checks"]): return {}
+            if not all(map(_is_check, one["checks"])): return {}
+        json.dumps(groups, ensure_ascii=False, allow_nan=False).encode() # what no answer can hold is refused here
         return groups
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return {}
 
 def verdict_metrics(
     groups:dict[str, dict], # of `read_verdicts`

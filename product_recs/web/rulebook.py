@@ -69,6 +69,9 @@ class WatchedFile:
         except (OSError, UnicodeDecodeError) as error: why = f"{self.path}: cannot be read ({error})"
         except ProductRecsError as error: # which of YAML names the file already
             why = str(error) if str(error).startswith(str(self.path)) else f"{self.path}: {error}"
+        except Exception as error: # the file goes on being watched, and the worker goes on
+            _log.exception("%s: a fault of the reader", self.path)
+            why = f"{self.path}: cannot be understood ({type(error).__name__})"
         else:
             _log.info("%d %s from %s", len(book), self.what, self.path)
             return Source(book, document)

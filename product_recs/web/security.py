@@ -284,7 +284,8 @@ def _client(scope:dict)->str:
     return ":".join(host.split(":")[:4]) + "::/64" if ":" in host else host
 
 _SENT = ["Authorization", "X-API-Key", "Content-Type", "X-Request-ID"]
-_GIVEN = [Header.Version, Header.Source, Header.Model, Header.Shortfall, Header.Stale, Header.Request, "Retry-After"]
+_GIVEN = [Header.Version, Header.Source, Header.Model, Header.Experiment, Header.Shortfall, Header.Stale,
+          Header.Request, "Retry-After"]
 
 def _with_origins(app, origins:list[str])->CORSMiddleware:
     "The application as pages of these origins may ask it."

@@ -73,8 +73,9 @@ def _question(explores:bool, scope:dict)->tuple:
 # %% ../../nbs/web/service.ipynb #1e7660d6
 class _Preparation:
     "Makes what answers: of a bundle, and of what the shop told since."
-    def __init__(self, settings:Settings, view:StateView, rules:RuleDesk):
+    def __init__(self, settings:Settings, view:StateView, rules:RuleDesk, explores:Callable[[], bool]):
         self.settings, self.view, self.rules = settings, view, rules
+        self.explores = explores # does a list explore, by the settings or by an arm?
 
     def open(self, bundle:Bundle)->ReadyModel:
         "A model ready to answer, after the desk has read again what the model before knew and this one does not."
@@ -86,7 +87,7 @@ class _Preparation:
         "The model with what was told and all that its lists need; a `BundleError` where it cannot answer."
         with_told = extended(model, told.by_key)
         if with_told is not model: with_told.prepare()
-        if self.settings.explore: prepare_exploration(with_told, self.settings.explore_below or None)
+        if self.explores(): prepare_exploration(with_told, self.settings.explore_below or None)
         self.rules.rules(with_told)
         return with_told
 
@@ -148,7 +149,7 @@ class Service:
         self.settings, self.metrics = settings, Metrics(resolve_path(settings.models_dir)/VERDICTS)
         self.desk, self.kept = FeedbackDesk(settings, self.metrics), KeptAnswers(settings.cache_size)
         self.rules = RuleDesk(RuleSources(settings.rules_file, self.desk.changes, settings.watch_seconds), now)
-        preparation = _Preparation(settings, self.desk.view, self.rules)
+        preparation = _Preparation(settings, self.desk.view, self.rules, lambda: self.answers.explores)
         self.live = LiveModel(settings.models_dir, preparation.open, settings.watch_seconds,
                               extend=preparation.extend, told=lambda: self.desk.view.products)
         self.arms = ArmDesk(settings, self.desk, self.live, preparation.extend, now)
@@ -206,8 +207,12 @@ class AnswerDesk:
         "What answers a user; a `NoModel` where nothing does."
         return self.service.arms.of(user)
 
-    def _question(self, scope:dict)->tuple:
-        return _question(bool(self.service.settings.explore) or self.service.arms.plan.book.explores, scope)
+    @property
+    def explores(self)->bool:
+        "Does a list explore, by the settings or by an arm?"
+        return bool(self.service.settings.explore) or self.service.arms.plan.book.explores
+
+    def _question(self, scope:dict)->tuple: return _question(self.explores, scope)
 
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
