@@ -121,6 +121,10 @@ bench-scale: .venv/.kernels
 daily-kills: .venv/.kernels
 	@$(BIN)/python benchmarks/daily_kills.py $(OPTIONS)
 
+# a quarter of nights with eight planted faults, and a page about it (half an hour); OPTIONS="--days 30"
+quarter: .venv/.kernels data
+	@$(BIN)/python benchmarks/quarter.py $(OPTIONS)
+
 # lists for a million users beside the bare search (some minutes); OPTIONS="--users 100000 1000000 --items 50000"
 bench-batch: .venv/.kernels
 	@$(BIN)/python benchmarks/batch.py $(OPTIONS)
