@@ -26,7 +26,7 @@ from .core.parameters import number
 from .core.paths import resolve_path
 from .core.sql import (case_of, database_errors, file_name, local_name, named, parquet, quoted,
                                    temporary_database)
-from .core.text import safe_cell_sql
+from .core.text import safe_cell_sql, shown_path
 from .data.csvfiles import staged_query
 from .data.database import is_database
 from .data.dates import AmbiguousDates, checked_formats, left_out_days
@@ -39,7 +39,7 @@ from .data.merge import write_merged
 from .data.queries import run_query
 from .data.returns import checked_returns, returns_note, take_returns
 from .data.roles import guess_columns, match_columns
-from .data.sources import read_source
+from .data.sources import find_files, read_source
 from .data.spellings import checked_folds, find_spellings, spellings_note
 from .data.stored import Feedback, drop_forgotten, drop_forgotten_people, feedback_url, stage_feedback
 from .data.tables import add_table, is_the_log
@@ -503,6 +503,12 @@ def ingest(
 DEFAULT_SOURCE, DEFAULT_PRODUCTS = "data/interactions.csv", "data/products.csv"
 SAMPLES = (DEFAULT_SOURCE, "data/complete_journey/interactions.csv") # logs that are nobody's shop
 
+def _has_new_files(ledger:Ledger, source)->bool:
+    "Does the source have files that the ledger does not know?"
+    try: files = find_files(source)
+    except IngestError: return False # the files are gone: what was read of them stays
+    return not {shown_path(file) for file in files} <= {file["file"] for file in ledger.files}
+
 def _unchanged(ledger:Ledger, given:dict)->bool:
     "Does the ledger belong to these parameters and to the files as they are now? A database may always have changed."
     tables = [given.get(name) for name in ("source", "products", "users")]
@@ -512,7 +518,7 @@ def _unchanged(ledger:Ledger, given:dict)->bool:
         path = resolve_path(local_name(file["file"]))
         if is_database(file["file"]) or not path.exists(): continue
         if (path.stat().st_size, path.stat().st_mtime_ns) != (file["bytes"], file["changed"]): return False
-    return True
+    return not ("source" in given and _has_new_files(ledger, given["source"]))
 
 def _as_recorded(parameters:dict)->dict:
     "Parameters in the form that a ledger has them."

@@ -161,7 +161,9 @@ def prometheus() -> str:
     made.observe("/popular", "GET", 200, 0.001)
     made.recommended("popular", shortfall=True)
     made.store_up("sqlite", True)
-    for family in text_string_to_metric_families(made.body().decode()):
+    check = {"name": "CHECK", "level": "fine", "value": 1.0}
+    judged = monitor.verdict_text({"GROUP": {"at": "2026-01-01T00:00:00+00:00", "checks": [check]}})
+    for family in text_string_to_metric_families(made.body().decode() + judged):
         labels = sorted({label for sample in family.samples for label in sample.labels if label != "le"})
         name = family.name + ("_total" if family.type == "counter" and not family.name.endswith("_total") else "")
         known = sorted(

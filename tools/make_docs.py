@@ -249,6 +249,8 @@ HOW_TO = [
     "batch",
     "daily",
     "monitor",
+    "doctor",
+    "privacy",
     "registry",
     "prometheus",
     "notebooks-as-jobs",

@@ -1,14 +1,20 @@
 """Run the commands of the pages in docs/ and write what they print below them, so that the pages stay true.
 
-A page asks for a project by a comment, `<!-- project: sample -->`: a copy of a folder with a live model of the
-committed sample; `<!-- project: shop -->`: the exports of a generated shop, no model yet. In a fence `console`, each
-line that begins with `$ ` is typed in that folder (it goes on below where it ends in a backslash or a comma), and the
-lines after it are replaced by what is printed. A command
-that ends in ` &` goes on in the background and is ended with its page; `<!-- $ command -->` is typed and not shown.
-`--sample FOLDER` takes a folder that has such a model already.
+A page asks for a project by a comment:
+
+- `<!-- project: sample -->`: a copy of a folder with a live model of the committed sample;
+- `<!-- project: served -->`: the same, and what five weeks of an experiment left in its feedback store;
+- `<!-- project: nights -->`: a log that gets a file a day, and parameters of a nightly job; no model yet;
+- `<!-- project: shop -->`: the exports of a generated shop, no model yet.
+
+In a fence `console`, each line that begins with `$ ` is typed in that folder (it goes on below where it ends in a
+backslash or a comma), and the lines after it are replaced by what is printed. A command that fails ends the run, unless
+`echo $?` follows, which prints its exit code. A command that ends in ` &` goes on in the background and is ended with
+its page; `<!-- $ command -->` is typed and not shown. `--sample FOLDER` takes a folder that has such a model already.
 """
 
 import argparse
+import csv
 import os
 import re
 import shlex
@@ -21,13 +27,20 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+import numpy as np  # noqa: E402
 from exports import american  # noqa: E402
 from support import fresh_project  # noqa: E402
+
+from product_recs.answer.experiments import experiments_of  # noqa: E402
+from product_recs.bundle.files import live_version  # noqa: E402
+from product_recs.feedback.records import Impression, NewEvent  # noqa: E402
+from product_recs.feedback.store import Store  # noqa: E402
 
 BLOCK = re.compile(r"^```console\n(.*?)^```$|^<!-- \$ (.*?) -->$", re.M | re.S)
 PORT = "8000"  # as the pages write it; what is typed has a free one
@@ -43,15 +56,15 @@ class Terminal:
     "A folder in which commands are typed, and what goes on in its background."
 
     def __init__(self, folder: Path):
-        self.folder, self.port, self.background = folder, free_port(), []
+        self.folder, self.port, self.background, self.code = folder, free_port(), [], 0
         self.environment = os.environ | {
             "PRODUCT_RECS_ROOT": str(folder),
             "COLUMNS": "100",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
 
-    def type(self, command: str) -> str:
-        "What a command prints; raises SystemExit where it fails."
+    def type(self, command: str, may_fail: bool = False) -> str:
+        "What a command prints; raises SystemExit where it fails and may not."
         typed = command.replace(f":{PORT}", f":{self.port}")
         options = dict(cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
         if command.endswith(" &"):
@@ -63,8 +76,10 @@ class Terminal:
             self.background.append(started)
             self.wait(started)
             return ""
-        done = subprocess.run(["bash", "-c", typed], stdout=subprocess.PIPE, text=True, **options)
-        if done.returncode:
+        after = f"(exit {self.code}); {typed}"  # for `echo $?`
+        done = subprocess.run(["bash", "-c", after], stdout=subprocess.PIPE, text=True, **options)
+        self.code = done.returncode
+        if done.returncode and not may_fail:
             raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stdout}")
         return self.shown(done.stdout)
 
@@ -101,10 +116,65 @@ def with_output(terminal: Terminal, found: re.Match) -> str:
         return found.group()
     lines = []
     commands = re.findall(r"^\$ (.*(?:(?<=[\\,])\n    .*)*)$", found.group(1), re.M)
-    for command in commands:
+    for command, following in zip(commands, [*commands[1:], ""]):
         print(f"  $ {command}", flush=True)
-        lines += [f"$ {command}", terminal.type(command)]
+        lines += [f"$ {command}", terminal.type(command, may_fail=following == "echo $?")]
     return "```console\n" + "".join(f"{line}\n" for line in lines if line) + "```"
+
+
+EXPERIMENT = """experiments:
+  - name: varied-lists
+    arms:
+      - {name: control, share: 0.5}
+      - {name: varied, share: 0.5, diversity: 0.3}
+"""
+
+
+def fill_store(folder: Path, days: int = 35, users: int = 3000) -> None:
+    "Five weeks in which customers saw their list once and one in ten bought; of the arm `varied`, one in five."
+    book, rng = experiments_of(folder / "experiments.yaml"), np.random.default_rng(1)
+    start = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(days=days)
+    shown, events, version = [], [], live_version(folder / "models")
+    for number in range(users):
+        user, at = number + 1, start + timedelta(days=days) * number / users
+        arm = book.arm_of(user, at)
+        items = tuple(int(item) for item in rng.permutation(range(101, 121))[:5])
+        known = (version, "personalised" if user <= 360 else "popular", items, at)
+        shown.append(Impression(f"r{number}", user, *known, task="discovery", experiment=arm.experiment, arm=arm.name))
+        if rng.random() < (0.2 if arm.name == "varied" else 0.1):
+            events.append(NewEvent(user, items[0], timestamp=at + timedelta(minutes=20), key=f"order-{number}"))
+        if rng.random() < 0.3:
+            events.append(NewEvent(user, items[1], "view", timestamp=at + timedelta(minutes=10), key=f"view-{number}"))
+    with Store(f"sqlite:///{folder}/data/feedback.db").open() as store:
+        store.add_impressions(shown)
+        store.add_events(events)
+
+
+NIGHTLY = """source: log/*.csv
+products: data/products.csv
+model: ALS
+next_model: none
+cold: "no"
+bootstrap: 50
+monitor: {max_data_days: 100000}
+"""
+
+
+def fill_log(folder: Path) -> None:
+    "The sample up to a day in `log/`; in `later/` the two days after it, the second with ids of another system."
+    with open(folder / "data/interactions.csv", newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    rng, at = np.random.default_rng(0), head.index("timestamp")
+    days = {"log/until-22.csv": [row for row in rows if row[at] < "2026-06-23"]}
+    days |= {f"later/{day}.csv": [row for row in rows if row[at][:10] == day] for day in ("2026-06-23", "2026-06-24")}
+    for row in days["later/2026-06-24.csv"]:
+        row[head.index("user_id")] = int(rng.integers(5_000_000, 5_000_200))
+    for name, found in days.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *found])
+    (folder / "shop.yaml").write_text(NIGHTLY, encoding="utf-8")
+    (folder / "gate.yaml").write_text("min_users: 5\n", encoding="utf-8")  # the sample is small
 
 
 def project(kind: str, folder: Path, kept: dict[str, Path]) -> Path:
@@ -112,10 +182,16 @@ def project(kind: str, folder: Path, kept: dict[str, Path]) -> Path:
     if kind == "shop":
         american(fresh_project(folder))
         return folder
-    if kind not in kept:
-        kept[kind] = Path(tempfile.mkdtemp()).resolve()
-        Terminal(fresh_project(kept[kind])).type("product-recs run --name sample --quiet")
-    shutil.copytree(kept[kind], folder, dirs_exist_ok=True)
+    if kind == "nights":
+        fill_log(fresh_project(folder))
+        return folder
+    if "sample" not in kept:
+        kept["sample"] = Path(tempfile.mkdtemp()).resolve()
+        Terminal(fresh_project(kept["sample"])).type("product-recs run --name sample --quiet")
+    shutil.copytree(kept["sample"], folder, dirs_exist_ok=True, symlinks=True)
+    if kind == "served":
+        (folder / "experiments.yaml").write_text(EXPERIMENT, encoding="utf-8")
+        fill_store(folder)
     return folder
 
 
@@ -131,7 +207,7 @@ def main() -> None:
     kept = {"sample": given.sample.resolve()} if given.sample else {}
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        if not (asked := re.search(r"<!-- project: (sample|shop) -->", text)):
+        if not (asked := re.search(r"<!-- project: (sample|served|nights|shop) -->", text)):
             continue
         print(page.relative_to(ROOT), flush=True)
         with tempfile.TemporaryDirectory() as folder:

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from html import escape
 from types import MappingProxyType
 
-import pandas as pd
-
 from ..core.text import ShownTable, counted, visible
 
 # %% ../../nbs/jobs/checks.ipynb #6110c200
@@ -93,6 +91,7 @@ def check_table(
     checks:Sequence[Check],
 )->ShownTable: # HTML in a report, text in a terminal
     "The checks by group, what needs somebody first; what is fine is folded."
+    import pandas as pd # late: the doctor runs where there is no pandas, too
     def entry(one):
         remedy = f"<br><em>{escape(visible(one.remedy))}</em>" if one.remedy else ""
         return f"<li>{_MARKS[one.level]} <b>{escape(visible(one.name))}</b>: {escape(visible(one.says))}{remedy}</li>"
