@@ -297,7 +297,9 @@ def _write_lists(work:_Work)->dict:
 def _tidy(work:_Work)->dict:
     if work.plan.clean is None: return {"state": SKIPPED, "says": "It is left out."}
     done, section = _part(work, "clean", {"models_dir": str(work.models)} | dict(work.plan.clean))
-    return done | {"says": section["headline"], "level": LOOK if section["trouble"] else FINE} if section else done
+    if not section: return done
+    return done | {"says": " ".join([section["headline"], *section["trouble"]]),
+                   "level": LOOK if section["trouble"] else FINE}
 
 # %% ../../nbs/jobs/daily.ipynb #fed8834d
 _STEPS:Mapping[str, Callable] = MappingProxyType({
