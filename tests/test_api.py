@@ -164,7 +164,7 @@ def run_examples(server):
                 answer = server.ask(method.upper(), url + ("?" + "&".join(query) if query else ""), body)
                 assert answer[0] == 200, (method, url, body, answer)
                 ran += 1
-    assert ran == 27
+    assert ran == 29
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

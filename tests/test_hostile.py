@@ -244,7 +244,7 @@ TAKEN = {  # what each field takes of them
     "users": {"null"},
     "users.0": {"a text", "a number as text", "10**30"},
     "n": set(),
-    "task": set(),
+    "task": {"null"},  # the one of the user's arm, or discovery
     "events": {"a list"},
     "detail": {"true"},
     "filters": {"an object"},

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import datetime, timezone
 from pathlib import Path
 
 import httpx2
@@ -18,6 +19,9 @@ import psutil
 import pytest
 import yaml
 
+from product_recs.jobs.checks import Check
+from product_recs.jobs.monitor import keep_verdicts
+from product_recs.web.monitor import verdict_text
 from product_recs.web.security import add_key
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,12 +243,17 @@ def series(expression):
     return words - {"or", "and", "unless"}, labels
 
 
-def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service):
+def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service, tmp_path):
     assert (
         service.get("/recommend/1").status_code == 200
         and service.get("/fall-behind", key=service.writer, method="POST").status_code == 200
     )
-    there = service.numbers()
+    # what `product-recs monitor` has judged stands beside the models, of which this application has none
+    groups = keep_verdicts(
+        tmp_path, [Check("events", "fine", "As ever.", group="input")], ["input"], datetime.now(timezone.utc)
+    )
+    judged = [line.rsplit(" ", 1)[0] for line in verdict_text(groups).splitlines() if not line.startswith("#")]
+    there = [*service.numbers(), *judged]
     names = {name.split("{")[0] for name in there} | {"up"}
     labels = {label for name in there for label in re.findall(r'(\w+)="', name)} | {"job", "instance"}
     dashboard = json.loads((ROOT / "ops/grafana/dashboards/product_recs.json").read_text())

@@ -1,6 +1,7 @@
 """Figures, tables and pages of a report at 3, 30 and 300 groups, 10 and 10 million rows, with long names and with none;
 in the light, in the dark, on paper and on a telephone."""
 
+import re
 from pathlib import Path
 
 import nbformat
@@ -230,8 +231,9 @@ def contrast(tab, selector):
     )
     lights = []
     for colour in colours:
-        parts = np.array([float(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]])
-        lights.append(linear(parts / 255) @ [0.2126, 0.7152, 0.0722])
+        shares = colour.startswith("color(srgb")  # what color-mix gives: shares of one, not 0 to 255
+        parts = np.array([float(part) for part in re.findall(r"[\d.]+(?:e-?\d+)?", colour)[:3]])
+        lights.append(linear(parts if shares else parts / 255) @ [0.2126, 0.7152, 0.0722])
     return (max(lights) + 0.05) / (min(lights) + 0.05)
 
 

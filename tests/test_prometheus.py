@@ -152,7 +152,14 @@ class Watched:
 
     def workers(self):
         children = psutil.Process(self.server.process.pid).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+        def is_worker(child):
+            try:
+                return "spawn_main" in " ".join(child.cmdline())
+            except psutil.Error:  # it has died meanwhile
+                return False
+
+        return [child for child in children if is_worker(child)]
 
     def publish(self, version, change=lambda path: None):
         "Make a model live that is changed before anybody sees it, by a hand that checks nothing."

@@ -17,7 +17,7 @@ from product_recs.models.all import KINDS
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = {
     step: next(path for path in (ROOT / f"nbs/{step}.ipynb", ROOT / f"nbs/jobs/{step}.ipynb") if path.exists())
-    for step in dict.fromkeys((*STEPS, *TUNE_STEPS, "batch", "diff", "gate"))
+    for step in dict.fromkeys((*STEPS, *TUNE_STEPS, "batch", "clean", "daily", "diff", "experiment", "gate", "monitor"))
 }
 # what looks like `name=value` and is none of ours: where it stands -> why
 FOREIGN = {
@@ -29,9 +29,15 @@ FOREIGN = {
     "force-reinstall": "an option of pip",
     "task": "a part of a request; the route and the command refuse it by this name",
     "version": "an option of the command itself",
+    "name": "a part of the header X-Recommendation-Experiment",
+    **dict.fromkeys(("stdout", "no-index"), "an option of git"),
+    **dict.fromkeys(("mode", "uri"), "a part of a URL of SQLite"),
+    **dict.fromkeys(("baseline", "lift", "looks", "power", "variance"), "options of `experiment plan`"),
+    "copy": "an option of init, as --copy and --no-copy",
+    "no-copy": "an option of init, as --copy and --no-copy",
 }
 # follows "raise", "set" ... without being a name
-WORDS = {"a", "an", "the", "it", "them", "its", "their", "your", "by", "of", "case", "one", "so"}
+WORDS = {"a", "an", "the", "it", "them", "its", "their", "your", "by", "of", "case", "one", "so", "some"}
 # SQL, HTML and CSS are no messages
 CODE = re.compile(r"\s*(SELECT|COPY|CREATE|WITH|INSERT|UPDATE|, file_row)|.*<([a-z]+|\{\})[ >]|.*\{[^}]*:[^}]*;", re.S)
 WORDS |= {"center", "left", "right"}  # places of a legend
@@ -55,13 +61,19 @@ def verbs():
     found = {}
     for name, verb in command.commands.items():
         parts = [verb, *getattr(verb, "commands", {}).values()]
-        found[name] = {option for part in parts for parameter in part.params for option in parameter.opts}
+        found[name] = {
+            option
+            for part in parts
+            for parameter in part.params
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         found[name] |= {"--help", "-h"}
     return found
 
 
 def settings():
-    return {f"PRODUCT_RECS_{name.upper()}" for name in Settings.model_fields} | {"PRODUCT_RECS_ROOT"}
+    own = {"PRODUCT_RECS_ROOT", "PRODUCT_RECS_KERNEL_LOCK"}  # read where there are no settings
+    return {f"PRODUCT_RECS_{name.upper()}" for name in Settings.model_fields} | own
 
 
 def texts(tree):
@@ -75,8 +87,9 @@ def texts(tree):
             skipped |= {id(value) for value in node.values}
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
-            yield node.lineno, "".join(
-                value.value if isinstance(value, ast.Constant) else "{}" for value in node.values
+            yield (
+                node.lineno,
+                "".join(value.value if isinstance(value, ast.Constant) else "{}" for value in node.values),
             )
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
             yield node.lineno, node.value
@@ -99,7 +112,8 @@ def said():
                 yield f"{step}, cell {number}", " ".join(re.findall(r"`[^`]*`", source))
             elif "parameters" not in cell["metadata"].get("tags", []):
                 for line, text in texts(ast.parse(source)):
-                    yield f"{step}, cell {number}:{line}", text
+                    if not CODE.match(text):
+                        yield f"{step}, cell {number}:{line}", text
 
 
 def unknown(text, parameters, options, names):

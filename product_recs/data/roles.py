@@ -155,7 +155,7 @@ def match_columns(
     hint = "" if len(names) > 1 else "The first line must name the columns. "
     example = {}
     for name in missing: # a name that is mapped already may be that of another file, so it stays beside the new one
-        known = _names(columns[name]) if columns.get(name) else []
+        known = [known for known in _names(columns.get(name) or []) if known != name]
         example[name] = _one_or_list([*known, guessed.get(name, "the name of your column")])
     proposal = {name: column for name, column in guessed.items() if name not in wanted} | example
     kept = {name: column for name, column in columns.items() if name not in missing}

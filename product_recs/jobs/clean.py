@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-import pandas as pd
 from tqdm import tqdm
 
 from ..answer.experiments import experiments_of, versions_in_use
@@ -291,6 +290,7 @@ def clean_table(
     result:Cleaned,
 )->ShownTable:
     "What went, or would go, the largest first."
+    import pandas as pd # late: a service that follows the registry cleans without it
     rows = [{"what": _KINDS[one.kind], "path": str(one.path), "size": megabytes(one.bytes),
              "days old": round(one.age/timedelta(days=1), 1)}
             for one in sorted(result.gone, key=lambda one: -one.bytes)]
@@ -304,5 +304,6 @@ def stays_table(
     result:Cleaned,
 )->ShownTable:
     "The models that stay, and why."
+    import pandas as pd # late: a service that follows the registry cleans without it
     rows = [{"model": version, "stays because": why} for version, why in reversed(result.stays.items())]
     return shown_table(pd.DataFrame(rows, columns=["model", "stays because"]))

@@ -75,7 +75,7 @@ def kernel_checks(found:Callable=compiled)->list[Check]:
     why = f" {said[0].message}" if said else ""
     return [Check("kernels", LOOK, f"{' and '.join(missing)} are not compiled: NumPy does the same, up to ten times "
                   f"slower.{why}", "Install a C compiler; then `make kernels` in a clone, else pip install "
-                  "--force-reinstall --no-binary product-recs product-recs", "machine")]
+                  "--force-reinstall --no-binary :all: --no-deps product-recs", "machine")]
 
 # %% ../../nbs/jobs/doctor.ipynb #7707cb27
 def version_checks(
