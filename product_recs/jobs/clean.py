@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ..answer.experiments import experiments_of, versions_in_use
 from ..bundle.files import (in_use, list_versions, live_version, previous_versions, read_manifest,
                                        remove_unused)
@@ -237,6 +235,7 @@ def clean_impressions(
     progress:bool=True,
 )->None:
     "Delete old impressions, or count them."
+    from tqdm import tqdm # late: what follows the registry shows no bars
     if store is None or not days: return
     result.before = datetime.now(timezone.utc) - timedelta(days=days)
     count, result.impression_bytes = store.impressions_before(result.before)
