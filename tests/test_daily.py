@@ -100,7 +100,8 @@ def test_dry_run_says_what_would_be_and_touches_nothing(copy):
     wrong = run_night(copy, "--dry-run", "-p", "factor=3")
     assert wrong.returncode == 1 and "no notebook has a parameter 'factor'" in wrong.stderr
     for job, name in (("monitor", "parts"), ("monitor", "accepted"), ("gate", "dry_run")):  # would pass a broken day
-        wrong = run_night(copy, "--dry-run", "-p", f"{job}={{{name}: []}}")
+        asked = ("-f", "shop.yaml", "--name", "shop", "--dry-run", "-p", f"{job}={{{name}: []}}")
+        wrong = call(copy, "product-recs", "daily", *asked)
         assert wrong.returncode == 1 and f"{job}: '{name}' is set by the night itself" in wrong.stderr, wrong.stderr
     assert files_of(copy) == before
 
