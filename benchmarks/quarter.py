@@ -343,10 +343,11 @@ def write(quarter: Quarter, options: argparse.Namespace, seconds: float, folder:
     picture(nights, folder / "quarter.png")
     each = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     median = float(np.median([one["seconds"] for one in nights]))
+    minutes = seconds / 60
     (folder / "quarter.md").write_text(f"""# A quarter of nights
 
-{nights[-1]["day"]} days of {options.households} households of the groceries, sent to `POST /events` of two workers day by
-day; `product-recs daily` after each. {len(nights)} nights ({each}), {median:.0f} seconds each, {seconds / 60:.0f}
+{nights[-1]["day"]} days of {options.households} households of the groceries, sent to `POST /events` of two workers
+day by day; `product-recs daily` after each. {len(nights)} nights ({each}), {median:.0f} seconds each, {minutes:.0f}
 minutes in all. Customers asked {sum(answers.values()):,} times meanwhile; {other} answers were not 200. Made by
 `python benchmarks/quarter.py`.
 
@@ -364,6 +365,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
+    # a job in the background is not told of Ctrl-C: a stop writes the days so far as well
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = sample_of(options.households, options.seed)
     start = pd.Timestamp(date.today() - timedelta(days=91))
     started = time.monotonic()
