@@ -334,6 +334,7 @@ def test_a_stopped_database(watched, postgres):
 
 def test_workers_that_die_and_find_no_model(watched):
     prometheus = watched.prometheus
+    prometheus.until(lambda: prometheus.query("product_recs_workers == 2"))  # a change is one from what was seen
     (watched.models / "current").unlink()
     born = "changes(product_recs_worker_start_timestamp_seconds[15m])"
     for kill in range(1, 5):
