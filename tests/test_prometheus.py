@@ -345,7 +345,7 @@ def test_workers_that_die_and_find_no_model(watched):
     told = prometheus.fires(*names, meanwhile=lambda: watched.ask("GET", "/recommend/1"))
     assert "times in a quarter of an hour" in told["WorkersRestart"]["summary"]
     assert prometheus.query("product_recs_model_workers") == []
-    publish(watched.models, "newer")
+    publish(watched.models, "first")
     prometheus.is_silent("NoModel")
 
 
