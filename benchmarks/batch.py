@@ -104,9 +104,9 @@ for users in options.users:
         for _ in range(options.rounds):
             for what in ("search", "batch"):
                 command = [sys.executable, __file__, "-n", str(options.n), "--child", what, str(folder)]
-                one = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                run = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 print(
-                    f"| {users:,} | {what} | {one['seconds']:.1f} | {users / one['seconds']:,.0f} | {one['peak']:.2f} "
-                    f"| {one['before']:.2f} | {size:.2f} |",
+                    f"| {users:,} | {what} | {run['seconds']:.1f} | {users / run['seconds']:,.0f} | {run['peak']:.2f} "
+                    f"| {run['before']:.2f} | {size:.2f} |",
                     flush=True,
                 )

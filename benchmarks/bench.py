@@ -125,46 +125,46 @@ def training(results):
         (arm, name, what)
         for arm in ("implicit", "irspack", "spark")
         for name, what in (("wall to NDCG", "to the same NDCG"), ("wall", "an iteration"))
-        if any(arm in one["arms"] for one in results) and (arm, name) != ("spark", "wall to NDCG")
+        if any(arm in case["arms"] for case in results) and (arm, name) != ("spark", "wall to NDCG")
     ]
     yield "data", "factors", *(f"{arm} ÷ ours, {what}" for arm, _, what in wanted)
-    for one in results:
-        ratios = lambda arm, name, arms=one["arms"]: [
+    for case in results:
+        ratios = lambda arm, name, arms=case["arms"]: [
             theirs[name] / ours[name]
             for ours, theirs in zip(arms["rotated"], arms.get(arm, []))
             if ours.get(name) and theirs.get(name)
         ]
-        yield one["data"], one["factors"], *(between(ratios(arm, name)) for arm, name, _ in wanted)
+        yield case["data"], case["factors"], *(between(ratios(arm, name)) for arm, name, _ in wanted)
 
 
 def ranking(results):
     yield "data", "the floor", "ours ÷ floor", "implicit ÷ floor"
-    for one in results:
+    for case in results:
         their = min(
-            (arm for arm in one["arms"] if arm.startswith("implicit")), key=lambda arm: one["arms"][arm]["ratio"][0]
+            (arm for arm in case["arms"] if arm.startswith("implicit")), key=lambda arm: case["arms"][arm]["ratio"][0]
         )
         shown = [
             f"**{ratio[0]:.2g}**" + (f" ({ratio[1]:.2g} to {ratio[2]:.2g})" if len(ratio) > 1 else "")
-            for ratio in (one["arms"]["ours"]["ratio"], one["arms"][their]["ratio"])
+            for ratio in (case["arms"]["ours"]["ratio"], case["arms"][their]["ratio"])
         ]
         yield (
-            f"{one['items']:,} items x {one['factors']} factors, {one['kind']}",
+            f"{case['items']:,} items x {case['factors']} factors, {case['kind']}",
             "one user: one pass over the factors"
-            if one["one by one"]
-            else f"{one['users']:,} users: the bare matrix product",
+            if case["one by one"]
+            else f"{case['users']:,} users: the bare matrix product",
             *shown,
         )
 
 
 def ingest(results):
     yield "data", "ours ÷ bare DuckDB, seconds", "ours ÷ bare DuckDB, CPU seconds"
-    for one in results:
-        bad = f", {one['bad']:,} bad" if one["bad"] else ""
+    for case in results:
+        bad = f", {case['bad']:,} bad" if case["bad"] else ""
         yield (
-            f"{one['rows']:,} rows, ids: {one['ids']}{bad}",
+            f"{case['rows']:,} rows, ids: {case['ids']}{bad}",
             *(
                 between(
-                    [mine[name] / theirs[name] for mine, theirs in zip(one["found"]["ours"], one["found"]["bare"])],
+                    [mine[name] / theirs[name] for mine, theirs in zip(case["found"]["ours"], case["found"]["bare"])],
                     ".2f",
                 )
                 for name in ("seconds", "processor")
@@ -174,11 +174,11 @@ def ingest(results):
 
 def serving(result):
     yield "what", "ratio"
-    for one in result["throughput"]:
-        empty, *others = one["rounds"].items()
+    for case in result["throughput"]:
+        empty, *others = case["rounds"].items()
         for name, rows in others:
             yield (
-                f"{name} ÷ empty FastAPI route, requests a second, {one['connections']} connections, "
+                f"{name} ÷ empty FastAPI route, requests a second, {case['connections']} connections, "
                 f"{result['workers']} workers",
                 between([row[0] / other[0] for row, other in zip(rows, empty[1])], ".2f"),
             )
@@ -284,7 +284,7 @@ def page(results):
         lines += [
             f"| {HEADINGS[part]} | {fact['date']} | {fact['machine']} | {fact['load before']} | {fact['minutes']} | "
             f"{', '.join(f'{name} {version}' for name, version in fact['versions'].items())} |"
-            for part, fact in sorted(facts.items(), key=lambda one: list(PARTS).index(one[0]))
+            for part, fact in sorted(facts.items(), key=lambda pair: list(PARTS).index(pair[0]))
         ]
     (results / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"\n{results / 'README.md'}")

@@ -155,12 +155,12 @@ def fit_apart(model: Model, snapshot: Snapshot, fitted: dict) -> Model:
         twin = fitted["last"][1]
         return changed(model).from_arrays(twin.to_arrays(), snapshot, twin.parts)
     fitted.pop("last", None)
-    found = fit_sharing(model, snapshot, fitted)
-    for name in [name for name, one in fitted.items() if one.parts]:
+    learned = fit_sharing(model, snapshot, fitted)
+    for name in [name for name, trained in fitted.items() if trained.parts]:
         del fitted[name]
     if model.parts:
-        fitted["last"] = key, found
-    return found
+        fitted["last"] = key, learned
+    return learned
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -198,8 +198,8 @@ class Articles:
         users, items = np.unique(np.concatenate([part.user_id for part in pairs.values()])), table.item_id.to_numpy()
 
         def matrix(part: pd.DataFrame) -> csr_matrix:
-            at = np.searchsorted(users, part.user_id), np.searchsorted(items, part.item_id)
-            return csr_matrix((np.ones(len(part), np.float32), at), shape=(len(users), len(items)))
+            places = np.searchsorted(users, part.user_id), np.searchsorted(items, part.item_id)
+            return csr_matrix((np.ones(len(part), np.float32), places), shape=(len(users), len(items)))
 
         self.pairs = {name: matrix(part) for name, part in pairs.items()}
         train = self.pairs["train"]
@@ -230,8 +230,8 @@ def citeulike(options) -> None:
     grid = {name: (values if not options.quick else {"factors": (128,)}) for name, values in ALS_GRID.items()}
 
     def figure(model: Model, which: str) -> float:
-        one = fit_apart(model, articles.snapshot, fitted)
-        return float(articles.hits(one, f"{which}_validation").metric("ndcg", 20).mean())
+        learned = fit_apart(model, articles.snapshot, fitted)
+        return float(articles.hits(learned, f"{which}_validation").metric("ndcg", 20).mean())
 
     for kind in (ALS, WeightedALS):
         name = kind.name
@@ -275,32 +275,32 @@ def judged(articles: Articles, model: Model, als: dict, content: dict) -> dict:
 
 def articles_page(articles: Articles, rows: list[dict], options) -> tuple[str, dict]:
     "The page in Markdown, and its figures."
-    found = []
+    models = []
     for row in rows:
-        one = {"model": row["model"], "parameters": row["parameters"], "fit_seconds": row["seconds"],
-               "megabytes": row["megabytes"]}  # fmt: skip
+        entry = {"model": row["model"], "parameters": row["parameters"], "fit_seconds": row["seconds"],
+                 "megabytes": row["megabytes"]}  # fmt: skip
         for which, hits in row["hits"].items():
             values = np.column_stack([hits.metric(name, k) for name, k in CUTS])
             low, high = interval(bootstrap_means(values, 1000, 0))
-            one[which] = {"users": len(values)} | {
-                f"{name}@{k}": [float(values[:, at].mean()), float(low[at]), float(high[at])]
-                for at, (name, k) in enumerate(CUTS)
+            entry[which] = {"users": len(values)} | {
+                f"{name}@{k}": [float(values[:, column].mean()), float(low[column]), float(high[column])]
+                for column, (name, k) in enumerate(CUTS)
             }
-        found.append(one)
+        models.append(entry)
     titles = "titles" if options.vectors is None else "titles and vectors"
 
-    def shown(one: dict, which: str, metric: str) -> str:
-        return with_interval(*one[which][metric], places=4)
+    def shown(entry: dict, which: str, metric: str) -> str:
+        return with_interval(*entry[which][metric], places=4)
 
     cold = [
-        (one["cold"]["ndcg@20"][0], [f"**{one['model']}**", titles if "content" in one["model"] else "none",
-         *(shown(one, "cold", m) for m in ("precision@20", "ndcg@20", "recall@20", "recall@100"))])
-        for one in found
+        (entry["cold"]["ndcg@20"][0], [f"**{entry['model']}**", titles if "content" in entry["model"] else "none",
+         *(shown(entry, "cold", m) for m in ("precision@20", "ndcg@20", "recall@20", "recall@100"))])
+        for entry in models
     ]  # fmt: skip
     cold += [(ndcg, [name, what, f"{p:.4f}", f"{ndcg:.4f}", "", ""]) for name, p, ndcg, what in PUBLISHED]
     cold = [line for _, line in sorted(cold, key=lambda pair: -pair[0])]
-    warm = [[f"**{one['model']}**", *(shown(one, "warm", m) for m in ("ndcg@20", "recall@20")),
-             f"{one['fit_seconds']:.1f}", f"{one['megabytes']:.1f}"] for one in found]  # fmt: skip
+    warm = [[f"**{entry['model']}**", *(shown(entry, "warm", m) for m in ("ndcg@20", "recall@20")),
+             f"{entry['fit_seconds']:.1f}", f"{entry['megabytes']:.1f}"] for entry in models]  # fmt: skip
     sentences = [line for row in rows for line in against_its_part(row, rows)]
     parts = articles.pairs
     text = f"""# CiteULike-a with cold items
@@ -310,30 +310,30 @@ cold: nobody has them in the {parts["train"].nnz:,} pairs of the training. Model
 were chosen on the validation files alone. In brackets: 95 % intervals over users. What an article is known by:
 {titles}; no tags, since those who saved an article wrote them.
 
-## Cold: {found[0]["cold"]["users"]:,} users, candidates are the articles that nobody has
+## Cold: {models[0]["cold"]["users"]:,} users, candidates are the articles that nobody has
 
 {markdown(["model", "content", "P@20", "NDCG@20", "Recall@20", "Recall@100"], cold)}
 Published figures: {SOURCE}.
 
-## Warm: {found[0]["warm"]["users"]:,} users, candidates are the articles of the training
+## Warm: {models[0]["warm"]["users"]:,} users, candidates are the articles of the training
 
 {markdown(["model", "NDCG@20", "Recall@20", "fit, seconds", "MB"], warm)}
 {"".join(f"- {sentence}.{chr(10)}" for sentence in sentences)}
 ## Parameters
 
-{"".join(f"- {one['model']}: {json.dumps(one['parameters'])}{chr(10)}" for one in found)}
+{"".join(f"- {entry['model']}: {json.dumps(entry['parameters'])}{chr(10)}" for entry in models)}
 Measured {date.today().isoformat()}: `make bench-cold DATA=FOLDER{" VECTORS=FILE.npy" if options.vectors else ""}`.
 """
-    return text, {"measured": date.today().isoformat(), "content": titles, "models": found}
+    return text, {"measured": date.today().isoformat(), "content": titles, "models": models}
 
 
 def against_its_part(row: dict, rows: list[dict]) -> list[str]:
     "A model with content beside the same without it, on warm items."
     without = row["model"].removesuffix(" + content")
-    part = next((one for one in rows if one["model"] == without != row["model"]), None)
+    part = next((other for other in rows if other["model"] == without != row["model"]), None)
     if part is None:
         return []
-    values = [one["hits"]["warm"].metric("ndcg", 20) for one in (row, part)]
+    values = [side["hits"]["warm"].metric("ndcg", 20) for side in (row, part)]
     return [f"Warm: {compared(row['model'], without, paired_bootstrap(*values), 'NDCG@20')}"]
 
 
@@ -367,12 +367,12 @@ def grocery_content(features, name: str, als: dict, quick: bool) -> dict:
     fitted = {}
 
     def figure(given: dict, parameter: str) -> float:
-        by, one = CONTENT_GRID[parameter][0], changed(model, **given)
+        by, trial = CONTENT_GRID[parameter][0], changed(model, **given)
         if by == "people":
-            judged = judge_guests(features, past, since, [one], until=GROCERIES["test_from"], guests=300, bootstrap=1)
-            found = judged.table[judged.table.metric == "ndcg"]
-            return float(found.value.mean())
-        [lists] = lists_among(fit_apart(one, past, fitted), [(rows, among[by])])
+            judged = judge_guests(features, past, since, [trial], until=GROCERIES["test_from"], guests=300, bootstrap=1)
+            ndcg = judged.table[judged.table.metric == "ndcg"]
+            return float(ndcg.value.mean())
+        [lists] = lists_among(fit_apart(trial, past, fitted), [(rows, among[by])])
         return float(find_hits(lists, new_to_them[rows].multiply(among[by])).metric("recall", 50).mean())
 
     return chosen({p: model.parameters[p] for p in grid}, grid, figure, rounds=1)
@@ -411,10 +411,10 @@ def costs(options) -> None:
 
 
 def costs_page(costs: list[dict], asked: list[dict], content: dict, load: float) -> str:
-    spent = [[f"**{one['model']}**", f"{one['seconds']:.1f}", f"{one['peak_mb'] - one['before_mb']:.0f}",
-              f"{one['model_mb']:.0f}", f"{one['list_ms']:.2f}"] for one in costs]  # fmt: skip
-    rates = [[f"**{one['model']}**", *(f"{one[key]:.0f}" for key in ("similar_cold", "similar_warm", "guest")),
-              f"{one['memory_mb']:.0f}"] for one in asked]  # fmt: skip
+    spent = [[f"**{row['model']}**", f"{row['seconds']:.1f}", f"{row['peak_mb'] - row['before_mb']:.0f}",
+              f"{row['model_mb']:.0f}", f"{row['list_ms']:.2f}"] for row in costs]  # fmt: skip
+    rates = [[f"**{row['model']}**", *(f"{row[key]:.0f}" for key in ("similar_cold", "similar_warm", "guest")),
+              f"{row['memory_mb']:.0f}"] for row in asked]  # fmt: skip
     head = ["model", "/similar, no buyers", "/similar, with buyers", "/recommend, guest with attributes", "memory, MB"]
     return f"""# Groceries: what placing new products costs
 
@@ -533,12 +533,12 @@ def draw(cold: Cold, own: str, names: list[str], out: Path) -> list[str]:
 
 def groups_table(cold: Cold, part: str, metric: str, k: int, groups: list[str]) -> str:
     "Models in rows, groups in columns, with intervals."
-    found = cold.table[(cold.table.part == part) & (cold.table.metric == metric) & (cold.table.k == k)]
-    there = [group for group in groups if group in set(found.group)]
-    cells = {(row.model, row.group): with_interval(row.value, row.low, row.high, 4) for row in found.itertuples()}
-    sizes = {row.group: row for row in found.drop_duplicates("group").itertuples()}
-    head = ["model", *(f"{group} ({sizes[group].users:,} users)" for group in there)]
-    return markdown(head, [[f"**{model}**", *(cells.get((model, group), "") for group in there)]
+    rows = cold.table[(cold.table.part == part) & (cold.table.metric == metric) & (cold.table.k == k)]
+    present = [group for group in groups if group in set(rows.group)]
+    cells = {(row.model, row.group): with_interval(row.value, row.low, row.high, 4) for row in rows.itertuples()}
+    sizes = {row.group: row for row in rows.drop_duplicates("group").itertuples()}
+    head = ["model", *(f"{group} ({sizes[group].users:,} users)" for group in present)]
+    return markdown(head, [[f"**{model}**", *(cells.get((model, group), "") for group in present)]
                            for model in cold.models(part)])  # fmt: skip
 
 
@@ -604,7 +604,7 @@ Measured {date.today().isoformat()} on {os.cpu_count()} cores: `make bench-cold`
 """
     table = cold.table.to_dict("records")
     figures = {"measured": date.today().isoformat(), "facts": cold.facts, "table": table, "content": content,
-               "comparisons": [one for _, one in sentences]}  # fmt: skip
+               "comparisons": [comparison for _, comparison in sentences]}  # fmt: skip
     return text, figures
 
 

@@ -32,17 +32,17 @@ def main() -> int:
             copy, moment = shutil.copytree(root, Path(name) / f"killed{number}"), draw.random() * lasts
             at_work = kill_at(copy, moment)
             nights = sorted(copy.glob("reports/daily/shop/*/night.json"))
-            step = next((n for n, one in latest(copy).steps.items() if one["state"] == "running"), "between steps")
+            step = next((n for n, entry in latest(copy).steps.items() if entry["state"] == "running"), "between steps")
             step = "before the first step" if len(nights) < 2 else step
             done = run_night(copy)
-            found = result(copy)
+            outcome = result(copy)
             if latest(copy).status == "nothing new":  # it was over when the kill came
-                found |= {name: expected[name] for name in ("status", "states", "live is tonight's")}
-            differs = [name for name in expected if found[name] != expected[name]]
+                outcome |= {name: expected[name] for name in ("status", "states", "live is tonight's")}
+            differs = [name for name in expected if outcome[name] != expected[name]]
             wrong += bool(differs) or done.returncode != 0
             said = "as undisturbed" if not differs else f"DIFFERS in {', '.join(differs)}"
-            at = step if at_work else "after the end"
-            print(f"{number + 1:>3}  killed after {moment:5.1f} s ({at}): exit {done.returncode}, {said}", flush=True)
+            spot = step if at_work else "after the end"
+            print(f"{number + 1:>3}  killed after {moment:5.1f} s ({spot}): exit {done.returncode}, {said}", flush=True)
             shutil.rmtree(copy)
     print(f"{given.moments - wrong} of {given.moments} moments ended as an undisturbed night.")
     return bool(wrong)

@@ -64,11 +64,11 @@ def make_model(folder: Path, number: int, store: Store) -> str:
     """Model `number`: the best new item of user u is (7 u + 13 number) mod ITEMS, then the ones after it; it knows the
     feedback up to now."""
     until, gone = store.cut(), {int(user) for user in store.forgotten()}
-    had = {
+    owned = {
         user: {int((best_item(user, number) + ITEMS // 2) % ITEMS)} for user in range(USERS) if user not in gone
     }  # one item, the farthest
     for event in store.read_events(until):
-        had.setdefault(int(event.user_id), set()).add(int(event.item_id))
+        owned.setdefault(int(event.user_id), set()).add(int(event.item_id))
     users, items = [
         sorted(map(str, range(size))) if made_of_text(number) else list(range(size)) for size in (USERS, ITEMS)
     ]
@@ -76,10 +76,10 @@ def make_model(folder: Path, number: int, store: Store) -> str:
     angle = 2 * np.pi * np.array(items, int) / ITEMS
     target = 2 * np.pi * best_item(np.array(users, int), number) / ITEMS
     factors, vectors = (np.stack([np.cos(turn), np.sin(turn), np.zeros(len(turn))], axis=1) for turn in (angle, target))
-    vectors[[row for row, user in enumerate(users) if int(user) not in had]] = (
+    vectors[[row for row, user in enumerate(users) if int(user) not in owned]] = (
         0  # nothing is known of who was forgotten
     )
-    pairs = [(row, row_of_item[item]) for row, user in enumerate(users) for item in had.get(int(user), ())]
+    pairs = [(row, row_of_item[item]) for row, user in enumerate(users) for item in owned.get(int(user), ())]
     seen = csr_matrix((np.ones(len(pairs), np.float32), tuple(zip(*pairs))), shape=(USERS, ITEMS))
     seen.sort_indices()
     popularity = np.ones(ITEMS, np.int32)  # all items are candidates, also those that nobody had
@@ -176,7 +176,7 @@ def carried(id: int, chance: random.Random):
 def buy(
     port: int, count: Count, stop: threading.Event, seed: int, mine: range, accepted: set, complaints: list
 ) -> None:
-    client, chance, number, had = Client(port, count), random.Random(seed), 0, collections.defaultdict(set)
+    client, chance, number, owned = Client(port, count), random.Random(seed), 0, collections.defaultdict(set)
     while not stop.is_set():
         user, number = chance.choice(mine), number + 1
         item, kind = chance.randrange(ITEMS), "deny" if number % 10 == 0 else "purchase"
@@ -191,10 +191,10 @@ def buy(
             key=f"buyer-{seed}-{number}",
         ):
             return
-        had[user].add(item)
+        owned[user].add(item)
         status, headers, body = client.ask("GET", f"/recommend/{user}?n=20")
         count.add(f"GET answered {status}")
-        again = had[user] & set(map(int, body["recommendations"])) if status == 200 else {"no answer"}
+        again = owned[user] & set(map(int, body["recommendations"])) if status == 200 else {"no answer"}
         if (
             again and headers.get("x-feedback-stale") == "true"
         ):  # the database went away between the two, and the answer says so

@@ -95,7 +95,7 @@ def one_size(users, items, factors, task, bootstrap):
                 pass
         product = perf_counter() - start
         start = perf_counter()
-        found = evaluate(
+        evaluation = evaluate(
             features,
             [RandomFactors(x, y)],
             (1, 10, K),
@@ -107,11 +107,11 @@ def one_size(users, items, factors, task, bootstrap):
         whole = perf_counter() - start
     return {
         "users": users,
-        "judged": found.facts["users"][task],
+        "judged": evaluation.facts["users"][task],
         "before": before,
         "peak": gigabytes(),
         "product": product,
-        "rank": float(found.seconds[task].iloc[0]),
+        "rank": float(evaluation.seconds[task].iloc[0]),
         "whole": whole,
     }
 

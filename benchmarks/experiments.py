@@ -31,15 +31,15 @@ CASES = (  # what, rates of control and arm, days, new users of each arm a day
 def looks(runs):
     "One row a case."
     for place, (what, rates, days, daily) in enumerate(CASES):
-        found = simulate_looks(rates, runs, days, daily, planned=2 * daily * days, seed=place)
-        ever, first = found["always"].any(1), found["always"].argmax(1) + 1
+        outcome = simulate_looks(rates, runs, days, daily, planned=2 * daily * days, seed=place)
+        ever, first = outcome["always"].any(1), outcome["always"].argmax(1) + 1
         yield {
             "case": what,
             "days": days,
             "users": 2 * daily * days,
-            "usual_found": float(found["once"].any(1).mean()),
+            "usual_found": float(outcome["once"].any(1).mean()),
             "sequence_found": float(ever.mean()),
-            "holds": float(found["holds"].all(1).mean()),
+            "holds": float(outcome["holds"].all(1).mean()),
             "median_day": int(np.median(first[ever])) if rates[0] != rates[1] and ever.any() else None,
         }
 
@@ -50,7 +50,7 @@ def mismatches(runs, seed=0):
     for share in (0.5, 0.48, 0.46):
         arm = rng.binomial(200, share, (runs, 28)).cumsum(1)
         counts = np.stack([200 * days - arm, arm], -1)
-        always = np.array([ratio_p_of_all_looks(one, [1, 1])[-1] for one in counts])
+        always = np.array([ratio_p_of_all_looks(run, [1, 1])[-1] for run in counts])
         daily = ratio_p(counts, [1, 1]).min(1)
         seen, once = (float((p < 0.001).mean()) for p in (always, daily))
         yield {"share": share, "seen": seen, "chi_square_daily": once}
@@ -60,41 +60,41 @@ def choices(runs, seed=0):
     "Three items that 2, 5 and 12 % take, shown with chances of 0.7, 0.2 and 0.1: what is the third one worth?"
     rng, rates, drawn = np.random.default_rng(seed), np.array([0.02, 0.05, 0.12]), np.array([0.7, 0.2, 0.1])
     for users in (500, 2000, 10_000):
-        found = []
+        trials = []
         for _ in range(runs):
             items = rng.choice(3, users * 3, p=drawn)
             outcomes = rng.random(len(items)) < rates[items]
-            found.append(self_normalised(outcomes, drawn[items], items == 2, np.repeat(np.arange(users), 3), least=30))
-        values = np.array([one.value for one in found])
-        inside = np.mean([one.low <= 0.12 <= one.high for one in found])
+            trials.append(self_normalised(outcomes, drawn[items], items == 2, np.repeat(np.arange(users), 3), least=30))
+        values = np.array([trial.value for trial in trials])
+        inside = np.mean([trial.low <= 0.12 <= trial.high for trial in trials])
         yield {"users": users, "mean": float(values.mean()), "holds": float(inside),
-               "effective": float(np.mean([one.effective for one in found]))}
+               "effective": float(np.mean([trial.effective for trial in trials]))}
 
 
-def page(found):
+def page(facts):
     "The figures as Markdown."
     lines = ["# Experiments: do the intervals keep their promise?", "",
-             f"`python benchmarks/experiments.py --runs {found['runs']}`: simulated experiments, each looked at every "
+             f"`python benchmarks/experiments.py --runs {facts['runs']}`: simulated experiments, each looked at every "
              "day; what the columns mean stands in that file.", "",
              "| experiment | days | users | usual interval finds | sequence finds | sequence holds | median day |",
              "|---|---:|---:|---:|---:|---:|---:|"]
-    for one in found["looks"]:
-        day = one["median_day"] or ""
-        lines.append(f"| {one['case']} | {one['days']} | {one['users']:,} | {one['usual_found']:.1%} | "
-                     f"{one['sequence_found']:.1%} | {one['holds']:.1%} | {day} |")
+    for look in facts["looks"]:
+        day = look["median_day"] or ""
+        lines.append(f"| {look['case']} | {look['days']} | {look['users']:,} | {look['usual_found']:.1%} | "
+                     f"{look['sequence_found']:.1%} | {look['holds']:.1%} | {day} |")
     lines += ["", "Users of both arms that a plan asks for, 80 % power, a baseline of 10 %:", "",
               "| lift | looked at as often as one likes | one look at the end |", "|---:|---:|---:|"]
-    lines += [f"| {one['lift']:.0%} | {one['all']:,} | {one['one']:,} |" for one in found["plans"]]
+    lines += [f"| {plan['lift']:.0%} | {plan['all']:,} | {plan['one']:,} |" for plan in facts["plans"]]
     lines += ["", "An arm that ought to have half of the users: how often the mismatch is seen in 28 days, p < 0.001:",
               "",
               "| share | for all looks | chi-square every day |", "|---:|---:|---:|"]
-    lines += [f"| {one['share']:.0%} | {one['seen']:.1%} | {one['chi_square_daily']:.1%} |"
-              for one in found["mismatches"]]
+    lines += [f"| {mismatch['share']:.0%} | {mismatch['seen']:.1%} | {mismatch['chi_square_daily']:.1%} |"
+              for mismatch in facts["mismatches"]]
     lines += ["", "Another choice of explored places, worth 12 %, valued from logs in which it was made once in ten:",
               "",
               "| users | mean estimate | interval of 95 % holds | effective sample size |", "|---:|---:|---:|---:|"]
-    lines += [f"| {one['users']:,} | {one['mean']:.2%} | {one['holds']:.1%} | {one['effective']:,.0f} |"
-              for one in found["choices"]]
+    lines += [f"| {choice['users']:,} | {choice['mean']:.2%} | {choice['holds']:.1%} | {choice['effective']:,.0f} |"
+              for choice in facts["choices"]]
     return "\n".join(lines) + "\n"
 
 
@@ -105,12 +105,12 @@ def main():
     given = parser.parse_args()
     plans = [{"lift": lift} | {way: users_needed(0.1, lift, looks=way) for way in ("all", "one")}
              for lift in (0.05, 0.1, 0.2)]
-    found = {"runs": given.runs, "looks": [*looks(given.runs)], "plans": plans,
+    facts = {"runs": given.runs, "looks": [*looks(given.runs)], "plans": plans,
              "mismatches": [*mismatches(given.runs)], "choices": [*choices(math.ceil(given.runs / 4))]}
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "experiments.json").write_text(json.dumps(found, indent=2) + "\n")
-    (given.out / "experiments.md").write_text(page(found))
-    print(page(found))
+    (given.out / "experiments.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (given.out / "experiments.md").write_text(page(facts))
+    print(page(facts))
 
 
 if __name__ == "__main__":

@@ -65,9 +65,9 @@ def shop(items, factors, seed=0, groups=200):
     )
     mine = rng.integers(groups, size=(items, 2))[u, rng.integers(2, size=len(u))]
     low, high, draw = summed[ends[mine]], summed[ends[mine + 1]], rng.random(len(u))
-    at = np.where(rng.random(len(u)) < 0.7, low + draw * (high - low), draw * summed[-1])
+    points = np.where(rng.random(len(u)) < 0.7, low + draw * (high - low), draw * summed[-1])
     taken = csr_matrix(
-        (np.ones(len(u), np.float32), (u, order[np.clip(np.searchsorted(summed, at) - 1, 0, items - 1)])),
+        (np.ones(len(u), np.float32), (u, order[np.clip(np.searchsorted(summed, points) - 1, 0, items - 1)])),
         shape=(items, items),
     )
     taken.sum_duplicates()
@@ -95,7 +95,9 @@ def write_data(folder, name, items, factors):
         np.save(folder / "shop-users.npy", x)
     if name == "directions":
         y = y / np.maximum(np.linalg.norm(y, axis=1, keepdims=True), 1e-12)
-    right = np.concatenate([np.argpartition(-(x[at : at + 20] @ y.T), 10, axis=1)[:, :10] for at in range(0, 500, 20)])
+    right = np.concatenate(
+        [np.argpartition(-(x[start : start + 20] @ y.T), 10, axis=1)[:, :10] for start in range(0, 500, 20)]
+    )
     for part, array in (("items", y), ("users", x), ("right", right)):
         np.save(folder / f"{name}-{part}.npy", array)
 
@@ -239,17 +241,17 @@ def work(arm, folder, name):
 
     rows = {}
     for setting, ask in asks.items():
-        passes, times, found = [], [], []
-        for at, q in enumerate(x[:500]):
-            if at % 10 == 0:
+        passes, times, lists = [], [], []
+        for number, q in enumerate(x[:500]):
+            if number % 10 == 0:
                 since = time.perf_counter()
                 y @ q
                 passes.append(time.perf_counter() - since)
             since = time.perf_counter()
-            found.append(ask(q) if arm == "ours" else answer(ask, q))
+            lists.append(ask(q) if arm == "ours" else answer(ask, q))
             times.append(time.perf_counter() - since)
         rows[setting] = {
-            "recall": float(np.mean([np.isin(a, b).mean() for a, b in zip(right, found)])),
+            "recall": float(np.mean([np.isin(a, b).mean() for a, b in zip(right, lists)])),
             "p50": 1e3 * statistics.median(times),
             "p99": 1e3 * float(np.quantile(times, 0.99)),
             "pass": 1e3 * statistics.median(passes),
@@ -280,10 +282,10 @@ def table(results):
             for wanted, row in first.items()
         }
         ratio = "" if first[0.95] is None else f"{first[0.95]['pass'] / first[0.95]['p50']:.0f}"
-        one = statistics.median(row["pass"] for row in rows.values())
+        one_pass = statistics.median(row["pass"] for row in rows.values())
         lines.append(
             f"| {result['data']} | {result['arm']} | {result['built']:.0f} | {result['megabytes']:.0f} | "
-            f"{result['disk']:.0f} | {one:.1f} | {cells[0.95]} | {ratio} | {cells[0.99]} | "
+            f"{result['disk']:.0f} | {one_pass:.1f} | {cells[0.95]} | {ratio} | {cells[0.99]} | "
             f"{max(row['recall'] for row in rows.values()):.3f} |"
         )
     return "\n".join(lines)
@@ -317,7 +319,7 @@ def main(options):
     if options.write:  # results of other data and arms stay
         old = json.loads((out / "index.json").read_text(encoding="utf-8")) if (out / "index.json").exists() else []
         mine = {(result["items"], result["data"], result["arm"]): result for result in [*old, *results]}
-        rank = {name: at for at, name in enumerate(("shop", "directions", "noise", *ARMS))}
+        rank = {name: place for place, name in enumerate(("shop", "directions", "noise", *ARMS))}
         results = sorted(mine.values(), key=lambda result: (result["items"], rank[result["data"]], rank[result["arm"]]))
         (out / "index.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

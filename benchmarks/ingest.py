@@ -161,11 +161,11 @@ def main():
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "log.csv"
         make_log(path, options.rows, options.ids, options.bad)
-        found = {"bare": [], "ours": []}
+        measurements = {"bare": [], "ours": []}
         for _ in range(options.rounds):
-            for what in found:
-                found[what].append(measure(what, path, options))
-        pairs = {what: runs[0]["pairs"] for what, runs in found.items()}
+            for what in measurements:
+                measurements[what].append(measure(what, path, options))
+        pairs = {what: runs[0]["pairs"] for what, runs in measurements.items()}
         if not options.bad and pairs["bare"] != pairs["ours"]:
             sys.exit(f"the two disagree: {pairs}")
         result = {
@@ -174,7 +174,7 @@ def main():
             "bad": options.bad,
             "megabytes": path.stat().st_size / 1e6,
             "duckdb": duckdb.__version__,
-            "found": found,
+            "found": measurements,
         }
     print(table([result]))
     if not options.write:
@@ -192,10 +192,10 @@ def main():
 
 def ratios(result, measured):
     "Ours / bare: median, smallest and largest of the rounds."
-    found = sorted(
+    rounds = sorted(
         mine[measured] / theirs[measured] for mine, theirs in zip(result["found"]["ours"], result["found"]["bare"])
     )
-    return statistics.median(found), found[0], found[-1]
+    return statistics.median(rounds), rounds[0], rounds[-1]
 
 
 def middle(runs, measured):
@@ -222,8 +222,8 @@ def table(results):
         for what, runs in result["found"].items():
             against = (
                 [
-                    f"{one:.2f} ({low:.2f} to {high:.2f})"
-                    for one, low, high in (ratios(result, measured) for measured in ("seconds", "processor"))
+                    f"{median:.2f} ({low:.2f} to {high:.2f})"
+                    for median, low, high in (ratios(result, measured) for measured in ("seconds", "processor"))
                 ]
                 if what == "ours"
                 else ["", ""]

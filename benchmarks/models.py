@@ -75,10 +75,10 @@ def snapshot_of(users: int, items: int) -> Snapshot:
 
 def models_of(iterations: int) -> list:
     "All models, not fitted; the weights of the habits are given, as their values cost nothing."
-    found = [BPR(iterations=iterations) if model.name == "BPR" else model for model in all_models()]
+    models = [BPR(iterations=iterations) if model.name == "BPR" else model for model in all_models()]
     weights = BlendWeights(dict.fromkeys(SIGNALS, 1.0), 0.0, 30.0, 30.0, {})
-    blends = [named(name, found) for name in BLENDS]
-    return found + [HabitBlend(one.parts[0], NEXT_PURCHASE, weights) if one.tasks else one for one in blends]
+    blends = [named(name, models) for name in BLENDS]
+    return models + [HabitBlend(blend.parts[0], NEXT_PURCHASE, weights) if blend.tasks else blend for blend in blends]
 
 
 def family(model) -> str:
@@ -102,14 +102,14 @@ def publish_model(folder: Path, model, snapshot: Snapshot) -> None:
 
 def fold_in(folder: Path, task: str, users: int, items: int) -> float:
     "Milliseconds until a user with a new event can be scored; the median of 300."
-    recommender, rng, found = Recommender(ReadyModel(open_bundle(folder)).prepare()), np.random.default_rng(2), []
+    recommender, rng, times = Recommender(ReadyModel(open_bundle(folder)).prepare()), np.random.default_rng(2), []
     with one_blas_thread():
         for number in range(-20, 300):  # the first are not counted
             user, event = int(rng.integers(1, users + 1)), Event(item_id=int(rng.integers(1, items + 1)))
             since = time.perf_counter()
             recommender.person(recommender.request(user, task=task, session=[event]))
-            found += [1e3 * (time.perf_counter() - since)] * (number >= 0)
-    return statistics.median(found)
+            times += [1e3 * (time.perf_counter() - since)] * (number >= 0)
+    return statistics.median(times)
 
 
 def memory(process) -> tuple[float, float]:
@@ -162,13 +162,13 @@ def measure(folder: Path, rows: list[dict], options) -> None:
 
 def ratios(result: dict, row: dict, name: str) -> list[float]:
     "A figure ÷ that of ALS in the same round: median, smallest and largest."
-    base = next(one for one in result["models"] if one["model"] == BASE)
-    found = sorted(mine[name] / other[name] for mine, other in zip(row["rounds"], base["rounds"]))
-    return [statistics.median(found), found[0], found[-1]]
+    base = next(model for model in result["models"] if model["model"] == BASE)
+    rounds = sorted(mine[name] / other[name] for mine, other in zip(row["rounds"], base["rounds"]))
+    return [statistics.median(rounds), rounds[0], rounds[-1]]
 
 
-def spread(found: list[float]) -> str:
-    return f"{found[0]:.2f} ({found[1]:.2f} to {found[2]:.2f})"
+def spread(ratio: list[float]) -> str:
+    return f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})"
 
 
 def table(result: dict) -> str:
@@ -185,7 +185,7 @@ def table(result: dict) -> str:
     ]
     for row in sorted(result["models"], key=lambda row: ratios(result, row, "cpu")):
         rate, cpu, p50, p99 = (
-            statistics.median(one[name] for one in row["rounds"]) for name in ("rate", "cpu", "p50", "p99")
+            statistics.median(figures[name] for figures in row["rounds"]) for name in ("rate", "cpu", "p50", "p99")
         )
         shown = row["model"] + (", next purchase" if row["task"] == NEXT_PURCHASE else "")
         lines.append(

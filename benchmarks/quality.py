@@ -98,8 +98,8 @@ def read(folder: Path) -> tuple[csr_matrix, csr_matrix]:
     users, items = (np.unique(np.concatenate([train[column], test[column]])) for column in ("user_id", "item_id"))
 
     def matrix(pairs: pd.DataFrame) -> csr_matrix:
-        at = np.searchsorted(users, pairs.user_id), np.searchsorted(items, pairs.item_id)
-        return csr_matrix((np.ones(len(pairs), np.float32), at), shape=(len(users), len(items)))
+        places = np.searchsorted(users, pairs.user_id), np.searchsorted(items, pairs.item_id)
+        return csr_matrix((np.ones(len(pairs), np.float32), places), shape=(len(users), len(items)))
 
     return matrix(train), matrix(test)
 
@@ -178,12 +178,12 @@ def judge(model: Model, train: Snapshot, targets: csr_matrix, fitted: dict, serv
     rows = np.flatnonzero(np.diff(targets.indptr))
     with tqdm(total=len(rows), desc=model.name, unit=" lists", mininterval=1, leave=False) as bar:
         hits = find_hits(top_lists(model, rows, K, advance=bar.update)[0], targets[rows])
-    found = np.column_stack([hits.metric(name, K) for name in ("recall", "ndcg")])
-    low, high = interval(bootstrap_means(found, 1000, 0))
+    values = np.column_stack([hits.metric(name, K) for name in ("recall", "ndcg")])
+    low, high = interval(bootstrap_means(values, 1000, 0))
     return {
         "model": model.name,
-        "recall": found[:, 0].mean(),
-        "ndcg": found[:, 1].mean(),
+        "recall": values[:, 0].mean(),
+        "ndcg": values[:, 1].mean(),
         "low": low.tolist(),
         "high": high.tolist(),
         "train_seconds": seconds,
@@ -205,7 +205,7 @@ def serve(model: Model, targets: csr_matrix) -> dict:
         recommender = Recommender(ReadyModel(open_bundle(Path(folder), path.name)).prepare())
         answers = recommend_many(recommender, rows.tolist(), K)
         lists = np.array([answer.rows + [-1] * (K - len(answer)) for answer in answers], np.int32)
-        found, times, other = find_hits(lists, targets[rows]), [], 0
+        hits, times, other = find_hits(lists, targets[rows]), [], 0
         with one_blas_thread():
             for place in np.random.default_rng(0).permutation(len(rows))[:510].tolist():
                 since = time.perf_counter()
@@ -214,7 +214,7 @@ def serve(model: Model, targets: csr_matrix) -> dict:
                 other += answer.items != answers[place].items
     times = times[10:]  # the first are not counted
     return {
-        "recall": found.metric("recall", K).mean(), "ndcg": found.metric("ndcg", K).mean(), "other lists": other,
+        "recall": hits.metric("recall", K).mean(), "ndcg": hits.metric("ndcg", K).mean(), "other lists": other,
         "p50": float(np.median(times)), "p99": float(np.quantile(times, 0.99)),
     }  # fmt: skip
 
@@ -223,10 +223,10 @@ def numbers(count: int) -> Callable:
     "A parser of so many numbers by commas."
 
     def parse(text: str) -> tuple[float, ...]:
-        found = tuple(float(part) for part in text.split(","))
-        if len(found) != count:
+        figures = tuple(float(part) for part in text.split(","))
+        if len(figures) != count:
             raise argparse.ArgumentTypeError(f"{count} numbers by commas, not {text!r}")
-        return found
+        return figures
 
     return parse
 
@@ -376,7 +376,7 @@ def main() -> None:
             f"{result['train_seconds']:.0f} s",
             file=sys.stderr,
         )
-        rows = results + [row for row in earlier if row["model"] not in {one["model"] for one in results}]
+        rows = results + [row for row in earlier if row["model"] not in {result["model"] for result in results}]
         table = markdown(rows, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
         stem.with_suffix(".md").write_text(
             table, encoding="utf-8"

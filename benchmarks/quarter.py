@@ -87,8 +87,8 @@ class Shop:
         (self.root / "gate.yaml").write_text("bootstrap: 300\nsample: 100\nmin_users: 50\n")
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("PRODUCT_RECS_", "MLFLOW_"))}
-        self.environment = kept | {
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PRODUCT_RECS_", "MLFLOW_"))}
+        self.environment = inherited | {
             "PRODUCT_RECS_ROOT": str(self.root), "PRODUCT_RECS_PORT": str(self.port), "PRODUCT_RECS_WORKERS": "2",
             "PRODUCT_RECS_DATABASE_URL": f"sqlite:///{self.root}/feedback.db", "PRODUCT_RECS_LOG_LEVEL": "ERROR",
         }  # fmt: skip
@@ -135,8 +135,8 @@ class Shop:
              "timestamp": row.timestamp.isoformat() + "Z", "key": f"{day}-{number}"}
             for number, row in enumerate(events.itertuples())
         ]  # fmt: skip
-        for at in range(0, len(rows), 500):
-            status, answer = self.ask("/events", {"events": rows[at : at + 500]})
+        for start in range(0, len(rows), 500):
+            status, answer = self.ask("/events", {"events": rows[start : start + 500]})
             if status not in (200, 202):
                 raise AssertionError(f"day {day}: POST /events answered {status}: {answer[:300]}")
         time.sleep(2.2)  # what a night takes in ends two seconds before it begins
@@ -162,8 +162,8 @@ class Shop:
             if night and night.steps.get(step, {}).get("state") == "running":
                 time.sleep(0.5)
                 workers = psutil.Process(process.pid).children(recursive=True)
-                for one in sorted(workers, key=lambda one: one.create_time())[-1:]:
-                    one.send_signal(signal.SIGKILL)
+                for worker in sorted(workers, key=lambda worker: worker.create_time())[-1:]:
+                    worker.send_signal(signal.SIGKILL)
                 return
             time.sleep(0.05)
 
@@ -246,7 +246,7 @@ class Quarter:
             "day": day, "planted": PLANTED.get(day, ""), "note": note, "exit": code, "seconds": round(seconds, 1),
             "status": night.status if night else "", "headline": night.headline if night else first_line(said),
             "live": live_version(self.shop.root / "models"), "said": said[-2000:],
-            "steps": {name: {"state": one["state"], "says": one.get("says", "")} for name, one in
+            "steps": {name: {"state": step["state"], "says": step.get("says", "")} for name, step in
                       (night.steps if night else {}).items()},
         })  # fmt: skip
         print(f"day {day:>2} {PLANTED.get(day, ''):<26} {note:<24} exit {code} {seconds:5.1f} s  "
@@ -296,10 +296,10 @@ class Quarter:
 
 def table(nights: list[dict]) -> str:
     lines = ["| day | planted | exit | what happened |", "|---|---|---|---|"]
-    for one in nights:
-        if one["planted"]:
-            note = f" ({one['note']})" if one["note"] else ""
-            lines.append(f"| {one['day']} | {one['planted']}{note} | {one['exit']} | {one['headline']} |")
+    for night in nights:
+        if night["planted"]:
+            note = f" ({night['note']})" if night["note"] else ""
+            lines.append(f"| {night['day']} | {night['planted']}{note} | {night['exit']} | {night['headline']} |")
     return "\n".join(lines)
 
 
@@ -311,11 +311,11 @@ def picture(nights: list[dict], path: Path) -> None:
     "One mark a night, by what became of it; the planted days are named."
     figure, ax = plt.subplots(figsize=(10, 3.2), constrained_layout=True)
     rows = ["promoted", "held", "needs a person", "stopped", "failed", "nothing new"]
-    rows = [row for row in rows if any(one["status"] == row for one in nights)]
+    rows = [row for row in rows if any(night["status"] == row for night in nights)]
     for row in rows:
-        days = [one["day"] for one in nights if one["status"] == row]
+        days = [night["day"] for night in nights if night["status"] == row]
         ax.scatter(days, [rows.index(row)] * len(days), s=26, color=COLOURS[row], label=row, zorder=3)
-    for day in sorted({one["day"] for one in nights if one["planted"]}):
+    for day in sorted({night["day"] for night in nights if night["planted"]}):
         ax.axvline(day, color="#8a939c", lw=0.8, ls=":")
         ax.text(day, -0.75, PLANTED[day], rotation=28, ha="left", va="bottom", fontsize=8, color="#52606d")
     ax.set_yticks(range(len(rows)), rows)
@@ -329,7 +329,7 @@ def picture(nights: list[dict], path: Path) -> None:
 def write(quarter: Quarter, options: argparse.Namespace, seconds: float, folder: Path) -> None:
     nights, answers = quarter.nights, dict(quarter.shop.answers)
     other = sum(count for status, count in answers.items() if status != 200)
-    counts = Counter(one["status"] for one in nights)
+    counts = Counter(night["status"] for night in nights)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "days": nights[-1]["day"],
@@ -337,12 +337,12 @@ def write(quarter: Quarter, options: argparse.Namespace, seconds: float, folder:
         "seconds": round(seconds),
         "answers": answers,
         "statuses": dict(counts),
-        "nights": [{k: v for k, v in one.items() if k != "said"} for one in nights],
+        "nights": [{k: v for k, v in night.items() if k != "said"} for night in nights],
     }
     (folder / "quarter.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
     picture(nights, folder / "quarter.png")
     each = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    median = float(np.median([one["seconds"] for one in nights]))
+    median = float(np.median([night["seconds"] for night in nights]))
     minutes = seconds / 60
     (folder / "quarter.md").write_text(f"""# A quarter of nights
 

@@ -140,7 +140,7 @@ def many(arm, folder):
     run(x[:512], seen[:512])
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak of memory begins anew
     since, spent = time.perf_counter(), sum(os.times()[:2])
-    found = run(x, seen)
+    lists = run(x, seen)
     result = {
         "seconds": time.perf_counter() - since,
         "cpu": sum(os.times()[:2]) - spent,
@@ -148,8 +148,8 @@ def many(arm, folder):
         "megabytes": memory("VmHWM") - before,
         "users": len(x),
     }
-    if found is not None:
-        np.savez(Path(folder) / f"{ARMS[arm]}.npz", items=found[0], scores=found[1])
+    if lists is not None:
+        np.savez(Path(folder) / f"{ARMS[arm]}.npz", items=lists[0], scores=lists[1])
     return result
 
 
@@ -158,7 +158,7 @@ def alone(folder):
     from threadpoolctl import threadpool_limits
 
     x, y, seen = load(folder)
-    runs, kept, times = (
+    runs, answers, times = (
         {arm: prepared(arm, x, y)[0] for arm in ALONE if not arm.startswith("pass")},
         {},
         {arm: [] for arm in ALONE},
@@ -166,17 +166,17 @@ def alone(folder):
     for user in range(len(x)):
         for arm in ALONE:
             with threadpool_limits(os.cpu_count() if "all" in arm else 1, "blas"):
-                one, row = x[user : user + 1], seen[user]
+                vector, row = x[user : user + 1], seen[user]
                 since = time.perf_counter()
-                found = y @ x[user] if arm.startswith("pass") else runs[arm](one, row)
+                answer = y @ x[user] if arm.startswith("pass") else runs[arm](vector, row)
                 times[arm].append((time.perf_counter() - since) * 1e3)
             if not arm.startswith("pass"):
-                kept.setdefault(arm, []).append(found)
-    for arm, found in kept.items():
+                answers.setdefault(arm, []).append(answer)
+    for arm, pairs in answers.items():
         np.savez(
             Path(folder) / f"{ALONE[arm]}.npz",
-            items=np.concatenate([f[0] for f in found]),
-            scores=np.concatenate([f[1] for f in found]),
+            items=np.concatenate([f[0] for f in pairs]),
+            scores=np.concatenate([f[1] for f in pairs]),
         )
     return {arm: values[3:] for arm, values in times.items()}
 
@@ -206,15 +206,15 @@ def start(arm, folder, threads):
 
 
 def ratios(rows, base):
-    found = sorted(a / b for a, b in zip(rows, base))
-    return [statistics.median(found), found[0], found[-1]]
+    rounds = sorted(a / b for a, b in zip(rows, base))
+    return [statistics.median(rounds), rounds[0], rounds[-1]]
 
 
-def quickest(found, name, value):
+def quickest(arms, name, value):
     "Of the arms that begin with a name, the one with the smallest median."
     return min(
-        (arm for arm in found if arm.startswith(name)),
-        key=lambda arm: statistics.median(value(row) for row in found[arm]),
+        (arm for arm in arms if arm.startswith(name)),
+        key=lambda arm: statistics.median(value(row) for row in arms[arm]),
     )
 
 
@@ -234,27 +234,27 @@ def compare(size, kind, options):
             "arms": {},
         }
         if one_by_one:
-            found = start("alone", folder, os.cpu_count())
-            base = quickest(found, "pass", lambda row: row)
-            for arm, times in found.items():
+            runs = start("alone", folder, os.cpu_count())
+            base = quickest(runs, "pass", lambda row: row)
+            for arm, times in runs.items():
                 result["arms"][arm] = {
                     "p50": statistics.median(times),
                     "p95": float(np.percentile(times, 95)),
-                    "ratio": [statistics.median(times) / statistics.median(found[base])],
+                    "ratio": [statistics.median(times) / statistics.median(runs[base])],
                 }
         else:
-            found = {arm: [] for arm in ARMS}
+            runs = {arm: [] for arm in ARMS}
             for number in range(options.rounds):
                 for arm in list(ARMS)[:: 1 if number % 2 == 0 else -1]:
-                    found[arm].append(start(arm, folder, os.cpu_count() if arm.endswith("BLAS threads") else 1))
-            base = quickest(found, "product", lambda row: row["seconds"])
-            for arm, rows in found.items():
+                    runs[arm].append(start(arm, folder, os.cpu_count() if arm.endswith("BLAS threads") else 1))
+            base = quickest(runs, "product", lambda row: row["seconds"])
+            for arm, rows in runs.items():
                 middle = {
                     name: statistics.median(row[name] for row in rows)
                     for name in ("seconds", "cpu", "packing", "megabytes")
                 }
                 result["arms"][arm] = middle | {
-                    "ratio": ratios([row["seconds"] for row in rows], [row["seconds"] for row in found[base]]),
+                    "ratio": ratios([row["seconds"] for row in rows], [row["seconds"] for row in runs[base]]),
                     "rounds": len(rows),
                 }
         result |= {"base": base, "same lists": agreement(folder)}

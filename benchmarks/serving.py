@@ -102,7 +102,7 @@ def stop(process: subprocess.Popen) -> None:
 def memory(process: subprocess.Popen) -> float:
     "MB of a service and its workers; what they share counts once."
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    return sum(one.memory_full_info().pss for one in family) / 1e6
+    return sum(member.memory_full_info().pss for member in family) / 1e6
 
 
 def milliseconds(text: str) -> float:
@@ -156,7 +156,7 @@ def throughput(folder: Path, options) -> list[dict]:
             "/recommend/",
         ),
     }
-    found = []
+    cases = []
     try:
         for connections in options.connections:
             rounds = {name: [] for name in servers}
@@ -164,33 +164,33 @@ def throughput(folder: Path, options) -> list[dict]:
                 for name, (_, port, path) in servers.items():
                     measured = load(folder, port, path, connections, options.seconds)
                     rounds[name] += [measured] * (number >= 0)
-            found.append({"connections": connections, "rounds": rounds})
+            cases.append({"connections": connections, "rounds": rounds})
     finally:
         for process, _, _ in servers.values():
             stop(process)
-    return found
+    return cases
 
 
 def memories(folder: Path, options) -> dict[int, float]:
     "MB by number of workers."
-    found = {}
+    sizes = {}
     for workers in (1, 2, 4):
         process, port = start(
             SERVE, folder, models_dir=options.models_dir, workers=workers, database_url=f"sqlite:///{folder}/c.db"
         )
         load(folder, port, "/recommend/", 16, 5)
-        found[workers] = memory(process)
+        sizes[workers] = memory(process)
         stop(process)
-    return found
+    return sizes
 
 
 def shares(rounds: dict) -> dict[str, list[float]]:
     "Of each service, its requests a second / those of the empty route: median, smallest and largest."
-    found = {
+    ratios = {
         name: sorted(row[0] / other[0] for row, other in zip(rows, rounds[EMPTY_ROUTE]))
         for name, rows in rounds.items()
     }
-    return {name: [statistics.median(rows), rows[0], rows[-1]] for name, rows in found.items()}
+    return {name: [statistics.median(rows), rows[0], rows[-1]] for name, rows in ratios.items()}
 
 
 def tables(result: dict) -> str:
@@ -201,12 +201,12 @@ def tables(result: dict) -> str:
         "| connections | route | rounds | requests/s | p50 ms | p99 ms | share of the empty route |",
         "|---|---|---|---|---|---|---|",
     ]
-    for one in result["throughput"]:
-        for name, rows in one["rounds"].items():
+    for case in result["throughput"]:
+        for name, rows in case["rounds"].items():
             rate, p50, p99 = (statistics.median(column) for column in zip(*rows))
-            share, low, high = shares(one["rounds"])[name]
+            share, low, high = shares(case["rounds"])[name]
             lines.append(
-                f"| {one['connections']} | {name} | {len(rows)} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {share:.0%} "
+                f"| {case['connections']} | {name} | {len(rows)} | {rate:,.0f} | {p50:.2f} | {p99:.2f} | {share:.0%} "
                 f"({low:.0%} to {high:.0%}) |"
             )
     lines += [

@@ -68,9 +68,9 @@ def shop(pairs, seed=0, users=0, items=0, groups=50):
     )
     mine = rng.integers(groups, size=(users, 2))[u, rng.integers(2, size=len(u))]
     low, high, draw = summed[ends[mine]], summed[ends[mine + 1]], rng.random(len(u))
-    at = np.where(rng.random(len(u)) < 0.7, low + draw * (high - low), draw * summed[-1])
+    points = np.where(rng.random(len(u)) < 0.7, low + draw * (high - low), draw * summed[-1])
     matrix = csr_matrix(
-        (np.ones(len(u), np.float32), (u, order[np.clip(np.searchsorted(summed, at) - 1, 0, items - 1)])),
+        (np.ones(len(u), np.float32), (u, order[np.clip(np.searchsorted(summed, points) - 1, 0, items - 1)])),
         shape=(users, items),
     )
     matrix.sum_duplicates()
@@ -156,18 +156,18 @@ def measure(arm, file, factors, iterations, parameters):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def facts(found, target):
+def facts(fit, target):
     "Seconds an iteration, seconds to the target, both as wall and CPU; final quality, memory."
-    rows = found["rows"]
+    rows = fit["rows"]
     each = [[rows[i][c] - rows[i - 1][c] for i in range(1, len(rows))] for c in (0, 1)]
-    there = next((row for row in rows if row[2] is not None and row[2] >= target), (None,) * 3)
+    first = next((row for row in rows if row[2] is not None and row[2] >= target), (None,) * 3)
     return {
         "wall": statistics.median(each[0]),
         "cpu": statistics.mean(each[1]),
-        "wall to NDCG": there[0],
-        "cpu to NDCG": there[1],
+        "wall to NDCG": first[0],
+        "cpu to NDCG": first[1],
         "NDCG": rows[-1][2],
-        "megabytes": found["megabytes"],
+        "megabytes": fit["megabytes"],
     }
 
 
@@ -276,23 +276,23 @@ def compare(options):
                     continue
                 iterations = min(options.iterations, 8) if large and pairs > 5e6 else options.iterations
                 arms = [arm for arm in here if arm != "spark" or factors == 64 and pairs < 2e6]
-                found = {arm: [] for arm in arms}
+                fits = {arm: [] for arm in arms}
                 for number in range(1 if large else options.rounds):
                     for arm in arms if number % 2 == 0 else arms[::-1]:
                         if arm != "spark" or number == 0:
-                            found[arm].append(
+                            fits[arm].append(
                                 measure(arm, file, factors, 3 if arm == "spark" else iterations, parameters)
                             )
                 target = 0.99 * min(
-                    one["rows"][-1][2] for arm, rounds in found.items() for one in rounds if arm != "spark"
+                    fit["rows"][-1][2] for arm, rounds in fits.items() for fit in rounds if arm != "spark"
                 )
                 results.append(
                     {
                         "data": name,
                         "factors": factors,
                         "iterations": iterations,
-                        "arms": {arm: [facts(one, target) for one in rounds] for arm, rounds in found.items()},
-                        "curves": {arm: rounds[0]["rows"] for arm, rounds in found.items() if arm != "spark"},
+                        "arms": {arm: [facts(fit, target) for fit in rounds] for arm, rounds in fits.items()},
+                        "curves": {arm: rounds[0]["rows"] for arm, rounds in fits.items() if arm != "spark"},
                     }
                 )
                 print(table(results[-1:]), flush=True)
@@ -316,14 +316,14 @@ def compare(options):
             out / "training.png",
             [
                 (
-                    f"{one['data']}\n{one['factors']} factors",
+                    f"{result['data']}\n{result['factors']} factors",
                     {
                         arm: tuple(zip(*[(row[0], row[2]) for row in rows if row[2] is not None]))
-                        for arm, rows in one["curves"].items()
+                        for arm, rows in result["curves"].items()
                     },
                     axes,
                 )
-                for one in results
+                for result in results
             ],
         )
     text = (
@@ -354,8 +354,8 @@ def scale(options):
             nobody = np.zeros(0, np.int64)
             save(Path(folder) / "data.npz", train, nobody, train[nobody])
             for arm in ("rotated", "implicit"):
-                found = measure(arm, Path(folder) / "data.npz", 64, 3 if large else 5, SHOP)
-                seconds = facts(found, 0)["wall"]
+                fit = measure(arm, Path(folder) / "data.npz", 64, 3 if large else 5, SHOP)
+                seconds = facts(fit, 0)["wall"]
                 results.append(
                     {
                         "users": train.shape[0],
@@ -363,12 +363,12 @@ def scale(options):
                         "pairs": train.nnz,
                         "arm": arm,
                         "seconds": seconds,
-                        "peak": found["peak"],
+                        "peak": fit["peak"],
                     }
                 )
                 lines.append(
                     f"| {train.shape[0]:,} | {train.shape[1]:,} | {train.nnz:,} | {arm} | {seconds:.3f} | "
-                    f"{1e9 * seconds / train.nnz:.0f} | {found['peak']:,.0f} |"
+                    f"{1e9 * seconds / train.nnz:.0f} | {fit['peak']:,.0f} |"
                 )
                 print(lines[-1], flush=True)
             del train
@@ -382,13 +382,13 @@ def scale(options):
         (out / "training-scale.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         (out / "training-scale.md").write_text(text, encoding="utf-8")
         curves = {
-            name: tuple(zip(*found))
+            name: tuple(zip(*points))
             for arm in ("rotated", "implicit")
             for name, wanted in (
-                (arm, lambda one: one["users"] != MANY[0]),
-                (f"{arm}, {MANY[0]:,} users", lambda one: one["users"] == MANY[0]),
+                (arm, lambda row: row["users"] != MANY[0]),
+                (f"{arm}, {MANY[0]:,} users", lambda row: row["users"] == MANY[0]),
             )
-            if (found := [(one["pairs"], one["seconds"]) for one in results if one["arm"] == arm and wanted(one)])
+            if (points := [(row["pairs"], row["seconds"]) for row in results if row["arm"] == arm and wanted(row)])
         }
         x, y = (np.array(part) for part in curves["rotated"])
         curves["in proportion"] = (x, y[-1] * x / x[-1])

@@ -172,12 +172,12 @@ def spark(matrix, factors, regularization, alpha, iterations):
             ) / os.sysconf("SC_CLK_TCK")
 
         fit(1)  # compiles
-        one, more = fit(1), fit(1 + iterations)
+        single, more = fit(1), fit(1 + iterations)
         peak = memory("VmHWM", machine)
         session.stop()
     return {
         "rows": [
-            [first + i * (last - first) / iterations for first, last in zip(one, more)] + [None]
+            [first + i * (last - first) / iterations for first, last in zip(single, more)] + [None]
             for i in range(iterations + 1)
         ],
         "megabytes": peak,
@@ -195,7 +195,7 @@ def main(options):
     )
     given = matrix, options.factors, options.regularization, options.alpha, options.iterations
     if options.arm == "spark":
-        found = spark(*given)
+        result = spark(*given)
     else:
         if options.arm == "implicit":
             import implicit.cpu.als  # noqa: F401  its BLAS is held too
@@ -207,8 +207,8 @@ def main(options):
                 return ndcg(x[judged], y, seen, held)
 
             clock = globals()[options.arm](lambda: Clock(judge if len(judged) else None, options.iterations), *given)
-        found = {"rows": clock.rows, "megabytes": clock.peak - clock.before, "peak": clock.peak}
-    print(json.dumps(found))
+        result = {"rows": clock.rows, "megabytes": clock.peak - clock.before, "peak": clock.peak}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

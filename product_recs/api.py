@@ -132,11 +132,11 @@ def _add_recommend(app:FastAPI, service:Service)->None:
             request = recommender.request(user, n, state=state, shelf=shelf, place=place,
                                           **_asked(service, served, user, scope, task, diversity, explore))
             person, answer = recommender.person(request), recommender.answer
-            if recommender.takes_long(request, person): found = await run_in_threadpool(answer, request, person)
-            else: found = answer(request, person)
-            body = {"user_id": user, "recommendations": found.items}
-            response = respond(served.model, found, body, detail, served.arm)
-            answers.keep(scope, served, request, shelf, found, response)
+            if recommender.takes_long(request, person): listed = await run_in_threadpool(answer, request, person)
+            else: listed = answer(request, person)
+            body = {"user_id": user, "recommendations": listed.items}
+            response = respond(served.model, listed, body, detail, served.arm)
+            answers.keep(scope, served, request, shelf, listed, response)
             return response
         return await tried(service.arms, [answers.served(path_id(scope, -1))], make)
 
@@ -166,9 +166,10 @@ def _by_model(answered:Sequence[Served])->list[list[int]]:
 def _many_headers(made:Sequence[_Made])->dict[str, str]:
     "The headers of several lists: each version, rung, model and arm once."
     each = lambda names: ",".join(dict.fromkeys(names))
-    headers = _headers(each(one.served.model.bundle.version for one in made), each(one.listed.source for one in made),
-                       each(one.listed.model for one in made))
-    labels = each(one.served.arm.label for one in made if one.served.arm is not None)
+    headers = _headers(each(listing.served.model.bundle.version for listing in made),
+                       each(listing.listed.source for listing in made),
+                       each(listing.listed.model for listing in made))
+    labels = each(listing.served.arm.label for listing in made if listing.served.arm is not None)
     return headers | ({Header.Experiment: labels} if labels else {})
 
 # %% ../nbs/06_api.ipynb #875288b2
@@ -200,20 +201,20 @@ def _add_recommend_many(app:FastAPI, service:Service)->None:
             if person is not None and not recommender.takes_long(requests[0], person):
                 lists = [recommender.answer(requests[0], person)]
             else: lists = await run_in_threadpool(recommender.answer_all, requests)
-            return [_Made(served, user, request.task, one)
-                    for served, user, request, one in zip(answered, users, requests, lists)]
+            return [_Made(served, user, request.task, listed)
+                    for served, user, request, listed in zip(answered, users, requests, lists)]
 
         made = [None]*len(answered)
         for places in _by_model(answered):
             users = [body.users and body.users[place] for place in places]
             parts = await tried(service.arms, [answered[place] for place in places], partial(make, users=users))
-            for place, one in zip(places, parts): made[place] = one
+            for place, listing in zip(places, parts): made[place] = listing
 
         def response()->Response:
-            results = [one.result(body.detail) for one in made]
-            for one in made:
-                facts = Shown.of(one.listed, one.task, one.served.arm)
-                answers.shown(scope, one.served.model, one.user, facts)
+            results = [listing.result(body.detail) for listing in made]
+            for listing in made:
+                facts = Shown.of(listing.listed, listing.task, listing.served.arm)
+                answers.shown(scope, listing.served.model, listing.user, facts)
             return JSONResponse({"results": results}, headers=_many_headers(made))
         return response() if len(made) == 1 else await run_in_threadpool(response)
 
@@ -320,10 +321,10 @@ def _add_operations(app:FastAPI, service:Service)->None:
     async def model():
         bundle, refused = live.get().bundle, live.refused
         facts = {name: plain(value) for name, value in public_facts(bundle.manifest).items()}
-        if refused: refused = {"version": refused.version, "error": refused.error, "at": plain(refused.at)}
-        told = {"told": len(desk.view.products.by_key), "since_training": desk.view.products_since,
-                "taken_up": service.told.holds(desk.view.products.revision)}
-        facts |= {"loaded_at": plain(live.loaded_at), "refused": refused, "store": desk.state(), "products": told,
+        if refused: refused = {"version": refused.version, "error": refused.error, "at": plain(refused.since)}
+        products = {"told": len(desk.view.products.by_key), "since_training": desk.view.products_since,
+                    "taken_up": service.told.holds(desk.view.products.revision)}
+        facts |= {"loaded_at": plain(live.loaded_at), "refused": refused, "store": desk.state(), "products": products,
                   "experiments": arm_facts(service.arms)}
         return JSONResponse(facts, headers={Header.Version: bundle.version})
 

@@ -45,12 +45,12 @@ def judged_bundle(
 # %% ../nbs/04_evaluate.ipynb #f1ea817a
 def _unlike(items:np.ndarray, likeness:Likeness)->float:
     "1 less the mean likeness of two items of a list, averaged over the lists with two items or more."
-    found = []
+    unlikeness = []
     for rows in (rows[rows >= 0] for rows in items):
         if len(rows) < 2: continue
         alike = likeness.between(rows, rows)
-        found.append(1 - alike[np.triu_indices(len(rows), 1)].mean())
-    return float(np.mean(found)) if found else np.nan
+        unlikeness.append(1 - alike[np.triu_indices(len(rows), 1)].mean())
+    return float(np.mean(unlikeness)) if unlikeness else np.nan
 
 def price_of_diversity(
     model:Model,              # fitted on the past
@@ -67,9 +67,9 @@ def price_of_diversity(
     likeness, rows, plain = Likeness(model, categories), [], None
     for value in (0.0, *(value for value in values if value)):
         lists = np.full((len(pool), k), -1, np.int32)
-        for user, (items, found) in enumerate(zip(pool, scores)):
+        for user, (items, item_scores) in enumerate(zip(pool, scores)):
             known = items >= 0
-            places = diversify(items[known], found[known], k, value, likeness)
+            places = diversify(items[known], item_scores[known], k, value, likeness)
             lists[user, :len(places)] = items[known][places]
         ndcg = find_hits(lists, task.targets).metric("ndcg", k)
         plain = ndcg if plain is None else plain

@@ -35,12 +35,12 @@ def top_rows(
     "Best items of a block of users, with all cores."
     asked, closed = model.bundle.model(task), model.catalogue.blocked if closed is None else closed
     step = max(1, min(len(rows), 8_000_000//max(1, len(asked.candidates)))) if asked.dense else max(1, len(rows))
-    found = []
+    blocks = []
     for start in range(0, len(rows), step):
         part = rows[start:start + step]
         seen = model.snapshot.confidence[part] if exclude_seen else None
-        found.append(asked.top(asked.users(part), n, seen, closed, threads=0))
-    return tuple(map(np.concatenate, zip(*found)))
+        blocks.append(asked.top(asked.users(part), n, seen, closed, threads=0))
+    return tuple(map(np.concatenate, zip(*blocks)))
 
 # %% ../nbs/05_inference.ipynb #cdc39f8b
 class ListBlock:
@@ -80,8 +80,8 @@ class ListBlock:
         scores = np.zeros((len(self.users), width), np.float32)
         if self.together.any():
             rows = self.rows[self.together]
-            found = top_rows(self.recommender.model, rows, width, self.task, self.exclude_seen, self.closed)
-            items[self.together], scores[self.together] = found
+            best = top_rows(self.recommender.model, rows, width, self.task, self.exclude_seen, self.closed)
+            items[self.together], scores[self.together] = best
         return items, scores
 
     def request(self, place:int)->Request:
@@ -107,7 +107,7 @@ def _have_new(model:ReadyModel, users:Sequence)->np.ndarray: # bool
     bundle = model.bundle
     if len(bundle.items) <= bundle.first_new or not len(bundle.left_out): return np.zeros(len(users), bool)
     others = (bundle.left_out.of(user).others for user in users)
-    return np.array([any(bundle.items.row(item) is not None for item in had) for had in others], bool)
+    return np.array([any(bundle.items.row(item) is not None for item in items) for items in others], bool)
 
 def _states(recommender:Recommender, users:Sequence)->list[UserState]:
     "What is known of each user beyond the model; what is not in memory is read."

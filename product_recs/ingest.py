@@ -136,9 +136,9 @@ def _load(con, source, options:dict, rules:EventRules, latest:datetime, folder:P
         ledger.warnings.append(f"All dates are read {order}, since some of the files can be nothing else.")
         return _load(con, source, options | {"timestamp_format": (order,)}, rules, latest, folder, ledger)
     if files.unmapped:
-        found = ", ".join(f"no {name}, but {column!r}" for name, (column, _) in files.unmapped.items())
+        lookalikes = ", ".join(f"no {name}, but {column!r}" for name, (column, _) in files.unmapped.items())
         proposal = options["columns"] | {name: column for name, (column, _) in files.unmapped.items()}
-        ledger.warnings.append(f"{next(iter(files.unmapped.values()))[1]} has {found}. If that is it, say columns="
+        ledger.warnings.append(f"{next(iter(files.unmapped.values()))[1]} has {lookalikes}. If that is it, say columns="
                                f"{proposal}.")
     return reads, files.kinds
 
@@ -203,8 +203,8 @@ def _write(con, folder:Path, types:Mapping[str, str], options:dict, ledger:Ledge
         raise IngestError("Nothing is left of the log after its returns. Nothing was written. If the quantities below "
                           '0 are no returns, say returns="ignore".')
     merged = write_merged(con, folder/"interactions.parquet", types, options["events"], options["progress"])
-    ledger.rows_kept, ledger.rows_returned = merged.kept, returned.rows
-    ledger.duplicates_merged = merged.rows - merged.kept + returned.merged
+    ledger.rows_kept, ledger.rows_returned = merged.rows_kept, returned.rows
+    ledger.duplicates_merged = merged.rows - merged.rows_kept + returned.merged
     ledger.users, ledger.items, ledger.fingerprint = merged.users, merged.items, merged.fingerprint
     ledger.first_timestamp, ledger.last_timestamp = merged.first, merged.last
     if merged.untimed:
@@ -223,7 +223,7 @@ def _mapping(name:str, given)->dict:
         given = {key: [*map(text, value)] if isinstance(value, (list, tuple)) else text(value)
                  for key, value in given.items()}
     def fits(value): return isinstance(value, str) or (isinstance(value, Sequence) and len(value) > 0 and
-                                                       all(isinstance(one, str) for one in value))
+                                                       all(isinstance(part, str) for part in value))
     if not isinstance(given, Mapping) or not all(isinstance(key, str) and fits(value) for key, value in given.items()):
         raise IngestError(f"{name}={given!r} must map names to names, such as {{'user_id': 'customer'}}.")
     return {key: value if isinstance(value, str) else [*value] for key, value in given.items()}
@@ -323,9 +323,9 @@ def _bound_note(con, max_quantity:float)->str:
     note = (f"Rows rejected because their quantity is above {max_quantity:,g}: {len(sizes):,}, the largest "
             f"{sizes[-1]:,g}. ")
     if gap == 1: return note + f"If they are real orders, say max_quantity={sizes[-1]:g}."
-    kept = "all of them"
-    if gap < len(below): kept += f" but {len(below) - gap:,}, which are at least five times as large"
-    return note + f"If they are real orders, say max_quantity={largest:g}, which keeps {kept}."
+    orders_kept = "all of them"
+    if gap < len(below): orders_kept += f" but {len(below) - gap:,}, which are at least five times as large"
+    return note + f"If they are real orders, say max_quantity={largest:g}, which keeps {orders_kept}."
 
 def _row_notes(con, options:dict, types:Mapping[str, str], folder:Path)->list[str]:
     "What a person should know of the rows: values that were rejected or cleaned, ids that look alike."
@@ -380,11 +380,12 @@ def _counted(con, ledger:Ledger, what:str)->None:
 
 def _add_told(con, products:Mapping, id_type:str, options:dict, work:Path, out:Path, ledger:Ledger)->None:
     "Put the products that the service was told of into the table of products."
-    told = merge_told(con, products, out/"products.parquet", id_type, options["normalise_ids"], work)
-    ledger.warnings += told.sentences
-    if not told.new and not told.changed: return
+    outcome = merge_told(con, products, out/"products.parquet", id_type, options["normalise_ids"], work)
+    ledger.warnings += outcome.sentences
+    if not outcome.new and not outcome.changed: return
     counts = ledger.tables.setdefault("products", dict(rows_read=0, rows_kept=0, rows_rejected=0, duplicates_merged=0))
-    counts |= {"rows_kept": counts["rows_kept"] + told.new, "rows_told": told.new, "rows_changed": told.changed}
+    counts |= {"rows_kept": counts["rows_kept"] + outcome.new, "rows_told": outcome.new,
+               "rows_changed": outcome.changed}
 
 def _add_tables(con, source, types:Mapping[str, str], options:dict, feedback:Feedback|None, work:Path, out:Path,
                 ledger:Ledger)->None:

@@ -48,7 +48,8 @@ def parameters_of(
 )->dict: # name -> its value, or an example of it
     "The parameters that a model takes."
     taken = inspect.signature(type(model).__init__).parameters.values()
-    names = {one.name: one.default for one in taken if one.kind is one.POSITIONAL_OR_KEYWORD and one.name != "self"}
+    names = {parameter.name: parameter.default for parameter in taken
+             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "self"}
     if isinstance(model, ALS): names |= fit_als.__kwdefaults__
     names.pop("progress", None)
     return names | model.parameters
@@ -143,7 +144,7 @@ def _with_new_items(choice:Choice, model:Model, wider:Model, task:str)->Comparis
     "The wider model beside the other on the validation period; new products count as hits and as misses."
     past, future, _ = past_and_future(choice.features, "validation", [task])
     everything = make_task(past, future, task, 2000, choice.seed, np.ones(future.shape[1], bool))
-    figures = [user_figures(choice.fits.fit(one), everything) for one in (wider, model)]
+    figures = [user_figures(choice.fits.fit(contender), everything) for contender in (wider, model)]
     return paired_bootstrap(*figures, 1000, choice.seed)
 
 # %% ../nbs/03_train.ipynb #cfa1c5fd
@@ -195,8 +196,8 @@ class Trained:
     @property
     def als(self)->list[ALS]:
         "ALS and its kin among what was fitted."
-        models = [one for model in self.models.values() if not isinstance(model, str) for one in with_parts(model)]
-        return [one for one in {id(one): one for one in models}.values() if isinstance(one, ALS)]
+        models = [part for model in self.models.values() if not isinstance(model, str) for part in with_parts(model)]
+        return [model for model in {id(model): model for model in models}.values() if isinstance(model, ALS)]
 
 def _index_of(features:Features, model:Model, index:str, seed:int, num_threads:int,
               progress:bool)->tuple[np.ndarray|None, dict]:
@@ -250,14 +251,14 @@ def train_bundle(
     seed, singles, models_dir = als["seed"], all_models(als, seed=als["seed"]), resolve_path(models_dir)
     if model_parameters:
         own, = _singles_of(named(model, singles))
-        singles = [with_parameters(one, model_parameters) if one is own else one for one in singles]
+        singles = [with_parameters(single, model_parameters) if single is own else single for single in singles]
     choice = Choice(features, singles, candidates, seed, progress)
     recipes = choose_models(choice, model, next_model, content)
-    for one in singles:
-        if isinstance(one, ALS): one.progress = progress
+    for single in singles:
+        if isinstance(single, ALS): single.progress = progress
     started, fitted = time.perf_counter(), {}
-    models = {task: one if isinstance(one, str) else fit_sharing(one, features.all, fitted)
-              for task, one in recipes.items()}
+    models = {task: recipe if isinstance(recipe, str) else fit_sharing(recipe, features.all, fitted)
+              for task, recipe in recipes.items()}
     seconds = time.perf_counter() - started
     data, asked = _data_of(features), publish_it == "auto"
     trained = Trained(models, choice.competitions, choice.notes, _worse(features, recipes, choice) if asked else [],
@@ -287,19 +288,19 @@ def _data_of(features:Features)->dict:
 # %% ../nbs/03_train.ipynb #5b600fb2
 def _worse(features:Features, recipes:dict, choice:Choice)->list[str]:
     "A sentence for each task in which popularity is significantly better on the validation period."
-    found = []
+    sentences = []
     for task, model in recipes.items():
         if isinstance(model, str) or task not in choice.how["tasks"]: continue
         try: against = worse_than_popularity(features, model, task, seed=choice.seed, fits=choice.fits)
         except (BlendError, EvaluateError, TrainError): continue # nobody to judge by
-        if against: found.append(says_worse(model.name, task, against))
-    return found
+        if against: sentences.append(says_worse(model.name, task, against))
+    return sentences
 
 def _write(features:Features, models_dir:Path, trained:Trained, als:dict, data:dict, index:dict,
            index_data:np.ndarray|None)->Path:
     "Write the bundle."
     known = features.all
-    losses = [one.model.losses[-1][1] for one in trained.als if one.model.losses]
+    losses = [part.model.losses[-1][1] for part in trained.als if part.model.losses]
     return write_bundle(
         models_dir,
         models=trained.models,
@@ -312,7 +313,7 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, data:d
         data=data,
         metrics={"judged": how_judged(features.split), "loss": losses[0] if losses else None,
                  "fit_seconds": round(trained.seconds, 3),
-                 "competition": {task: one.to_json() for task, one in trained.competitions.items()}},
+                 "competition": {task: competition.to_json() for task, competition in trained.competitions.items()}},
         cold_items=features.cold_items,
         cold_users=features.cold_users,
         left_out=features.left_out,

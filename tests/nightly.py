@@ -30,7 +30,7 @@ def plant(root: Path, name: str, parameters: str, *code: str) -> None:
         nbformat.v4.new_code_cell(parameters),
     ]
     cells[1].metadata["tags"] = ["parameters"]
-    cells += [nbformat.v4.new_code_cell(one) for one in code]
+    cells += [nbformat.v4.new_code_cell(source) for source in code]
     nbformat.write(
         nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), root / "nbs/jobs" / f"{name}.ipynb"
     )
@@ -63,8 +63,8 @@ def write_log(root: Path, log: pd.DataFrame) -> None:
 
 
 def environment(root: Path, store: str = "", **more: str) -> dict:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PRODUCT_RECS_", "MLFLOW_"))}
-    return kept | {"PRODUCT_RECS_ROOT": str(root), "PRODUCT_RECS_DATABASE_URL": store} | more
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PRODUCT_RECS_", "MLFLOW_"))}
+    return inherited | {"PRODUCT_RECS_ROOT": str(root), "PRODUCT_RECS_DATABASE_URL": store} | more
 
 
 def command(*more: str) -> list[str]:
@@ -101,7 +101,7 @@ def result(root: Path) -> dict:
         "arrays": {name: file["sha256"] for name, file in manifest["files"].items() if name.endswith(".npy")},
         "verdict": manifest["metrics"].get("gate", {}).get("verdict"),
         "status": night.status,
-        "states": {step: one["state"] for step, one in night.steps.items()},
+        "states": {step: record["state"] for step, record in night.steps.items()},
         "live is tonight's": night.facts.get("version") == live,
         "versions": len([path for path in models.iterdir() if (path / "manifest.json").exists()]),
         "before": len(previous_versions(models)),

@@ -83,8 +83,8 @@ def build_wheel(folder: Path, **environment) -> Path:
     )
     command = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", str(folder)]
     subprocess.run(command, cwd=source, env=os.environ | environment, check=True, capture_output=True, timeout=300)
-    [found] = folder.glob("*.whl")
-    return found
+    [wheel] = folder.glob("*.whl")
+    return wheel
 
 
 QUICK = (
@@ -98,10 +98,12 @@ def only_the_jobs(root):
     most of the time."""
     for path in (*root.glob("nbs/*_*.ipynb"), *root.glob("nbs/jobs/*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        first = next((at for at, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])), 0)
+        first = next(
+            (place for place, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])), 0
+        )
         exported = {
-            at
-            for at, cell in enumerate(notebook.cells)
+            place
+            for place, cell in enumerate(notebook.cells)
             if "#| export" in cell.source
             or all(
                 line.startswith(("import ", "from ", "    ", ")", "#|")) for line in cell.source.splitlines() if line
@@ -109,8 +111,8 @@ def only_the_jobs(root):
         }
         notebook.cells = [
             cell
-            for at, cell in enumerate(notebook.cells)
-            if at >= first or cell.cell_type == "markdown" or at in exported
+            for place, cell in enumerate(notebook.cells)
+            if place >= first or cell.cell_type == "markdown" or place in exported
         ]
         nbformat.write(notebook, path)
 
@@ -170,20 +172,20 @@ def plain_metrics(ranked, relevant, k):
     "All metrics of one user by their definitions, place by place; None where the user cannot be judged."
     if not relevant:
         return None
-    found, precisions, gain, first = 0, 0.0, 0.0, 0.0
+    hits, precisions, gain, first = 0, 0.0, 0.0, 0.0
     for place, item in enumerate(ranked[:k], start=1):
         if item in relevant:
-            found += 1
-            precisions += found / place
+            hits += 1
+            precisions += hits / place
             gain += 1 / math.log2(place + 1)
-            if found == 1:
+            if hits == 1:
                 first = 1 / place
     most = min(k, len(relevant))
     return {
-        "recall": found / len(relevant),
-        "recall_capped": found / most,
-        "precision": found / k,
-        "hit_rate": float(found > 0),
+        "recall": hits / len(relevant),
+        "recall_capped": hits / most,
+        "precision": hits / k,
+        "hit_rate": float(hits > 0),
         "ndcg": gain / sum(1 / math.log2(place + 1) for place in range(1, most + 1)),
         "map": precisions / most,
         "mrr": first,
@@ -312,8 +314,12 @@ class Server:
             connection.request(method, path, headers=headers or {})
             answer = connection.getresponse()
             body = answer.read()
-            found = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, found, json.loads(body) if body and "json" in found.get("content-type", "") else body
+            fields = {name.lower(): value for name, value in answer.getheaders()}
+            return (
+                answer.status,
+                fields,
+                json.loads(body) if body and "json" in fields.get("content-type", "") else body,
+            )
         finally:
             connection.close()
 
@@ -330,11 +336,11 @@ class Server:
             )
             answer = connection.getresponse()
             content = answer.read()
-            found = {name.lower(): value for name, value in answer.getheaders()}
+            fields = {name.lower(): value for name, value in answer.getheaders()}
             return (
                 answer.status,
-                found,
-                json.loads(content) if content and "json" in found.get("content-type", "") else content,
+                fields,
+                json.loads(content) if content and "json" in fields.get("content-type", "") else content,
             )
         finally:
             connection.close()
@@ -349,8 +355,8 @@ class Server:
 
 def problem(answer, status):
     """The problem document of an answer, after checking its form."""
-    found, headers, body = answer
-    assert found == status and headers["content-type"] == "application/problem+json", answer
+    code, headers, body = answer
+    assert code == status and headers["content-type"] == "application/problem+json", answer
     assert set(body) - {"errors"} == {"type", "title", "status", "detail", "instance"} and body["status"] == status
     assert headers["x-request-id"] and body["detail"]
     return Problem(**body)
@@ -397,8 +403,8 @@ def both(server, path, method="GET", body=None, headers=None):
 def talk(connection, method, path, payload, headers):
     connection.request(method, path, payload, headers)
     answer = connection.getresponse()
-    content, found = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
-    return answer.status, found, json.loads(content) if "json" in found["content-type"] else content
+    content, fields = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+    return answer.status, fields, json.loads(content) if "json" in fields["content-type"] else content
 
 
 def one(server, path, method="GET", body=None, headers=None):
@@ -502,9 +508,9 @@ def described_users(users: int, seed: int) -> dict:
 
 def weights(task: str) -> BlendWeights:
     "What a training might have found; what the user had is of no use for a discovery."
-    found = [0.9, 0.4, 0.3, 0.5, 0.7, 1.1, 0.2, 0.6]
+    learned = [0.9, 0.4, 0.3, 0.5, 0.7, 1.1, 0.2, 0.6]
     of_signal = {
-        name: 0.0 if task == DISCOVERY and name in OWN else value for name, value in zip(SIGNALS, found, strict=True)
+        name: 0.0 if task == DISCOVERY and name in OWN else value for name, value in zip(SIGNALS, learned, strict=True)
     }
     return BlendWeights(of_signal, -3.0, 30.0, 60.0, {"users": 12})
 

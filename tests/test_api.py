@@ -178,8 +178,8 @@ def test_a_bad_n_is_named(server, path, n):
 
 
 def test_each_bad_parameter_is_named(server):
-    found = problem(server.get("/recommend/1?n=0&detail=perhaps"), 422)
-    assert {error["field"] for error in found.errors} == {"n", "detail"} and "n:" in found.detail
+    document = problem(server.get("/recommend/1?n=0&detail=perhaps"), 422)
+    assert {error["field"] for error in document.errors} == {"n", "detail"} and "n:" in document.detail
 
 
 def test_unknown_item_path_and_method(server):
@@ -342,9 +342,9 @@ def test_a_503_says_nothing_of_the_database_and_the_log_says_all(tmp_path, url):
         for method, path, body in asks:
             answer = server.ask(method, path, body)
             assert "nothing was taken" in problem(answer, 503).detail and answer[1]["retry-after"] == "5"
-            told = json.dumps(answer[2]) + json.dumps(answer[1])
+            reply = json.dumps(answer[2]) + json.dumps(answer[1])
             secrets = ("shopuser", "geheim", "shopdb", "127.0.0.1", "psycopg", "nowhere", "refused", "sqlite")
-            assert not any(word in told for word in secrets)
+            assert not any(word in reply for word in secrets)
             cause = cause_of(server, answer)
             assert ("127.0.0.1" in cause and "shopuser" in cause or "/proc/nowhere" in cause) and "geheim" not in cause
 

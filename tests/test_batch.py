@@ -132,14 +132,14 @@ def test_an_audience_has_whoever_would_see_the_item_first(owners):
         for user in users:
             seen = Filters(deny=[12], exclude_seen=None)
             answer = recommender.recommend(user, ITEMS, filters=seen)
-            had = {*recommender.person(recommender.request(user)).seen.tolist()}
-            if owners and item in had:  # the place that it would have: nothing else that they had is counted
-                free = Filters(deny=[12, *(had - {item})], exclude_seen=False)
+            history = {*recommender.person(recommender.request(user)).seen.tolist()}
+            if owners and item in history:  # the place that it would have: nothing else that they had is counted
+                free = Filters(deny=[12, *(history - {item})], exclude_seen=False)
                 answer = recommender.recommend(user, ITEMS, filters=free)
             if item in answer.items and answer.source in ("personalised", "session"):
                 expected[user] = answer.items.index(item) + 1
         rows = zip(table["item_id"], table["user_id"], table["rank"])
-        mine = [(user, rank) for one, user, rank in rows if one == item]
+        mine = [(user, rank) for product, user, rank in rows if product == item]
         assert len(mine) == min(20, len(expected)) and all(expected[user] == rank for user, rank in mine)
         assert [rank for _, rank in mine] == sorted(expected.values())[: len(mine)]
         assert 7 not in dict(mine) and (item != 2 or 6 not in expected)
@@ -193,8 +193,8 @@ def outcome(kind, goal, out):
             tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
         assert tables == [("recommendations",)]
         manifest = {}
-    kept = ("rungs", "short", "empty", "forgotten", "rows", "asked", "audiences", "columns", "feedback")
-    return files, {name: manifest.get(name) for name in kept}
+    facts = ("rungs", "short", "empty", "forgotten", "rows", "asked", "audiences", "columns", "feedback")
+    return files, {name: manifest.get(name) for name in facts}
 
 
 def rows_of_file(folder):
@@ -329,12 +329,12 @@ def test_a_reader_of_the_table_finds_the_old_lists_or_the_new_ones(board, url, m
     goal = url.replace("feedback.db", "lists.db")
     write_batch(recommender, Question(n=3), goal, table="mail", progress=False)
     engine = create_engine(goal.replace("postgresql://", "postgresql+psycopg://"))
-    found, ended = [], threading.Event()
+    readings, ended = [], threading.Event()
 
     def read():
         while not ended.is_set():
             with engine.connect() as connection:
-                found.append(connection.execute(text("SELECT count(*), max(rank) FROM mail")).one())
+                readings.append(connection.execute(text("SELECT count(*), max(rank) FROM mail")).one())
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -344,10 +344,10 @@ def test_a_reader_of_the_table_finds_the_old_lists_or_the_new_ones(board, url, m
     finally:
         ended.set()
         reader.join()
-    assert {tuple(one) for one in found} <= {(n * N, n) for n in (5, 2, 4, 3)} and len(found) > 4
+    assert {tuple(reading) for reading in readings} <= {(n * N, n) for n in (5, 2, 4, 3)} and len(readings) > 4
     with engine.begin() as connection:
         lists = connection.execute(text("SELECT * FROM mail ORDER BY user_id, rank")).all()
-        assert [one[:3] for one in lists[:3]] == [(1, rank, item) for rank, item in
+        assert [row[:3] for row in lists[:3]] == [(1, rank, item) for rank, item in
                                                  enumerate(recommender.recommend(1, 3).items, 1)]  # fmt: skip
         connection.execute(text("CREATE TABLE sales (user_id INTEGER, rank INTEGER, price INTEGER)"))
         connection.execute(text("INSERT INTO sales VALUES (1, 2, 3)"))

@@ -123,14 +123,14 @@ def test_it_beats_its_parts_where_habits_change(tmp_path):
     features = features_of_log(habits(), tmp_path, validation_from="2026-08-01", test_from="2026-09-05")
     als = ALS(**QUICK, regularization=1.0)
     models = [Popularity(), BuyAgain(), als, learn_weights(features, als)]
-    found = evaluate(features, models, [5, 10], progress=False, bootstrap=300)
-    best = found.best("next_purchase", "ndcg", 5, without="ALS + habits")
-    assert found.compare("next_purchase", "ALS + habits", best, "ndcg", 5, 300).low > 0.05
-    assert not any(task == "discovery" and "habits" in model for task, model in found.hits)
-    table = by_segment(found, features, k=5, bootstrap=20)
+    evaluation = evaluate(features, models, [5, 10], progress=False, bootstrap=300)
+    best = evaluation.best("next_purchase", "ndcg", 5, without="ALS + habits")
+    assert evaluation.compare("next_purchase", "ALS + habits", best, "ndcg", 5, 300).low > 0.05
+    assert not any(task == "discovery" and "habits" in model for task, model in evaluation.hits)
+    table = by_segment(evaluation, features, k=5, bootstrap=20)
     assert set(table.segment) == {"activity", "tenure", "item popularity"} and (table.users > 0).all()
     with pytest.raises(EvaluateError, match="no such column"):
-        by_segment(found, features, "age")
+        by_segment(evaluation, features, "age")
 
 
 def test_the_bundle_gives_the_scores_of_the_recommender(blend, bundle):

@@ -108,15 +108,15 @@ def test_an_array_of_another_shape_or_type_is_named_or_answers(damaged, change):
         np.save(damaged / file, array)
 
 
-def places(value, at=()):
+def places(value, place=()):
     "Every place in a manifest, but for the sizes and hashes of the files."
-    yield at
-    if isinstance(value, dict) and at != ("files",):
+    yield place
+    if isinstance(value, dict) and place != ("files",):
         for name, inner in value.items():
-            yield from places(inner, (*at, name))
+            yield from places(inner, (*place, name))
     if isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from places(inner, (*at, number))
+            yield from places(inner, (*place, number))
 
 
 JUNK = [None, -1, "x", True, float("nan"), [], {}, [{}], {"a": 1}]
@@ -127,38 +127,38 @@ def test_whatever_stands_in_a_manifest_no_other_error_comes_out(snapshot, tmp_pa
     habits = HabitBlend(als, NEXT_PURCHASE, WEIGHTS).fit(snapshot)
     damaged = write(tmp_path, snapshot, {DISCOVERY: ScoreBlend([als, bm25]).fit(snapshot), NEXT_PURCHASE: habits})
     whole, seen = json.loads((damaged / "manifest.json").read_text()), 0
-    for at in [at for at in places(whole) if at]:
+    for place in [place for place in places(whole) if place]:
         for junk in (*JUNK, ...):
             edited = copy.deepcopy(whole)
             holder = edited
-            for name in at[:-1]:
+            for name in place[:-1]:
                 holder = holder[name]
             if junk is ...:
-                del holder[at[-1]]
+                del holder[place[-1]]
             else:
-                holder[at[-1]] = junk
+                holder[place[-1]] = junk
             (damaged / "manifest.json").write_text(json.dumps(edited))
             try:
                 ready = ReadyModel(open_bundle(damaged.parent, "v1")).prepare()
                 for model in ready.answering.values():
                     model.top(model.fold_in(NOBODY), 3)
             except ProductRecsError as error:
-                assert isinstance(error, BundleError) and str(damaged) in str(error), (at, junk, error)
+                assert isinstance(error, BundleError) and str(damaged) in str(error), (place, junk, error)
                 seen += 1
             except Exception as error:
-                raise AssertionError((at, junk)) from error
+                raise AssertionError((place, junk)) from error
     assert seen > 200
 
 
 def test_models_of_one_name_and_shared_parts(snapshot, tmp_path):
-    one, two = (ALS(**SMALL | {"seed": seed}).fit(snapshot) for seed in (1, 2))
-    both = ScoreBlend([one, two]).fit(snapshot)
-    path = write(tmp_path, snapshot, {DISCOVERY: both, NEXT_PURCHASE: HabitBlend(two, weights=WEIGHTS).fit(snapshot)})
+    first, other = (ALS(**SMALL | {"seed": seed}).fit(snapshot) for seed in (1, 2))
+    both = ScoreBlend([first, other]).fit(snapshot)
+    path = write(tmp_path, snapshot, {DISCOVERY: both, NEXT_PURCHASE: HabitBlend(other, weights=WEIGHTS).fit(snapshot)})
     bundle = open_bundle(tmp_path, "v1", verify=True)
     assert list(bundle.manifest["parts"]) == ["als", "als-2", "als-als", "als-habits"]
     assert (
         len([*path.glob("*.user_factors.npy")]) == 2 and bundle.model(NEXT_PURCHASE).parts[0] is bundle.model().parts[1]
     )
-    for name, factors in (("als", one), ("als-2", two)):
+    for name, factors in (("als", first), ("als-2", other)):
         assert np.array_equal(np.load(path / f"{name}.user_factors.npy"), factors.user_factors)
     assert list_versions(tmp_path) == ["v1"]

@@ -176,7 +176,7 @@ def test_who_waits_who_is_named_and_a_registry_that_is_away(tmp_path, monkeypatc
     )
     places = nothing(tmp_path, experiments=tmp_path / "experiments.yaml")
     done = clean(models, 1, **places, dry_run=True)
-    assert [one.path.name for one in done.gone] == [versions[0]] and list_versions(models)[0] == versions[0]
+    assert [model.path.name for model in done.gone] == [versions[0]] and list_versions(models)[0] == versions[0]
     assert done.stays[newer] == "it waits for a person" and done.stays[newest] == "it is the newest"
     assert done.stays[versions[2]] == "a process has it open" and "experiments.yaml" in done.stays[versions[1]]
     assert clean(models, 0, **places).gone == []
@@ -187,9 +187,9 @@ def test_who_waits_who_is_named_and_a_registry_that_is_away(tmp_path, monkeypatc
     assert away.gone == [] and "No model is deleted" in away.trouble[0] and len(list_versions(models)) == 7
     monkeypatch.setenv("PRODUCT_RECS_MLFLOW", "off")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert [one.path.name for one in clean(models, 1, **places).gone] == [versions[0]]
+    assert [model.path.name for model in clean(models, 1, **places).gone] == [versions[0]]
     del held
-    assert [one.path.name for one in old_models(models, 1)[0]] == versions[1:3]
+    assert [model.path.name for model in old_models(models, 1)[0]] == versions[1:3]
 
 
 def test_what_cannot_be_cleaned_holds_up_nothing_else(tmp_path, opened):
@@ -216,7 +216,7 @@ def test_a_folder_that_nobody_may_look_into_and_one_with_a_date():
         try:
             if os.getuid() == 0:
                 os.seteuid(65534)  # root looks everywhere
-            assert [one.path for one in unfinished([folder])] == [closed.parent]
+            assert [leftover.path for leftover in unfinished([folder])] == [closed.parent]
         finally:
             os.seteuid(os.getuid())
             closed.chmod(0o755)

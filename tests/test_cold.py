@@ -73,7 +73,7 @@ def server(models, tmp_path_factory):
 def recommend(server, **body):
     status, _, answer = server.ask("POST", "/recommend", {"n": 4, **body})
     assert status == 200, answer
-    return [(one["source"], one["recommendations"]) for one in answer["results"]]
+    return [(result["source"], result["recommendations"]) for result in answer["results"]]
 
 
 def test_the_bundle_holds_exactly_the_rows_without_a_place_in_the_model(models):
@@ -186,9 +186,9 @@ def test_a_request_describes_guests_and_new_items(server):
     ],
 )
 def test_a_wrong_description_is_refused_by_name(server, body, words):
-    found = problem(server.ask("POST", "/recommend", body), 422)
+    document = problem(server.ask("POST", "/recommend", body), 422)
     for word in words:
-        assert word in found.detail or word in str(found.errors), found
+        assert word in document.detail or word in str(document.errors), document
 
 
 def test_similar_to_a_new_item(server):

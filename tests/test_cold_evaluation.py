@@ -44,8 +44,8 @@ class SameColour(Model):
         self.seen = snapshot
 
     def scores(self, representations):
-        had = representations.matrix(np.ones_like(representations.confidence), len(self.alike))
-        return np.asarray(had @ self.alike, np.float32) / np.maximum(np.diff(representations.indptr), 1)[:, None]
+        histories = representations.matrix(np.ones_like(representations.confidence), len(self.alike))
+        return np.asarray(histories @ self.alike, np.float32) / np.maximum(np.diff(representations.indptr), 1)[:, None]
 
 
 def rows(*given):
@@ -61,8 +61,8 @@ def features_of(folder, log, products=None, users=None, **parameters):
     for name, table in files.items():
         if table is not None:
             table.to_csv(folder / f"{name}.csv", index=False)
-    told = {name: folder / f"{name}.csv" for name in ("products", "users") if files[name] is not None}
-    ingest(folder / "log.csv", folder / "run", progress=False, **told)
+    paths = {name: folder / f"{name}.csv" for name in ("products", "users") if files[name] is not None}
+    ingest(folder / "log.csv", folder / "run", progress=False, **paths)
     return build_features(folder / "run", folder / "features", **(SPLIT | parameters))
 
 
@@ -101,8 +101,8 @@ def test_only_the_products_of_the_log_are_candidates_on_request(tmp_path):
     features = features_of(tmp_path, TINY, PRODUCTS)
     cold = evaluate_cold(features, [SameColour()], never_sold=False, bootstrap=5, progress=False)
     assert set(cold.table[cold.table.part == NEW_ITEMS].candidates) == {2}
-    found = [cold.value(NEW_ITEMS, "all", "same colour", "ndcg", 20), (1 + 1 / np.log2(3) + 1) / 3]
-    assert np.isclose(*found)
+    figures = [cold.value(NEW_ITEMS, "all", "same colour", "ndcg", 20), (1 + 1 / np.log2(3) + 1) / 3]
+    assert np.isclose(*figures)
 
 
 def shop(seed=0, users=60, items=40):
@@ -143,9 +143,9 @@ def test_nothing_after_the_split_changes_a_fit_or_a_list(tmp_path):
             fitted = model.fit(past)
             of_models.append(pd.DataFrame(fitted.scores(fitted.users(known)), people_of, catalogue).sort_index(axis=1))
         scores.append(of_models)
-    for one, two in zip(*scores):
-        assert one.index.equals(two.index)
-        assert np.allclose(one, two, atol=1e-5)
+    for first, second in zip(*scores):
+        assert first.index.equals(second.index)
+        assert np.allclose(first, second, atol=1e-5)
 
 
 def test_people_are_taken_out_of_the_past_before_a_fit(tmp_path):
@@ -155,11 +155,11 @@ def test_people_are_taken_out_of_the_past_before_a_fit(tmp_path):
     spy = SameColour()
     fitted = []
     spy.fit = lambda snapshot: fitted.append(snapshot) or SameColour.fit(SameColour(), snapshot)
-    found = judge_guests(features, past, since, [spy], guests=7, bootstrap=5, events=(0, 1, 3))
+    cold = judge_guests(features, past, since, [spy], guests=7, bootstrap=5, events=(0, 1, 3))
     [seen] = fitted
     gone = (np.diff(past.counts.indptr) > 0) & (np.diff(seen.counts.indptr) == 0)
-    assert gone.sum() == 7 and seen.counts.nnz < past.counts.nnz and "7 had a past" in found.notes[0]
-    assert set(found.table.users) == {7} and found.groups(NEW_USERS) == ["0", "1", "3"]
+    assert gone.sum() == 7 and seen.counts.nnz < past.counts.nnz and "7 had a past" in cold.notes[0]
+    assert set(cold.table.users) == {7} and cold.groups(NEW_USERS) == ["0", "1", "3"]
     rest = ~gone
     assert (seen.counts[rest] != past.counts[rest]).nnz == 0
 
@@ -184,10 +184,11 @@ def test_guests_by_the_events_that_are_known(tmp_path):
     log, products, people = shop()
     features = features_of(tmp_path, log, products, people)
     cold = evaluate_cold(features, [SameColour()], guests=30, bootstrap=50, events=(0, 1, 3), progress=False)
-    at = lambda model, known: cold.value(NEW_USERS, known, model, "ndcg", 20)
-    assert at("same colour", "0") == at("popularity", "0") == at("popularity", "3")
-    assert at("same colour", "1") > 1.2 * at("popularity", "1")
-    assert at("popularity in the segment", "0") == at("popularity", "0")  # too few of a kind: 60 users, 12 taken out
+    figure = lambda model, known: cold.value(NEW_USERS, known, model, "ndcg", 20)
+    assert figure("same colour", "0") == figure("popularity", "0") == figure("popularity", "3")
+    assert figure("same colour", "1") > 1.2 * figure("popularity", "1")
+    # too few of a kind: 60 users, 12 taken out
+    assert figure("popularity in the segment", "0") == figure("popularity", "0")
     said = cold_verdicts(cold, "same colour", ["popularity"])
     assert any(figures["group"] == "1" and figures["low"] > 0 for _, figures in said)
 
@@ -195,11 +196,11 @@ def test_guests_by_the_events_that_are_known(tmp_path):
 def test_the_same_seed_gives_the_same_figures(tmp_path):
     log, products, people = shop(users=30)
     features = features_of(tmp_path, log, products, people)
-    one, two = (evaluate_cold(features, [SameColour()], bootstrap=5, progress=False, seed=3) for _ in range(2))
-    pd.testing.assert_frame_equal(one.table, two.table)
-    assert one.notes == two.notes
+    first, second = (evaluate_cold(features, [SameColour()], bootstrap=5, progress=False, seed=3) for _ in range(2))
+    pd.testing.assert_frame_equal(first.table, second.table)
+    assert first.notes == second.notes
     other = evaluate_cold(features, [SameColour()], bootstrap=5, progress=False, seed=4)
-    assert not other.table.value.equals(one.table.value)
+    assert not other.table.value.equals(first.table.value)
 
 
 def test_a_log_without_a_products_file_says_what_is_missing(tmp_path):
@@ -249,13 +250,13 @@ def test_the_job_judges_the_cold_where_there_are_attributes(tmp_path, products):
                 "popularity, ALS", "-p", "habits", "false")  # fmt: skip
     assert done.returncode in (0, 3), done.stderr + done.stdout
     report = root / "reports/shop"
-    found = json.loads((report / "metrics.json").read_text())["04_evaluate"]
-    assert found["parameters"]["cold"] == "auto"
+    metrics = json.loads((report / "metrics.json").read_text())["04_evaluate"]
+    assert metrics["parameters"]["cold"] == "auto"
     if not products:
-        assert not (report / "cold.csv").exists() and "products file" in found["cold"]["notes"][0]
+        assert not (report / "cold.csv").exists() and "products file" in metrics["cold"]["notes"][0]
         return
     judged = pd.read_csv(report / "cold.csv", keep_default_na=False)
-    assert set(judged.part) == {NEW_ITEMS, IN_BAND, CATALOGUE, NEW_USERS} and found["cold"]["comparisons"]
+    assert set(judged.part) == {NEW_ITEMS, IN_BAND, CATALOGUE, NEW_USERS} and metrics["cold"]["comparisons"]
     page = (report / "04_evaluate.html").read_text()
     assert "New products, NDCG@20" in page and "In the whole catalogue: who shows them at all?" in page
     assert '<div class="failed">' not in page

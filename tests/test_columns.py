@@ -373,14 +373,14 @@ def test_any_table_says_the_same_of_a_sold_and_an_unsold_twin(tmp_path_factory, 
         for path in (f"/similar/{UNSOLD}?detail=true", f"/explain/1/{SOLD}", "/items?query=a"):
             assert client.get(path).status_code == 200
         for name, (kind, value) in table.items():
-            found = unsold["attributes"][name]
+            served = unsold["attributes"][name]
             if kind in ("whole", "yes", "number"):
-                assert found == value and (kind == "number" or type(found) is type(value)), (name, found, value)
+                assert served == value and (kind == "number" or type(served) is type(value)), (name, served, value)
             if kind == "long" and value is not None:
-                assert str(found) == str(value), "no digit is lost"
-            if found is None:
+                assert str(served) == str(value), "no digit is lost"
+            if served is None:
                 continue
-            answer = client.post("/recommend", json={"n": 9, "filters": {"where": {name: [found]}}})
+            answer = client.post("/recommend", json={"n": 9, "filters": {"where": {name: [served]}}})
             assert answer.status_code == 200 and SOLD in answer.json()["results"][0]["recommendations"], answer.json()
 
 

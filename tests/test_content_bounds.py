@@ -58,8 +58,8 @@ def whole(columns, n):
     same = again.described(columns, n)
     assert (same.sparse != matrix.sparse).nnz == 0 and np.array_equal(same.dense, matrix.dense)
     for row in (0, n - 1):  # one product alone is described as it is among the others
-        one = again.described({name: values[row : row + 1] for name, values in columns.items()}, 1)
-        assert np.allclose(one.vector(0), matrix.vector(row), atol=1e-6)
+        single = again.described({name: values[row : row + 1] for name, values in columns.items()}, 1)
+        assert np.allclose(single.vector(0), matrix.vector(row), atol=1e-6)
     assert all(len(content.name(feature)) < 400 for feature in range(len(content)))
     return content
 

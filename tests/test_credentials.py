@@ -62,12 +62,12 @@ def forms(secret):
         secret.replace("@", "%40"),
     }
     texts |= {quote(secret, safe="").lower(), secret[::-1], secret.encode().hex()}
-    found = {text.encode() for text in texts} | {secret.encode("utf-16-le")}
+    encodings = {text.encode() for text in texts} | {secret.encode("utf-16-le")}
     for shift in range(3):  # base64 of a text that holds the secret anywhere
         coded = base64.b64encode(b"x" * shift + secret.encode()).decode()
-        found.add(coded[4 if shift else 0 : -4].encode())
+        encodings.add(coded[4 if shift else 0 : -4].encode())
     # parts, which a mask that ends too early leaves over
-    return found | {part.encode() for part in re.split(r"[:/@% ]", secret) if len(part) > 4}
+    return encodings | {part.encode() for part in re.split(r"[:/@% ]", secret) if len(part) > 4}
 
 
 # letters of a picture, which are as good as random: a few of them are any short form of a secret
@@ -76,15 +76,15 @@ PICTURE = re.compile(rb'(?:data:image/[a-z+]+;base64,|"image/(?:png|jpeg)": ")[A
 
 def leaks(folder, secrets, spoken=()):
     "Files (and spoken texts) that have a secret, with the form."
-    found = []
+    hits = []
     for path in [*folder.rglob("*")]:
         if not path.is_file():
             continue
         content = str(path.name).encode() + b"\n" + PICTURE.sub(b"", path.read_bytes())
-        found += [
+        hits += [
             (str(path.relative_to(folder)), form) for secret in secrets for form in forms(secret) if form in content
         ]
-    return found + [
+    return hits + [
         (text[:300], form) for text in spoken for secret in secrets for form in forms(secret) if form in text.encode()
     ]
 

@@ -60,7 +60,7 @@ def test_first_night_trains_publishes_and_writes_lists(first):
     root, done = first
     assert "was judged and is live" in flat(done) and done.stderr == ""
     night = latest(root)
-    states = {step: one["state"] for step, one in night.steps.items()}
+    states = {step: record["state"] for step, record in night.steps.items()}
     before, after = (
         ["01_ingest", "input", "02_features", "03_train", "04_evaluate", "05_inference"],
         ["outcome", "diff"],
@@ -68,14 +68,14 @@ def test_first_night_trains_publishes_and_writes_lists(first):
     assert [*states] == [*before, "gate", *after, "batch", "clean"]
     assert {step for step, state in states.items() if state != "done"} == {"outcome", "diff"}
     assert live_version(root / "models") == night.facts["version"]
-    found = result(root)
-    assert found["verdict"] == "promoted" and found["rest"] == [] and len(found["rows"]) == 5 * 359
+    outcome = result(root)
+    assert outcome["verdict"] == "promoted" and outcome["rest"] == [] and len(outcome["rows"]) == 5 * 359
     page = (root / "reports/daily/shop/index.html").read_text()
     for link in re.findall(r'href="([^"]+)"', page):
         assert (root / "reports/daily/shop" / link).exists(), link
     assert "<script" not in page and "src=" not in page
-    for one in night.steps.values():
-        assert not one.get("page") or (night.folder / one["page"]).exists()
+    for record in night.steps.values():
+        assert not record.get("page") or (night.folder / record["page"]).exists()
 
 
 def test_a_second_start_finds_nothing_new(copy):
@@ -125,8 +125,8 @@ def test_bad_day_stops_until_a_person_decides(copy, monkeypatch):
     refused = call(copy, *accept)  # as printed, with NAME and TEXT
     assert refused.returncode == 1 and "say who decides" in refused.stderr and decisions_of("shop") == {}
     sure = {"NAME": "Ada", "TEXT": "ids of another system"}
-    told = call(copy, *[sure.get(word, word) for word in leave_out])
-    assert told.returncode == 0 and decisions_of("shop")["2026-06-24"].by == "Ada", told.stderr
+    decision = call(copy, *[sure.get(word, word) for word in leave_out])
+    assert decision.returncode == 0 and decisions_of("shop")["2026-06-24"].by == "Ada", decision.stderr
     assert again[:4] == ["product-recs", "daily", "--name", "shop"]
     done = call(copy, *again, "--quiet")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -168,8 +168,8 @@ def test_events_of_the_service_are_trained_on_the_next_night(first, copy, tmp_pa
     day = day_of("2026-06-23")
     (tmp_path / "service").mkdir()
     with Server(tmp_path / "service", copy / "models", database_url=store) as server:
-        events = [{"user_id": int(one.user_id), "item_id": int(one.item_id), "event": one.event,
-                   "timestamp": one.timestamp} for one in day.itertuples()]  # fmt: skip
+        events = [{"user_id": int(row.user_id), "item_id": int(row.item_id), "event": row.event,
+                   "timestamp": row.timestamp} for row in day.itertuples()]  # fmt: skip
         status, _, body = server.ask("POST", "/events", events)
         if status == 422:
             status, _, body = server.ask("POST", "/events", {"events": events})
@@ -232,7 +232,7 @@ def test_killed_trainer_fails_in_words_and_the_next_start_goes_on(copy):
 
 def kernels_of(process):
     "Leaders of sessions of their own among its descendants."
-    return [one for one in family(process) if os.getsid(one.pid) == one.pid and one.pid != process.pid]
+    return [child for child in family(process) if os.getsid(child.pid) == child.pid and child.pid != process.pid]
 
 
 def test_step_that_fails_outside_of_a_notebook_fails_the_night(copy):
@@ -288,11 +288,11 @@ def test_killed_at_three_moments_ends_as_if_nothing_had_been(copy, tmp_path):
         kill_at(copy, lasts * (part + draw.random()) / 3 * 0.9)
     done = run_night(copy)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = result(copy)
+    outcome = result(copy)
     if "Nothing new" in flat(done):  # the last kill came after the end
-        found |= {name: expected[name] for name in ("status", "states", "live is tonight's")}
-    assert found == expected
-    assert not [one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(copy)]
+        outcome |= {name: expected[name] for name in ("status", "states", "live is tonight's")}
+    assert outcome == expected
+    assert not [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(copy)]
 
 
 def test_examples_of_schedulers_are_sound(tmp_path):
@@ -301,10 +301,10 @@ def test_examples_of_schedulers_are_sound(tmp_path):
     validate = pytest.importorskip("kubernetes_validate")
     import yaml
 
-    documents = [one for one in yaml.safe_load_all((folder / "cronjob.yaml").read_text()) if one]
-    for one in documents:
-        validate.validate(one, "1.31", strict=True)
-    [job] = [one for one in documents if one["kind"] == "CronJob"]
+    documents = [document for document in yaml.safe_load_all((folder / "cronjob.yaml").read_text()) if document]
+    for document in documents:
+        validate.validate(document, "1.31", strict=True)
+    [job] = [document for document in documents if document["kind"] == "CronJob"]
     assert job["spec"]["concurrencyPolicy"] == "Forbid" and job["spec"]["jobTemplate"]["spec"]["backoffLimit"] == 0
     [container] = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["memory"] and container["command"][:2] == ["product-recs", "daily"]

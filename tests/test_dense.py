@@ -152,8 +152,8 @@ def in_order(folder):
     return written["vector"][np.argsort(written["item_id"])]
 
 
-def same_bits(one, other):
-    return np.array_equal(one.view(np.uint32), other.view(np.uint32)) if one.shape == other.shape else False
+def same_bits(vectors, other):
+    return np.array_equal(vectors.view(np.uint32), other.view(np.uint32)) if vectors.shape == other.shape else False
 
 
 def without_gap(vectors):
@@ -291,8 +291,8 @@ def test_features_and_bundle_hold_the_same_vectors(shop):
 def test_cold_rows_keep_their_vectors(shop):
     bundle = open_bundle(shop[0] / "models")
     assert bundle.cold_items.types["vector"] == "FLOAT[]"
-    told = bundle.told(COLD)
-    assert same_bits(told["vector"], VECTORS[ITEMS.index(COLD)]) and told["title"] == "thing 12"
+    attributes = bundle.told(COLD)
+    assert same_bits(attributes["vector"], VECTORS[ITEMS.index(COLD)]) and attributes["title"] == "thing 12"
     assert bundle.cold_users.get(900)["taste"].tolist() == [900 + place / 8 for place in range(8)]
 
 

@@ -30,7 +30,7 @@ def test_every_figure_is_that_of_the_lists_that_are_served(shop):
     ):
         diff = release_diff(before, after, n=5)
         for row in diff.users.sample(20, random_state=0).itertuples():
-            lists = [[id_key(item) for item in one.recommend(row.user, 5).items] for one in (before, after)]
+            lists = [[id_key(item) for item in release.recommend(row.user, 5).items] for release in (before, after)]
             assert [row.old, row.new] == lists
             assert row.overlap == len({*lists[0]} & {*lists[1]}) / 5
         served = [item for row in diff.users.itertuples() for item in row.new]
@@ -47,8 +47,8 @@ def test_every_figure_is_that_of_the_lists_that_are_served(shop):
 def test_a_sample_of_customers_is_the_same_for_the_same_seed(shop):
     root, old, new = shop
     with open_recommender(root / "models", version=old) as a, open_recommender(root / "models", version=new) as b:
-        found = [shared_users(a.model.bundle, b.model.bundle, most=30, seed=seed)[0] for seed in (1, 1, 2)]
-    assert found[0] == found[1] != found[2] and len(found[0]) == len(set(found[0])) == 30
+        samples = [shared_users(a.model.bundle, b.model.bundle, most=30, seed=seed)[0] for seed in (1, 1, 2)]
+    assert samples[0] == samples[1] != samples[2] and len(samples[0]) == len(set(samples[0])) == 30
 
 
 def test_models_of_different_shops_are_refused(tmp_path):

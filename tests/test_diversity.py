@@ -74,7 +74,7 @@ def test_each_place_is_the_best_by_the_definition(seed, n, diversity):
     worth = (scores - scores[-1]) / (scores[0] - scores[-1])
     left, chosen = [*range(40)], []
     for place in places:
-        value = [(1 - diversity) * worth[at] - diversity * max(alike[at, chosen], default=0) for at in left]
+        value = [(1 - diversity) * worth[row] - diversity * max(alike[row, chosen], default=0) for row in left]
         assert (1 - diversity) * worth[place] - diversity * max(alike[place, chosen], default=0) >= max(value) - 1e-9
         left.remove(place)
         chosen.append(place)
@@ -87,14 +87,14 @@ def test_batch_is_as_one_by_one(which):
     users = [*range(USERS), "nobody"]
     for diversity in (0.3, 1):
         many = recommend_many(recommender, users, 7, diversity=diversity)
-        assert [one.items for one in many] == [
+        assert [ranking.items for ranking in many] == [
             recommender.recommend(user, 7, diversity=diversity).items for user in users
         ]
 
 
 def test_without_factors_the_category_decides():
-    found = answer(MODELS["counts"], Request(None, 3, diversity=1))
-    kinds = [KINDS[item] for item in found.items]
+    ranking = answer(MODELS["counts"], Request(None, 3, diversity=1))
+    kinds = [KINDS[item] for item in ranking.items]
     assert len({*kinds}) == 3 and kinds != [KINDS[item] for item in answer(MODELS["counts"], Request(None, 3)).items]
 
 

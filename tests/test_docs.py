@@ -30,10 +30,10 @@ def commands(text):
     "The commands of `product-recs` in the fences of a page, without what follows a pipe or a comment."
     for fence in re.findall(r"^```(?:sh|console)\n(.*?)^```$", text, re.M | re.S):
         for line in fence.splitlines():
-            if found := re.search(r"(?:^|[/\s])product-recs (\S.*)", line.removeprefix("$ ")):
+            if match := re.search(r"(?:^|[/\s])product-recs (\S.*)", line.removeprefix("$ ")):
                 if not line.startswith(("docker", " ", "  ")):
-                    words = shlex.split(found.group(1), comments=True)
-                    yield words[: next((at for at, word in enumerate(words) if word in ("|", "&", ">")), None)]
+                    words = shlex.split(match.group(1), comments=True)
+                    yield words[: next((place for place, word in enumerate(words) if word in ("|", "&", ">")), None)]
 
 
 def parameters():
@@ -54,12 +54,12 @@ def test_commands_of_a_page_exist(page):
         while words and hasattr(command, "commands"):
             assert words[0] in command.commands, f"{page.name}: product-recs {words[0]}"
             command, words = command.commands[words[0]], words[1:]
-        options = {name for one in command.params for name in one.opts} | {"--help"}
-        for at, word in enumerate(words):
+        options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+        for place, word in enumerate(words):
             if re.fullmatch(r"--?[a-z][a-z-]*", word):
                 assert word in options, f"{page.name}: {command.name} {word}"
             if word == "-p":
-                assert words[at + 1] in known, f"{page.name}: -p {words[at + 1]}"
+                assert words[place + 1] in known, f"{page.name}: -p {words[place + 1]}"
 
 
 @PAGE
@@ -74,8 +74,8 @@ def test_settings_and_routes_of_a_page_exist(page, tmp_path):
 
 
 def test_all_links_lead_somewhere_and_a_dead_one_is_found(tmp_path, monkeypatch):
-    found, pages = check_links.check_sources()
-    assert not found and pages > 100
+    problems, pages = check_links.check_sources()
+    assert not problems and pages > 100
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text(
@@ -157,8 +157,8 @@ def test_every_notebook_is_a_page_without_hidden_cells_or_directives(tmp_path):
         after = json.loads((tmp_path / page).read_text())["cells"]
         assert not any("#|" in line[:2] for cell in after if cell["cell_type"] == "code" for line in cell["source"])
         code = [(cell, "".join(cell["source"])) for cell in before if cell["cell_type"] == "code"]
-        kept = [cell for cell, text in code if text.strip() and not text.startswith(("#| hide", "#| default_exp"))]
-        assert [cell["outputs"] for cell in kept] == [cell["outputs"] for cell in after if cell["cell_type"] == "code"]
+        shown = [cell for cell, text in code if text.strip() and not text.startswith(("#| hide", "#| default_exp"))]
+        assert [cell["outputs"] for cell in shown] == [cell["outputs"] for cell in after if cell["cell_type"] == "code"]
     house, guides = (tmp_path / "nbs/index.md").read_text(), (tmp_path / "docs/how-to/index.md").read_text()
     assert all(step_notebook(ROOT / "nbs", step).name in house for step in STEPS)
     for room in {path.parent for path in notebooks if path.parent.name != "nbs"}:

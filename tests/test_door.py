@@ -93,8 +93,8 @@ def on_the_command_line(capsys, n):
     for user in EVERYBODY:
         for task in TASKS:
             answer = ask("recommend", str(user), "--task", task)
-            told = tuple(answer[name] for name in ("recommendations", "scores", "shortfall"))
-            lists[user, task] = (answer["source"], answer["made_by"]), *told
+            ranking = tuple(answer[name] for name in ("recommendations", "scores", "shortfall"))
+            lists[user, task] = (answer["source"], answer["made_by"]), *ranking
     for item in ITEMS:
         answer = ask("similar", str(item))
         lists["similar", item] = (answer["source"], answer["made_by"]), answer["recommendations"]
@@ -105,8 +105,8 @@ def in_batches(recommender, file, n, task, served):
     "Many, and all, are told what each is told alone."
     for user, answer in zip(EVERYBODY, recommend_many(recommender, EVERYBODY, n, task)):
         made_by, items, scores, shortfall = served[user, task]
-        told = (answer.source, answer.model), answer.items, answer.shortfall
-        assert told == (made_by, items, shortfall), (user, task)
+        outcome = (answer.source, answer.model), answer.items, answer.shortfall
+        assert outcome == (made_by, items, shortfall), (user, task)
         assert np.allclose(answer.scores, scores, atol=1e-5), (user, task)
     gone = served[4, "discovery"][0][0] == "popular"  # 4 asked to be forgotten, and others have come
     everybody = {*map(str, (*TRAINED, LEFT_OUT, COLD))} - {"4"} | {"999", "guest"} if gone else None
@@ -121,14 +121,14 @@ def in_batches(recommender, file, n, task, served):
             short = {user for user in EVERYBODY if served[user, task][3]}
             assert made["short"] == len(short)
             rungs = [served[user, task][0][0] for user in {*EVERYBODY}]
-            assert {rung: one["lists"] for rung, one in made["rungs"].items()} == dict(Counter(rungs))
+            assert {rung: facts["lists"] for rung, facts in made["rungs"].items()} == dict(Counter(rungs))
         for user in EVERYBODY:
             (source, _), items, scores, _ = served[user, task]
             if str(user) not in written:
                 assert users == "all" and (user in (4, 999, "nobody", "guest")) or not items, (user, task)
                 continue
-            found = written[str(user)]
-            assert found[:2] == (items, {source}) and np.allclose(found[2], scores, atol=1e-5), (user, task)
+            row = written[str(user)]
+            assert row[:2] == (items, {source}) and np.allclose(row[2], scores, atol=1e-5), (user, task)
 
 
 def rows_of(folder, key, items):
@@ -136,7 +136,9 @@ def rows_of(folder, key, items):
         f"SELECT CAST({key} AS VARCHAR), list({items} ORDER BY rank), list(DISTINCT source), list(score ORDER BY rank) "
         f"FROM read_parquet('{folder}/*.parquet') GROUP BY 1"
     )
-    return {one: (ids, {*sources}, scores) for one, ids, sources, scores in duckdb.connect().execute(query).fetchall()}
+    return {
+        asked: (ids, {*sources}, scores) for asked, ids, sources, scores in duckdb.connect().execute(query).fetchall()
+    }
 
 
 def similar_in_a_batch(recommender, folder, n, served):

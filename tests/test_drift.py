@@ -31,9 +31,9 @@ def a_shop(seed, a_day, days=DAYS, growth=0.3):
     "Users who come back for their own items, weekdays, days that differ, growth, new users and new items."
     rng = np.random.default_rng(seed)
     users, items = max(20, a_day // 2), max(100, 2 * a_day)
-    at = np.arange(days)
-    rate = a_day * WEEKDAY[at % 7] * (1 + growth * at / days) * np.exp(rng.normal(0, 0.12, days))
-    day = np.repeat(at, rng.poisson(rate))
+    day_numbers = np.arange(days)
+    rate = a_day * WEEKDAY[day_numbers % 7] * (1 + growth * day_numbers / days) * np.exp(rng.normal(0, 0.12, days))
+    day = np.repeat(day_numbers, rng.poisson(rate))
     n = len(day)
     known = 0.6 + 0.4 * day / days  # of the users and items: the others come later
     user = (rng.random(n) * users * known).astype(int)
@@ -43,8 +43,8 @@ def a_shop(seed, a_day, days=DAYS, growth=0.3):
     hour = np.clip(rng.normal(14 + (day % 7 == 6), 3.5, n), 0, 23.99)
     return pd.DataFrame(
         {
-            "user_id": [f"u{one:06}" for one in user],
-            "item_id": [f"{one:08}" for one in item],
+            "user_id": [f"u{number:06}" for number in user],
+            "item_id": [f"{number:08}" for number in item],
             "event": rng.choice(["view", "cart", "purchase"], n, p=[0.62, 0.23, 0.15]),
             "quantity": rng.integers(1, 4, n).astype(float),
             "timestamp": pd.Timestamp(START) + pd.to_timedelta(day, "D") + pd.to_timedelta(hour, "h"),
@@ -76,8 +76,8 @@ def checks(folder, since=LAST, until=datetime(LAST.year, LAST.month, LAST.day) +
     return {check.name: check for check in input_checks(figures, judge_days(figures, since))}
 
 
-def not_fine(found):
-    return {name: check.says for name, check in found.items() if check.level != "fine"}
+def not_fine(findings):
+    return {name: check.says for name, check in findings.items() if check.level != "fine"}
 
 
 @pytest.mark.parametrize("a_day", [20, 300, 5000])
@@ -90,7 +90,7 @@ def test_ordinary_days_are_quiet(tmp_path, a_day):
         figures = day_figures(write(tmp_path / str(seed), log, products_of(log)), since, period="day")
         for day, findings in judge_days(figures, since).items():
             levels.append(worst(findings))
-            odd |= {(seed, one.name, day): one.says for one in findings if one.level != "fine"}
+            odd |= {(seed, check.name, day): check.says for check in findings if check.level != "fine"}
     assert len(levels) >= 47 and levels.count("stop") == 0, odd
     assert levels.count("look") <= 0.02 * len(levels), odd
 
@@ -156,16 +156,16 @@ PLANTED = {
 def test_a_planted_day_is_stopped_by_its_figure(tmp_path, name, a_day):
     log, (change, words) = a_shop(5, a_day), PLANTED[name]
     broken = change(log, log.timestamp >= pd.Timestamp(LAST))
-    found = checks(write(tmp_path, broken, products_of(log)), LAST - timedelta(days=4))
-    assert found[name].level == "stop", (found[name].says, not_fine(found))
-    assert words in found[name].says and f"{LAST}" in found[name].says and found[name].remedy
-    assert {str(LAST)} == {check.says.split(":")[0].split()[-1] for check in found.values() if check.level != "fine"}
+    findings = checks(write(tmp_path, broken, products_of(log)), LAST - timedelta(days=4))
+    assert findings[name].level == "stop", (findings[name].says, not_fine(findings))
+    assert words in findings[name].says and f"{LAST}" in findings[name].says and findings[name].remedy
+    assert {str(LAST)} == {check.says.split(":")[0].split()[-1] for check in findings.values() if check.level != "fine"}
 
 
 def test_the_smallest_shop_sees_a_day_that_is_missing(tmp_path):
     log = a_shop(3, 20)
-    found = checks(write(tmp_path, log[log.timestamp < pd.Timestamp(LAST)]))
-    assert found["events"].level == "stop" and found["events"].value == 0
+    findings = checks(write(tmp_path, log[log.timestamp < pd.Timestamp(LAST)]))
+    assert findings["events"].level == "stop" and findings["events"].value == 0
     sunday_only = checks(write(tmp_path, log))
     assert not not_fine(sunday_only)
 
@@ -175,16 +175,16 @@ def test_a_gap_that_later_days_have_closed_is_a_look(tmp_path):
     hole = (log.timestamp >= pd.Timestamp(LAST) - pd.Timedelta(days=3)) & (
         log.timestamp < pd.Timestamp(LAST) - pd.Timedelta(days=2)
     )
-    found = checks(write(tmp_path, log[~hole]), LAST - timedelta(days=5))
-    assert not_fine(found).keys() == {"events"} and found["events"].level == "look"
+    findings = checks(write(tmp_path, log[~hole]), LAST - timedelta(days=5))
+    assert not_fine(findings).keys() == {"events"} and findings["events"].level == "look"
 
 
 def test_attributes_that_are_missing_on_a_day(tmp_path):
     log = a_shop(2, 300)
     broken = new_items(log, log.timestamp >= pd.Timestamp(LAST))  # new items, and the products know nothing of them
-    found = checks(write(tmp_path, broken, products_of(log)))
-    assert found["no category"].level == found["no price"].level == "stop"
-    assert "100% of the items that were sold have no category" in found["no category"].says
+    findings = checks(write(tmp_path, broken, products_of(log)))
+    assert findings["no category"].level == findings["no price"].level == "stop"
+    assert "100% of the items that were sold have no category" in findings["no category"].says
 
 
 def test_an_empty_feed_of_products_is_seen_beside_the_model(tmp_path):
@@ -192,16 +192,16 @@ def test_an_empty_feed_of_products_is_seen_beside_the_model(tmp_path):
     table = products_of(log)
     write(tmp_path / "model", log, table.rename(columns={"title": "title"}))
     write(tmp_path / "run", log, table.assign(category=None, price=np.nan))
-    found = {
+    findings = {
         check.name: check
         for check in attribute_checks(tmp_path / "run/products.parquet", tmp_path / "model/products.parquet")
     }
-    assert {name: check.level for name, check in found.items()} == {
+    assert {name: check.level for name, check in findings.items()} == {
         "products: title": "fine",
         "products: category": "stop",
         "products: price": "stop",
     }
-    assert f"{len(table):,} of {len(table):,} items have lost their category" in found["products: category"].says
+    assert f"{len(table):,} of {len(table):,} items have lost their category" in findings["products: category"].says
 
 
 def test_a_day_that_somebody_accepted_is_neither_judged_nor_a_measure(tmp_path):
@@ -219,8 +219,8 @@ def test_a_day_that_somebody_accepted_is_neither_judged_nor_a_measure(tmp_path):
 def test_a_second_broken_day_is_not_measured_by_the_first(tmp_path):
     log = a_shop(4, 300)
     two = log.timestamp >= pd.Timestamp(LAST) - pd.Timedelta(days=1)
-    found = day_figures(write(tmp_path, a_tenth(log, two)), LAST - timedelta(days=1), until=datetime(2026, 3, 21))
-    judged = judge_days(found, LAST - timedelta(days=1))
+    figures = day_figures(write(tmp_path, a_tenth(log, two)), LAST - timedelta(days=1), until=datetime(2026, 3, 21))
+    judged = judge_days(figures, LAST - timedelta(days=1))
     assert [worst(findings) for findings in judged.values()] == ["stop", "stop"]
 
 
@@ -265,10 +265,12 @@ def test_a_week_that_has_begun_is_compared_with_as_many_days_of_the_others(tmp_p
     log = a_shop(3, 4, days=280 + over + 1, growth=0)
     last = log.timestamp.max().normalize()
     folder = write(tmp_path, log)
-    found = look_at_input(folder, tmp_path / "models", since=str(last.date()))  # as on each night: the new day
-    assert list(found.judged) == [(last - timedelta(days=over)).date()] and worst(found.checks) == "fine", found.checks
+    report = look_at_input(folder, tmp_path / "models", since=str(last.date()))  # as on each night: the new day
+    assert list(report.judged) == [(last - timedelta(days=over)).date()] and worst(report.checks) == "fine", (
+        report.checks
+    )
     parts = log[log.timestamp.between(last - timedelta(days=over), last - timedelta(microseconds=1))]
-    events = next(check for check in found.checks if check.name == "events")
+    events = next(check for check in report.checks if check.name == "events")
     assert events.value == len(parts)
 
 
@@ -277,11 +279,11 @@ def test_every_broken_week_is_named_by_its_days_and_can_be_accepted(tmp_path):
     week = START + timedelta(days=266)  # of two, each with a twentieth of its events
     broken = log[(log.timestamp < str(week)) | (np.arange(len(log)) % 20 == 0)]
     asked = {"since": str(week), "until": str(week + timedelta(days=14)), "period": "week"}
-    found = look_at_input(write(tmp_path, broken), tmp_path / "models", **asked)
+    report = look_at_input(write(tmp_path, broken), tmp_path / "models", **asked)
     ranges = [f"{day}/{day + timedelta(days=6)}" for day in (week, week + timedelta(days=7))]
-    assert stopped_days(found) == ranges
-    remedies = " ".join(check.remedy for check in found.checks)
-    assert any(f"--accept {one}" in remedies for one in ranges)
+    assert stopped_days(report) == ranges
+    remedies = " ".join(check.remedy for check in report.checks)
+    assert any(f"--accept {span}" in remedies for span in ranges)
     again = look_at_input(tmp_path, tmp_path / "models", **asked, accepted=ranges)
     assert stopped_days(again) == [] and worst(again.checks) == "fine"
 
@@ -290,8 +292,8 @@ def test_names_of_the_data_are_data(tmp_path):
     log = a_shop(2, 200)
     odd = 'no {value}"; DROP TABLE log; --'
     table = products_of(log).rename(columns={"price": odd})
-    found = checks(write(tmp_path, log.assign(event=log.event.str.replace("cart", "<b>{usual}</b>")), table))
-    assert f"have no {odd}" in found[f"no {odd}"].says and not not_fine(found)
+    findings = checks(write(tmp_path, log.assign(event=log.event.str.replace("cart", "<b>{usual}</b>")), table))
+    assert f"have no {odd}" in findings[f"no {odd}"].says and not not_fine(findings)
 
 
 def test_a_day_is_judged_the_same_whichever_days_are_judged_with_it(tmp_path):

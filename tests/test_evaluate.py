@@ -74,26 +74,26 @@ def test_what_follows_the_split_changes_no_score(log, features, tmp_path, new_id
 def test_the_table_against_a_loop_over_the_log(log, features):
     "Popularity in plain Python: sets of ids straight from the log, one user and one item at a time."
     past, future = log[log.timestamp < SPLIT["test_from"]], log[log.timestamp >= SPLIT["test_from"]]
-    had, then = (part.groupby("user_id").item_id.agg(set).to_dict() for part in (past, future))
+    own, then = (part.groupby("user_id").item_id.agg(set).to_dict() for part in (past, future))
     buyers = past.groupby("item_id").user_id.nunique().to_dict()
     ranked = sorted(buyers, key=lambda item: (-buyers[item], item))
-    found = evaluate(features, [Popularity()], k=(1, 10), progress=False, bootstrap=20)
+    evaluation = evaluate(features, [Popularity()], k=(1, 10), progress=False, bootstrap=20)
     for task, new_only in (("discovery", True), ("next_purchase", False)):
         for k in (1, 10):
             each = []
-            for user in sorted(set(had) & set(then)):
-                relevant = {item for item in then[user] if item in buyers and not (new_only and item in had[user])}
-                figures = plain_metrics([item for item in ranked if not (new_only and item in had[user])], relevant, k)
+            for user in sorted(set(own) & set(then)):
+                relevant = {item for item in then[user] if item in buyers and not (new_only and item in own[user])}
+                figures = plain_metrics([item for item in ranked if not (new_only and item in own[user])], relevant, k)
                 if figures:
                     each.append(figures)
-            assert found.facts["users"][task] == len(each)
+            assert evaluation.facts["users"][task] == len(each)
             for name in each[0]:
-                assert found.value(task, "popularity", name, k) == pytest.approx(
+                assert evaluation.value(task, "popularity", name, k) == pytest.approx(
                     np.mean([e[name] for e in each]), abs=1e-9
                 ), (task, name, k)
     new_items = future.item_id.isin(set(log.item_id) - set(buyers))
-    assert found.facts["cold_items"] == pytest.approx(new_items.mean())
-    assert found.facts["cold_users"] == pytest.approx((~future.user_id.isin(had)).mean())
+    assert evaluation.facts["cold_items"] == pytest.approx(new_items.mean())
+    assert evaluation.facts["cold_users"] == pytest.approx((~future.user_id.isin(own)).mean())
 
 
 def test_the_size_of_the_blocks_changes_nothing(features):
@@ -123,9 +123,9 @@ def test_what_is_given_stays_as_it_is_and_shared_parts_are_fitted_once(features,
     monkeypatch.setattr(ALS, "_fit", lambda self, snapshot, fit=ALS._fit: (fits.append(1), fit(self, snapshot))[1])
     als = ALS(factors=4, iterations=2, num_threads=1)
     both = ScoreBlend([als, Popularity()])
-    found = evaluate(features, [als, both], k=[5], tasks=["discovery"], progress=False, bootstrap=10)
+    evaluation = evaluate(features, [als, both], k=[5], tasks=["discovery"], progress=False, bootstrap=10)
     assert len(fits) == 1 and not hasattr(als, "snapshot") and both.parts[0] is als
-    assert {name for _, name in found.hits} == {"ALS", "ALS + popularity"}
+    assert {name for _, name in evaluation.hits} == {"ALS", "ALS + popularity"}
 
 
 def test_the_test_period_has_no_say_in_a_competition(features):

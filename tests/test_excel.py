@@ -44,10 +44,10 @@ def take(tmp_path):
         ledger = ingest(source, out, **(LOOSE | options))
         assert ledger.rows_read == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged
         columns = "user_id, item_id, event, quantity, CAST(timestamp AS VARCHAR)"
-        kept = duckdb.execute(f"SELECT {columns} FROM '{out}/interactions.parquet'").fetchall()
+        good = duckdb.execute(f"SELECT {columns} FROM '{out}/interactions.parquet'").fetchall()
         with open(out / "rejects.csv", newline="") as file:
             bad = [(int(row["line"]), row["column"], row["value"], row["reason"]) for row in csv.DictReader(file)]
-        return kept, bad, ledger
+        return good, bad, ledger
 
     return take
 
@@ -101,8 +101,8 @@ def test_odd_rows_are_rejected_with_their_row(write, take):
         [],
         [" "],
     ]
-    kept, bad, ledger = take(write(rows))
-    assert kept == [(1, 101, "purchase", 1.0, "2026-01-05 00:00:00"), (3, 103, "purchase", 1.0, "2026-01-05 07:30:00")]
+    good, bad, ledger = take(write(rows))
+    assert good == [(1, 101, "purchase", 1.0, "2026-01-05 00:00:00"), (3, 103, "purchase", 1.0, "2026-01-05 07:30:00")]
     assert bad == [
         (5, "user_id", "true", "id is not a number or a text"),
         (6, "user_id", "#REF!", "an error in the sheet"),
@@ -114,10 +114,10 @@ def test_odd_rows_are_rejected_with_their_row(write, take):
 
 
 def test_zeros_that_a_format_shows_are_kept(write, take):
-    kept, _, _ = take(
+    good, _, _ = take(
         write([["user_id", "item_id"], [7, 123], [8, 45678]], formats={"B2": "00000", "B3": "00000"}),
     )
-    assert [row[1] for row in kept] == ["00123", "45678"]
+    assert [row[1] for row in good] == ["00123", "45678"]
 
 
 def test_zeros_that_excel_has_lost_are_named(write):
@@ -168,9 +168,9 @@ def test_attributes_keep_their_types(write, tmp_path):
         "BIGINT",
         "VARCHAR",
     ]
-    found = duckdb.execute(f"SELECT {', '.join(products[0])} FROM {table} ORDER BY item_id").fetchall()
-    assert found[0] == ("007", 1.5, "A", datetime(2026, 1, 5), True, 3, "0001")
-    assert found[1] == ("8", 2.0, "NA", None, False, None, "2")
+    stored = duckdb.execute(f"SELECT {', '.join(products[0])} FROM {table} ORDER BY item_id").fetchall()
+    assert stored[0] == ("007", 1.5, "A", datetime(2026, 1, 5), True, 3, "0001")
+    assert stored[1] == ("8", 2.0, "NA", None, False, None, "2")
     products[1].append("a note")
     error = refused(log, tmp_path / "out", products=write(products, "products.xlsx"))
     assert "column H has no name, but row 2 has a value there" in error

@@ -133,7 +133,7 @@ def every_list(server):
     lists["popular"] = server.get("/popular?n=50")[2]["recommendations"]
     lists["new"] = server.get("/new?n=50")[2]["recommendations"]
     for words in ("drink", "gift", POSTAGE, CARD, SAMPLE):
-        lists[f"search {words}"] = [one["item_id"] for one in server.get(f"/items?query={words}")[2]["items"]]
+        lists[f"search {words}"] = [product["item_id"] for product in server.get(f"/items?query={words}")[2]["items"]]
     bodies = [
         {"users": [1, 40, 99, 1000], "filters": {"exclude_seen": False}},
         {"users": [1, 40, 99, 1000], "filters": {"allow": [*EXCLUDED], "exclude_seen": False}},
@@ -144,7 +144,7 @@ def every_list(server):
     ]
     for number, body in enumerate(bodies):
         answer = server.ask("POST", "/recommend", {"n": 50, **body})[2]["results"]
-        lists |= {f"body {number} {one['user_id']}": one["recommendations"] for one in answer}
+        lists |= {f"body {number} {result['user_id']}": result["recommendations"] for result in answer}
     return lists
 
 
@@ -164,8 +164,8 @@ def test_no_list_of_any_model_has_an_excluded_item(shop, served, name, tmp_path)
         batch = load_table(tmp_path / "all" / "part-00000.parquet")
         assert len(batch["item_id"]) and not {*EXCLUDED} & {*batch["item_id"].tolist()}
         assert 99 in batch["user_id"], "who had gift cards only is no user of the model, and a customer all the same"
-        for one in recommend_many(recommender, [1, 40, 99, 1000], 50, task):
-            assert len(one) and not {*EXCLUDED} & {*one.items}
+        for answer in recommend_many(recommender, [1, 40, 99, 1000], 50, task):
+            assert len(answer) and not {*EXCLUDED} & {*answer.items}
 
 
 def test_the_features_are_those_of_a_log_without_the_excluded_rows(shop, tmp_path):

@@ -90,9 +90,9 @@ def test_shares_are_those_of_the_file_for_any_kind_of_id():
         )
     )
     for ids in (range(30_000), [f"user-{k}" for k in range(30_000)]):
-        found = Counter(arm and arm.label for arm in (book.arm_of(id, NOON) for id in ids))
+        counts = Counter(arm and arm.label for arm in (book.arm_of(id, NOON) for id in ids))
         for label, share in (("a=x", 0.1), ("a=y", 0.3), ("b=z", 0.5), (None, 0.1)):
-            assert abs(found[label] / 30_000 - share) < 5 * (share * (1 - share) / 30_000) ** 0.5, (label, found)
+            assert abs(counts[label] / 30_000 - share) < 5 * (share * (1 - share) / 30_000) ** 0.5, (label, counts)
 
 
 def test_another_process_deals_the_same(tmp_path):
@@ -101,7 +101,7 @@ def test_another_process_deals_the_same(tmp_path):
     expected = [book.arm_of(user, NOON).name for user in range(200)]
     command = [str(BIN / "product-recs"), "experiment", "assign", "--file", str(file), "--json"]
     run = subprocess.run([*command, *map(str, range(200))], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert [one["arm"] for one in json.loads(run.stdout)] == expected and {*expected} == {"control", "other"}
+    assert [row["arm"] for row in json.loads(run.stdout)] == expected and {*expected} == {"control", "other"}
 
 
 def test_growing_and_reordering_moves_nobody_who_was_in():
@@ -138,19 +138,22 @@ def test_two_workers_answer_each_user_by_their_arm(tmp_path, url, workers):
         assert {*labels.values()} == {"taste=control", "taste=other"}
         status, headers, body = server.ask("POST", "/recommend", {"users": [*USERS], "n": 4})
         assert status == 200 and {*arm_of(headers).split(",")} == {*labels.values()}
-        assert [one["recommendations"] for one in body["results"]] == [*lists.values()]
-        assert [one["experiment"] for one in body["results"]] == [*labels.values()]
+        assert [result["recommendations"] for result in body["results"]] == [*lists.values()]
+        assert [result["experiment"] for result in body["results"]] == [*labels.values()]
         guest = server.ask("POST", "/recommend", {"n": 4})
         assert arm_of(guest[1]) is None and "experiment" not in guest[2]["results"][0]
         assert arm_of(server.get("/similar/101")[1]) is None
         logged = [line["experiment"] for line in server.lines() if line["route"] == "/recommend/{user_id}"]
         assert {*logged} == {*labels.values()}
     with Store(url).open() as store:
-        shown = [one for one in store.impressions(10_000) if one.user_id is not None]
-        assert {one.user_id: f"{one.experiment}={one.arm}" for one in shown} == {
+        shown = [impression for impression in store.impressions(10_000) if impression.user_id is not None]
+        assert {impression.user_id: f"{impression.experiment}={impression.arm}" for impression in shown} == {
             str(user): label for user, label in labels.items()
         }
-        assert {(one.arm, one.model_version) for one in shown} == {("control", live), ("other", other)}
+        assert {(impression.arm, impression.model_version) for impression in shown} == {
+            ("control", live),
+            ("other", other),
+        }
     with (
         open_for_batch(tmp_path / "models", feedback=url) as recommender,
         open_arms(recommender, file, tmp_path / "models", url) as arms,
@@ -159,8 +162,8 @@ def test_two_workers_answer_each_user_by_their_arm(tmp_path, url, workers):
     query = f"SELECT user_id, item_id, experiment || '=' || arm FROM '{tmp_path}/lists/*.parquet'"
     rows = duckdb.execute(query).fetchall()
     for user in USERS:
-        assert [item for one, item, _ in rows if one == user] == lists[user]
-        assert {label for one, _, label in rows if one == user} == {labels[user]}
+        assert [item for person, item, _ in rows if person == user] == lists[user]
+        assert {label for person, _, label in rows if person == user} == {labels[user]}
 
 
 def test_a_model_that_breaks_fails_no_request(tmp_path):
@@ -171,20 +174,20 @@ def test_a_model_that_breaks_fails_no_request(tmp_path):
 
     def state(server):
         ready = server.get("/health/ready")[2].get("experiments")
-        [one] = server.get("/model")[2]["experiments"]["experiments"]
-        return ready, [arm["answers_from_live_because"] for arm in one["arms"]]
+        [experiment] = server.get("/model")[2]["experiments"]["experiments"]
+        return ready, [arm["answers_from_live_because"] for arm in experiment["arms"]]
 
     def gauge(server):
         text, name = server.get("/metrics")[2].decode(), "product_recs_experiment_arms_on_live_model "
         return float(next(line for line in text.splitlines() if line.startswith(name)).split()[-1])
 
     def ask():
-        found = {}
+        answers = {}
         for user in USERS:
             status, headers, _ = server.get(f"/recommend/{user}")
             assert status == 200
-            found[user] = arm_of(headers), headers["x-model-version"]
-        return found
+            answers[user] = arm_of(headers), headers["x-model-version"]
+        return answers
 
     with Server(tmp_path, tmp_path / "models", experiments_file=file, watch_seconds=0.05) as server:
         fallen = ask()
@@ -234,19 +237,19 @@ def test_what_the_model_of_an_arm_cannot_do_the_live_model_does(tmp_path):
         assert {headers["x-model-version"] for _, headers, _ in first.values()} == {"new", other}
         for user, (_, headers, _) in first.items():
             for _ in range(2):
-                status, found, _ = server.get(f"/recommend/{user}?task=next_purchase")
-                assert (status, found["x-model-version"], arm_of(found)) == (200, "new", arm_of(headers))
+                status, fields, _ = server.get(f"/recommend/{user}?task=next_purchase")
+                assert (status, fields["x-model-version"], arm_of(fields)) == (200, "new", arm_of(headers))
             assert server.get(f"/explain/{user}/101?task=next_purchase")[0] == 200
             assert server.get(f"/new?user_id={user}&category=even")[0] == 200
             assert server.get(f"/new?user_id={user}&category=blue")[0] == server.get("/new?category=blue")[0]
             assert server.get(f"/recommend/{user}")[1]["x-model-version"] == headers["x-model-version"]
         _, _, body = server.ask("POST", "/recommend", {"users": [*USERS], "filters": even})
-        assert [one["user_id"] for one in body["results"]] == [*USERS]
-        for one in body["results"]:
-            assert one["model_version"] == "new" and {item % 2 for item in one["recommendations"]} == {1}
-            assert one["experiment"] == arm_of(first[one["user_id"]][1])
+        assert [result["user_id"] for result in body["results"]] == [*USERS]
+        for result in body["results"]:
+            assert result["model_version"] == "new" and {item % 2 for item in result["recommendations"]} == {1}
+            assert result["experiment"] == arm_of(first[result["user_id"]][1])
         _, headers, body = server.ask("POST", "/recommend", {"users": [*USERS]})
-        assert [one["recommendations"] for one in body["results"]] == [
+        assert [result["recommendations"] for result in body["results"]] == [
             answer["recommendations"] for _, _, answer in first.values()
         ]
         assert {*headers["x-model-version"].split(",")} == {"new", other}
@@ -262,7 +265,7 @@ def test_what_the_model_of_an_arm_cannot_do_the_live_model_does(tmp_path):
     assert made.manifest["experiments"]["taste=other"]["model_version"] == "new"
     query = f"SELECT user_id, item_id FROM '{tmp_path}/lists/*.parquet' ORDER BY user_id, rank"
     rows = duckdb.execute(query).fetchall()
-    assert [[item for one, item in rows if one == user] for user in USERS] == bought
+    assert [[item for person, item in rows if person == user] for user in USERS] == bought
 
 
 def test_an_arm_answers_nobody_before_it_knows_who_is_forgotten(tmp_path, postgres):
@@ -285,9 +288,9 @@ def test_an_arm_answers_nobody_before_it_knows_who_is_forgotten(tmp_path, postgr
             write(tmp_path, HALVES % other)
             until(lambda: service.arms.opened)
             served = {user: service.answers.served(user) for user in USERS}
-            assert {one.arm.name for one in served.values()} == {"control", "other"}
-            assert {one.model.bundle.version for one in served.values()} == {live}
-            assert all(one.view.look(user).forgotten for user, one in served.items())
+            assert {serving.arm.name for serving in served.values()} == {"control", "other"}
+            assert {serving.model.bundle.version for serving in served.values()} == {live}
+            assert all(serving.view.look(user).forgotten for user, serving in served.items())
         finally:
             postgres.start()
         until(lambda: {service.answers.served(user).model.bundle.version for user in USERS} == {live, other})
@@ -322,16 +325,18 @@ def fill(store, rates, daily=40, days=15, seed=0, lose=0.0):
     rng, shown, events = np.random.default_rng(seed), [], []
     numbers = itertools.count()
     for day, (arm, rate), _ in itertools.product(range(days), rates.items(), range(daily)):
-        user, at = next(numbers), NOON + timedelta(days=day, seconds=int(rng.integers(0, 40_000)))
+        user, moment = next(numbers), NOON + timedelta(days=day, seconds=int(rng.integers(0, 40_000)))
         if arm == "b" and rng.random() < lose:
             continue
-        shown.append(Impression(f"r{user}", user, f"v{arm}", "popular", (1, 2), at, None, None, "discovery", "e", arm))
+        shown.append(
+            Impression(f"r{user}", user, f"v{arm}", "popular", (1, 2), moment, None, None, "discovery", "e", arm)
+        )
         if rng.random() < rate:
-            events.append(NewEvent(user, 2, timestamp=at + timedelta(hours=2)))
+            events.append(NewEvent(user, 2, timestamp=moment + timedelta(hours=2)))
         if rng.random() < 0.3:
-            events.append(NewEvent(user, 3, timestamp=at + timedelta(hours=3)))  # it was not shown
-            events.append(NewEvent(user, 2, timestamp=at - timedelta(hours=3)))  # before it was shown
-            events.append(NewEvent(user, 1, timestamp=at + timedelta(days=9)))  # too late
+            events.append(NewEvent(user, 3, timestamp=moment + timedelta(hours=3)))  # it was not shown
+            events.append(NewEvent(user, 2, timestamp=moment - timedelta(hours=3)))  # before it was shown
+            events.append(NewEvent(user, 1, timestamp=moment + timedelta(days=9)))  # too late
     store.add_impressions(shown)
     store.add_events(events)
     return events
@@ -343,9 +348,9 @@ def test_outcomes_of_the_store_are_counted_once_and_a_planted_lift_is_found(url)
         until_then = NOON + timedelta(days=60)
         measured = [Metric.of("users: purchase"), Metric.of("events: purchase")]
         users = user_outcomes(store, "e", measured, 7, until=until_then)
-        at = {one.user_id: one for one in store.impressions(10_000)}
-        counted = {one.user_id for one in events if timedelta(hours=1) < one.timestamp - at[one.user_id].at <
-                   timedelta(hours=2, seconds=1)}
+        shown = {impression.user_id: impression for impression in store.impressions(10_000)}
+        counted = {event.user_id for event in events if timedelta(hours=1) <
+                   event.timestamp - shown[event.user_id].shown_at < timedelta(hours=2, seconds=1)}
         assert {*users.index[users["users with a purchase"] == 1]} == counted and len(users) == 1200
         assert users["purchases a user"].sum() == len(counted)
         trial = evaluate_trial("e", users, {"a": 1, "b": 1}, "a", measured, until=until_then)
@@ -413,7 +418,7 @@ def test_numbers_a_user_with_a_long_tail_hold_too():
         values = [rng.negative_binomial(0.15, 0.15 / 0.35, (28, 100)) for _ in range(2)]
         sums = [(value.sum(1).cumsum(), (value**2).sum(1).cumsum()) for value in values]
         users = 100 * np.arange(1, 29)
-        days = compare(*(Group.of_sums(users, *one) for one in sums), all_looks(2 * users))
+        days = compare(*(Group.of_sums(users, *pair) for pair in sums), all_looks(2 * users))
         wrong += bool(((days.low > 0) | (days.high < 0)).any())
     assert wrong / runs <= 0.05
 
@@ -422,10 +427,10 @@ def test_a_planted_mismatch_of_the_arms_is_found_and_a_fair_one_is_not():
     rng = np.random.default_rng(3)
     fair = rng.binomial(200, 0.5, (500, 28)).cumsum(1)
     users = 200 * np.arange(1, 29)
-    p = np.array([ratio_p_of_all_looks(np.stack([one, users - one], -1), [1, 1])[-1] for one in fair])
+    p = np.array([ratio_p_of_all_looks(np.stack([counts, users - counts], -1), [1, 1])[-1] for counts in fair])
     assert (p < 0.01).mean() <= 0.01
     lost = rng.binomial(200, 0.46, (100, 28)).cumsum(1)
-    p = np.array([ratio_p_of_all_looks(np.stack([one, users - one], -1), [1, 1])[-1] for one in lost])
+    p = np.array([ratio_p_of_all_looks(np.stack([counts, users - counts], -1), [1, 1])[-1] for counts in lost])
     assert (p < 0.001).mean() > 0.9
 
 

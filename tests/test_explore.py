@@ -125,11 +125,11 @@ def test_two_of_ten_places_and_the_log_says_with_which_chance(models, tmp_path):
     assert 'product_recs_cache_requests_total{result="hit"} 1.0' in figures, "the second one was a kept answer"
     assert none["recommendations"] == greedy and short["recommendations"] == greedy[:4]  # a fifth of four is none
     assert len(set(fewer["recommendations"]) & set(RARE)) == 1 + len(set(greedy[:9]) & set(RARE))
-    found = logged(tmp_path)
+    lines = logged(tmp_path)
     as_keys = {str(item): chance for item, chance in tried.items()}
-    assert [chances for *_, chances in found[1:5]] == [as_keys] * 4, "the kept answer as well"
-    assert list(map(int, found[1][1])) == body["recommendations"]
-    assert len(found[5][2]) == 1 and [chances for *_, chances in found[6:8]] == [None, None]
+    assert [chances for *_, chances in lines[1:5]] == [as_keys] * 4, "the kept answer as well"
+    assert list(map(int, lines[1][1])) == body["recommendations"]
+    assert len(lines[5][2]) == 1 and [chances for *_, chances in lines[6:8]] == [None, None]
 
 
 def test_a_list_holds_for_a_day(models, tmp_path, monkeypatch):
@@ -147,9 +147,9 @@ def test_the_draws_are_as_often_as_the_log_says_and_an_estimate_from_it_is_right
             post(client, events=[{"item_id": 101}, {"item_id": 104}])
         for _ in range(3):
             post(client)  # of a guest nothing is known: popular
-    found = logged(tmp_path)
-    assert {(source, chances is None) for source, _, chances in found} == {("session", False), ("popular", True)}
-    lists = [(items, chances) for source, items, chances in found if source == "session"]
+    lines = logged(tmp_path)
+    assert {(source, chances is None) for source, _, chances in lines} == {("session", False), ("popular", True)}
+    lists = [(items, chances) for source, items, chances in lines if source == "session"]
     counts, chances = Counter(), {}
     for items, logged_chances in lists:
         assert len(logged_chances) == 2
@@ -181,15 +181,15 @@ def test_nothing_that_a_rule_removed_comes_back(models, tmp_path):
         for item in denied:
             client.post("/events", json={"user_id": 5, "item_id": item, "event": "deny"})
         client.post("/availability", json={"items": [{"item_id": item, "available": False} for item in sold_out]})
-        had = {line["item_id"] for line in get(client, "/users/5/history")["history"]}
+        history = {line["item_id"] for line in get(client, "/users/5/history")["history"]}
         for number in range(60):
             rules = {"deny": list(kept_away), "where": {"price": {"min": 2}}, "max_per": {"category": 4}}
-            [one] = post(client, users=[5], events=[{"item_id": 110 + number % 9}], filters=rules, detail=True)
-            items = one["recommendations"]
-            assert len(items) == len(set(items)) == 10 and explored_of(one) and not one["items"][0]["explored"]
-            assert not {*denied, *sold_out, *kept_away, *had} & {*items}
-            assert all(line["attributes"]["price"] >= 2 for line in one["items"])
-            assert max(Counter(line["attributes"]["category"] for line in one["items"]).values()) <= 4
+            [result] = post(client, users=[5], events=[{"item_id": 110 + number % 9}], filters=rules, detail=True)
+            items = result["recommendations"]
+            assert len(items) == len(set(items)) == 10 and explored_of(result) and not result["items"][0]["explored"]
+            assert not {*denied, *sold_out, *kept_away, *history} & {*items}
+            assert all(line["attributes"]["price"] >= 2 for line in result["items"])
+            assert max(Counter(line["attributes"]["category"] for line in result["items"]).values()) <= 4
             [only] = post(client, users=[5], filters={"allow": [*RARE[8:12], *KNOWN]}, detail=True)
             assert set(explored_of(only)) <= set(RARE[8:12])
         everything = post(client, users=[5], n=100, detail=True)[0]
@@ -201,8 +201,8 @@ def test_the_rung_content_explores_and_segment_and_popular_do_not(models, tmp_pa
         [content] = post(client, events=[{"item_id": COLD}], detail=True)
         assert content["source"] == "content" and len(explored_of(content)) == 2 and len(content["items"]) == 10
         for query in ({}, {"filters": {"where": {"category": ["tea"]}}}):
-            [one] = post(client, detail=True, **query)
-            assert one["source"] in ("popular", "segment") and "explored" not in one["items"][0]
+            [result] = post(client, detail=True, **query)
+            assert result["source"] in ("popular", "segment") and "explored" not in result["items"][0]
     assert [source for source, _, chances in logged(tmp_path) if chances] == ["content"]
 
 
@@ -227,8 +227,8 @@ def test_the_batch_draws_as_the_service_does(models, tmp_path):
     lists = recommend_many(recommender, users, 10, explore=today)
     with shop(models, tmp_path) as client:
         over_http = [get(client, f"/recommend/{user}")["recommendations"] for user in users]
-    assert [one.items for one in lists] == over_http
-    assert [len(one.propensities or {}) for one in lists] == [2] * 20 + [0]
+    assert [answer.items for answer in lists] == over_http
+    assert [len(answer.propensities or {}) for answer in lists] == [2] * 20 + [0]
     write_batch(recommender, Question(explore=today), tmp_path / "lists", progress=False)
     table = load_table(tmp_path / "lists" / "part-00000.parquet")
     rows = table["user_id"] == 1
@@ -253,26 +253,30 @@ def test_rules_and_a_posted_product_beside_exploration(models, tmp_path):
         answer = client.put("/rules", json={"rules": rules})
         assert answer.status_code == 200
         assert get(client, "/recommend/1?explore=0")["recommendations"][3] != 900  # nobody knows it yet
-        told = {"items": [{"item_id": 900, "attributes": {"title": "Dark roast", "category": "coffee", "price": 5}}]}
-        assert client.post("/items", json=told).json()["taken_up"]
+        product = {"items": [{"item_id": 900, "attributes": {"title": "Dark roast", "category": "coffee", "price": 5}}]}
+        assert client.post("/items", json=product).json()["taken_up"]
         before = get(client, "/recommend/1?explore=0&detail=true")
         body, again = (get(client, "/recommend/1?detail=true") for _ in range(2))  # the second one is kept
         [posted] = post(client, users=[1], detail=True)
-        lists = [one["recommendations"] for one in post(client, users=[*range(1, 81)])]
+        lists = [result["recommendations"] for result in post(client, users=[*range(1, 81)])]
         [varied] = post(client, users=[1], detail=True, diversity=1)
         [elsewhere] = post(client, users=[1], filters={"deny": [900]})
         pinned, tried = (get(client, f"/explain/1/{item}") for item in (900, [*explored_of(body)][0]))
     chances = explored_of(body)
     assert body == again and posted["items"] == body["items"]
     assert len(chances) == 2 and 900 not in chances and set(chances) <= {*RARE[10:]}
-    for one in (body, varied, before):
-        assert one["recommendations"][3] == 900 and one["items"][3]["rules"] == ["launch"] and len(one["items"]) == 10
-        assert one["items"][3]["title"] == "Dark roast" and one["items"][3].get("propensity", 1) == 1
+    for result in (body, varied, before):
+        assert (
+            result["recommendations"][3] == 900
+            and result["items"][3]["rules"] == ["launch"]
+            and len(result["items"]) == 10
+        )
+        assert result["items"][3]["title"] == "Dark roast" and result["items"][3].get("propensity", 1) == 1
     assert explored_of(varied) and varied["recommendations"] != body["recommendations"]
     assert 900 not in elsewhere["recommendations"]
     left = [item for item in before["recommendations"] if item in body["recommendations"]]
     assert [item for item in body["recommendations"] if item not in chances] == left  # the last ones gave way
-    assert all(one[3] == 900 and not {*buried, *excluded} & {*one} for one in lists)
+    assert all(items[3] == 900 and not {*buried, *excluded} & {*items} for items in lists)
     assert pinned["rules"] == ["pinned to place 4 by the rule 'launch'"] and pinned["explored"] is None
     assert tried["recommended"] and "shown to learn about it" in tried["explored"]
     with sqlite3.connect(tmp_path / "feedback.db") as database:
@@ -292,22 +296,22 @@ def test_no_list_fails_while_products_come_and_rules_change(models, tmp_path):
             rules = [{"name": "first", "pin": 1, "items": [item]}, {"name": "out", "exclude": True, "items": [RARE[0]]}]
             return client.put("/rules", json={"rules": rules})
 
-        had = {line["item_id"] for user in (1, 2) for line in get(client, f"/users/{user}/history")["history"]}
-        first = [item for item in KNOWN if item not in had][:2]
+        history = {line["item_id"] for user in (1, 2) for line in get(client, f"/users/{user}/history")["history"]}
+        first = [item for item in KNOWN if item not in history][:2]
         put(first[0])
 
         def ask(user):
             while not stop.is_set():
-                one = client.get(f"/recommend/{user}")
-                if one.status_code != 200 or one.json()["recommendations"][0] not in first:
-                    wrong.append(one.text)
+                response = client.get(f"/recommend/{user}")
+                if response.status_code != 200 or response.json()["recommendations"][0] not in first:
+                    wrong.append(response.text)
 
         askers = [threading.Thread(target=ask, args=[user]) for user in (1, 2, "nobody")]
         for asker in askers:
             asker.start()
         for turn in range(15):
-            told = {"items": [{"item_id": 900 + turn, "attributes": {"title": f"Product {turn}"}}]}
-            assert client.post("/items", json=told).status_code == 200
+            product = {"items": [{"item_id": 900 + turn, "attributes": {"title": f"Product {turn}"}}]}
+            assert client.post("/items", json=product).status_code == 200
             assert put(first[turn % 2]).status_code == 200
             assert get(client, "/recommend/1")["recommendations"][0] == first[turn % 2]
         stop.set()

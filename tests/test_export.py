@@ -46,9 +46,9 @@ def test_everything_is_there_and_after_the_deletion_nothing(tmp_path, url, opene
         until(lambda: len(store.impressions(10)) == 3)
         known = export(server, 1)
         assert known["user_id"] == 1 and known["spellings"] == ["1"] and known["forgotten"] is None
-        assert [(one["item_id"], one["event"]) for one in known["events"]] == [(102, "cart"), (104, "deny")]
+        assert [(event["item_id"], event["event"]) for event in known["events"]] == [(102, "cart"), (104, "deny")]
         assert known["events"][0]["happened"] == "2026-02-01T01:00:00+00:00" and known["denied"] == [104]
-        assert [one["items"] for one in known["impressions"]] == lists
+        assert [impression["items"] for impression in known["impressions"]] == lists
         assert known["impressions"][0]["task"] == "discovery"
         model = known["model"]
         assert model["known"] and model["used"] and len(model["history"]) == 11 and not model["left_out"]
@@ -69,7 +69,7 @@ def test_everything_is_there_and_after_the_deletion_nothing(tmp_path, url, opene
         # who comes back has what they did since
         server.ask("POST", "/events", {"events": [{"user_id": 1, "item_id": 106}]})
         back = export(server, 1)
-        assert [one["item_id"] for one in back["events"]] == [106] and back["forgotten"] == gone["forgotten"]
+        assert [event["item_id"] for event in back["events"]] == [106] and back["forgotten"] == gone["forgotten"]
     done = command(tmp_path, "export", "1", "--out", "one.json", database_url=url, models_dir=tmp_path / "models")
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "one.json").read_text())
@@ -85,7 +85,7 @@ def test_all_spellings_are_one_person(tmp_path, url, opened):
     store.add_impressions([Impression("r", "uSER1", "v", "popular", ["a1"], store.cut(0))])
     with Server(tmp_path, tmp_path / "models", database_url=url) as server:
         known = export(server, "uSeR1")
-        assert known["user_id"] == "User1" and [one["item_id"] for one in known["events"]] == ["A2", "A3"]
+        assert known["user_id"] == "User1" and [event["item_id"] for event in known["events"]] == ["A2", "A3"]
         assert known["impressions"][0]["items"] == ["A1"] and len(known["model"]["history"]) == 2
         assert server.ask("DELETE", "/users/USER1")[0] == 200
         gone = export(server, "user1")
@@ -101,7 +101,7 @@ def test_a_large_export_comes_in_pieces_and_a_store_that_is_away_is_an_error(tmp
     with Server(tmp_path, tmp_path / "models", database_url=url) as server:
         status, headers, body = server.get("/users/5/export")
         assert status == 200 and len(body["impressions"]) == 3000 and "content-length" not in headers
-        assert [one["request_id"] for one in body["impressions"]] == [f"r{k}" for k in range(3000)]
+        assert [impression["request_id"] for impression in body["impressions"]] == [f"r{k}" for k in range(3000)]
         assert server.get("/users/5/export", method="HEAD")[2] == b""
     (tmp_path / "file").touch()
     with Server(tmp_path, tmp_path / "models", database_url=f"sqlite:///{tmp_path}/file/no.db") as server:
@@ -139,7 +139,7 @@ def test_what_was_left_out_and_what_the_users_file_says(tmp_path):
     train_bundle(features, tmp_path / "models", publish_it=True, **fit)
     with Server(tmp_path, tmp_path / "models") as server:
         few, some, cold = (export(server, user)["model"] for user in (1, 2, 77))
-    assert few["known"] and few["history"] == [] and [one["item_id"] for one in few["left_out"]] == [10]
+    assert few["known"] and few["history"] == [] and [item["item_id"] for item in few["left_out"]] == [10]
     assert few["left_out"][0]["last"].startswith("2026-01-01") and few["computed"] == {}
     assert some["attributes"] == {"town": "Oslo", "age": 20} and len(some["history"]) >= 2
     assert some["computed"]["discovery"]["numbers"] == 4 and some["segment"]["users"] >= 20

@@ -57,7 +57,7 @@ class ByCategory(ALS):
         longer = np.zeros((len(snapshot.popularity), self.item_factors.shape[1]), np.float32)
         longer[: len(self.item_factors)] = self.item_factors
         kinds, trained = snapshot.item_columns["category"], snapshot.popularity > 0
-        for row in snapshot.told[~trained[snapshot.told]]:
+        for row in snapshot.changed_rows[~trained[snapshot.changed_rows]]:
             same = np.flatnonzero(trained & (kinds == kinds[row]))
             longer[row] = longer[same[0]] * np.float32(0.9) if len(same) else 0
         arrays = {"user_factors": self.user_factors, "item_factors": longer}
@@ -109,11 +109,11 @@ def ask(model, user=None, n=3, task=DISCOVERY, **more):
 
 
 def test_a_new_product_is_recommended_to_whom_it_suits(today):
-    one, two = ask(today, 1), ask(today, 2)
-    assert one.items == [101, 900, 1000] and two.items == [102, 901, 1001], "their own item, then what is like theirs"
-    assert one.source == "personalised" and one.model == "ALS" and one.shortfall is None
-    assert today.bundle.items.take(np.array(one.rows)) == one.items
-    first = ranked(today, one)[2]
+    even, odd = ask(today, 1), ask(today, 2)
+    assert even.items == [101, 900, 1000] and odd.items == [102, 901, 1001], "their own item, then what is like theirs"
+    assert even.source == "personalised" and even.model == "ALS" and even.shortfall is None
+    assert today.bundle.items.take(np.array(even.rows)) == even.items
+    first = ranked(today, even)[2]
     assert first["title"] == "Brand new even" and first["attributes"]["roast"] == "dark" and len(first["reasons"]) == 3
     assert first["attributes"]["popularity"] == 0 and first["attributes"]["price"] == 3.0
     assert all(reason["item_id"] % 2 for reason in first["reasons"]), "because of the even items, 103 and on"
@@ -163,14 +163,14 @@ def test_the_next_purchase_knows_new_products(today):
 
 
 def test_a_session_of_new_items_only(today):
-    found = ask(today, session=[Event(1000)])
-    assert found.source == "session" and all(item % 2 or item == 900 for item in found.items)
-    assert 1000 not in found.items and found.person.items.tolist() == [N + 2]
+    reply = ask(today, session=[Event(1000)])
+    assert reply.source == "session" and all(item % 2 or item == 900 for item in reply.items)
+    assert 1000 not in reply.items and reply.person.items.tolist() == [N + 2]
 
 
 def test_somebody_of_whom_only_attributes_are_known(today, tmp_path):
-    found = ask(today, attributes={"taste": "odd"})
-    assert found.source == "content" and found.model == "ALS" and set(found.items) <= {*range(102, 130, 2), 901, 1001}
+    reply = ask(today, attributes={"taste": "odd"})
+    assert reply.source == "content" and reply.model == "ALS" and set(reply.items) <= {*range(102, 130, 2), 901, 1001}
     assert ask(today, attributes={"taste": None}).source == "popular" == ask(today, attributes={"taste": "none"}).source
     assert explained(today, Request(attributes={"taste": "odd"}), 1001)["source"] == "content"
     save_table(tmp_path / "users.parquet", {"user_id": np.array([77]), "taste": np.array(["odd"], object)})
@@ -180,8 +180,8 @@ def test_somebody_of_whom_only_attributes_are_known(today, tmp_path):
     request = recommender.request(77, 3)
     person = recommender.person(request)
     assert recommender.takes_long(request, person) and recommender.answer(request, person) == ask(known, 77)
-    assert ask(known, 77).items == found.items and ask(known, 77).source == "content"
-    assert ask(known, 77, attributes={"taste": "even"}).items != found.items, "the request knows better"
+    assert ask(known, 77).items == reply.items and ask(known, 77).source == "content"
+    assert ask(known, 77, attributes={"taste": "even"}).items != reply.items, "the request knows better"
     assert ask(known, 77, state=UserState(forgotten=True)).source == "popular"
     assert score_request(known, Request(77)).source == "content" and ask(known, 1).source == "personalised"
     assert ask(known, 77, session=[Event(101)]).source == "session"
@@ -209,9 +209,9 @@ def test_the_batch_is_the_same_as_one_by_one(plain, places, task, tmp_path):
         assert recommend_many(recommender, users, n, task) == single
         write_batch(recommender, Question(n=n, task=task), tmp_path / "lists", users, progress=False)
         rows = duckdb.execute(f"SELECT user_id, item_id FROM '{tmp_path}/lists/*.parquet'")
-        assert rows.fetchall() == [(str(user), item) for user, one in zip(users, single) for item in one.items]
+        assert rows.fetchall() == [(str(user), item) for user, reply in zip(users, single) for item in reply.items]
     if places:
-        assert any(item >= 900 for one in single for item in one.items)
+        assert any(item >= 900 for reply in single for item in reply.items)
 
 
 # --- a model that places nothing
@@ -255,10 +255,10 @@ def test_new_and_the_search_list_what_nobody_has(plain, places):
     assert ranked_new(model, mine)[0]["attributes"]["price"] == 3.0
     assert new_for(model, Request(n=9), "odd").items == [1001, 901]
     assert 1000 not in new_for(model, Request(n=9, session=[Event(1000)])).items
-    found = lambda words, limit=20: [item["item_id"] for item in find_items(model, words, limit)]
-    assert found("brand new") == [1000, 1001] and found("even") == found("EVEN") and set(found("cold")) == {900, 901}
-    assert found("odd") == ([901, 1001] if places else [1001, 901]) and found("odd", 1) == found("odd")[:1]
-    assert found("1000") == [1000] and found("thing 3") == [104]
+    hits = lambda words, limit=20: [item["item_id"] for item in find_items(model, words, limit)]
+    assert hits("brand new") == [1000, 1001] and hits("even") == hits("EVEN") and set(hits("cold")) == {900, 901}
+    assert hits("odd") == ([901, 1001] if places else [1001, 901]) and hits("odd", 1) == hits("odd")[:1]
+    assert hits("1000") == [1000] and hits("thing 3") == [104]
     popular = Recommender(model).popular(2 * N)
     assert set(popular.items) == {*range(101, 101 + N)}
     assert ("4 items that nobody has" if places else NOT_A_CANDIDATE) in popular.shortfall
@@ -266,12 +266,12 @@ def test_new_and_the_search_list_what_nobody_has(plain, places):
 
 def test_products_of_the_file_take_what_was_told(plain):
     for model in (plain, placing(plain)):
-        told = extended(model, {"900": {"price": 1, "category": "odd"}}).prepare()
-        row = told.bundle.items.row(900)
-        assert told.bundle.item_columns["title"][row] == "Cold even" and told.bundle.item_columns["price"][row] == 1
-        assert told.bundle.cold_items.get(900) == {"title": "Cold even", "category": "odd", "price": 1.0}
-        assert new_for(told, Request(n=9), "odd").items == [900, 901], "in the order of the file"
-    assert 900 in ask(told, 2).items and 900 not in ask(told, 1).items, "it is placed by its new category"
+        wide = extended(model, {"900": {"price": 1, "category": "odd"}}).prepare()
+        row = wide.bundle.items.row(900)
+        assert wide.bundle.item_columns["title"][row] == "Cold even" and wide.bundle.item_columns["price"][row] == 1
+        assert wide.bundle.cold_items.get(900) == {"title": "Cold even", "category": "odd", "price": 1.0}
+        assert new_for(wide, Request(n=9), "odd").items == [900, 901], "in the order of the file"
+    assert 900 in ask(wide, 2).items and 900 not in ask(wide, 1).items, "it is placed by its new category"
 
 
 def test_what_was_deleted_is_as_if_it_had_never_been_told(plain):
@@ -342,11 +342,11 @@ def test_a_longer_table_of_ids_is_a_dictionary(kind, data):
     by_key = {folded(str(id), folds): row for row, id in enumerate(order)}
     assert table.ids.tolist() == order == [table[row] for row in range(len(table))] and len(table) == len(order)
     asked = data.draw(st.lists(KEYS[kind], max_size=8)) + keys
-    found = [by_key.get(folded(key, folds)) for key in asked]
-    assert [table.row(key) for key in asked] == found
-    assert rows_of(table, asked).tolist() == sorted({row for row in found if row is not None})
-    assert [table.shown(key) for key, row in zip(asked, found) if row is not None] == [
-        order[row] for row in found if row is not None
+    rows = [by_key.get(folded(key, folds)) for key in asked]
+    assert [table.row(key) for key in asked] == rows
+    assert rows_of(table, asked).tolist() == sorted({row for row in rows if row is not None})
+    assert [table.shown(key) for key, row in zip(asked, rows) if row is not None] == [
+        order[row] for row in rows if row is not None
     ]
 
 
@@ -366,11 +366,11 @@ def test_whatever_is_told_all_answers_hold(tmp_path_factory, places, texts, data
     plain = shop(folder, cold=not texts, **(ids if texts else {}))
     wide = extended(placing(plain) if places else plain, products).prepare()
     bundle = wide.bundle
-    told = {key: words for key, words in products.items() if words is not None}
+    posted = {key: words for key, words in products.items() if words is not None}
     folds = bundle.items.folds
     assert {folded(str(id), folds) for id in bundle.items.ids.tolist()} == {
         *(folded(str(id), folds) for id in plain.bundle.items.ids.tolist()),
-        *(folded(key, folds) for key in told),
+        *(folded(key, folds) for key in posted),
         *(("900", "901") if places and not texts else ()),
     }
     assert {len(values) for values in bundle.item_columns.values()} == {len(bundle.items)}
@@ -384,8 +384,8 @@ def test_whatever_is_told_all_answers_hold(tmp_path_factory, places, texts, data
     assert recommend_many(recommender, users, 4) == [recommender.recommend(user, 4) for user in users]
     if not places:
         assert recommender.recommend(users[0], 4).items == ask(plain, users[0], 4).items
-    for key in told:
+    for key in posted:
         assert explained(wide, Request(users[0], 4), key)["item_id"] == key and item_facts(wide, key, NOTHING_CHANGED)
         recommender.similar(key, 3)
         find_items(wide, key, 5)
-    assert len(new_for(wide, Request(users[0], 99)).items) <= len(told) + 2
+    assert len(new_for(wide, Request(users[0], 99)).items) <= len(posted) + 2

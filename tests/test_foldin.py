@@ -123,11 +123,11 @@ def bm25_with(sums, reference):
     length = 1 - b + b * np.diff(flat.indptr) / np.diff(flat.indptr).mean()
     rarity = np.zeros(sums.shape[1])
     rarity[flat.indices] = bm25(flat).data * (k1 * length[users] + 1) / (k1 + 1)
-    found = sums.copy()
+    weights = sums.copy()
     users = np.repeat(np.arange(sums.shape[0]), np.diff(sums.indptr))
     length = 1 - b + b * np.asarray(sums.sum(axis=1)).ravel() / total.mean()
-    found.data = sums.data * (k1 + 1) / (k1 * length[users] + sums.data) * rarity[sums.indices]
-    return found
+    weights.data = sums.data * (k1 + 1) / (k1 * length[users] + sums.data) * rarity[sums.indices]
+    return weights
 
 
 def test_who_has_no_news_is_answered_as_before(trained):
@@ -135,13 +135,13 @@ def test_who_has_no_news_is_answered_as_before(trained):
     als, everybody = model.model(), np.arange(len(model.bundle.users))
     np.testing.assert_allclose(als.fold_in(features.all.histories(everybody)), als.user_factors, rtol=1e-5, atol=1e-6)
     for row in everybody:
-        user, had = model.bundle.users[row], model.bundle.history(row)
+        user, history = model.bundle.users[row], model.bundle.history(row)
         for task in TASKS:
             calm, asked = person_now(model, user, task=task), model.model(task)
-            assert not calm.news and np.array_equal(calm.items, had.items)
+            assert not calm.news and np.array_equal(calm.items, history.items)
             scores = asked.scores(asked.users(np.array([row])))[0]
             np.testing.assert_array_equal(score_person(model, calm)[model.candidates], scores[model.candidates])
-            folded = asked.scores(asked.fold_in(had))[0]
+            folded = asked.scores(asked.fold_in(history))[0]
             np.testing.assert_allclose(folded, scores, rtol=1e-4, atol=1e-5)
         calm = person_now(model, user)
         solved = als.solver.solve(*confidence_with(model.bundle, row, ()))
@@ -158,8 +158,8 @@ def test_trained_factors_are_those_that_one_by_one_solves_give(trained, solver, 
     confidence = features.all.confidence.copy()
     confidence.data *= np.float32(0.5)  # below and above the weight of an untaken item
     model = fit_als(confidence, **QUICK, solver=solver, alpha=alpha, regularization=regularization)
-    one = Solver(model.item_factors, regularization, alpha)
-    expected = np.array([one.solve(row.indices, row.data) for row in confidence])
+    reference = Solver(model.item_factors, regularization, alpha)
+    expected = np.array([reference.solve(row.indices, row.data) for row in confidence])
     assert (np.linalg.norm(model.user_factors - expected, axis=1) <= 1e-5 * np.linalg.norm(expected, axis=1)).all()
 
 
@@ -207,20 +207,22 @@ def test_explanations_add_up(model):
     news = UserState((Event(model.bundle.items[5]), Event(model.bundle.items[40], "view")))
     for row in range(0, len(model.bundle.users), 9):
         for given in ((model.bundle.users[row],), (model.bundle.users[row], news), (None, news)):
-            who, buyer = (person_now(model, *given, task=task) for task in (DISCOVERY, NEXT_PURCHASE))
-            scores, next_scores = score_person(model, who), score_person(model, buyer)
+            person, buyer = (person_now(model, *given, task=task) for task in (DISCOVERY, NEXT_PURCHASE))
+            scores, next_scores = score_person(model, person), score_person(model, buyer)
             for item in (0, 5, 17, 40):
-                taste, next_one = why(model, who, item), why(model, buyer, item)
+                taste, next_one = why(model, person, item), why(model, buyer, item)
                 size = np.abs(taste.contributions).sum()
                 assert abs(taste.contributions.sum() - scores[item]) <= 1e-4 * size
                 assert abs(taste.other) <= 1e-4 * size and not taste.signals
-                assert sorted(taste.items.tolist()) == who.items.tolist() and (np.diff(taste.contributions) <= 0).all()
+                assert (
+                    sorted(taste.items.tolist()) == person.items.tolist() and (np.diff(taste.contributions) <= 0).all()
+                )
                 assert sum(next_one.signals.values()) == pytest.approx(next_scores[item], abs=1e-4)
-            place = why_not(model, who, int(who.items[0]), [(SEEN, who.items)], scores)
-            assert place.rule == SEEN and place.candidates == len(model.bundle.items) - len(who.items)
-            free = np.setdiff1d(np.arange(len(model.bundle.items)), who.items)
+            place = why_not(model, person, int(person.items[0]), [(SEEN, person.items)], scores)
+            assert place.rule == SEEN and place.candidates == len(model.bundle.items) - len(person.items)
+            free = np.setdiff1d(np.arange(len(model.bundle.items)), person.items)
             order = free[np.argsort(-scores[free], kind="stable")]
-            assert [why_not(model, who, int(item), [(SEEN, who.items)], scores).rank for item in order[:5]] == [
+            assert [why_not(model, person, int(item), [(SEEN, person.items)], scores).rank for item in order[:5]] == [
                 1,
                 2,
                 3,

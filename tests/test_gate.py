@@ -81,7 +81,7 @@ def judged(shop, challenger, criteria=QUICK, **more):
 
 
 def finding(result, name, what=""):
-    return next(one for one in result.findings if one.name == name and what in (one.what, ""))
+    return next(criterion for criterion in result.findings if criterion.name == name and what in (criterion.what, ""))
 
 
 def unchanged(shop):
@@ -112,17 +112,17 @@ def test_a_better_model_is_promoted_and_live(shop):
     assert record == json.loads(json.dumps(result.record)) and record["against"] == shop.champion
     assert record["tasks"]["discovery"]["low"] > 0 and record["at"].endswith("+00:00")
     verify_files(shop.models / shop.better)
-    [facts] = [one for one in version_facts(shop.models) if one["version"] == shop.better]
+    [facts] = [facts for facts in version_facts(shop.models) if facts["version"] == shop.better]
     assert facts["mark"] == "live" and facts["gate"]["verdict"] == PROMOTED
 
 
 def test_a_worse_model_is_held(shop):
     result = judged(shop, shop.worse)
     assert result.verdict == HELD and result.exit_code == 4 and not result.published
-    broken = {one.name for one in result.findings if one.follows == HOLD}
+    broken = {criterion.name for criterion in result.findings if criterion.follows == HOLD}
     assert {"comparison", "coverage"} <= broken and "significantly worse" in result.reasons[0]
     unchanged(shop)
-    assert [one["mark"] for one in version_facts(shop.models) if one["version"] == shop.worse] == ["held"]
+    assert [facts["mark"] for facts in version_facts(shop.models) if facts["version"] == shop.worse] == ["held"]
 
 
 def test_a_model_with_a_task_less_is_held(shop, made):
@@ -194,7 +194,7 @@ def test_too_few_users_are_for_a_person(shop):
     assert result.verdict == NEEDS_A_PERSON and result.exit_code == 3
     assert all("too few users" in reason for reason in result.reasons)
     unchanged(shop)
-    assert [one["mark"] for one in version_facts(shop.models) if one["version"] == shop.better] == ["waits"]
+    assert [facts["mark"] for facts in version_facts(shop.models) if facts["version"] == shop.better] == ["waits"]
 
 
 def test_lists_that_became_short_hold_a_model(shop, made, tmp_path):
@@ -260,7 +260,7 @@ def test_a_shop_whose_ids_are_texts(tmp_path):
     golden = (GoldenUser("u 1", must_not=("i/105",)), GoldenUser("u 0", must_not=("i/105",)))
     options = {"models_dir": tmp_path / "models", "features": features, "progress": False}
     result = gate(challenger, criteria=Criteria(bootstrap=50, sample=20, golden_users=golden), **options)
-    assert [bool(one.unknown) for one in result.golden] == [False, True] and len(result.golden[0].items) == 10
+    assert [bool(user.unknown) for user in result.golden] == [False, True] and len(result.golden[0].items) == 10
     assert result.verdict == NEEDS_A_PERSON and result.reasons == (
         "Golden user u 0 cannot be judged: the model does not know the user.",
     )
@@ -272,7 +272,7 @@ def test_a_log_without_times_is_judged_by_hidden_items(tmp_path):
     champion, challenger = (trained(tmp_path, features, factors=factors, next_model="none") for factors in (4, 16))
     publish(tmp_path / "models", champion)
     result = gate(challenger, models_dir=tmp_path / "models", criteria=QUICK, features=features, progress=False)
-    assert [one.what for one in result.findings if one.name == "comparison"] == ["discovery"]
+    assert [criterion.what for criterion in result.findings if criterion.name == "comparison"] == ["discovery"]
     assert not finding(result, "cold_users").judged and result.verdict in (PROMOTED, NEEDS_A_PERSON)
 
 
@@ -291,29 +291,29 @@ def test_a_model_of_unknown_interactions_is_for_a_person(shop):
 
 
 def test_a_person_overrules_the_gate_on_the_record(shop, capsys):
-    at = ["--models-dir", str(shop.models)]
+    options = ["--models-dir", str(shop.models)]
     judged(shop, shop.worse)
     for words in (["publish", shop.worse], ["publish", shop.worse, "--by", "Ada"], ["rollback", shop.worse]):
-        assert main([*words, *at]) == 1
+        assert main([*words, *options]) == 1
         said = capsys.readouterr().err
         assert "was held by the gate" in said and "--by NAME --reason TEXT" in said
-    assert main(["publish", shop.worse, "--by", "NAME", "--reason", "TEXT", *at]) == 1  # as it was printed
+    assert main(["publish", shop.worse, "--by", "NAME", "--reason", "TEXT", *options]) == 1  # as it was printed
     unchanged(shop)
-    assert main(["models", *at]) == 0
+    assert main(["models", *options]) == 0
     listed = capsys.readouterr().out
     assert "held by the gate: Discovery" in listed and "--by NAME --reason TEXT" in listed
-    assert main(["publish", shop.worse, "--by", "Ada", "--reason", "Easter: only these are left", *at]) == 0
+    assert main(["publish", shop.worse, "--by", "Ada", "--reason", "Easter: only these are left", *options]) == 0
     assert current_version(shop.models) == shop.worse
     [record] = read_manifest(shop.models / shop.worse)["metrics"]["overrides"]
     assert record["by"] == "Ada" and record["reason"] == "Easter: only these are left" and record["verdict"] == HELD
     assert record["at"] and "significantly worse" in record["against"][0]
     capsys.readouterr()
-    assert main(["models", *at]) == 0
+    assert main(["models", *options]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "published by Ada, " in shown and "the gate had held it: Easter: only these are left" in shown
     verify_files(shop.models / shop.worse)
-    assert main(["rollback", *at]) == 0 and current_version(shop.models) == shop.champion
-    assert main(["rollback", shop.worse, *at]) == 1  # it was live, and was taken back
+    assert main(["rollback", *options]) == 0 and current_version(shop.models) == shop.champion
+    assert main(["rollback", shop.worse, *options]) == 1  # it was live, and was taken back
 
 
 def test_nothing_speaks_against_a_promoted_model(shop):
@@ -359,8 +359,8 @@ def test_the_command_judges_publishes_and_holds(tmp_path, monkeypatch):
                 [client.get_experiment_by_name("product-recs").experiment_id], "attributes.run_name = 'gate'"
             )
             assert run.data.tags["kind"] == "gate" and "gate/exit_code" in run.data.metrics
-            kept = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "reports")}
-            assert kept == {"gate.html", "metrics.json"}
+            files = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "reports")}
+            assert files == {"gate.html", "metrics.json"}
     worse = trained(root, features, model="recent popularity")
     done = call(root, "product-recs", "gate", "--criteria", "gate.yaml", "--quiet", "--dry-run")
     assert done.returncode == 4 and done.stdout.startswith(f"Held: model {worse}"), done.stdout + done.stderr

@@ -68,7 +68,8 @@ def chunked(body, size=65536):
     "A body in chunks."
     return (
         b"".join(
-            b"%x\r\n%b\r\n" % (len(part), part) for part in (body[at : at + size] for at in range(0, len(body), size))
+            b"%x\r\n%b\r\n" % (len(part), part)
+            for part in (body[start : start + size] for start in range(0, len(body), size))
         )
         + b"0\r\n\r\n"
     )
@@ -440,7 +441,7 @@ def of_methods():
                     "" if head else method,
                     method,
                     check=lambda headers, body, right=right, head=head: (
-                        body == b"" if head else all(one in headers["allow"] for one in right)
+                        body == b"" if head else all(verb in headers["allow"] for verb in right)
                     ),
                 )
     yield Hostile("`OPTIONS *`", request("OPTIONS", "*"), 404, method="OPTIONS")
@@ -651,7 +652,7 @@ def whole(server):
 @pytest.mark.parametrize("group", GROUPS)
 def test_each_has_its_one_answer(server, group):
     faults = {
-        case.name: found for case in CASES if case.group == group and (found := fault(case, send(server.port, case)))
+        case.name: flaw for case in CASES if case.group == group and (flaw := fault(case, send(server.port, case)))
     }
     assert not faults
     assert whole(server)

@@ -1,6 +1,7 @@
 """The shape of the package beyond what .importlinter says: its floors, its private names, its notebooks."""
 
 import ast
+import json
 from functools import cache
 
 import grimp
@@ -51,3 +52,29 @@ def test_each_module_has_the_notebook_of_its_name():
         assert (ROOT / "nbs" / inside).exists() or inside.stem in story, path
     notebooks = {path.relative_to(ROOT / "nbs").with_suffix("") for path in (ROOT / "nbs").glob("*/*.ipynb")}
     assert notebooks == {path.relative_to(PACKAGE).with_suffix("") for path in MODULES if path.parent != PACKAGE}
+
+
+EMPTY_NAMES = {"who", "told", "had", "there", "kept", "found", "at", "one"}
+WRITTEN = [path for folder in ("tests", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+
+
+def cells_of(path):
+    "The code of a notebook, cell by cell, without lines for the shell; of another file the whole."
+    if path.suffix == ".py":
+        return [path.read_text(encoding="utf-8")]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [source for source in code if not source.lstrip().startswith(("!", "%"))]
+
+
+@pytest.mark.parametrize(
+    "path", [*(ROOT / "nbs").rglob("*.ipynb"), *WRITTEN], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_local_names_say_what_they_hold(path):
+    for source in cells_of(path):
+        for node in ast.walk(ast.parse(source)):
+            stored = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            name = node.id if stored else node.arg if isinstance(node, ast.arg) else None
+            assert name not in EMPTY_NAMES, (
+                f"{name!r} does not say what it holds: {source.splitlines()[node.lineno - 1]}"
+            )

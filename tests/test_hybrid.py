@@ -39,12 +39,12 @@ def longer(snapshot, changed=(), unknown=0):
     moved = np.arange(n)
     moved[list(changed)] += 1
     columns = {name: values[np.concatenate([moved, twins])] for name, values in columns.items()}
-    told = np.concatenate([np.array(changed, int), n + np.arange(len(twins))])
-    return snapshot.widened(columns, n + len(twins), told)
+    rows = np.concatenate([np.array(changed, int), n + np.arange(len(twins))])
+    return snapshot.widened(columns, n + len(twins), rows)
 
 
-def close(one, other):
-    return np.allclose(one, other, rtol=1e-4, atol=1e-4)
+def close(scores, other):
+    return np.allclose(scores, other, rtol=1e-4, atol=1e-4)
 
 
 def session(*items):
@@ -70,8 +70,8 @@ def test_new_products_stand_behind_the_others_and_change_nothing_for_them(fitted
     assert set(np.unique(free)) - {-1} == set(np.flatnonzero(wide.candidates))
     own = wide.snapshot.counts[ROWS]
     closed = np.array([ITEMS, 3])
-    found = wide.top(wide.users(ROWS), ITEMS, own, closed)[0]
-    assert not np.isin(found, closed).any() and np.isin(found, ITEMS + 1 + np.arange(NEW - 1)).any()
+    items = wide.top(wide.users(ROWS), ITEMS, own, closed)[0]
+    assert not np.isin(items, closed).any() and np.isin(items, ITEMS + 1 + np.arange(NEW - 1)).any()
 
 
 @every
@@ -116,10 +116,10 @@ def test_contributions_of_new_items_and_sessions_of_them_add_up(fitted, name):
     for history in (session(new), session(2, 20, new), session(ITEMS + NEW), model.snapshot.history(17), NOBODY):
         scores = wide.scores(wide.fold_in(history))[0]
         for item in (0, 20, new, ITEMS + 1, ITEMS - 1, ITEMS + NEW):
-            found = wide.contributions(history, item)
-            assert abs(found.score - scores[item]) < 1e-4 * (1 + np.abs(scores).max()), (history.items, item)
-            assert abs(found.parts.sum() + sum(found.signals.values()) - found.score) < 1e-9 * (1 + abs(found.score))
-            assert np.isin(found.items, history.items).all()
+            cause = wide.contributions(history, item)
+            assert abs(cause.score - scores[item]) < 1e-4 * (1 + np.abs(scores).max()), (history.items, item)
+            assert abs(cause.parts.sum() + sum(cause.signals.values()) - cause.score) < 1e-9 * (1 + abs(cause.score))
+            assert np.isin(cause.items, history.items).all()
 
 
 @every
@@ -135,15 +135,15 @@ def test_a_session_of_new_products_only_is_known_and_led_to_their_like(fitted, n
         assert np.isfinite(alike[twin])
     both = Histories(np.array([0, 1, 1, 3]), np.array([new[0], 4, new[-1]], np.int32), *(np.ones(3, np.float32),) * 3)
     block = wide.scores(wide.fold_in(both))
-    for place, one in enumerate((session(new[0]), NOBODY, session(4, new[-1]))):
-        assert close(block[place], wide.scores(wide.fold_in(one))[0])
+    for place, history in enumerate((session(new[0]), NOBODY, session(4, new[-1]))):
+        assert close(block[place], wide.scores(wide.fold_in(history))[0])
 
 
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if isinstance(model, Hybrid)])
 def test_what_a_guest_tells_counts_as_the_users_file_does(fitted, name):
     model = fitted(name)
     columns, counts = model.snapshot.user_columns, model.snapshot.counts
-    about = lambda *told: replace(NOBODY, about=told)  # noqa: E731
+    about = lambda *attributes: replace(NOBODY, about=attributes)  # noqa: E731
     rome, nothing, odd = ({"town": "Rome"}, None, {"town": "Atlantis", "age": None, "planet": "Mars"})
     assert model.knows(model.fold_in(about(rome)))[0]
     assert not model.knows(model.fold_in(about(nothing)))[0] and not model.knows(model.fold_in(about(odd)))[0]
@@ -151,15 +151,15 @@ def test_what_a_guest_tells_counts_as_the_users_file_does(fitted, name):
         row for row in range(USERS) if columns["town"][row] == "Rome" and columns["age"][row] != columns["age"][row]
     )
     known = model.snapshot.history(row)
-    told = replace(known, rows=None, about=(rome,))
-    assert close(model.scores(model.fold_in(known)), model.scores(model.fold_in(told)))
+    guest = replace(known, rows=None, about=(rome,))
+    assert close(model.scores(model.fold_in(known)), model.scores(model.fold_in(guest)))
     start = model.scores(model.fold_in(about(rome)))[0]
     empty = model.scores(model.fold_in(NOBODY))[0]
     assert close(start, empty) == (model.parameters["attributes"] == 0)
     if model.parameters["attributes"]:  # what people of Rome have more often than others gains most
-        there = columns["town"] == "Rome"
-        had = counts.toarray() > 0
-        lift = np.log((had[there].sum(axis=0) + 5) / (had.sum(axis=0) * there.mean() + 5))
+        romans = columns["town"] == "Rome"
+        owned = counts.toarray() > 0
+        lift = np.log((owned[romans].sum(axis=0) + 5) / (owned.sum(axis=0) * romans.mean() + 5))
         popular = np.flatnonzero(model.popularity > 10)
         assert np.corrcoef((start - empty)[popular], lift[popular])[0, 1] > 0.9
     nobody = np.empty(0, np.float32)

@@ -147,8 +147,8 @@ def test_a_guest_of_whom_only_attributes_are_known(shop, posted):
     for age, own, cold in (("old", TEA, COLD_TEA), ("young", COFFEE, COLD_COFFEE)):
         answer = shop.ask("POST", "/recommend", {"n": 8, "attributes": {"age": age}})[2]["results"][0]
         assert answer["source"] == "content" and set(answer["recommendations"]) <= {*own, cold, posted}
-        told = {"n": 4, "attributes": {"age": age}, "task": "next_purchase"}
-        answer = shop.ask("POST", "/recommend", told)[2]["results"][0]
+        body = {"n": 4, "attributes": {"age": age}, "task": "next_purchase"}
+        answer = shop.ask("POST", "/recommend", body)[2]["results"][0]
         assert answer["source"] == "content" and set(answer["recommendations"]) <= {*own, cold, posted}
     answer = ask(shop, 500)
     assert answer["source"] == "content" and set(answer["recommendations"]) <= {*COFFEE, COLD_COFFEE}
@@ -171,10 +171,10 @@ def test_a_batch_is_what_the_service_answers(shop):
     with open_recommender(shop.folder / "models") as recommender:
         lists = {task: recommend_many(recommender, users, 8, task) for task in ("discovery", "next_purchase")}
     for task, many in lists.items():
-        for user, one in zip(users, many, strict=True):
+        for user, expected in zip(users, many, strict=True):
             answer = shop.get(f"/recommend/{user}?task={task}&n=8&detail=true")[2]
-            assert answer["recommendations"] == one.items and answer["source"] == one.source, (task, user)
-            assert [line["score"] for line in answer["items"]] == pytest.approx(one.scores, rel=1e-4, abs=1e-5)
+            assert answer["recommendations"] == expected.items and answer["source"] == expected.source, (task, user)
+            assert [line["score"] for line in answer["items"]] == pytest.approx(expected.scores, rel=1e-4, abs=1e-5)
 
 
 def test_what_was_posted_stays_through_training_and_rollback(shop, posted):

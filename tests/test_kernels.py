@@ -46,18 +46,18 @@ def load(folder, name="_search"):
     "What `compiled` gives, and what it warned of."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = compiled(name, folder)
-    return found, [str(warning.message) for warning in caught]
+        kernels = compiled(name, folder)
+    return kernels, [str(warning.message) for warning in caught]
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_kernels_of_this_checkout_are_the_ones_that_the_code_expects(name):
-    found = compiled(name)
-    if found is None:
+    kernels = compiled(name)
+    if kernels is None:
         pytest.skip("the kernels were not built")
-    found.kernels_source.restype = ctypes.c_uint64
-    assert found.kernels_abi() == KERNELS_ABI
-    assert found.kernels_source() == int(digest(ROOT / "product_recs" / f"{name}.c"), 16)
+    kernels.kernels_source.restype = ctypes.c_uint64
+    assert kernels.kernels_abi() == KERNELS_ABI
+    assert kernels.kernels_source() == int(digest(ROOT / "product_recs" / f"{name}.c"), 16)
 
 
 @needs_compiler
@@ -82,8 +82,8 @@ def test_a_file_that_does_not_fit_is_left_alone_and_named(tmp_path, fault):
         library.write_bytes(
             {"empty": b"", "cut off": good[: len(good) // 2], "no library": b"a file of text\n" * 20}[fault]
         )
-    found, said = load(tmp_path)
-    assert found is None and len(said) == 1
+    kernels, said = load(tmp_path)
+    assert kernels is None and len(said) == 1
     assert str(library) in said[0] and "make kernels" in said[0] and "NumPy" in said[0]
 
 
@@ -111,15 +111,15 @@ def test_of_several_files_the_one_that_fits_is_taken(tmp_path, stale):
     fresh = {"_search.abi3.so", "_search.cpython-311-x86_64-linux-gnu.so"} - {stale}
     says(tmp_path / stale, abi=KERNELS_ABI + 1, which=1)
     says(tmp_path / fresh.pop(), source=digest(tmp_path / "_search.c"), which=2)
-    found, said = load(tmp_path)
-    assert found.which() == 2 and said == []
+    kernels, said = load(tmp_path)
+    assert kernels.which() == 2 and said == []
 
 
 @needs_compiler
 def test_in_a_wheel_there_is_no_source_to_compare_with(tmp_path):
     says(tmp_path / "_search.abi3.so", source="1234")
-    found, said = load(tmp_path)
-    assert found.which() == 1 and said == []
+    kernels, said = load(tmp_path)
+    assert kernels.which() == 1 and said == []
 
 
 @needs_compiler

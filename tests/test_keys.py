@@ -28,9 +28,9 @@ from product_recs.train import train_bundle
 
 PEOPLE, THINGS = [str(n) for n in range(1, 9)], [str(n) for n in range(10, 20)]
 TEXT_PERSON, TEXT_THING = "a7", "b7"
-BOUGHT = {person: {THINGS[(at + step) % len(THINGS)] for step in (0, 1, 3)} for at, person in enumerate(PEOPLE)} | {
-    TEXT_PERSON: {"10", TEXT_THING}
-}
+BOUGHT = {
+    person: {THINGS[(index + step) % len(THINGS)] for step in (0, 1, 3)} for index, person in enumerate(PEOPLE)
+} | {TEXT_PERSON: {"10", TEXT_THING}}
 """what each had before the service began: in the models made by hand, and in the shop's files"""
 TRIED = st.sampled_from([*PEOPLE[:3], TEXT_PERSON])  # few, so that things meet
 ITEMS = st.sampled_from([*THINGS[:5], TEXT_THING])
@@ -82,8 +82,8 @@ class Shop(RuleBasedStateMachine):
                 if kind == "texts" or person.isdigit() and thing.isdigit()
             ]
             dated = [
-                f"{person}{'.0' if kind == 'texts' and person == '2' else ''},{thing},2026-01-{1 + at % 28:02}"
-                for at, (person, thing) in enumerate(rows)
+                f"{person}{'.0' if kind == 'texts' and person == '2' else ''},{thing},2026-01-{1 + index % 28:02}"
+                for index, (person, thing) in enumerate(rows)
             ]
             (self.folder / f"{kind}.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(dated) + "\n")
         (self.folder / "none").mkdir()
@@ -190,13 +190,13 @@ class Shop(RuleBasedStateMachine):
             assert isinstance(user, str) == isinstance(item, str) == (kind == "texts")
             learned[id_key(user)].add(id_key(item))
         for user in {*BOUGHT, *self.events}:
-            told = {item for item in self.events[user] if fits(user) and fits(item)}
+            feedback = {item for item in self.events[user] if fits(user) and fits(item)}
             before = (
                 {item for item in BOUGHT.get(user, ()) if fits(user) and fits(item)}
                 if user not in self.forgotten
                 else set()
             )
-            assert learned[user] == told | before, (user, "is what training learned and what was told")
+            assert learned[user] == feedback | before, (user, "is what training learned and what was told")
         lost = [item for user, items in self.events.items() for item in items if not (fits(user) and fits(item))]
         assert ledger.rows_rejected == len(lost), "what is left out is counted"
         version, _ = train_bundle(
@@ -215,29 +215,29 @@ class Shop(RuleBasedStateMachine):
         if not getattr(self, "client", None):
             return
         bundle = self.live()
-        for at, user in enumerate((*PEOPLE[:3], TEXT_PERSON)):
-            asked = carried(user, ("number", "text", "pandas")[(at + len(self.events[user])) % 3])
+        for index, user in enumerate((*PEOPLE[:3], TEXT_PERSON)):
+            asked = carried(user, ("number", "text", "pandas")[(index + len(self.events[user])) % 3])
             state = self.client.app.state.service.desk.changes.state(asked)
             assert state.denied == self.denied[user]
-            told = self.client.get(f"/users/{asked}/history?limit=1000").json()
+            answer = self.client.get(f"/users/{asked}/history?limit=1000").json()
             shows_numbers = bundle is None or bundle.users.is_int
-            assert told["user_id"] == (int(user) if shows_numbers and user.isdigit() else user)
-            had = {id_key(line["item_id"]) for line in told["history"] if line["event"] not in ("deny", "undeny")}
+            assert answer["user_id"] == (int(user) if shows_numbers and user.isdigit() else user)
+            history = {id_key(line["item_id"]) for line in answer["history"] if line["event"] not in ("deny", "undeny")}
             trained = (
                 {id_key(item) for item in bundle.items.take(bundle.history(row).items)}
                 if bundle and (row := bundle.users.row(user)) is not None
                 else set()
             )
             if user in self.forgotten:
-                assert had == {*self.events[user]}, "a forgotten person came back"
+                assert history == {*self.events[user]}, "a forgotten person came back"
             else:
-                assert had == {*self.events[user]} | trained
+                assert history == {*self.events[user]} | trained
             if bundle is None:
                 continue
-            found = [id_key(item) for item in self.client.get(f"/recommend/{asked}?n=50").json()["recommendations"]]
-            assert len({*found}) == len(found) and not {*found} & self.denied[user]
-            assert not {*found} & {item for item, gone in self.gone.items() if gone}
-            assert not {*found} & {item for item in had if bundle.rules.fits("user_id", user)}
+            items = [id_key(item) for item in self.client.get(f"/recommend/{asked}?n=50").json()["recommendations"]]
+            assert len({*items}) == len(items) and not {*items} & self.denied[user]
+            assert not {*items} & {item for item, gone in self.gone.items() if gone}
+            assert not {*items} & {item for item in history if bundle.rules.fits("user_id", user)}
 
 
 Shop.TestCase.settings = settings(

@@ -171,7 +171,7 @@ def first_reason(model, request, row, seen, asked_about=None):
         if isinstance(wanted, dict):
             fits = value == value and wanted.get("min", -math.inf) <= value <= wanted.get("max", math.inf)
         else:
-            fits = any(same(value, one) for one in wanted)
+            fits = any(same(value, choice) for choice in wanted)
         if not fits:
             return f"outside the filter on '{name}'"
     return None
@@ -201,18 +201,18 @@ def reference(model, request, scores, seen=(), asked_about=None, unlike=None):
     return [bundle.items[row] for row in taken], [scores[row] for row in taken], reasons
 
 
-def check(model, request, found, scores, seen=(), asked_about=None, unlike=None):
+def check(model, request, result, scores, seen=(), asked_about=None, unlike=None):
     "What must hold for every list."
     items, expected, reasons = reference(model, request, scores, seen, asked_about, unlike)
-    assert found.items == items
-    assert np.allclose(found.scores, expected, atol=1e-5)
-    assert [model.bundle.items[row] for row in found.rows] == items
-    assert len(set(found.items)) == len(found.items) <= request.n
-    assert all(a >= b for a, b in zip(found.scores, found.scores[1:]))
-    assert (found.shortfall is None) == (len(found) == request.n)
-    if found.shortfall is None:
+    assert result.items == items
+    assert np.allclose(result.scores, expected, atol=1e-5)
+    assert [model.bundle.items[row] for row in result.rows] == items
+    assert len(set(result.items)) == len(result.items) <= request.n
+    assert all(a >= b for a, b in zip(result.scores, result.scores[1:]))
+    assert (result.shortfall is None) == (len(result) == request.n)
+    if result.shortfall is None:
         return
-    stated = re.fullmatch(rf"only {len(found)} of {request.n}: (.+)", found.shortfall)[1]
+    stated = re.fullmatch(rf"only {len(result)} of {request.n}: (.+)", result.shortfall)[1]
     if "no more items" in stated:
         assert not reasons
         return
@@ -222,7 +222,7 @@ def check(model, request, found, scores, seen=(), asked_about=None, unlike=None)
         reason = "full" if reason.startswith("beyond ") else reason
         counts[reason] = counts.get(reason, 0) + int(number)
     assert counts == reasons  # every item that is missing is counted once, under the rule that took it
-    assert sum(counts.values()) + len(found) == len(model.bundle.items)
+    assert sum(counts.values()) + len(result) == len(model.bundle.items)
 
 
 def trained_row(model, request):
@@ -238,12 +238,12 @@ def trained_row(model, request):
 def test_every_list_is_the_one_of_the_reference(question):
     model, request = question
     before = [array.copy() for array in (model.popularity, model.candidates, model.catalogue.blocked)]
-    found, asked = answer(model, request), model.model(request.task)
-    who = person_now(model, request.user, request.state, request.session, request.task)
-    if who.representation is not None:
-        scores = score_person(model, who)
-        assert found.model == asked.name
-        assert found.source == (
+    result, asked = answer(model, request), model.model(request.task)
+    person = person_now(model, request.user, request.state, request.session, request.task)
+    if person.representation is not None:
+        scores = score_person(model, person)
+        assert result.model == asked.name
+        assert result.source == (
             "popular"
             if not asked.personal
             else "session"
@@ -252,17 +252,17 @@ def test_every_list_is_the_one_of_the_reference(question):
             if request.task == "next_purchase"
             else "personalised"
         )
-    elif found.source == "content":
-        scores = content_scores(model, who.items, who.history.confidence)
+    elif result.source == "content":
+        scores = content_scores(model, person.items, person.history.confidence)
     elif "category" in request.filters.where and any(model.bundle.item_columns["category"]):
-        assert found.source == "segment"
+        assert result.source == "segment"
     else:
-        assert found.source == "popular"  # these shops are too small for a segment of users
-    if who.representation is None and found.source in ("segment", "popular"):
+        assert result.source == "popular"  # these shops are too small for a segment of users
+    if person.representation is None and result.source in ("segment", "popular"):
         scores = model.bundle.item_columns["popularity"]
     exclude = request.filters.exclude_seen if request.filters.exclude_seen is not None else request.task == "discovery"
-    check(model, request, found, np.asarray(scores, float).tolist(), set(who.items.tolist()) if exclude else ())
-    assert answer(model, request) == found
+    check(model, request, result, np.asarray(scores, float).tolist(), set(person.items.tolist()) if exclude else ())
+    assert answer(model, request) == result
     assert all((a == b).all() for a, b in zip(before, (model.popularity, model.candidates, model.catalogue.blocked)))
 
 
@@ -272,25 +272,25 @@ def test_what_is_known_decides_the_rung(question):
     model, request = question
     bundle, asked = model.bundle, model.model(request.task)
     trained = trained_row(model, request) is not None
-    who = person_now(model, request.user, request.state, request.session, request.task)
+    person = person_now(model, request.user, request.state, request.session, request.task)
     in_hand = [
         event.item_id
         for event in (*request.state.events, *request.session)
         if bundle.items.row(event.item_id) is not None
     ]
     source = answer(model, request).source
-    tells = bool(in_hand) and bool(asked.knows(asked.fold_in(who.history))[0])  # else the items say nothing
+    tells = bool(in_hand) and bool(asked.knows(asked.fold_in(person.history))[0])  # else the items say nothing
     if not asked.personal:
-        assert (who.representation is None) <= (source in ("content", "segment", "popular"))
+        assert (person.representation is None) <= (source in ("content", "segment", "popular"))
     elif trained and not in_hand:
-        known = asked.knows(asked.users(np.array([who.row])))[0]
+        known = asked.knows(asked.users(np.array([person.row])))[0]
         assert known == (source == ("personalised" if request.task == "discovery" else "next_purchase"))
     elif trained:
         assert tells == (source in ("personalised", "next_purchase"))
     else:
         assert tells == (source == "session")
     if source == "content":
-        assert len(who.items)
+        assert len(person.items)
     if request.state.forgotten:
         assert source not in ("personalised", "next_purchase")
 
@@ -317,13 +317,13 @@ def test_similar_and_popular_items_keep_the_same_rules(question):
     nobody = replace(request, state=UserState())
     check(model, nobody, popular_items(model, request.n, **feed), model.bundle.item_columns["popularity"].tolist())
     for row in range(len(model.bundle.items)):
-        found = similar_items(model, model.bundle.items[row], request.n, **feed)
+        result = similar_items(model, model.bundle.items[row], request.n, **feed)
         asked = model.model()
         if not asked.candidates[row]:
-            assert not found.items and "no interactions" in found.shortfall
+            assert not result.items and "no interactions" in result.shortfall
             continue
         alike = asked.similarities(row)
-        check(model, nobody, found, alike.tolist(), asked_about=row, unlike=np.isneginf(alike))
+        check(model, nobody, result, alike.tolist(), asked_about=row, unlike=np.isneginf(alike))
     with pytest.raises(UnknownItem):
         similar_items(model, "no such item", **feed)
 
@@ -430,10 +430,10 @@ def test_a_described_item_counts_like_one_of_the_model(model, data):
         content_scores(model, nothing, nothing, described),
     )
     assert (by_row is None) == (by_words is None) and (by_row is None or np.allclose(by_row, by_words))
-    found = answer(model, Request(None, 3, session=[Event("brand new")], new_items={"brand new": described[0]}))
-    one = content_scores(model, nothing, nothing, described[:1])
-    assert found.source == ("popular" if one is None else "content")
-    check(model, Request(None, 3), found, (model.popularity if one is None else one).tolist())
+    result = answer(model, Request(None, 3, session=[Event("brand new")], new_items={"brand new": described[0]}))
+    scores = content_scores(model, nothing, nothing, described[:1])
+    assert result.source == ("popular" if scores is None else "content")
+    check(model, Request(None, 3), result, (model.popularity if scores is None else scores).tolist())
 
 
 def test_many_threads_with_different_feeds_get_what_one_gets_alone():
@@ -494,8 +494,8 @@ def test_a_segment_counts_its_own_users_and_no_small_one_is_used():
                 assert scores is None
                 continue
             assert np.floor(scores).tolist() == seen[people].sum(axis=0).tolist()
-            found = answer(model, Request(None, 5, attributes={"age": age, "town": town}))
-            assert found.source == "segment" and found.rows == np.argsort(-scores, kind="stable")[:5].tolist()
+            result = answer(model, Request(None, 5, attributes={"age": age, "town": town}))
+            assert result.source == "segment" and result.rows == np.argsort(-scores, kind="stable")[:5].tolist()
     assert None in used and len(used) > 3
 
 
@@ -519,9 +519,9 @@ def test_of_a_large_segment_some_are_counted_evenly_spread(monkeypatch):
 )
 def test_a_wrong_filter_is_named_on_every_rung(rules, words):
     column = np.array(["tea", "mug"], object)
-    one = np.eye(2, dtype=np.float32)
+    identity = np.eye(2, dtype=np.float32)
     items = {"popularity": np.ones(2, int), "category": column, "price": np.ones(2)}
-    model = ready_by_hand(one, one, csr_matrix(one), {"age": column}, items)
+    model = ready_by_hand(identity, identity, csr_matrix(identity), {"age": column}, items)
     for ask in (
         lambda: answer(model, Request(1, filters=rules)),
         lambda: answer(model, Request(None, filters=rules)),

@@ -216,7 +216,7 @@ def test_no_list_of_new_things_has_an_item_of_the_user_s_own_log(
             assert not own[user] & set(offered), (user, offered)
             assert {line["item_id"] for line in service.get(f"/users/{user}/history").json()["history"]} == own[user]
         results = service.post("/recommend", json={"users": everybody, "n": 20}).json()["results"]
-        assert all(not own.get(one["user_id"], set()) & set(one["recommendations"]) for one in results)
+        assert all(not own.get(result["user_id"], set()) & set(result["recommendations"]) for result in results)
     model, listed = ReadyModel(bundle), set()  # who is left something that they have not had
     for user, answer in zip(everybody, recommend_many(Recommender(model), everybody, 20)):
         assert not own.get(user, set()) & set(answer.items)

@@ -259,8 +259,8 @@ def test_a_failing_preparation_is_tried_less_and_less_and_logged_once(models, ca
             live._look()  # and now it is not
     assert [round(pause, -2) for pause in pauses] == [100, 200, 400, 800, 1000, 1000, 1000]
     assert [record.message.count("no room") for record in caplog.records] == [1]
-    since = live.refused.at
-    assert live.reload().status == "refused" and live.refused.at == since
+    since = live.refused.since
+    assert live.reload().status == "refused" and live.refused.since == since
     live.prepare = lambda bundle: ReadyModel(bundle).prepare()
     assert (
         live.reload() == Reload("reloaded", "v1") and live.refused is None and live._schedule.again_at == float("inf")
@@ -291,7 +291,7 @@ def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(model
         (models / name / "manifest.json").write_text(
             json.dumps(whole | {"shape" if name == "shape" else "files": part})
         )
-    usable = [(one["mark"], one["version"]) for one in version_facts(models) if "error" not in one]
+    usable = [(model["mark"], model["version"]) for model in version_facts(models) if "error" not in model]
     assert usable == [("live", "v2"), ("-1", "v1")]
     for name in ("tool", "older", "list", "text", "shape", "files", "path", "a b", "empty"):
         with pytest.raises(BundleError):
@@ -369,7 +369,7 @@ def test_command_goes_back(models):
         )
 
     listed = json.loads(run("models", "--json").stdout)
-    assert [(one["mark"], one["version"]) for one in listed] == [("live", "v2"), ("-1", "v1")]
+    assert [(model["mark"], model["version"]) for model in listed] == [("live", "v2"), ("-1", "v1")]
     back = run("rollback")
     assert back.returncode == 0 and current_version(models) == "v1" and "v1 is live again" in back.stdout
     again = run("rollback")

@@ -180,24 +180,24 @@ def ingested(root, **environment):
 
 
 def test_every_kind_of_source_is_the_same_in_every_locale(tmp_path, place):
-    there, encoding = place
+    variables, encoding = place
     usual, _ = ingested(tmp_path / "usual", LC_ALL="C.UTF-8")
-    found, environment = ingested(tmp_path / "there", **there)
-    encodings = usual.pop("encoding").lower(), found.pop("encoding")
+    results, environment = ingested(tmp_path / "there", **variables)
+    encodings = usual.pop("encoding").lower(), results.pop("encoding")
     assert encodings == ("utf-8", encoding)
-    assert found == usual
+    assert results == usual
     for name, rejects in {"log.csv": 0, "breaks.csv": 1, "log.jsonl": 1, "log.parquet": 0, "sql": 0}.items():
-        kept = found[name]["interactions"]
+        rows = results[name]["interactions"]
         assert (
-            sorted(zip(kept["user_id"], kept["item_id"])) == sorted(row[:2] for row in LOG)
-            and len(found[name]["rejects"]) == rejects
+            sorted(zip(rows["user_id"], rows["item_id"])) == sorted(row[:2] for row in LOG)
+            and len(results[name]["rejects"]) == rejects
         )
     assert (
-        found["log.csv"]["products"]["größe (€)"]
-        and found["titles"] == sorted(f"Titel\n{item}" for item in ITEMS)
-        and "Zoë" in found["latin.csv"]["interactions"]["user_id"]
+        results["log.csv"]["products"]["größe (€)"]
+        and results["titles"] == sorted(f"Titel\n{item}" for item in ITEMS)
+        and "Zoë" in results["latin.csv"]["interactions"]["user_id"]
     )
-    assert found["feedback"]["interactions"]["item_id"] == ["€5", "茶"] and found["log.csv"]["users"]["Straße"][
+    assert results["feedback"]["interactions"]["item_id"] == ["€5", "茶"] and results["log.csv"]["users"]["Straße"][
         0
     ].endswith("straße")
 

@@ -162,16 +162,16 @@ def pages(root):
 
 def test_every_report_shows_the_payload_as_text(shop):
     root, _ = shop
-    found = {f"{path.parent.name}/{path.name}": foreign(path.read_text()) for path in pages(root)}
+    findings = {f"{path.parent.name}/{path.name}": foreign(path.read_text()) for path in pages(root)}
     assert {f"{HARM}/{name}.html" for name in (*PIPELINE, "weights", "tune", "index")} | {
         "strict/01_ingest.html",
         "strict/index.html",
         "wrong/index.html",
-    } <= set(found)
-    assert {name: wrong for name, (wrong, _) in found.items() if wrong} == {}
+    } <= set(findings)
+    assert {name: wrong for name, (wrong, _) in findings.items() if wrong} == {}
     for name in ("01_ingest", "02_features", "03_train", "05_inference", "index"):
-        assert HARM in found[f"{HARM}/{name}.html"][1], f"{name} does not show it at all"
-    assert HARM in found["strict/index.html"][1] and HARM in found["wrong/index.html"][1]
+        assert HARM in findings[f"{HARM}/{name}.html"][1], f"{name} does not show it at all"
+    assert HARM in findings["strict/index.html"][1] and HARM in findings["wrong/index.html"][1]
     for path in pages(root):
         policies = [
             attributes

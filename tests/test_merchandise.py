@@ -143,19 +143,19 @@ def forbidden(scored):
 def test_no_rule_brings_back_what_is_forbidden(document, asked):
     rules = fit_rules(read_rules(document), MODEL)
     request = Request(**asked, rules=rules)
-    scored, found = score_request(MODEL, request), answer(MODEL, request)
+    scored, result = score_request(MODEL, request), answer(MODEL, request)
     gone, new = forbidden(scored), ~MODEL.catalogue.known & MODEL.catalogue.offered
     pinned = {row for _, part, _ in scored.applied.pins for row in part.rows}
-    for row in found.rows:
+    for row in result.rows:
         if gone[row]:  # a new item that a pin names, and that nothing but its newness forbids
             reasons = {reason for reason, rows in scored.ruled_out if row in rows}
             assert new[row] and row in pinned and reasons == {"not available or without interactions"}
-    assert len(set(found.rows)) == len(found.rows) <= asked["n"]
-    assert (found.shortfall is None) == (len(found) == asked["n"])
+    assert len(set(result.rows)) == len(result.rows) <= asked["n"]
+    assert (result.shortfall is None) == (len(result) == asked["n"])
     for column, most in asked["filters"].max_per.items():
-        values = [MODEL.bundle.item_columns[column][row] for row in found.rows]
+        values = [MODEL.bundle.item_columns[column][row] for row in result.rows]
         assert all(values.count(value) <= most for value in values if value is not None)
-    for name in (name for names in (found.rules or {}).values() for name in names):
+    for name in (name for names in (result.rules or {}).values() for name in names):
         assert name in scored.applied.names
 
 
@@ -166,15 +166,15 @@ def test_a_list_is_as_long_with_rules_as_without_but_for_what_they_exclude(docum
     request = Request(**asked, rules=fit_rules(read_rules(document), MODEL))
     scored = score_request(MODEL, request)
     left = int((~forbidden(scored) & (scored.scores > -inf)).sum())
-    found = answer(MODEL, request)
-    assert min(left, request.n) <= len(found) <= request.n
+    result = answer(MODEL, request)
+    assert min(left, request.n) <= len(result) <= request.n
 
 
 @much
 @given(documents(), ASKED)
 def test_boosts_are_bounded_and_pins_stand_where_they_are_told(document, asked):
     request = Request(**asked | {"diversity": 0}, rules=fit_rules(read_rules(document), MODEL))
-    scored, found = score_request(MODEL, request), answer(MODEL, request)
+    scored, result = score_request(MODEL, request), answer(MODEL, request)
     applied = scored.applied
     finite = scored.scores > -inf
     raised = pushed(scored.scores, MODEL.candidates, applied)[finite]
@@ -184,18 +184,18 @@ def test_boosts_are_bounded_and_pins_stand_where_they_are_told(document, asked):
         {row for part, strength in applied.pushes if strength * sign > 0 for row in part.rows} for sign in (1, -1)
     )
     for place, part, which in applied.pins:
-        if part.rule.items and place <= len(found.rows) and part.rows[which] == found.rows[place - 1]:
-            assert part.rule.name in found.rules[found.items[place - 1]]
+        if part.rule.items and place <= len(result.rows) and part.rows[which] == result.rows[place - 1]:
+            assert part.rule.name in result.rules[result.items[place - 1]]
     assume(not lifted & buried and not asked["filters"].max_per)
-    calm = [one for one in document["rules"] if "boost" not in one]
+    calm = [entry for entry in document["rules"] if "boost" not in entry]
     without = answer(MODEL, replace(request, rules=fit_rules(read_rules({"rules": calm}), MODEL)))
-    pinned = {one["name"] for one in document["rules"] if "pin" in one}
-    free = [row for row, item in zip(found.rows, found.items) if not pinned & {*(found.rules or {}).get(item, ())}]
+    pinned = {entry["name"] for entry in document["rules"] if "pin" in entry}
+    free = [row for row, item in zip(result.rows, result.items) if not pinned & {*(result.rules or {}).get(item, ())}]
     entrants = [row for row in free if row in lifted and row not in without.rows]
     share = document["boosted_share"]
     most = max(1, int(share * request.n + 1e-9)) if share else 0
     # more than their share come only where nothing else is left that may be shown
-    assert len(entrants) <= most or not {*without.rows} - {*found.rows}
+    assert len(entrants) <= most or not {*without.rows} - {*result.rows}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -214,11 +214,11 @@ def test_the_order_of_rules_without_pins_does_not_matter_and_batch_is_as_one_by_
         # a block of users is multiplied at once, which rounds in another way
         assert replace(batch, scores=[]) == replace(single, scores=[])
         assert np.allclose(batch.scores, single.scores, atol=1e-5)
-    calm = [one for one in document["rules"] if "pin" not in one]
-    turned = [calm[at] for at in order if at < len(calm)]
-    one, other = (Recommender(MODEL, rules=fit_rules(read_rules({"rules": rules}), MODEL)) for rules in (calm, turned))
+    calm = [entry for entry in document["rules"] if "pin" not in entry]
+    turned = [calm[number] for number in order if number < len(calm)]
+    left, right = (Recommender(MODEL, rules=fit_rules(read_rules({"rules": rules}), MODEL)) for rules in (calm, turned))
     for user in users[:6]:
-        assert one.recommend(user, 8, task, place=place).items == other.recommend(user, 8, task, place=place).items
+        assert left.recommend(user, 8, task, place=place).items == right.recommend(user, 8, task, place=place).items
 
 
 def test_a_rule_that_does_not_apply_costs_nothing():
@@ -310,13 +310,13 @@ def test_every_door_gives_the_same_list(client, opened):
     assert answer.status_code == 200
     users, folder = [*range(1, 25), 999], client.folder
     posted = client.post("/recommend", json={"users": users, "n": 4, "place": "home"}).json()["results"]
-    by_post = [one["recommendations"] for one in posted]
+    by_post = [result["recommendations"] for result in posted]
     assert by_post == [listed(client, user, place="home") for user in users]
     detailed = client.get("/recommend/1", params={"n": 4, "place": "home", "detail": True}).json()
     assert [item["rules"] for item in detailed["items"]][0] == ["week's offer"]
     url = f"sqlite:///{folder}/feedback.db"
     with open_recommender(folder / "models", url) as batch:
-        assert [one.items for one in recommend_many(batch, users, 4, place="home")] == by_post
+        assert [result.items for result in recommend_many(batch, users, 4, place="home")] == by_post
         write_batch(batch, Question(n=4, place="home"), folder / "all", [*range(1, 25)], progress=False)
     rows = duckdb.sql(f"SELECT user_id, item_id FROM '{folder}/all/*.parquet' ORDER BY user_id, rank").fetchall()
     assert [[item for user, item in rows if user == wanted] for wanted in range(1, 25)] == by_post[:-1]
@@ -324,18 +324,18 @@ def test_every_door_gives_the_same_list(client, opened):
     assert all(not {102, 104} & {*by_post[user - 1]} for user in members)
     assert any({102, 104} & {*by_post[user - 1]} for user in range(1, 25) if user not in members)
     guests = [
-        client.post("/recommend", json={"n": 24, "attributes": told}).json()["results"][0]["recommendations"]
-        for told in ({}, {"club": True})
+        client.post("/recommend", json={"n": 24, "attributes": attributes}).json()["results"][0]["recommendations"]
+        for attributes in ({}, {"club": True})
     ]
     assert {102, 104} <= {*guests[0]} and not {102, 104} & {*guests[1]}
 
 
 def test_rules_are_named_in_explanations_and_impressions(client):
     client.put("/rules", json={"rules": [PIN, SALE, {"name": "gone", "exclude": True, "items": [101]}]})
-    told = lambda item: client.get(f"/explain/1/{item}", params={"place": "home"}).json()
-    assert told(110)["rules"] == ['pinned to place 1 by the rule "week\'s offer"'] and told(110)["rank"] == 1
-    assert told(101)["rule"] == "excluded by the rule 'gone'" and told(101)["rank"] is None
-    assert "moved up by the rule 'summer sale'" in told(112)["rules"]
+    reasons = lambda item: client.get(f"/explain/1/{item}", params={"place": "home"}).json()
+    assert reasons(110)["rules"] == ['pinned to place 1 by the rule "week\'s offer"'] and reasons(110)["rank"] == 1
+    assert reasons(101)["rule"] == "excluded by the rule 'gone'" and reasons(101)["rank"] is None
+    assert "moved up by the rule 'summer sale'" in reasons(112)["rules"]
     short = client.get("/recommend/1", params={"n": 24})
     assert "1 item excluded by the rule 'gone'" in short.headers["x-recommendation-shortfall"]
     listed(client, 1, place="home")
@@ -344,8 +344,8 @@ def test_rules_are_named_in_explanations_and_impressions(client):
     listed(client, 3)
     client.app_service.desk.impressions.close()
     shown = client.app_service.desk.store.impressions(3)
-    assert [one.rules for one in shown][0] is None
-    assert [one.rules["110"] for one in shown[1:]] == [["week's offer"]] * 2
+    assert [impression.rules for impression in shown][0] is None
+    assert [impression.rules["110"] for impression in shown[1:]] == [["week's offer"]] * 2
     assert {*shown[1].rules} <= {*shown[1].items}
 
 
@@ -377,7 +377,7 @@ def test_a_preview_stores_nothing(client):
     assert tried["rules"][1]["why"].startswith("it begins 2027-01-01")
     later = {"users": [1], "n": 4, "document": document, "at": "2027-01-15T12:00:00+02:00"}
     tried = client.post("/rules/preview", json=later).json()
-    assert {112, 114} & {one["item_id"] for one in tried["after"]}
+    assert {112, 114} & {line["item_id"] for line in tried["after"]}
     assert tried["rules"][0]["why"] == "it is for the place home"
     seen = client.post("/rules/preview", json={"users": [1], "document": {"rules": [PIN | {"items": [103]}]},
                                                "place": "home"}).json()  # fmt: skip
@@ -449,9 +449,9 @@ def test_rules_change_while_lists_are_made(client):
 
     def ask():
         while not stop.is_set():
-            found = client.get("/recommend/1", params={"n": 3, "place": "home"})
-            if found.status_code != 200 or found.json()["recommendations"][0] not in (110, 112):
-                wrong.append(found.text)
+            response = client.get("/recommend/1", params={"n": 3, "place": "home"})
+            if response.status_code != 200 or response.json()["recommendations"][0] not in (110, 112):
+                wrong.append(response.text)
 
     askers = [threading.Thread(target=ask) for _ in range(3)]
     for asker in askers:

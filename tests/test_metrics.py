@@ -89,16 +89,16 @@ def test_parity_with_trec_eval(case):
     ).evaluate(runs)
     hits = metrics.find_hits(lists, targets)
     names = {"ndcg": "ndcg_cut", "recall": "recall", "precision": "P", "hit_rate": "success"}
-    for at, user in enumerate(judged):
+    for row, user in enumerate(judged):
         if not lengths[user]:
             continue  # trec_eval leaves out a user with an empty list; here the user scores 0
         theirs = result[str(user)]
         for k in CUT_OFFS:
             for ours, name in names.items():
-                assert hits.metric(ours, k)[at] == pytest.approx(theirs[f"{name}_{k}"], abs=1e-6), (ours, k, user)
-            scaled = theirs[f"map_cut_{k}"] * hits.relevant[at] / min(k, hits.relevant[at])
-            assert hits.metric("map", k)[at] == pytest.approx(scaled, abs=1e-6), ("map", k, user)
-        assert hits.metric("mrr", lists.shape[1])[at] == pytest.approx(theirs["recip_rank"], abs=1e-6), user
+                assert hits.metric(ours, k)[row] == pytest.approx(theirs[f"{name}_{k}"], abs=1e-6), (ours, k, user)
+            scaled = theirs[f"map_cut_{k}"] * hits.relevant[row] / min(k, hits.relevant[row])
+            assert hits.metric("map", k)[row] == pytest.approx(scaled, abs=1e-6), ("map", k, user)
+        assert hits.metric("mrr", lists.shape[1])[row] == pytest.approx(theirs["recip_rank"], abs=1e-6), user
 
 
 def with_scikit_learn(ranked, relevant, k):
@@ -114,7 +114,7 @@ def with_scikit_learn(ranked, relevant, k):
     first = np.zeros(len(truth), bool)
     if top.any():
         first[top.argmax()] = True
-    found = int(top.sum())
+    count = int(top.sum())
     recall = sk.recall_score(truth, chosen)
     return {
         "ndcg": sk.ndcg_score([truth], [score], k=k, ignore_ties=True),
@@ -124,10 +124,10 @@ def with_scikit_learn(ranked, relevant, k):
         * chosen.sum()
         / k,  # theirs divides by the length of the list
         "hit_rate": float(sk.jaccard_score(truth, chosen) > 0),
-        "map": sk.average_precision_score(top, score[: len(top)]) * found / most
-        if found
+        "map": sk.average_precision_score(top, score[: len(top)]) * count / most
+        if count
         else 0.0,  # theirs divides by what was found
-        "mrr": sk.label_ranking_average_precision_score([first], [score]) if found else 0.0,
+        "mrr": sk.label_ranking_average_precision_score([first], [score]) if count else 0.0,
     }
 
 
@@ -166,7 +166,7 @@ def test_lists_alone_against_plain_python():
         np.testing.assert_allclose(metrics.novelty(lists, k, popularity, n_users), novelty, atol=1e-6)
 
         def mean_difference(row, alike):
-            pairs = [(a, b) for at, a in enumerate(row) for b in row[at + 1 :]]
+            pairs = [(a, b) for place, a in enumerate(row) for b in row[place + 1 :]]
             return 1 - sum(alike(a, b) for a, b in pairs) / len(pairs) if pairs else math.nan
 
         def same(a, b):

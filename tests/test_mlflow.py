@@ -41,8 +41,8 @@ def full_mlflow():
     for program in (os.environ.get("MLFLOW"), own, shutil.which("mlflow", path=os.environ.get("PATH", ""))):
         if program and Path(program).exists():
             python = Path(program).with_name("python")
-            found = subprocess.run([python, "-c", "import flask, mlflow"], capture_output=True, timeout=120)
-            if found.returncode == 0:
+            probe = subprocess.run([python, "-c", "import flask, mlflow"], capture_output=True, timeout=120)
+            if probe.returncode == 0:
                 return str(program)
     subprocess.run([sys.executable, "-m", "venv", own.parents[1]], check=True, timeout=120)
     pip = [own.with_name("python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "mlflow>=3.17"]
@@ -140,7 +140,7 @@ def test_nobody_asked(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory, server):
+def project(tmp_path_factory, server):
     "A project whose run went to the server."
     root = fresh_project(tmp_path_factory.mktemp("kept"))
     only_the_jobs(root)
@@ -151,8 +151,8 @@ def kept(tmp_path_factory, server):
     return root, done
 
 
-def test_a_run_is_logged_whole(kept, server):
-    root, done = kept
+def test_a_run_is_logged_whole(project, server):
+    root, done = project
     version = live_version(root / "models")
     said = [line for line in done.stderr.splitlines() if "signaler.cpp" not in line]  # ZeroMQ, when a kernel ends
     assert len(said) == 1 and "Warning" not in done.stderr, done.stderr
@@ -183,12 +183,12 @@ def test_a_run_is_logged_whole(kept, server):
         )
         plots = artifacts(registry.client, run, "plots")
         assert Counter(name.split("-")[0] for name in plots)["04_evaluate"] >= 5
-        one = registry.find("@champion")
-        assert (one.version, one.run_id, one.aliases) == (version, run.info.run_id, ("champion",))
-        assert one.tags["data_fingerprint"] == fingerprint and one.tags["model.discovery"] == served
+        champion = registry.find("@champion")
+        assert (champion.version, champion.run_id, champion.aliases) == (version, run.info.run_id, ("champion",))
+        assert champion.tags["data_fingerprint"] == fingerprint and champion.tags["model.discovery"] == served
 
 
-def test_the_bundle_holds_no_pickle(kept, server):
+def test_the_bundle_holds_no_pickle(project, server):
     stored = [path for path in (server.folder / "artifacts").rglob("*") if path.is_file()]
     assert any(path.name == "manifest.json" for path in stored)
     assert [path for path in stored if path.suffix in (".pkl", ".pickle", ".joblib")] == []
@@ -196,8 +196,8 @@ def test_the_bundle_holds_no_pickle(kept, server):
     assert "mlflow.pyfunc.loaders.code_model" in model.read_text() and "python_model.pkl" not in model.read_text()
 
 
-def test_predict_is_what_the_service_answers(kept, server, tmp_path, monkeypatch):
-    root, _ = kept
+def test_predict_is_what_the_service_answers(project, server, tmp_path, monkeypatch):
+    root, _ = project
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     import mlflow
 
@@ -223,13 +223,13 @@ def test_predict_is_what_the_service_answers(kept, server, tmp_path, monkeypatch
             if include:
                 body = {"users": users, "n": 10, "filters": {"exclude_seen": False}}
                 expected = service.ask("POST", "/recommend", body)[2]["results"]
-                expected = [{name: one[name] for name in ("user_id", "recommendations")} for one in expected]
+                expected = [{name: result[name] for name in ("user_id", "recommendations")} for result in expected]
             assert model.predict(table, params=params) == expected, params
         assert service.get("/recommend/1?n=10")[2] != expected[0]  # what user 1 has had is in this one
 
 
-def test_a_comparison_is_a_run_too(kept, server, monkeypatch):
-    root, _ = kept
+def test_a_comparison_is_a_run_too(project, server, monkeypatch):
+    root, _ = project
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     version = live_version(root / "models")
     done = call(root, "product-recs", "evaluate", "--compare", version, version, "--quiet")
@@ -260,7 +260,7 @@ def test_without_a_server_and_back_again(tmp_path, monkeypatch):
     def look():
         with connected(tracking := tracking_of(Settings())) as client:
             registry = Registry(client, tracking)
-            listed.update({one.version: one for one in registry.versions()})
+            listed.update({entry.version: entry for entry in registry.versions()})
             return registry.aliases()
 
     said = call(root, "product-recs", "rollback", first)
@@ -358,8 +358,8 @@ def test_two_workers_follow_an_alias(server, tmp_path, monkeypatch):
             move(second)
             until(lambda: all_answer(service, second), 60)
             family = psutil.Process(service.process.pid).children(recursive=True)
-            following = [one for one in family if "follow_beside" in " ".join(one.cmdline())]
-            others = [psutil.Process(service.process.pid), *(one for one in family if one not in following)]
+            following = [process for process in family if "follow_beside" in " ".join(process.cmdline())]
+            others = [psutil.Process(service.process.pid), *(process for process in family if process not in following)]
             assert len(following) == 1 and has_protobuf(following[0])
             assert len(others) >= 3 and not any(map(has_protobuf, others))
 
@@ -376,9 +376,9 @@ def test_two_workers_follow_an_alias(server, tmp_path, monkeypatch):
             until(lambda: all_answer(service, third), 90)
         assert shoppers.failed == [] and {first, second, third} <= set(shoppers.versions)
         [follower] = [
-            one
-            for one in psutil.Process(service.process.pid).children(recursive=True)
-            if "follow_beside" in " ".join(one.cmdline())
+            process
+            for process in psutil.Process(service.process.pid).children(recursive=True)
+            if "follow_beside" in " ".join(process.cmdline())
         ]
     until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, 20)
 

@@ -58,12 +58,12 @@ def users_of(model) -> np.ndarray:
 def strangers(model, m: int = 25) -> Histories:
     "Histories that the training never saw, that of nobody and of an item without a past among them."
     rng, n = np.random.default_rng(7), model.snapshot.counts.shape[1]
-    had = [np.sort(rng.choice(n, rng.integers(1, 12), replace=False)) for _ in range(m - 2)]
-    had = [*had, np.empty(0, int), np.array([n - 1])]
-    items = np.concatenate(had).astype(np.int32)
+    histories = [np.sort(rng.choice(n, rng.integers(1, 12), replace=False)) for _ in range(m - 2)]
+    histories = [*histories, np.empty(0, int), np.array([n - 1])]
+    items = np.concatenate(histories).astype(np.int32)
     values = (rng.uniform(0.2, 3, len(items)), rng.integers(1, 9, len(items)), rng.integers(0, 90, len(items)))
     return Histories(
-        np.concatenate([[0], np.cumsum([len(own) for own in had])]),
+        np.concatenate([[0], np.cumsum([len(own) for own in histories])]),
         items,
         *(value.astype(np.float32) for value in values),
     )
@@ -100,12 +100,12 @@ def test_an_unchanged_history_is_folded_in_to_what_the_training_found(fitted, na
     assert np.array_equal(model.knows(trained), (np.diff(histories.indptr) > 0) | told_of(model, trained))
 
 
-def same_lists(found: tuple, wanted: tuple, scores: np.ndarray, tolerance: float = 2e-6) -> None:
+def same_lists(lists: tuple, wanted: tuple, scores: np.ndarray, tolerance: float = 2e-6) -> None:
     "Two lists of the same users; items may change places only where rounding decides between their scores."
-    assert np.allclose(found[1], wanted[1], rtol=1e-5, atol=1e-5)
-    for user, place in zip(*np.nonzero(found[0] != wanted[0]), strict=True):
-        here, there = scores[user, found[0][user, place]], scores[user, wanted[0][user, place]]
-        assert abs(here - there) <= tolerance * size(scores)[user, 0], (user, place, here, there)
+    assert np.allclose(lists[1], wanted[1], rtol=1e-5, atol=1e-5)
+    for user, place in zip(*np.nonzero(lists[0] != wanted[0]), strict=True):
+        score, expected = scores[user, lists[0][user, place]], scores[user, wanted[0][user, place]]
+        assert abs(score - expected) <= tolerance * size(scores)[user, 0], (user, place, score, expected)
 
 
 @every
@@ -116,16 +116,16 @@ def test_users_one_at_a_time_get_what_a_block_gets(fitted, name):
     block = model.users(rows)
     lists, scores = model.top(block, N, own, closed=np.array([2, 5])), model.scores(block)
     for place, row in enumerate(rows):
-        one = model.users(np.array([row]))
-        items, best = model.top(one, N, own[place], closed=np.array([2, 5]))
+        user = model.users(np.array([row]))
+        items, best = model.top(user, N, own[place], closed=np.array([2, 5]))
         assert items[0].tolist() == lists[0][place].tolist(), row
         assert np.allclose(best[0], lists[1][place], rtol=1e-5, atol=1e-6)
-        assert np.allclose(model.scores(one)[0], scores[place], rtol=1e-5, atol=1e-5)
+        assert np.allclose(model.scores(user)[0], scores[place], rtol=1e-5, atol=1e-5)
     for n, forbidden in ((400, own), (400, None), (3, None)):  # more than there are; whatever they have
         items = model.top(model.users(rows[:40]), n, None if forbidden is None else forbidden[:40])[0]
         for place, row in enumerate(rows[:40]):
-            one = None if forbidden is None else forbidden[place]
-            single = model.top(model.users(np.array([row])), n, one)[0][0]
+            excluded = None if forbidden is None else forbidden[place]
+            single = model.top(model.users(np.array([row])), n, excluded)[0][0]
             where = np.flatnonzero(single != items[place])  # a product of matrices rounds as its size wants
             assert not len(where) or model.places_items, (n, row)
             assert np.allclose(scores[place][single[where]], scores[place][items[place][where]], atol=1e-6), (n, row)
@@ -134,15 +134,15 @@ def test_users_one_at_a_time_get_what_a_block_gets(fitted, name):
 @every
 def test_strangers_one_at_a_time_get_what_a_block_gets(fitted, name):
     model = fitted(name)
-    had = strangers(model)
-    block = model.fold_in(had)
+    people = strangers(model)
+    block = model.fold_in(people)
     lists, scores = model.top(block, N), model.scores(block)
     assert np.isfinite(scores).all()
-    one_by_one = [model.top(model.fold_in(one_of(had, place)), N) for place in range(len(had))]
+    one_by_one = [model.top(model.fold_in(one_of(people, place)), N) for place in range(len(people))]
     same_lists(tuple(np.concatenate(parts) for parts in zip(*one_by_one, strict=True)), lists, scores)
     nobody = model.fold_in(NOBODY)
     assert model.scores(nobody).shape == (1, len(model.candidates)) and not model.knows(nobody)[0]
-    assert model.knows(block).tolist() == [True] * (len(had) - 2) + [False] * 2  # nothing, and nothing with a past
+    assert model.knows(block).tolist() == [True] * (len(people) - 2) + [False] * 2  # nothing, and nothing with a past
 
 
 @pytest.mark.parametrize("n", [1, N, 400])
@@ -157,13 +157,13 @@ def test_the_best_are_the_best_of_all_scores(fitted, name, n):
     open_[closed] = False
     wanted = top_n(scores.copy(), n, exclude=own, candidates=open_)
     for forbidden in (own, (own.indptr, own.indices)):
-        found = model.top(block, n, forbidden, closed, threads=2)
-        assert found[0].dtype == np.int32 and found[1].dtype == np.float32 and found[0].shape == (len(rows), n)
-        assert np.array_equal(found[0] < 0, wanted[0] < 0) and np.array_equal(np.isneginf(found[1]), found[0] < 0)
-        same_lists(found, wanted, scores)
-        assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in found[0])
+        lists = model.top(block, n, forbidden, closed, threads=2)
+        assert lists[0].dtype == np.int32 and lists[1].dtype == np.float32 and lists[0].shape == (len(rows), n)
+        assert np.array_equal(lists[0] < 0, wanted[0] < 0) and np.array_equal(np.isneginf(lists[1]), lists[0] < 0)
+        same_lists(lists, wanted, scores)
+        assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in lists[0])
     assert (
-        not (np.isin(found[0], closed)).any() and not own[np.nonzero(found[0] >= 0)[0], found[0][found[0] >= 0]].any()
+        not (np.isin(lists[0], closed)).any() and not own[np.nonzero(lists[0] >= 0)[0], lists[0][lists[0] >= 0]].any()
     )
     free = model.top(block, n)
     same_lists(free, top_n(scores.copy(), n, candidates=model.candidates), scores)
@@ -173,17 +173,19 @@ def test_the_best_are_the_best_of_all_scores(fitted, name, n):
 @every
 def test_contributions_add_up_to_the_score(fitted, name):
     model = fitted(name)
-    had = strangers(model)
+    people = strangers(model)
     histories = [model.snapshot.histories(np.array([row])) for row in (0, 1, 2, 17, 60)]
-    for history in [*histories, *(one_of(had, place) for place in (0, 5, len(had) - 2, len(had) - 1))]:
+    for history in [*histories, *(one_of(people, place) for place in (0, 5, len(people) - 2, len(people) - 1))]:
         scores = model.scores(model.fold_in(history))[0]
         for item in [*history.items[:4], 0, 3, 50, len(scores) - 2, len(scores) - 1]:
-            found = model.contributions(history, int(item))
+            reasons = model.contributions(history, int(item))
             tolerance = 1e-4 * (1 + np.abs(scores).max())
-            assert abs(found.score - scores[item]) < tolerance, (item, found, scores[item])
-            assert abs(found.parts.sum() + sum(found.signals.values()) - found.score) < 1e-9 * (1 + abs(found.score))
-            assert len(found.items) == len(found.parts) and np.isin(found.items, history.items).all()
-            assert all(isinstance(value, float) for value in found.signals.values())
+            assert abs(reasons.score - scores[item]) < tolerance, (item, reasons, scores[item])
+            assert abs(reasons.parts.sum() + sum(reasons.signals.values()) - reasons.score) < 1e-9 * (
+                1 + abs(reasons.score)
+            )
+            assert len(reasons.items) == len(reasons.parts) and np.isin(reasons.items, history.items).all()
+            assert all(isinstance(value, float) for value in reasons.signals.values())
 
 
 @every
@@ -198,9 +200,9 @@ def test_reasons_for_a_list_fold_nobody_in_again(fitted, name, monkeypatch):
 
     for part in parts_of(model):
         monkeypatch.setattr(part, "fold_in", lambda histories: pytest.fail("somebody was folded in again"))
-    for item, one in zip(items, wanted):
-        found = model.contributions(history, item, users)
-        assert np.isclose(found.score, one.score) and np.allclose(found.parts, one.parts)
+    for item, expected in zip(items, wanted):
+        reasons = model.contributions(history, item, users)
+        assert np.isclose(reasons.score, expected.score) and np.allclose(reasons.parts, expected.parts)
 
 
 @every
@@ -218,8 +220,8 @@ def test_stored_and_mapped_it_gives_the_same_lists(fitted, name, tmp_path):
         return from_recipe(made, parts).from_arrays(mapped, model.snapshot, parts)
 
     opened, rows = stored(model, tmp_path / "model"), users_of(model)
-    for one, other in zip(opened.top(opened.users(rows), N), model.top(model.users(rows), N), strict=True):
-        assert np.array_equal(one, other)
+    for array, expected in zip(opened.top(opened.users(rows), N), model.top(model.users(rows), N), strict=True):
+        assert np.array_equal(array, expected)
     assert np.array_equal(opened.scores(opened.users(rows)), model.scores(model.users(rows)))
     assert size_of(opened) == size_of(model) and opened.work == model.work > 0
     assert opened.name == model.name
@@ -249,13 +251,13 @@ def test_eight_threads_get_what_one_gets(fitted, name):
 
     def ask(row):  # the first ones meet everything that is made when it is first needed
         users, history = fresh.users(np.array([row])), model.snapshot.histories(np.array([row]))
-        found = [fresh.top(users, N)[0][0], fresh.similarities(int(row)), fresh.scores(users)[0]]
-        found += [fresh.scores(fresh.fold_in(history))[0], fresh.contributions(history, 3).parts]
-        return [array.tolist() for array in found]
+        arrays = [fresh.top(users, N)[0][0], fresh.similarities(int(row)), fresh.scores(users)[0]]
+        arrays += [fresh.scores(fresh.fold_in(history))[0], fresh.contributions(history, 3).parts]
+        return [array.tolist() for array in arrays]
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(ask, rows))
-    assert found == [ask(row) for row in rows]
+        answers = list(pool.map(ask, rows))
+    assert answers == [ask(row) for row in rows]
 
 
 @every
@@ -271,12 +273,12 @@ def test_the_recipe_is_json_and_makes_the_same_model(name):
 def test_similar_items_are_candidates_and_never_the_item_itself(fitted, name):
     model = fitted(name)
     items = np.arange(len(model.candidates))
-    found, alike = similar(model, items, N)
-    assert found.shape == alike.shape == (len(items), N) and (found >= 0).any()
-    assert not (found == items[:, None]).any()
-    assert model.candidates[found[found >= 0]].all() and np.array_equal(np.isneginf(alike), found < 0)
-    assert (np.diff(np.where(found >= 0, alike, -1e30), axis=1) <= 0).all()
-    assert (found[-1] < 0).all()  # nobody had it: there is nothing it is like
+    neighbours, alike = similar(model, items, N)
+    assert neighbours.shape == alike.shape == (len(items), N) and (neighbours >= 0).any()
+    assert not (neighbours == items[:, None]).any()
+    assert model.candidates[neighbours[neighbours >= 0]].all() and np.array_equal(np.isneginf(alike), neighbours < 0)
+    assert (np.diff(np.where(neighbours >= 0, alike, -1e30), axis=1) <= 0).all()
+    assert (neighbours[-1] < 0).all()  # nobody had it: there is nothing it is like
 
 
 @every

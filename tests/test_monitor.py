@@ -93,9 +93,9 @@ if __name__ == "__main__":
 
 def wait_for(condition, seconds=30):
     end = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < end:
+    while not (result := condition()) and time.monotonic() < end:
         time.sleep(0.05)
-    return found
+    return result
 
 
 class Service:
@@ -129,13 +129,13 @@ class Service:
 
     def alive(self):
         """Process ids that answer, each asked over a connection of its own."""
-        found = set()
+        processes = set()
         for _ in range(12):
             try:
-                found.add(self.get("/health/live").json())
+                processes.add(self.get("/health/live").json())
             except httpx2.TransportError:
                 assert self.process.poll() is None, (self.folder / "err").read_text()
-        return found
+        return processes
 
     def get(self, path, key=None, method="GET", **options):
         with httpx2.Client(base_url=self.url, timeout=30) as client:
@@ -163,11 +163,11 @@ def service(tmp_path_factory):
 
 
 def requests(numbers):
-    found = Counter()
+    counts = Counter()
     for name, value in numbers.items():
         if match := re.fullmatch(rf'{REQUESTS}\{{method="(\w+)",route="([^"]+)",status="(\d+)"\}}', name):
-            found[match.groups()] = value
-    return found
+            counts[match.groups()] = value
+    return counts
 
 
 def test_every_request_to_every_worker_is_counted_once(service):
@@ -237,7 +237,7 @@ def series(expression):
     """Names of metrics and of labels in a PromQL expression."""
     bare = re.sub(r'"[^"]*"', '""', re.sub(r"\[[^\]]*\]", "", expression))
     labels = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", bare)) | {
-        label.strip() for found in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", bare) for label in found.split(",")
+        label.strip() for grouping in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", bare) for label in grouping.split(",")
     }
     words = set(re.findall(r"\b[a-z_]\w*\b(?!\s*\()", re.sub(r"\b(?:by|on)\s*\([^)]*\)|\{[^}]*\}", " ", bare)))
     return words - {"or", "and", "unless"}, labels
@@ -253,9 +253,9 @@ def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service, tmp_path):
         tmp_path, [Check("events", "fine", "As ever.", group="input")], ["input"], datetime.now(timezone.utc)
     )
     judged = [line.rsplit(" ", 1)[0] for line in verdict_text(groups).splitlines() if not line.startswith("#")]
-    there = [*service.numbers(), *judged]
-    names = {name.split("{")[0] for name in there} | {"up"}
-    labels = {label for name in there for label in re.findall(r'(\w+)="', name)} | {"job", "instance"}
+    metrics = [*service.numbers(), *judged]
+    names = {name.split("{")[0] for name in metrics} | {"up"}
+    labels = {label for name in metrics for label in re.findall(r'(\w+)="', name)} | {"job", "instance"}
     dashboard = json.loads((ROOT / "ops/grafana/dashboards/product_recs.json").read_text())
     shown = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])] + [
         note["expr"] for note in dashboard["annotations"]["list"]

@@ -87,8 +87,8 @@ def test_a_broken_day_ends_the_command_with_4_and_names_the_day(shop, log):
     text = prom.read_text()
     assert 'product_recs_check_level{check="events",group="input"} 2.0' in text
     if PROMTOOL:
-        found = subprocess.run([PROMTOOL, "check", "metrics"], input=text, capture_output=True, text=True)
-        assert found.returncode == 0 and found.stdout + found.stderr == ""
+        lint = subprocess.run([PROMTOOL, "check", "metrics"], input=text, capture_output=True, text=True)
+        assert lint.returncode == 0 and lint.stdout + lint.stderr == ""
     accepted = call(shop, "product-recs", *arguments, "--accept", "2026-06-25", "--json")
     said = json.loads(accepted.stdout)
     assert accepted.returncode == 0 and said["verdict"] == "fine" and "2026-06-25" not in said["days"]
@@ -110,10 +110,10 @@ def test_users_that_were_mixed_up_and_an_empty_feed_of_products(shop, log):
     shutil.copy(table, shop / "products.parquet")
     try:
         change(table, "SELECT * REPLACE (NULL::VARCHAR AS category) FROM log")
-        found = {check.name: check for check in look_at_input(processed, models).checks}
-        assert found["products: category"].level == "stop" and found["products: price"].level == "fine"
-        assert "items have lost their category" in found["products: category"].says
-        assert "accepted_attributes" in found["products: category"].remedy
+        checks = {check.name: check for check in look_at_input(processed, models).checks}
+        assert checks["products: category"].level == "stop" and checks["products: price"].level == "fine"
+        assert "items have lost their category" in checks["products: category"].says
+        assert "accepted_attributes" in checks["products: category"].remedy
         meant = look_at_input(processed, models, accepted_attributes=["category"]).checks
         assert "products: category" not in {check.name for check in meant}
     finally:
@@ -192,8 +192,8 @@ def test_a_store_that_is_away_is_a_finding_and_the_report_is_written(shop):
     assert (shop / "reports/monitor/monitor.html").exists() and "secret" not in (
         shop / "reports/monitor/monitor.html"
     ).read_text()
-    kept = read_verdicts(shop / "models" / VERDICTS)
-    assert {"input", "staleness"} <= {*kept}  # the other part's verdicts are still there
+    verdicts = read_verdicts(shop / "models" / VERDICTS)
+    assert {"input", "staleness"} <= {*verdicts}  # the other part's verdicts are still there
 
 
 def test_a_running_service_tells_what_was_found(tmp_path):
@@ -205,11 +205,11 @@ def test_a_running_service_tells_what_was_found(tmp_path):
         assert server.ask("GET", "/monitor", None, reads)[2] == {"groups": {}}
         assert "check_level" not in server.ask("GET", "/metrics", None, reads)[2].decode()
         now = datetime.now(timezone.utc)
-        found = [Check("events", "stop", "Friday: 3 events.", "Call the shop.", "input", 3, 90, 110)]
-        keep_verdicts(models, found, ["input"], now)
+        checks = [Check("events", "stop", "Friday: 3 events.", "Call the shop.", "input", 3, 90, 110)]
+        keep_verdicts(models, checks, ["input"], now)
         for _ in range(4):  # whichever worker answers
-            told = server.ask("GET", "/monitor", None, reads)[2]["groups"]["input"]
-            assert told["checks"][0]["says"] == "Friday: 3 events." and told["at"] == now.isoformat(timespec="seconds")
+            part = server.ask("GET", "/monitor", None, reads)[2]["groups"]["input"]
+            assert part["checks"][0]["says"] == "Friday: 3 events." and part["at"] == now.isoformat(timespec="seconds")
             text = server.ask("GET", "/metrics", None, reads)[2].decode()
             assert len(re.findall(r'^product_recs_check_level\{check="events",group="input"\} 2\.0$', text, re.M)) == 1
             assert 'product_recs_check_value{check="events",group="input"} 3.0' in text

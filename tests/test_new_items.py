@@ -182,20 +182,20 @@ def renewals(server):
 
 
 def test_a_burst_is_taken_up_by_a_few_renewals(shop):
-    before, told = renewals(shop), range(10_000, 11_000)
+    before, items = renewals(shop), range(10_000, 11_000)
     with ThreadPoolExecutor(8) as pool:
-        posted = [pool.submit(tell, shop, (item, {"title": f"Thing {item}"})) for item in told]
+        posted = [pool.submit(tell, shop, (item, {"title": f"Thing {item}"})) for item in items]
         answers = [shop.get("/recommend/1?n=1")[2]["recommendations"] for _ in range(200)]
         assert all(future.result() == ["accepted"] for future in posted)
     assert answers == [[101]] * 200
-    for item in (told[0], told[500], told[-1]):
+    for item in (items[0], items[500], items[-1]):
         there(shop, item, title=f"Thing {item}")
     facts = {"told": 1000, "since_training": 1000, "taken_up": True}
     until(lambda: all(body["products"] == facts for _, _, body in both(shop, "/model")))
     assert renewals(shop) - before < 250, "of both workers"
     with Store(shop.url) as store:
-        assert store.delete_products(told) == 1000
-    gone(shop, told[-1])
+        assert store.delete_products(items) == 1000
+    gone(shop, items[-1])
 
 
 # --- what happens to a service ---------------------------------------------------------------------------------------

@@ -89,10 +89,10 @@ def test_every_pair_of_every_snapshot_has_a_finite_and_positive_confidence(
     model = bundle.model(DISCOVERY)
     assert np.isfinite(model.user_factors).all() and np.isfinite(model.item_factors).all()
     for row in (0, len(bundle.users) - 1, None):
-        found = confidence_with(
+        confidence = confidence_with(
             bundle, row, [Event(bundle.items[0], "purchase", 1000), Event(bundle.items[len(bundle.items) - 1], "view")]
         )[1]
-        assert np.isfinite(found).all() and (found > 0).all()
+        assert np.isfinite(confidence).all() and (confidence > 0).all()
 
 
 @pytest.mark.parametrize("weighting", ["none", "log1p", "binary", "bm25"])
@@ -150,8 +150,8 @@ def test_training_at_the_ends_of_each_parameter(tmp_path, solver, parameters):
         return
     objective = {name: parameters.get(name, usual) for name, usual in PLAIN_OBJECTIVE.items()}
     alpha, regularization = parameters.get("alpha", 1.0), parameters.get("regularization", 20.0)
-    one = Solver(model.item_factors, regularization, alpha, **objective)
-    assert np.isfinite([one.solve(row.indices, row.data) for row in features.all.confidence]).all()
+    fold_in_solver = Solver(model.item_factors, regularization, alpha, **objective)
+    assert np.isfinite([fold_in_solver.solve(row.indices, row.data) for row in features.all.confidence]).all()
     assert (
         np.isfinite(model.user_factors).all()
         and np.isfinite(model.item_factors).all()
@@ -250,8 +250,8 @@ def forms_of(default):
 def test_every_declared_parameter_takes_its_value_in_every_form(job):
     for name, default in declared_defaults(job).items():
         for form in forms_of(default):
-            found = typed(name, form, default)
-            assert found == default and type(found) in (type(default), float), (name, form, found)
+            value = typed(name, form, default)
+            assert value == default and type(value) in (type(default), float), (name, form, value)
         for wrong in (
             object(),
             {1: 2},

@@ -40,11 +40,11 @@ def publish_shop(models_dir, **columns):
     them k + 1 times. Items may have further columns."""
     taste, place = np.repeat([0, 1], EACH), np.tile(np.arange(EACH), 2)
     lover, start = np.repeat([0, 1], 6), np.tile(np.arange(6), 2)
-    had = (lover[:, None] == taste) & ((place - 2 * start[:, None]) % EACH < 6)
-    seen = csr_matrix(had.astype(np.float32))
+    owned = (lover[:, None] == taste) & ((place - 2 * start[:, None]) % EACH < 6)
+    seen = csr_matrix(owned.astype(np.float32))
     counts = csr_matrix(seen.multiply((start + 1)[:, None]).astype(np.float32))
     age = csr_matrix(seen.multiply(1 + place[None]).astype(np.float32))
-    shop = Snapshot(None, seen, counts, age, had.sum(axis=0).astype(np.int32))
+    shop = Snapshot(None, seen, counts, age, owned.sum(axis=0).astype(np.int32))
     weights = BlendWeights(
         {name: {"taste": 0.5, "own": 3.0, "count": 0.5}.get(name, 0.0) for name in SIGNALS}, -1.0, 30.0, 30.0, {}
     )
@@ -57,7 +57,7 @@ def publish_shop(models_dir, **columns):
         models=lambda als: {DISCOVERY: als, NEXT_PURCHASE: HabitBlend(als, NEXT_PURCHASE, weights).fit(shop)},
         users=range(1, 13),
         items=FIRST + np.arange(2 * EACH),
-        user_columns={"popularity": had.sum(axis=1).astype(np.int32)},
+        user_columns={"popularity": owned.sum(axis=1).astype(np.int32)},
         item_columns={
             "popularity": shop.popularity,
             "title": np.array(COFFEE + TEA, object),
@@ -230,9 +230,9 @@ def test_a_person_is_picked_typed_or_a_guest(visit, service):
     page.get_by_role("group", name="Some people").get_by_role("button", name="2", exact=True).click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Person 2")
     expect(page.get_by_role("button", name="2", exact=True)).to_have_attribute("aria-pressed", "true")
-    who = page.get_by_role("combobox", name="Choose a person")
-    who.fill("no/body é?")
-    who.press("Enter")
+    box = page.get_by_role("combobox", name="Choose a person")
+    box.fill("no/body é?")
+    box.press("Enter")
     expect(page.get_by_role("heading", level=1)).to_have_text("Person no/body é?")
     expect(step(page)).to_have_text("Popular")
     expect(page.get_by_text("The model does not know this person")).to_be_visible()
@@ -274,9 +274,9 @@ def test_what_goes_into_the_basket_changes_the_list_at_once(visit, service):
     # the focus went to the card that took the place
     assert page.evaluate("document.activeElement.closest('#list > li') !== null")
     expect(line(page, "What this person had", wanted)).to_contain_text("Cart")
-    kept = service.get("/users/4/history")[2]["history"][0]
-    assert (kept["title"], kept["event"], kept["origin"]) == (wanted, "cart", "feedback")
-    assert kept["item_id"] == FIRST + EACH + TEA.index(wanted)
+    event = service.get("/users/4/history")[2]["history"][0]
+    assert (event["title"], event["event"], event["origin"]) == (wanted, "cart", "feedback")
+    assert event["item_id"] == FIRST + EACH + TEA.index(wanted)
 
 
 def test_not_interested_is_kept_and_can_be_taken_back(visit, service):
@@ -307,12 +307,12 @@ def test_a_guest_is_known_by_the_basket_alone(visit):
     expect(step(page)).to_have_text("Popular")
     expect(page.get_by_text("A guest has none.")).to_be_visible()
     page.get_by_role("searchbox", name="Find an item").fill("tea")
-    found = page.get_by_role("list", name="Items found")
-    expect(found.get_by_role("listitem")).to_have_count(8)
-    found.get_by_role("button", name="Add to basket: Tea 3", exact=True).click()
+    results = page.get_by_role("list", name="Items found")
+    expect(results.get_by_role("listitem")).to_have_count(8)
+    results.get_by_role("button", name="Add to basket: Tea 3", exact=True).click()
     expect(step(page)).to_have_text("This visit")
     assert set(names(page)[:11]) == set(TEA) - {"Tea 3"}
-    expect(found.get_by_text("In basket")).to_be_visible()
+    expect(results.get_by_text("In basket")).to_be_visible()
     page.reload()
     expect(step(page)).to_have_text("This visit")
     page.get_by_role("button", name="Not interested: Tea 5", exact=True).click()
@@ -332,8 +332,8 @@ def test_the_hint_of_the_search_is_a_word_of_this_shop(visit):
     word = box.get_attribute("placeholder").rpartition(" ")[2]
     assert word in " ".join(COFFEE + TEA).lower().split()
     box.fill(word)
-    found = page.get_by_role("list", name="Items found").get_by_role("listitem").first
-    expect(found.get_by_role("button").first).to_have_text(re.compile(rf"\b{word}\b", re.I))
+    result = page.get_by_role("list", name="Items found").get_by_role("listitem").first
+    expect(result.get_by_role("button").first).to_have_text(re.compile(rf"\b{word}\b", re.I))
 
 
 def test_a_shop_without_titles_gets_no_hint(browser, tmp_path):
@@ -636,11 +636,11 @@ CONTROLS = {
 
 def audit(page):
     """What a checker of accessibility looks for, from the browser's own accessibility tree and the computed styles."""
-    found = page.evaluate(CHECKS)
-    assert found["weak"] == [] and found["tooSmall"] == [] and found["twice"] == [] and found["inline"] == 0
-    assert found["width"][0] <= found["width"][1]
+    report = page.evaluate(CHECKS)
+    assert report["weak"] == [] and report["tooSmall"] == [] and report["twice"] == [] and report["inline"] == 0
+    assert report["width"][0] <= report["width"][1]
     # no heading skips a level, the first one aside
-    assert all(after <= before + 1 for before, after in zip(found["levels"], found["levels"][1:])), found["levels"]
+    assert all(after <= before + 1 for before, after in zip(report["levels"], report["levels"][1:])), report["levels"]
     nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     controls = [node for node in nodes if not node["ignored"] and node.get("role", {}).get("value") in CONTROLS]
     assert len(controls) >= 3
@@ -899,9 +899,9 @@ def test_a_product_added_by_hand_shows_whom_it_reaches_until_it_is_deleted(garde
     expect(rows).to_have_count(len(places) + 1)
     # what it has in common with what the first of them had: things of the garden
     person = int(shown[0][0])
-    why = [one for one in garden.get(f"/explain/{person}/{NEW}")[2]["why"] if one["contribution"] > 0][:2]
+    why = [reason for reason in garden.get(f"/explain/{person}/{NEW}")[2]["why"] if reason["contribution"] > 0][:2]
     expect(rows.nth(1)).to_contain_text(f"They had {why[0]['title']} and {why[1]['title']}.")
-    facts = [garden.get(f"/items/{one['item_id']}")[2]["attributes"] for one in why]
+    facts = [garden.get(f"/items/{reason['item_id']}")[2]["attributes"] for reason in why]
     assert [fact["category"] for fact in facts] == ["garden"] * 2
     # another kind reaches others, and none once it is deleted
     describe(page, Category="coffee", Title="Dark roast").get_by_role("button", name="Change").click()

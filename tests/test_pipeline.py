@@ -92,11 +92,11 @@ def test_models_are_listed_with_run_span_and_quality(finished):
     metrics = json.loads((root / "reports" / "night" / "metrics.json").read_text())
     listed = call(root, "product-recs", "models").stdout
     facts = json.loads(call(root, "product-recs", "models", "--json").stdout)
-    one = next(one for one in facts if one["mark"] == "live")
-    assert one["run"] == "night" and one["span"][:10] == metrics["01_ingest"]["first_timestamp"][:10]
-    assert {task: model["name"] for task, model in one["models"].items()} == metrics["03_train"]["models"]
+    live = next(model for model in facts if model["mark"] == "live")
+    assert live["run"] == "night" and live["span"][:10] == metrics["01_ingest"]["first_timestamp"][:10]
+    assert {task: model["name"] for task, model in live["models"].items()} == metrics["03_train"]["models"]
     figures = {(r["task"], r["model"]): r["value"] for r in metrics["04_evaluate"]["table"] if r["metric"] == "ndcg"}
-    for task, model in one["models"].items():
+    for task, model in live["models"].items():
         assert model["ndcg"] == pytest.approx(figures[task, model["name"]], abs=1e-5)
         assert model["popularity"] == pytest.approx(figures[task, "popularity"], abs=1e-5)
         assert f"NDCG@10 {model['ndcg']:.4f} (popularity {model['popularity']:.4f})" in listed

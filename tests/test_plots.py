@@ -31,9 +31,9 @@ def of_groups(names):
     "A figure with an interval for each name, of 6 to ten million users, for two models."
     rng = np.random.default_rng(0)
     rows = [
-        {"group": name, "series": one, "value": value, "low": value - 0.1, "high": value + 0.1, "size": size}
+        {"group": name, "series": series, "value": value, "low": value - 0.1, "high": value + 0.1, "size": size}
         for name, size in zip(names, np.geomspace(6, MANY, max(len(names), 1)).astype(int))
-        for one, value in zip((f"ALS {LONG}", "popularity"), rng.random(2))
+        for series, value in zip((f"ALS {LONG}", "popularity"), rng.random(2))
     ]
     return pd.DataFrame(rows, columns=["group", "series", "value", "low", "high", "size"])
 
@@ -70,7 +70,7 @@ def every_kind(groups, long, rows):
     [(1, False, 10), (3, True, MANY), (30, False, MANY), (30, True, 10), (300, False, 10), (300, True, MANY)],
 )
 def test_no_word_touches_another_or_leaves_the_figure(groups, long, rows):
-    wrong = {kind: found[:4] for kind, picture in every_kind(groups, long, rows) if (found := clashes(picture))}
+    wrong = {kind: problems[:4] for kind, picture in every_kind(groups, long, rows) if (problems := clashes(picture))}
     assert wrong == {}
 
 
@@ -84,8 +84,8 @@ def test_the_check_finds_what_lies_on_each_other_and_outside():
         [ax] = crowded.axes
         ax.set_xticks(range(40), [f"a long label {place}" for place in range(40)])
         ax.text(2, 0.5, "far away", transform=ax.transAxes, in_layout=False)
-    found = clashes(crowded)
-    assert "'far away' outside" in found and "'a long label 0' on 'a long label 1'" in found
+    problems = clashes(crowded)
+    assert "'far away' outside" in problems and "'a long label 0' on 'a long label 1'" in problems
 
 
 @pytest.mark.parametrize(

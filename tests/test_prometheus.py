@@ -99,12 +99,12 @@ class Prometheus:
     def until(self, condition, meanwhile=lambda: None, seconds=120):
         "Wait for what Prometheus must come to see; something may be done all the while."
         end = time.monotonic() + seconds
-        while not (found := condition()):
+        while not (result := condition()):
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, (self.firing(), self.api("targets")["activeTargets"])
             meanwhile()
             time.sleep(0.2)
-        return found
+        return result
 
     def fires(self, *names, **how):
         self.until(lambda: {*names} <= {*self.firing()}, **how)
@@ -206,8 +206,8 @@ def test_a_healthy_service_raises_no_alarm(watched):
 
 def test_promtool_finds_nothing_to_say(watched):
     status, _, text = watched.ask("GET", "/metrics")
-    found = promtool("check", "metrics", text=text.decode())
-    assert status == 200 and found.stdout + found.stderr == ""
+    done = promtool("check", "metrics", text=text.decode())
+    assert status == 200 and done.stdout + done.stderr == ""
     names = [line.split()[2] for line in text.decode().splitlines() if line.startswith("# HELP")]
     assert len(names) == len({*names}) and all(name.startswith("product_recs_") for name in names)
     helps = [line.split(maxsplit=3) for line in text.decode().splitlines() if line.startswith("# HELP")]
@@ -236,8 +236,8 @@ def test_each_expression_of_the_dashboard_has_a_value(watched):
     expressions += [note["expr"].removesuffix(" > 0") for note in dashboard["annotations"]["list"]]
     assert len(expressions) > 25
     for expression in expressions:
-        found = watched.prometheus.query(expression.replace("$__rate_interval", "1m"))
-        assert any(one["value"][1] != "NaN" for one in found), (expression, found)  # NaN: a route that nobody asked
+        rows = watched.prometheus.query(expression.replace("$__rate_interval", "1m"))
+        assert any(row["value"][1] != "NaN" for row in rows), (expression, rows)  # NaN: a route that nobody asked
     shown = {panel["title"]: panel["targets"] for panel in dashboard["panels"] if panel.get("targets")}
     [workers] = watched.prometheus.query(shown["Workers"][0]["expr"])
     assert workers["value"][1] == "2"
@@ -259,13 +259,15 @@ def test_what_the_monitor_found(watched):
     then = datetime.now(timezone.utc) - timedelta(days=3)
     odd = [Check("events", "stop", "No event.", group="input", value=0), Check("hours", "look", "Odd.", group="input")]
     keep_verdicts(watched.models, odd, ["input"], then)
-    told = watched.prometheus.fires("MonitorStop", "MonitorLook", "MonitorSilent")
-    assert told["MonitorStop"]["summary"] == "events (input): going on would do harm"
-    assert told["MonitorSilent"]["summary"].startswith("The monitor has not judged input for 3d 0h")
+    alerts = watched.prometheus.fires("MonitorStop", "MonitorLook", "MonitorSilent")
+    assert alerts["MonitorStop"]["summary"] == "events (input): going on would do harm"
+    assert alerts["MonitorSilent"]["summary"].startswith("The monitor has not judged input for 3d 0h")
     text = watched.ask("GET", "/metrics")[2].decode()
     assert 'product_recs_check_level{check="events",group="input"} 2.0' in text
     promtool("check", "metrics", text=text)
-    keep_verdicts(watched.models, [replace(one, level="fine") for one in odd], ["input"], datetime.now(timezone.utc))
+    keep_verdicts(
+        watched.models, [replace(check, level="fine") for check in odd], ["input"], datetime.now(timezone.utc)
+    )
     watched.prometheus.is_silent("MonitorStop", "MonitorLook", "MonitorSilent")
 
 
@@ -317,12 +319,12 @@ def test_a_stopped_database(watched, postgres):
     prometheus = watched.prometheus
     postgres.stop()
     try:
-        told = prometheus.fires(
+        alerts = prometheus.fires(
             "StoreDown",
             "StoreFails",
             meanwhile=lambda: watched.ask("POST", "/events", {"events": [{"user_id": 5, "item_id": 103}]}),
         )
-        assert "postgresql" in told["StoreDown"]["summary"]
+        assert "postgresql" in alerts["StoreDown"]["summary"]
         many = {"users": [f"guest {k}" for k in range(1000)], "n": 1}
         key = {"X-API-Key": watched.key}
         prometheus.fires("ImpressionsDropped", meanwhile=lambda: both(watched.server, "/recommend", "POST", many, key))
@@ -342,8 +344,8 @@ def test_workers_that_die_and_find_no_model(watched):
         alive[kill % 2].kill()
         prometheus.until(lambda kill=kill: prometheus.query(f"{born} >= {kill}"))
     names = "WorkersRestart", "NoModel", "ManyFailures"
-    told = prometheus.fires(*names, meanwhile=lambda: watched.ask("GET", "/recommend/1"))
-    assert "times in a quarter of an hour" in told["WorkersRestart"]["summary"]
+    alerts = prometheus.fires(*names, meanwhile=lambda: watched.ask("GET", "/recommend/1"))
+    assert "times in a quarter of an hour" in alerts["WorkersRestart"]["summary"]
     assert prometheus.query("product_recs_model_workers") == []
     publish(watched.models, "first")
     prometheus.is_silent("NoModel")

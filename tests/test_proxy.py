@@ -113,12 +113,12 @@ class Nginx:
                 | {name.replace("_", "-"): value for name, value in headers.items()},
             )
             answer = connection.getresponse()
-            content, found = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
+            content, fields = answer.read(), {name.lower(): value for name, value in answer.getheaders()}
             return (
                 answer.status,
-                found,
+                fields,
                 json.loads(content)
-                if content and "json" in found.get("content-type", "")
+                if content and "json" in fields.get("content-type", "")
                 else content.decode("utf-8", "replace"),
             )
         finally:

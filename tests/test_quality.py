@@ -109,4 +109,4 @@ def test_rows_of_models_that_a_run_leaves_out_stay(folder):
         assert done.returncode == 0, done.stderr
     results = json.loads((out / f"quality-{folder.name}.json").read_text())
     assert {result["model"] for result in results} == {"popularity", "item-item cosine", "item graph"}
-    assert all(one["command"].startswith("`python benchmarks/quality.py ") for one in results)
+    assert all(result["command"].startswith("`python benchmarks/quality.py ") for result in results)

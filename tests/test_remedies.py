@@ -48,27 +48,27 @@ def cells(path):
 
 
 def job_parameters():
-    found = set()
+    parameters = set()
     for path in NOTEBOOKS.values():
         declared = next(cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", []))
-        found |= {node.targets[0].id for node in ast.parse("".join(declared["source"])).body}
-    return found
+        parameters |= {node.targets[0].id for node in ast.parse("".join(declared["source"])).body}
+    return parameters
 
 
 def verbs():
     "Verb -> its options."
     command = typer.main.get_command(app)
-    found = {}
+    options = {}
     for name, verb in command.commands.items():
         parts = [verb, *getattr(verb, "commands", {}).values()]
-        found[name] = {
+        options[name] = {
             option
             for part in parts
             for parameter in part.params
             for option in (*parameter.opts, *parameter.secondary_opts)
         }
-        found[name] |= {"--help", "-h"}
-    return found
+        options[name] |= {"--help", "-h"}
+    return options
 
 
 def settings():
@@ -105,7 +105,7 @@ def said():
                 yield f"{path.relative_to(ROOT)}:{line}", text
     for step, path in NOTEBOOKS.items():
         parts = cells(path)
-        first = next(at for at, cell in enumerate(parts) if "parameters" in cell["metadata"].get("tags", []))
+        first = next(number for number, cell in enumerate(parts) if "parameters" in cell["metadata"].get("tags", []))
         for number, cell in enumerate(parts[first:], first):
             source = "".join(cell["source"])
             if cell["cell_type"] == "markdown":
@@ -118,35 +118,35 @@ def said():
 
 def unknown(text, parameters, options, names):
     "What a text names that is not there."
-    known, found = set(parameters), []
+    known, missing = set(parameters), []
     if "model_parameters" in text:  # then those of the models can be followed
         for kind in KINDS.values():
             known |= set(inspect.signature(kind.__init__).parameters)
     every = {option for of_verb in options.values() for option in of_verb}
     for name in re.findall(r"(?<![\w.{-])([a-z][a-z_]+)=(?!=)", text):
         if name not in known and name not in FOREIGN:
-            found.append(f"{name}=")
+            missing.append(f"{name}=")
     for name in re.findall(r"\b(?:[Rr]aise|[Ll]ower|[Ss]et|[Pp]ass) `?([a-z][a-z_]*)(?![\w=])", text):
         if name not in known | WORDS:
-            found.append(name)
+            missing.append(name)
     for name in re.findall(r"(?<![\w-])-p '?([a-z][a-z_]*)", text):
         if name not in parameters:
-            found.append(f"-p {name}")
+            missing.append(f"-p {name}")
     for verb, rest in re.findall(r"product-recs ([a-z]+)([^\n`;]*)", text):
         if f"product-recs {verb}" in ("product-recs knows",):  # the name of the program in a sentence
             continue
         if verb not in options:
-            found.append(f"product-recs {verb}")
+            missing.append(f"product-recs {verb}")
         else:
             wanted = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", rest)
-            found += [f"{verb} {option}" for option in wanted if option not in options[verb]]
+            missing += [f"{verb} {option}" for option in wanted if option not in options[verb]]
     if "product-recs" not in text:
         wanted = re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)
-        found += [option for option in wanted if option not in every and option[2:] not in FOREIGN]
+        missing += [option for option in wanted if option not in every and option[2:] not in FOREIGN]
     for setting in re.findall(r"PRODUCT_RECS_[A-Z_]*[A-Z]\b", text):
         if setting not in names:
-            found.append(setting)
-    return found
+            missing.append(setting)
+    return missing
 
 
 def test_every_remedy_names_what_is_there():

@@ -52,10 +52,10 @@ def judged(rules, user, item, event, quantity, moment):
         if key_or_none(id) is None:
             return column
     moment = moment and moment.replace(tzinfo=timezone.utc)
-    one = SimpleNamespace(
+    row = SimpleNamespace(
         user_id=key_or_none(user), item_id=key_or_none(item), event=event, quantity=quantity, timestamp=moment
     )
-    fault = rules.fault(one, NOW + timedelta(days=1))
+    fault = rules.fault(row, NOW + timedelta(days=1))
     return fault and fault[0]
 
 
@@ -81,9 +81,9 @@ def test_a_file_is_judged_as_an_event_is(tmp_path, rows, rules):
         progress=False,
     )
     with open(tmp_path / "run/rejects.csv", newline="", encoding="utf-8") as file:
-        found = {int(row["line"]): row["column"] for row in csv.DictReader(file)}
+        rejects = {int(row["line"]): row["column"] for row in csv.DictReader(file)}
     columns = {line: judged(rules, *row) for line, row in enumerate(rows, 2)}
-    assert found == {line: column for line, column in columns.items() if column}
+    assert rejects == {line: column for line, column in columns.items() if column}
     assert ledger.rows_read == len(rows) + 1 == ledger.rows_kept + ledger.rows_rejected + ledger.duplicates_merged
     assert EventRules(**open_ledger(tmp_path / "run").rules) == EventRules(
         tuple(sorted(rules.events)), rules.max_quantity, ledger.rules["numbers"]
@@ -124,10 +124,10 @@ def test_what_a_store_holds_is_judged_as_the_rules_of_the_run_say(tmp_path, rows
     assert ledger.rules["numbers"] == ([] if text else ["user_id", "item_id"])
     rules = EventRules(**ledger.rules)
     with open(tmp_path / "run/rejects.csv", newline="", encoding="utf-8") as file:
-        found = {int(row["line"]): (row["column"], row["reason"]) for row in csv.DictReader(file)}
+        rejects = {int(row["line"]): (row["column"], row["reason"]) for row in csv.DictReader(file)}
     faults = {seq: rules.fault(event) for seq, event in enumerate(events, 1)}
-    assert found == {seq: fault for seq, fault in faults.items() if fault}
-    assert all(rules.counts(event) == (seq not in found) for seq, event in enumerate(events, 1))
+    assert rejects == {seq: fault for seq, fault in faults.items() if fault}
+    assert all(rules.counts(event) == (seq not in rejects) for seq, event in enumerate(events, 1))
 
 
 LOG = "user_id,item_id,event,timestamp\n" + "".join(
@@ -234,9 +234,9 @@ def test_what_was_accepted_under_other_rules_is_told_and_not_counted(tmp_path):
             "id is text, but those of the source are numbers": 1,
         }
         client.post("/model/reload")
-        told = client.get("/users/1/history").json()["history"]
-        found = {line["item_id"] for line in told if line["origin"] == "feedback"}
-        assert found == {102, 103}, "a history shows what is stored"
+        history = client.get("/users/1/history").json()["history"]
+        items = {line["item_id"] for line in history if line["origin"] == "feedback"}
+        assert items == {102, 103}, "a history shows what is stored"
         _, older = trained(tmp_path, "older", events=["purchase"], max_quantity=10)  # all that is stored is new to it
         client.post("/model/reload")
         state = client.app.state.service.desk.changes.state

@@ -49,11 +49,11 @@ def questions(draw):
 @given(questions())
 def test_every_kernel_gives_the_lists_of_a_full_ranking(question):
     users, items, n, exclude, candidates, threads = question
-    found, scores = top_n(users @ items.T, n, exclude, candidates)
+    lists, scores = top_n(users @ items.T, n, exclude, candidates)
     closed = None if candidates is None or threads % 2 else np.flatnonzero(~candidates)
     for variant in VARIANTS:
         mine = Searcher(items, candidates if closed is None else None, variant).top(users, n, exclude, closed, threads)
-        assert np.array_equal(mine[0], found), variant
+        assert np.array_equal(mine[0], lists), variant
         assert np.array_equal(mine[1], scores), variant
 
 
@@ -66,11 +66,11 @@ def test_no_better_item_is_left_out_whatever_the_scale(scale, variant):
         rng.standard_normal((50, 65)),
     )
     exact = -np.sort(-(users @ items.T), axis=1)[:, :15]
-    found, scores = Searcher((items * scale).astype(np.float32), variant=variant).top(
+    lists, scores = Searcher((items * scale).astype(np.float32), variant=variant).top(
         (users * scale).astype(np.float32), 15
     )
     assert np.allclose(scores, exact * scale * scale, rtol=1e-5, atol=1e-5 * scale * scale)
-    assert all(len(set(row)) == 15 for row in found.tolist())
+    assert all(len(set(row)) == 15 for row in lists.tolist())
 
 
 def best_scores(users, items, n):
@@ -111,8 +111,8 @@ def test_the_walk_goes_on_to_a_shorter_item_that_points_the_right_way(variant):
     aside -= (aside @ x)[:, None] * x
     aside /= np.linalg.norm(aside, axis=1, keepdims=True)
     items = np.concatenate([0.98 * x + np.sqrt(1 - 0.98**2) * aside, np.tile(0.985 * x, (10, 1))]).astype(np.float32)
-    found, scores = Searcher(items, variant=variant).top(x[None].astype(np.float32), 10)
-    assert found[0].tolist() == list(range(500, 510)) and np.allclose(scores, 0.985)
+    lists, scores = Searcher(items, variant=variant).top(x[None].astype(np.float32), 10)
+    assert lists[0].tolist() == list(range(500, 510)) and np.allclose(scores, 0.985)
 
 
 def test_blocks_and_threads_do_not_change_a_list():
@@ -127,8 +127,8 @@ def test_blocks_and_threads_do_not_change_a_list():
         again = searcher.top(users, 10, threads=threads)
         assert np.array_equal(whole[0], again[0]) and np.array_equal(whole[1], again[1])
     for row in range(20):
-        one = searcher.top(users[row : row + 1], 10)
-        assert np.array_equal(one[0][0], whole[0][row]) and np.array_equal(one[1][0], whole[1][row])
+        single = searcher.top(users[row : row + 1], 10)
+        assert np.array_equal(single[0][0], whole[0][row]) and np.array_equal(single[1][0], whole[1][row])
 
 
 def test_exclusions_may_be_given_as_a_pair_and_as_a_slice_of_mapped_arrays(tmp_path):
@@ -146,7 +146,7 @@ def test_exclusions_may_be_given_as_a_pair_and_as_a_slice_of_mapped_arrays(tmp_p
             for of, given in ((items, exclude[:20]), (mapped, (exclude.indptr[:21], exclude.indices)))
         )
         assert np.array_equal(whole[0], part[0])
-        assert not any(exclude[row, item] for row, found in enumerate(part[0]) for item in found)
+        assert not any(exclude[row, item] for row, listed in enumerate(part[0]) for item in listed)
 
 
 def test_many_threads_may_ask_one_searcher():
@@ -161,7 +161,7 @@ def test_many_threads_may_ask_one_searcher():
         asked = list(
             threads.map(lambda row: searcher.top(users[row : row + 1], 10, closed=alone[row, :3])[0][0], range(400))
         )
-    assert all(found[:7].tolist() == before[3:].tolist() for found, before in zip(asked, alone))
+    assert all(listed[:7].tolist() == before[3:].tolist() for listed, before in zip(asked, alone))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

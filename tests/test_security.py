@@ -139,11 +139,11 @@ def problem(answer, status):
 )
 def test_each_scope_opens_what_it_says(service, method, path, needed):
     body = {"json": {}} if method == "POST" else {}
-    found = {200, 404}
+    statuses = {200, 404}
     for scope in SCOPES:
         answer = service.client.request(method, path, headers=service.sign(scope), **body)
         if SCOPES.index(scope) >= SCOPES.index(needed):
-            assert answer.status_code in found
+            assert answer.status_code in statuses
         else:
             assert needed in problem(answer, 403) and f'scope="{needed}"' in answer.headers["www-authenticate"]
     assert "API key" in problem(service.client.request(method, path, **body), 401)

@@ -32,17 +32,17 @@ def weights():
     shapes = {f"embeddings.{name}_embeddings": (rows, width) for name, rows in
               (("word", 40), ("position", 12), ("token_type", 2))}  # fmt: skip
     for layer in range(2):
-        at = f"encoder.layer.{layer}"
+        prefix = f"encoder.layer.{layer}"
         parts = ("self.query", "self.key", "self.value", "output.dense")
-        shapes |= {f"{at}.attention.{part}": (width, width) for part in parts}
-        shapes |= {f"{at}.intermediate.dense": (4 * width, width), f"{at}.output.dense": (width, 4 * width)}
-        shapes |= {f"{at}.{part}.LayerNorm": (width,) for part in ("attention.output", "output")}
+        shapes |= {f"{prefix}.attention.{part}": (width, width) for part in parts}
+        shapes |= {f"{prefix}.intermediate.dense": (4 * width, width), f"{prefix}.output.dense": (width, 4 * width)}
+        shapes |= {f"{prefix}.{part}.LayerNorm": (width,) for part in ("attention.output", "output")}
     shapes["embeddings.LayerNorm"] = (width,)
-    found = {}
+    tensors = {}
     for name, shape in shapes.items():
-        found[f"{name}.weight"] = draw.normal(size=shape).astype(np.float32) / 4
-        found[f"{name}.bias"] = draw.normal(size=shape[:1]).astype(np.float32) / 4
-    return found
+        tensors[f"{name}.weight"] = draw.normal(size=shape).astype(np.float32) / 4
+        tensors[f"{name}.bias"] = draw.normal(size=shape[:1]).astype(np.float32) / 4
+    return tensors
 
 
 def test_a_text_has_one_vector_whatever_is_encoded_beside_it(recipe, weights):

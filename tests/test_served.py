@@ -73,7 +73,7 @@ def offline(model, rows, task, snapshot):
     "The lists that an evaluation judges, as ids."
     forbidden = snapshot.counts[rows] if task == DISCOVERY else None
     lists, _ = model.top(model.users(rows), N, forbidden, threads=0)
-    return [[1001 + item for item in one if item >= 0] for one in lists.tolist()]
+    return [[1001 + item for item in items if item >= 0] for items in lists.tolist()]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -89,13 +89,13 @@ def test_what_was_judged_is_served(served, name):
         assert status == 200 and headers["x-model-version"] == version
         assert headers["x-recommendation-model"] == model.name
         rung = "popular" if not model.personal else "personalised" if task == DISCOVERY else "next_purchase"
-        assert {one["source"] for one in answer["results"]} == {rung}
+        assert {result["source"] for result in answer["results"]} == {rung}
         expected = offline(model, rows, task, snapshot)
-        assert [one["recommendations"] for one in answer["results"]] == expected
+        assert [result["recommendations"] for result in answer["results"]] == expected
         for place in (1, 7, 100):
             user = int(rows[place]) + 1
-            status, headers, one = server.get(f"/recommend/{user}?n={N}&task={task}")
-            assert one == {"user_id": user, "recommendations": expected[place]}
+            status, headers, single = server.get(f"/recommend/{user}?n={N}&task={task}")
+            assert single == {"user_id": user, "recommendations": expected[place]}
             assert headers["x-recommendation-model"] == model.name
 
 
@@ -123,21 +123,21 @@ def test_events_filters_reasons_and_similar_items(served, name):
     for task in (DISCOVERY, NEXT_PURCHASE):
         best = server.get(f"/recommend/{user}?n={N}&task={task}&detail=true")[2]["items"]
         for place in (0, N - 1):
-            status, headers, told = server.get(f"/explain/{user}/{best[place]['item_id']}?task={task}")
-            assert status == 200 and headers["x-recommendation-model"] == told["model"] == models[task].name
-            assert np.isclose(told["score"], best[place]["score"], atol=1e-4, rtol=1e-4)
-            parts = sum(one["contribution"] for one in told["why"]) + told["other"]
-            if told["signals"]:
-                assert np.isclose(sum(told["signals"].values()), told["score"], atol=1e-4, rtol=1e-4)
-                assert np.isclose(parts, told["signals"].get("taste", 0.0), atol=1e-4, rtol=1e-4)
+            status, headers, explanation = server.get(f"/explain/{user}/{best[place]['item_id']}?task={task}")
+            assert status == 200 and headers["x-recommendation-model"] == explanation["model"] == models[task].name
+            assert np.isclose(explanation["score"], best[place]["score"], atol=1e-4, rtol=1e-4)
+            parts = sum(reason["contribution"] for reason in explanation["why"]) + explanation["other"]
+            if explanation["signals"]:
+                assert np.isclose(sum(explanation["signals"].values()), explanation["score"], atol=1e-4, rtol=1e-4)
+                assert np.isclose(parts, explanation["signals"].get("taste", 0.0), atol=1e-4, rtol=1e-4)
             else:
-                assert np.isclose(parts, told["score"], atol=1e-4, rtol=1e-4)
-            assert told["rank"] == best[place]["rank"] and told["recommended"]
+                assert np.isclose(parts, explanation["score"], atol=1e-4, rtol=1e-4)
+            assert explanation["rank"] == best[place]["rank"] and explanation["recommended"]
 
     status, headers, like = server.get("/similar/1001?n=5&detail=true")
     assert status == 200 and headers["x-recommendation-model"] == model.name
     assert 1001 not in like["similar"] and len(like["similar"]) == 5 and headers["x-recommendation-source"] == "similar"
-    scores = [one["score"] for one in like["items"]]
+    scores = [item["score"] for item in like["items"]]
     assert scores == sorted(scores, reverse=True)
     guest = server.ask("POST", "/recommend", {"events": [{"item_id": 1004, "event": "view"}], "n": 5})[2]["results"][0]
     assert guest["source"] == ("session" if model.personal else "popular") and 1004 not in guest["recommendations"]
@@ -214,14 +214,14 @@ def test_no_answer_mixes_tasks_or_models_while_they_change(tmp_path):
         for thread in threads:
             thread.join()
         assert wrong == [] and min(answers.values()) > 60, (wrong, answers)
-        kept = hits(server)
+        hits_before = hits(server)
         assert everybody(server) == everybody(server) == {first}
-        assert hits(server) >= kept + 2 * len(rows)
+        assert hits(server) >= hits_before + 2 * len(rows)
         rollback(folder, second)
         taken_up(server, second)
         assert everybody(server) == everybody(server) == {second}
         body = {"users": (rows + 1).tolist(), "n": N, "task": NEXT_PURCHASE}
         _, headers, answer = server.ask("POST", "/recommend", body)
         assert headers["x-recommendation-model"] == "item graph + habits"
-        for one in answer["results"]:
-            assert one["recommendations"] == right[second, NEXT_PURCHASE, one["user_id"]][1]
+        for result in answer["results"]:
+            assert result["recommendations"] == right[second, NEXT_PURCHASE, result["user_id"]][1]

@@ -68,8 +68,8 @@ def shop(request, tmp_path_factory, trained):
 
 def lists(server, user, **more):
     "What both workers recommend to a user: source and items."
-    found = one(server, "/recommend", "POST", {"users": [user], "n": 10, **more})["results"][0]
-    return found["source"], found["recommendations"]
+    result = one(server, "/recommend", "POST", {"users": [user], "n": 10, **more})["results"][0]
+    return result["source"], result["recommendations"]
 
 
 def post(server, *events):
@@ -93,8 +93,8 @@ def test_an_event_counts_at_the_next_request_in_every_worker(shop):
     assert lists(shop, 7001)[0] == "popular"
     for item in before[:3]:
         post(shop, event(7001, item, "cart"))
-        source, found = lists(shop, 7001)
-        assert source == "session" and item not in found and len(found) == 10
+        source, items = lists(shop, 7001)
+        assert source == "session" and item not in items and len(items) == 10
     assert [
         (line["item_id"], line["event"], line["origin"]) for line in one(shop, "/users/7001/history")["history"]
     ] == [(item, "cart", "feedback") for item in before[2::-1]]
@@ -139,8 +139,8 @@ def test_what_a_user_denies_never_comes(shop):
 
 def test_a_forgotten_user_is_a_stranger_in_every_worker(shop):
     post(shop, event(13, 101), event(13, 102, "deny"))
-    told = one(shop, "/users/13/history")
-    assert told["known"] and {line["origin"] for line in told["history"]} == {"model", "feedback"}
+    record = one(shop, "/users/13/history")
+    assert record["known"] and {line["origin"] for line in record["history"]} == {"model", "feedback"}
     status, _, body = shop.ask("DELETE", "/users/13")
     assert status == 200 and body == {"user_id": 13, "forgotten": True, "events_deleted": 2}
     assert one(shop, "/users/13/history") == {"user_id": 13, "known": False, "forgotten": True, "history": []}
@@ -148,8 +148,8 @@ def test_a_forgotten_user_is_a_stranger_in_every_worker(shop):
     assert lists(shop, 13) == ("popular", popular) and one(shop, "/recommend/13")["recommendations"] == popular
     assert shop.ask("DELETE", "/users/13")[2]["events_deleted"] == 0
     post(shop, event(13, popular[0]))
-    source, found = lists(shop, 13)
-    assert source == "session" and popular[0] not in found
+    source, items = lists(shop, 13)
+    assert source == "session" and popular[0] not in items
     assert [line["item_id"] for line in one(shop, "/users/13/history")["history"]] == [popular[0]]
 
 
@@ -183,18 +183,18 @@ def test_what_is_sold_out_is_recommended_to_nobody(shop):
 
 def test_a_guest_is_answered_from_the_session_alone(shop):
     session = [{"item_id": 101, "event": "cart"}, {"item_id": 102}]
-    found = one(shop, "/recommend", "POST", {"events": session, "n": 5, "detail": True})["results"][0]
+    result = one(shop, "/recommend", "POST", {"events": session, "n": 5, "detail": True})["results"][0]
     assert (
-        found["user_id"] is None
-        and found["source"] == "session"
-        and not {101, 102} & {*found["recommendations"]}
-        and len(found["items"]) == 5
+        result["user_id"] is None
+        and result["source"] == "session"
+        and not {101, 102} & {*result["recommendations"]}
+        and len(result["items"]) == 5
     )
-    assert {reason["item_id"] for item in found["items"] for reason in item["reasons"]} <= {101, 102}
+    assert {reason["item_id"] for item in result["items"] for reason in item["reasons"]} <= {101, 102}
     assert one(shop, "/recommend", "POST", {"n": 5})["results"][0]["source"] == "popular"
     # the same as events: what a stranger did in the store
     post(shop, event(7003, 101, "cart"), event(7003, 102, "view"))
-    assert lists(shop, 7003, n=5)[1] == found["recommendations"]
+    assert lists(shop, 7003, n=5)[1] == result["recommendations"]
 
 
 def test_filters_hold_together(shop):
@@ -246,26 +246,26 @@ def test_an_explanation_adds_up(shop, task):
     detail = one(shop, f"/recommend/19?n=10&detail=true&task={task}")
     assert detail["source"] == ("personalised" if task == "discovery" else "next_purchase")
     for item in detail["items"]:
-        told = one(shop, f"/explain/19/{item['item_id']}?task={task}")
-        assert (told["rank"], told["recommended"], told["rule"], told["title"]) == (
+        explanation = one(shop, f"/explain/19/{item['item_id']}?task={task}")
+        assert (explanation["rank"], explanation["recommended"], explanation["rule"], explanation["title"]) == (
             item["rank"],
             True,
             None,
             item["title"],
         )
-        assert told["score"] == pytest.approx(item["score"], rel=1e-3, abs=1e-4)
-        affinity = sum(reason["contribution"] for reason in told["why"]) + told["other"]
-        assert (affinity if task == "discovery" else sum(told["signals"].values())) == pytest.approx(
-            told["score"], rel=1e-3, abs=1e-3
+        assert explanation["score"] == pytest.approx(item["score"], rel=1e-3, abs=1e-4)
+        affinity = sum(reason["contribution"] for reason in explanation["why"]) + explanation["other"]
+        assert (affinity if task == "discovery" else sum(explanation["signals"].values())) == pytest.approx(
+            explanation["score"], rel=1e-3, abs=1e-3
         )
     own = next(
         line["item_id"]
         for line in one(shop, "/users/19/history")["history"]
         if shop.get(f"/items/{line['item_id']}")[2]["available"]
     )
-    told = one(shop, f"/explain/19/{own}?task={task}")
-    assert told["rule"] == ("already seen" if task == "discovery" else None) and told["rank"] == (
-        None if task == "discovery" else told["rank"]
+    explanation = one(shop, f"/explain/19/{own}?task={task}")
+    assert explanation["rule"] == ("already seen" if task == "discovery" else None) and explanation["rank"] == (
+        None if task == "discovery" else explanation["rank"]
     )
 
 
@@ -338,7 +338,7 @@ def test_a_new_model_is_taken_up_while_requests_run(tmp_path, trained):
                     )
             finally:
                 ended.set()
-            assert [found.result() for found in asking] == [[]] * 6
+            assert [future.result() for future in asking] == [[]] * 6
         assert len(seen) == 4 and min(seen.values()) > 0
 
 
@@ -395,8 +395,8 @@ def test_what_users_did_becomes_part_of_the_next_model(kind, request, tmp_path, 
         source, after = lists(server, 7100)
         expected = [item for item in in_process(server.models, version, [7100], 11)[7100] if item != 101][:10]
         assert (source, after) == ("personalised", expected)
-        told = one(server, "/users/7100/history")
-        assert told["known"] and Counter(line["item_id"] for line in told["history"]) == Counter(
+        record = one(server, "/users/7100/history")
+        assert record["known"] and Counter(line["item_id"] for line in record["history"]) == Counter(
             [*bought, 101]
         )  # each thing once
         assert lists(server, 20)[0] == "popular"
@@ -465,9 +465,9 @@ def test_keys_open_what_their_scope_says_in_every_worker(tmp_path, trained):
         ]
         for method, path, body, needed in asks:
             assert {status for status, _, _ in both(server, path, method, body)} == {401}
-            for at, key in enumerate(keys.values()):
+            for level, key in enumerate(keys.values()):
                 answers = both(server, path, method, body, {"Authorization": f"Bearer {key}"})
-                assert {status for status, _, _ in answers} == {200 if at >= needed else 403}, (method, path, at)
+                assert {status for status, _, _ in answers} == {200 if level >= needed else 403}, (method, path, level)
         unknown = server.ask("GET", "/recommend/1", headers={"X-API-Key": "pr_nonsense"})
         assert problem(unknown, 401) and "invalid_token" in unknown[1]["www-authenticate"]
         assert server.get("/health/live")[0] == server.get("/")[0] == server.get("/openapi.json")[0] == 200
@@ -484,11 +484,11 @@ def test_a_request_looks_its_user_up_once_and_folds_in_once(tmp_path, monkeypatc
     if cold:  # rows of people and things without interactions, and somebody whom the minimum counts left out
         save_table(tmp_path / "people.parquet", {"user_id": np.array([60]), "town": np.array(["Rome"], object)})
         save_table(tmp_path / "things.parquet", {"item_id": np.array([900]), "title": np.array(["new"], object)})
-        one = csr_matrix(([1.0], ([0], [2])), shape=(1, 13), dtype=np.float32)
+        matrix = csr_matrix(([1.0], ([0], [2])), shape=(1, 13), dtype=np.float32)
         more = {
             "cold_users": tmp_path / "people.parquet",
             "cold_items": tmp_path / "things.parquet",
-            "left_out": LeftOut(12, IdTable([77]), IdTable([901]), one, one, one * 0),
+            "left_out": LeftOut(12, IdTable([77]), IdTable([901]), matrix, matrix, matrix * 0),
             "counts": lambda seen: seen,
             "age_days": lambda seen: seen * 0,
         }

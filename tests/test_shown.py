@@ -25,21 +25,21 @@ WEEK, DAY, HOUR = timedelta(days=7), timedelta(days=1), timedelta(hours=1)
 LATER = END + timedelta(days=60)
 
 
-def shown(user, at, items, model="v1", rung="personalised", **more):
-    return Impression("r", user, model, rung, items, at, **more)
+def shown(user, moment, items, model="v1", rung="personalised", **more):
+    return Impression("r", user, model, rung, items, moment, **more)
 
 
-def view(user, at, item, event="view"):
-    return NewEvent(user, item, event, timestamp=at)
+def view(user, moment, item, event="view"):
+    return NewEvent(user, item, event, timestamp=moment)
 
 
-def near(one, truth):
+def near(row, truth):
     "Is the truth at most some three and a half standard deviations away, and is the interval a narrow one?"
-    return abs(one.rate - truth) < 0.9 * (one.high - one.low) < 0.06
+    return abs(row.rate - truth) < 0.9 * (row.high - row.low) < 0.06
 
 
-def rates(found):
-    return found.rates.set_index(["by", "group", "what"])
+def rates(figures):
+    return figures.rates.set_index(["by", "group", "what"])
 
 
 def test_intervals_cover_the_truth_although_users_hang_together(url, opened):
@@ -53,23 +53,23 @@ def test_intervals_cover_the_truth_although_users_hang_together(url, opened):
         chances = np.where(rng.random(50) < 0.2, 0.5, 0.02)
         for user, chance in enumerate(chances):
             for number in range(12):
-                at, item = END - WEEK + number * 13 * HOUR, f"{number}"
-                lists.append(shown(f"{model}-{user}", at, [item, "other"], f"v{model}"))
+                moment, item = END - WEEK + number * 13 * HOUR, f"{number}"
+                lists.append(shown(f"{model}-{user}", moment, [item, "other"], f"v{model}"))
                 if rng.random() < chance:
                     clicks += 1
-                    events.append(view(f"{model}-{user}", at + HOUR, item))
+                    events.append(view(f"{model}-{user}", moment + HOUR, item))
         share = clicks / 600
         naive += abs(share - truth) < 1.96 * np.sqrt(share * (1 - share) / 600)
     store.add_impressions(lists)
     store.add_events(events)
-    found = outcome_figures(store, END - WEEK, END, DAY, now=LATER)
-    models = found.rates[(found.rates.by == "model") & (found.rates.what == "click")]
+    figures = outcome_figures(store, END - WEEK, END, DAY, now=LATER)
+    models = figures.rates[(figures.rates.by == "model") & (figures.rates.what == "click")]
     covered = int(((models.low < truth) & (models.high > truth)).sum())
     assert len(models) == 40 and models.lists.tolist() == [600] * 40 and models.users.tolist() == [50] * 40
     assert covered >= 35 and naive <= 30, (covered, naive)
-    whole = rates(found).loc[("all", "all lists", "click")]
+    whole = rates(figures).loc[("all", "all lists", "click")]
     assert whole.hits == len(events) and whole.low < truth < whole.high
-    assert rates(found).loc[("position", 2, "click")].rate == 0
+    assert rates(figures).loc[("position", 2, "click")].rate == 0
 
 
 def test_rates_by_position_rung_task_and_experiment(url, opened):
@@ -79,92 +79,92 @@ def test_rates_by_position_rung_task_and_experiment(url, opened):
     for user in range(300):
         for number in range(8):
             rung, arm = ("personalised", "popular")[number % 2], "AB"[user % 2]
-            at = END - WEEK + timedelta(hours=20 * number, minutes=user)
+            moment = END - WEEK + timedelta(hours=20 * number, minutes=user)
             items = [f"{number}.{place}" for place in range(3)]
             more = {"experiment": "tea", "arm": arm} if user < 200 else {}
-            lists.append(shown(user, at, items, rung=rung, task="discovery" if number < 4 else None, **more))
+            lists.append(shown(user, moment, items, rung=rung, task="discovery" if number < 4 else None, **more))
             for item, chance in zip(items, chances[rung], strict=True):
                 if rng.random() < chance:
-                    events.append(view(user, at + HOUR, item, "purchase" if rng.random() < 0.25 else "view"))
+                    events.append(view(user, moment + HOUR, item, "purchase" if rng.random() < 0.25 else "view"))
     store.add_impressions(lists)
     store.add_events(events)
-    found = outcome_figures(store, END - WEEK, END, DAY, now=LATER)
-    rate = rates(found)
+    figures = outcome_figures(store, END - WEEK, END, DAY, now=LATER)
+    rate = rates(figures)
     for place, chance in enumerate((0.3, 0.15, 0.05), 1):
         for what, part in (("click", 0.75), ("purchase", 0.25)):
-            one = rate.loc[("position", place, what)]
-            assert one.lists == 2400 and near(one, chance * part), one
+            row = rate.loc[("position", place, what)]
+            assert row.lists == 2400 and near(row, chance * part), row
     for rung, each in chances.items():
-        one, none = rate.loc[("rung", rung, "click")], np.prod([1 - 0.75 * chance for chance in each])
-        assert one.lists == 1200 and near(one, 1 - none), one
+        row, none = rate.loc[("rung", rung, "click")], np.prod([1 - 0.75 * chance for chance in each])
+        assert row.lists == 1200 and near(row, 1 - none), row
     assert {group for by, group, _ in rate.index if by == "experiment"} == {"tea: A", "tea: B"}
     assert rate.loc[("experiment", "tea: A", "click")].users == 100
     assert rate.loc[("task", "discovery", "click")].lists == rate.loc[("task", "unknown", "click")].lists == 1200
-    table = outcome_table(found, "position").frame
-    assert table.position.tolist() == ["1", "2", "3"] and outcome_picture(found).figure is not None
+    table = outcome_table(figures, "position").frame
+    assert table.position.tolist() == ["1", "2", "3"] and outcome_picture(figures).figure is not None
 
 
 def test_which_list_an_event_belongs_to(url, opened):
     "Late, early, of a guest, of somebody else, on another item, twice, and of two lists only the newer one."
-    store, at = opened(Store(url)), END - 3 * DAY
+    store, moment = opened(Store(url)), END - 3 * DAY
     tokyo, new_york = timezone(timedelta(hours=9)), timezone(timedelta(hours=-5))
     store.add_impressions(
         [
-            shown("two", at, [1, 2], "old"),
-            shown("two", at + HOUR, [2, 1], "new"),
-            shown("between", at, [1], "old"),
-            shown("between", at + 2 * HOUR, [1], "new"),
-            shown("late", at, [1], "old"),
-            shown("just", at, [1], "old"),
-            shown("early", at, [1], "old"),
-            shown("other item", at, [1], "old"),
-            shown(None, at, [1], "old"),
-            shown("tokyo", at, [1], "old"),
-            shown("york", at, [1], "old"),
-            shown("number", at, [101], "old"),
+            shown("two", moment, [1, 2], "old"),
+            shown("two", moment + HOUR, [2, 1], "new"),
+            shown("between", moment, [1], "old"),
+            shown("between", moment + 2 * HOUR, [1], "new"),
+            shown("late", moment, [1], "old"),
+            shown("just", moment, [1], "old"),
+            shown("early", moment, [1], "old"),
+            shown("other item", moment, [1], "old"),
+            shown(None, moment, [1], "old"),
+            shown("tokyo", moment, [1], "old"),
+            shown("york", moment, [1], "old"),
+            shown("number", moment, [101], "old"),
         ]
     )
     store.add_events(
         [
-            view("two", at + 2 * HOUR, 1),
-            view("two", at + 3 * HOUR, 1),  # the second click of one list counts once
-            view("between", at + HOUR, 1),  # before the newer list
-            view("late", at + DAY + timedelta(seconds=1), 1),
-            view("just", at + DAY, 1),
-            view("early", at - timedelta(seconds=1), 1),
-            view("other item", at + HOUR, 2),
-            view("other person", at + HOUR, 1),
+            view("two", moment + 2 * HOUR, 1),
+            view("two", moment + 3 * HOUR, 1),  # the second click of one list counts once
+            view("between", moment + HOUR, 1),  # before the newer list
+            view("late", moment + DAY + timedelta(seconds=1), 1),
+            view("just", moment + DAY, 1),
+            view("early", moment - timedelta(seconds=1), 1),
+            view("other item", moment + HOUR, 2),
+            view("other person", moment + HOUR, 1),
             # the clock of the wall says nine hours more, and is not nine hours later
-            NewEvent("tokyo", 1, "view", timestamp=(at + HOUR).astimezone(tokyo)),
-            NewEvent("york", 1, "view", timestamp=(at - HOUR).astimezone(new_york)),
-            view("number", at + HOUR, "101.0"),
+            NewEvent("tokyo", 1, "view", timestamp=(moment + HOUR).astimezone(tokyo)),
+            NewEvent("york", 1, "view", timestamp=(moment - HOUR).astimezone(new_york)),
+            view("number", moment + HOUR, "101.0"),
         ]
     )
-    found = outcome_figures(store, END - WEEK, END, DAY, now=LATER)
-    rate = rates(found)
+    figures = outcome_figures(store, END - WEEK, END, DAY, now=LATER)
+    rate = rates(figures)
     old, new = (rate.loc[("model", model, "click")] for model in ("old", "new"))
     assert (old.lists, old.hits) == (9, 4)  # between, just, tokyo, number
-    assert (new.lists, new.hits) == (2, 1) and found.guests == 1
+    assert (new.lists, new.hits) == (2, 1) and figures.guests == 1
     assert rate.loc[("position", 2, "click")].hits == 1  # item 1 stood second in the newer list
     # a period that ends between both lists: the click belongs to the newer one, which is not counted
-    part = rates(outcome_figures(store, at - HOUR, at + timedelta(minutes=30), DAY, now=LATER))
+    part = rates(outcome_figures(store, moment - HOUR, moment + timedelta(minutes=30), DAY, now=LATER))
     assert part.loc[("model", "old", "click")].hits == 4 and ("model", "new", "click") not in part.index
     # the same moments, written in the time of another place
     same = outcome_figures(store, (END - WEEK).astimezone(tokyo), END.astimezone(new_york), DAY, now=LATER)
-    assert same.rates.equals(found.rates)
+    assert same.rates.equals(figures.rates)
 
 
 def test_of_the_forgotten_nothing_counts_and_spellings_are_one(url, opened):
-    store, at = opened(Store(url)), END - 2 * DAY
-    store.add_impressions([shown(user, at, ["A1"]) for user in ("eva", "Eva", "adam", "kim")])
-    store.add_events([view(user, at + HOUR, "a1") for user in ("EVA", "adam", "kim")])
+    store, moment = opened(Store(url)), END - 2 * DAY
+    store.add_impressions([shown(user, moment, ["A1"]) for user in ("eva", "Eva", "adam", "kim")])
+    store.add_events([view(user, moment + HOUR, "a1") for user in ("EVA", "adam", "kim")])
     plain, folded = (
         rates(outcome_figures(store, END - WEEK, END, DAY, now=LATER, folds=folds)).loc[("all", "all lists", "click")]
         for folds in ((), ("case",))
     )
     assert (plain.hits, plain.users) == (0, 4) and (folded.hits, folded.users, folded.lists) == (3, 3, 4)
     store.forget("adam")
-    store.add_impressions([shown("adam", at, ["A1"])])  # from before the wish: it is not kept
+    store.add_impressions([shown("adam", moment, ["A1"])])  # from before the wish: it is not kept
     after = rates(outcome_figures(store, END - WEEK, END, DAY, now=LATER, folds=["case"]))
     assert after.loc[("all", "all lists", "click")][["lists", "users", "hits"]].tolist() == [3, 2, 2]
 
@@ -172,9 +172,9 @@ def test_of_the_forgotten_nothing_counts_and_spellings_are_one(url, opened):
 def test_lists_whose_window_is_open_do_not_count(url, opened):
     store = opened(Store(url))
     store.add_impressions([shown(1, END - hours * HOUR, [1]) for hours in range(1, 49)])
-    found = outcome_figures(store, END - DAY, END, DAY, now=END)
-    assert found.moved == DAY and found.until == END - DAY
-    assert rates(found).loc[("all", "all lists", "click")].lists == 24
+    figures = outcome_figures(store, END - DAY, END, DAY, now=END)
+    assert figures.moved == DAY and figures.until == END - DAY
+    assert rates(figures).loc[("all", "all lists", "click")].lists == 24
     names = outcome_figures(store, END - DAY, END, HOUR, now=LATER, clicks=["open"], purchases=[])
     assert names.rates.hits.sum() == 0
 
@@ -186,10 +186,10 @@ def shop(store, days=35, users=120, chance=0.2, last_week=1.0, day_to_day=0.0, s
     for day in range(days):
         weather = np.exp(rng.normal(0, day_to_day)) * (last_week if day >= days - 7 else 1)
         for user in range(users):
-            at = END - timedelta(days=days - day) + timedelta(minutes=int(rng.integers(0, 1380)))
-            lists.append(shown(user, at, [f"{day}", "x"], rung=("personalised", "popular")[user % 4 == 0]))
+            moment = END - timedelta(days=days - day) + timedelta(minutes=int(rng.integers(0, 1380)))
+            lists.append(shown(user, moment, [f"{day}", "x"], rung=("personalised", "popular")[user % 4 == 0]))
             if rng.random() < taste[user] * weather:
-                events.append(view(user, at + HOUR, f"{day}"))
+                events.append(view(user, moment + HOUR, f"{day}"))
     store.add_impressions(lists)
     store.add_events(events)
     return store
@@ -287,5 +287,5 @@ def test_many_lists_come_by_pages(tmp_path, opened, lists):
     for start in range(0, lists, 20_000):
         rows = range(start, start + 20_000)
         store.add_impressions([shown(k % 5000, END - DAY - timedelta(seconds=k), [k % 97, "x"]) for k in rows])
-    found = outcome_figures(store, END - WEEK, END, HOUR, now=LATER, memory_limit="200MB")
-    assert rates(found).loc[("all", "all lists", "click")][["lists", "users"]].tolist() == [lists, 5000]
+    figures = outcome_figures(store, END - WEEK, END, HOUR, now=LATER, memory_limit="200MB")
+    assert rates(figures).loc[("all", "all lists", "click")][["lists", "users"]].tolist() == [lists, 5000]

@@ -60,20 +60,20 @@ def test_kernels_and_numpy_end_in_the_same_model(shop, options):
 
 
 def test_threads_change_nothing_and_the_service_would_solve_the_same(shop):
-    one, many = (
+    single, many = (
         fit_als(
             shop, factors=20, regularization=8.0, iterations=4, solver="rotated", num_threads=threads, progress=False
         )
         for threads in (1, 5)
     )
     assert (
-        np.array_equal(one.user_factors, many.user_factors)
-        and np.array_equal(one.item_factors, many.item_factors)
-        and one.losses == many.losses
+        np.array_equal(single.user_factors, many.user_factors)
+        and np.array_equal(single.item_factors, many.item_factors)
+        and single.losses == many.losses
     )
-    solver = Solver(one.item_factors, 8.0, 1.0)
+    solver = Solver(single.item_factors, 8.0, 1.0)
     expected = np.array([solver.solve(row.indices, row.data) for row in shop])
-    assert (np.linalg.norm(one.user_factors - expected, axis=1) <= 1e-5 * np.linalg.norm(expected, axis=1)).all()
+    assert (np.linalg.norm(single.user_factors - expected, axis=1) <= 1e-5 * np.linalg.norm(expected, axis=1)).all()
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -91,11 +91,11 @@ def test_fold_in_ends_where_training_does(shop, unobserved, nu, native):
         model.step()
     model.solve_users()
     users, items = model.user_factors, model.item_factors
-    one = Solver(items, regularization, 1.0, **objective)
+    solver = Solver(items, regularization, 1.0, **objective)
     for folded in (
         fold_in(items, shop, regularization, 1.0, **objective),
         solve_rows(items, shop, regularization, native=native, **objective),
-        np.array([one.solve(row.indices, row.data) for row in shop]),
+        np.array([solver.solve(row.indices, row.data) for row in shop]),
     ):
         assert (np.linalg.norm(folded - users, axis=1) <= 2e-5 * np.linalg.norm(users, axis=1)).all()
 
@@ -262,20 +262,20 @@ def test_no_confidence_and_no_regularization_makes_a_factor_infinite(
     model.solve_users()
     assert np.isfinite(model.user_factors).all() and np.isfinite(model.item_factors).all() and np.isfinite(model.loss())
     fixed = np.random.default_rng(seed).standard_normal((items, factors), np.float32) / np.sqrt(np.float32(factors))
-    found, one = (
+    solved, solver = (
         solve_rows(fixed, confidence, regularization, num_threads=threads, native=native),
         Solver(fixed, regularization, 1.0),
     )
     shared = fixed.T.astype(float) @ fixed + regularization * np.eye(factors)
-    assert np.isfinite(found).all()
+    assert np.isfinite(solved).all()
     if np.linalg.cond(shared) > 1e5:
         return
     root = np.linalg.inv(np.linalg.cholesky(shared))
     for row, (exact, matrix, taken) in enumerate(by_the_book(confidence, fixed.astype(float), regularization)):
         if not taken.any() or np.linalg.eigvalsh(root @ matrix @ root.T)[0] < 1e-3:
             continue
-        single = one.solve(np.flatnonzero(taken), confidence[row].data)
-        for name, x in (("rows", found[row]), ("one", single)):
+        single = solver.solve(np.flatnonzero(taken), confidence[row].data)
+        for name, x in (("rows", solved[row]), ("one", single)):
             error = x - exact
             tolerance = 5e-3 if name == "rows" else 2e-5
             assert error @ shared @ error <= tolerance**2 * (exact @ shared @ exact), (name, row)

@@ -65,8 +65,8 @@ def test_every_door_takes_any_spelling(shop):
     assert (why["user_id"], why["item_id"], why["rank"]) == (USERS[0], ITEMS[0], 1)
     assert server.get(f"/users/{path(MINE)}/history")[2]["known"]
     ask = lambda **body: server.ask("POST", "/recommend", body)[2]["results"]
-    one, two = ask(users=[MINE, OTHER], n=1)
-    assert one == two and one["user_id"] == USERS[0] and one["recommendations"] == [ITEMS[0]]
+    mine, other = ask(users=[MINE, OTHER], n=1)
+    assert mine == other and mine["user_id"] == USERS[0] and mine["recommendations"] == [ITEMS[0]]
     assert ITEMS[0] not in ask(users=[MINE], n=3, filters={"deny": ["84501 a"]})[0]["recommendations"]
     assert ask(users=[MINE], filters={"allow": ["84501a"]})[0]["recommendations"] == [ITEMS[0]]
     session = ask(events=[{"item_id": ITEMS[1].lower()}], n=1)[0]
@@ -78,7 +78,7 @@ def test_every_door_takes_any_spelling(shop):
     command = ["product-recs", "similar", ITEMS[0].lower(), "--json", "--models-dir", str(folder / "models")]
     assert json.loads(call(folder, *command).stdout)["item_id"] == ITEMS[0]
     with open_recommender(folder / "models", f"sqlite:///{folder}/feedback.db") as recommender:
-        assert [one.items for one in recommend_many(recommender, [MINE, OTHER], 1)] == [[ITEMS[0]]] * 2
+        assert [answer.items for answer in recommend_many(recommender, [MINE, OTHER], 1)] == [[ITEMS[0]]] * 2
 
 
 def test_what_is_told_in_one_spelling_holds_for_all(shop):

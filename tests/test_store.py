@@ -95,9 +95,9 @@ def test_a_killed_process_loses_nothing_that_it_accepted(url, opened):
     accepted += [int(line) for line in process.stdout.read().splitlines() if line.strip()]
     process.communicate()
     store = opened(Store(url))
-    kept = [int(event.item_id) for event in store.read_events()]
-    assert accepted == list(range(len(accepted))) and set(accepted) <= set(kept)
-    assert all(kept.count(n) == 2 for n in set(kept)), "half of a list was kept"
+    items = [int(event.item_id) for event in store.read_events()]
+    assert accepted == list(range(len(accepted))) and set(accepted) <= set(items)
+    assert all(items.count(n) == 2 for n in set(items)), "half of a list was kept"
     assert store.add_events([NewEvent(1, 0, key="0-a"), NewEvent(1, -1)]) == [
         "duplicate",
         "accepted",
@@ -192,13 +192,13 @@ def test_a_cut_waits_for_whoever_is_writing(url, opened):
 
     thread = threading.Thread(target=cut)
     with store.transaction("test", write=True) as connection:
-        _, at = tick(connection, 1)
+        _, micros = tick(connection, 1)
         thread.start()
         begun.wait()
         thread.join(0.3)
         assert thread.is_alive() and not cuts
     thread.join()
-    assert cuts[0] >= from_micros(at)
+    assert cuts[0] >= from_micros(micros)
     assert store.add_events([NewEvent(1, 1)]) == ["accepted"] and store.history(1)[0].received_at >= cuts[0]
 
 
@@ -245,12 +245,12 @@ def test_random_feedback_is_followed_without_a_gap(url, opened):
 
 def test_another_machine_is_followed_by_asking(url, tmp_path, opened):
     "A machine of its own has a counter of its own."
-    here, there = opened(Store(url).open()), opened(Store(url))
-    there._counter = Counter(tmp_path / "counter")
-    changes = opened(Changes(here, wait=30, poll=0.05).start())
-    there.add_events([NewEvent(1, 101)])
+    store, other = opened(Store(url).open()), opened(Store(url))
+    other._counter = Counter(tmp_path / "counter")
+    changes = opened(Changes(store, wait=30, poll=0.05).start())
+    other.add_events([NewEvent(1, 101)])
     until(lambda: changes.state(1).events)
-    assert here.counter.value == 0
+    assert store.counter.value == 0
 
 
 def test_a_stopped_database_is_survived(postgres, postgres_url, opened):
@@ -304,11 +304,11 @@ def test_a_broken_sqlite_file_is_an_error_and_mends(tmp_path, opened):
     store = opened(Store(f"sqlite:///{path}"))
     store.add_events([NewEvent(1, 101)])
     store.close()
-    kept = path.read_bytes()
+    content = path.read_bytes()
     path.write_bytes(b"not a database, whatever the name says" * 100)
     changes = opened(Changes(store, wait=30, poll=0.05).start())
     assert changes.stale and "not a database" in changes.error and changes.state(1).events == ()
-    path.write_bytes(kept)
+    path.write_bytes(content)
     until(lambda: not changes.stale)
     assert [event.item_id for event in changes.state(1).events] == ["101"]
 
@@ -430,7 +430,7 @@ def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_p
             put("forgotten", user_id=user, at=seq, seq=seq)
         for item, available, seq in (("i5", True, 20), ("s5", True, 21), ("s5.0", False, 22), ("sA7", True, 23)):
             put("availability", item_id=item, available=available, at=seq, seq=seq)
-        for at, user, items in (
+        for moment, user, items in (
             (11, "i9", "[1]"),
             (13, "i9", '[2, "2.0", "A7"]'),
             (14, None, "[]"),
@@ -439,8 +439,8 @@ def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_p
         ):
             put(
                 "impressions",
-                at=at,
-                request_id=f"r{at}",
+                at=moment,
+                request_id=f"r{moment}",
                 user_id=user,
                 model_version="v",
                 source="popular",
@@ -457,7 +457,7 @@ def test_ids_with_a_type_become_keys_and_the_forgotten_stay_forgotten(url, tmp_p
         assert sorted(connection.execute(select(DENIED)).all()) == [("12", "6"), ("9", "3"), ("bert", "1")]
         assert sorted(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.seq)).all()) == [("8", 18), ("9", 12)]
     assert store.availability() == {"5": False, "A7": True}
-    assert [(one.request_id, one.user_id, one.items) for one in store.impressions()[::-1]] == [
+    assert [(row.request_id, row.user_id, row.items) for row in store.impressions()[::-1]] == [
         ("r13", "9", ("2", "2", "A7")),
         ("r14", None, ()),
         ("r19", "12", ("5",)),

@@ -64,8 +64,8 @@ def test_every_pair_is_learned_from_or_hidden_once_with_all_of_its_rows(tmp_path
     assert not learned.keys() & validation.keys() and not both.keys() & test.keys()
     assert learned | validation == both and both | test == whole == counts_of(rows)
     for user in {user for user, _ in rows}:
-        had, *hidden = (sum(one == user for one, _ in pairs) for pairs in (whole, validation, test))
-        assert hidden == [max(1, int(share * had + 1e-9))] * 2 if had >= JUDGED_ITEMS else hidden == [0, 0]
+        count, *hidden = (sum(person == user for person, _ in pairs) for pairs in (whole, validation, test))
+        assert hidden == [max(1, int(share * count + 1e-9))] * 2 if count >= JUDGED_ITEMS else hidden == [0, 0]
     assert (features.split == {}) == (not test)
     for past, future in ((features.train, features.validation), (features.train_validation, features.test)):
         assert past.counts.multiply(future).nnz == 0
@@ -88,8 +88,8 @@ def test_the_order_of_the_rows_changes_nothing_and_minimum_counts_leak_nothing(
     again = features_of_log(shuffled, folder / "other", **parameters)
     for name in ("train", "train_validation", "all"):
         for value in ("confidence", "counts", "age_days"):
-            one, other = (getattr(getattr(made, name), value) for made in (features, again))
-            assert (one != other).nnz == 0, (name, value)
+            matrix, other = (getattr(getattr(made, name), value) for made in (features, again))
+            assert (matrix != other).nnz == 0, (name, value)
     assert (features.validation != again.validation).nnz == (features.test != again.test).nnz == 0
     assert features.split == again.split
     for past, future in ((features.train, features.validation), (features.train_validation, features.test)):
@@ -153,11 +153,11 @@ def test_the_checkerboard_is_solved(tmp_path):
     assert np.diff(board.test.indptr).tolist() == [1] * 30
     als = ALS(factors=2, regularization=0.1, num_threads=1)
     models = [*(model for model in usual_candidates() if model.name not in ("ALS", "weighted ALS")), als]
-    found = evaluate(board, models, k=[1], progress=False, bootstrap=50)
-    assert set(found.tasks) == {"discovery"} and found.facts["users"] == {"discovery": 30}
+    result = evaluate(board, models, k=[1], progress=False, bootstrap=50)
+    assert set(result.tasks) == {"discovery"} and result.facts["users"] == {"discovery": 30}
     for name in ("ALS", "item-item cosine", "item-item BM25", "item graph", "EASE"):
-        assert found.value("discovery", name, "precision", 1) == 1, name
-    assert found.value("discovery", "popularity", "precision", 1) < 0.3
+        assert result.value("discovery", name, "precision", 1) == 1, name
+    assert result.value("discovery", "popularity", "precision", 1) < 0.3
     contest = compete(board, [Popularity(), als], k=2, combine=False, progress=False, bootstrap=100)
     assert contest.winner.name == "ALS" and "users with hidden items" in contest.sentence
     assert worse_than_popularity(board, als) is None
@@ -175,18 +175,18 @@ def test_every_model_learns_without_times(features, name):
 
 
 def test_recent_popularity_is_popularity_and_habits_learn_for_discovery(features):
-    found = evaluate(features, usual_candidates({"factors": 8, "iterations": 3}), k=[10], progress=False, bootstrap=10)
-    with_interval = found.table[~found.table.metric.isin(["coverage", "gini"])]
+    result = evaluate(features, usual_candidates({"factors": 8, "iterations": 3}), k=[10], progress=False, bootstrap=10)
+    with_interval = result.table[~result.table.metric.isin(["coverage", "gini"])]
     assert np.isfinite(with_interval[["value", "low", "high"]]).all().all()
-    recent, all_time = (found.value("discovery", name, "ndcg", 10) for name in ("recent popularity", "popularity"))
+    recent, all_time = (result.value("discovery", name, "ndcg", 10) for name in ("recent popularity", "popularity"))
     assert abs(recent - all_time) < 0.02  # one counts interactions, the other users
-    assert (found.table.split == "by user").all()
+    assert (result.table.split == "by user").all()
     learned = learn_weights(features, ALS(factors=8, iterations=3, num_threads=1), "discovery")
     assert np.isfinite([*learned.weights.weights.values(), learned.weights.intercept]).all()
     past, future, _ = past_and_future(features)
     judged = make_task(past, future, "discovery")
     assert np.isfinite(top_lists(learned.fit(past), judged.rows, 10, True)[1]).all()
-    segments = by_segment(found, features, bootstrap=10)
+    segments = by_segment(result, features, bootstrap=10)
     assert set(segments.segment) == {"activity", "item popularity"} and np.isfinite(segments.value).all()
 
 

@@ -156,7 +156,7 @@ class OnTheLoop:
     """What the thread of the loop did that could make it wait: databases, files, waiting for other threads. Everything
     is done as ever."""
 
-    found = None  # only while a request of the test is answered
+    waits = None  # only while a request of the test is answered
 
     def __init__(self, monkeypatch):
         self.thread = threading.get_ident()
@@ -183,14 +183,14 @@ class OnTheLoop:
         return call
 
     def note(self, what):
-        if self.found is None or threading.get_ident() != self.thread:
+        if self.waits is None or threading.get_ident() != self.thread:
             return
         frame, stack = sys._getframe(1), []
         while frame is not None:
             stack.append((frame.f_code.co_filename, frame.f_code.co_name))
             frame = frame.f_back
         if not any(name == "start" and file.endswith("threading.py") for file, name in stack):  # a thread that begins
-            self.found.append(
+            self.waits.append(
                 (what, [f"{Path(file).name}: {name}" for file, name in stack if "product_recs" in file][:3])
             )
 
@@ -246,11 +246,11 @@ def test_no_route_reads_or_waits_on_the_loop(tmp_path, monkeypatch, opened, limi
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             for turn in range(2):  # the first request of a kind may import a module
                 for method, path, body in asks(turn)[::-1]:  # those that read before those that have read it
-                    spy.found = [] if turn else None
+                    spy.waits = [] if turn else None
                     answer = await client.request(method, path, json=body)
-                    found, spy.found = spy.found, None
+                    waits, spy.waits = spy.waits, None
                     assert answer.status_code in (200, 404), (method, path, answer.text)
-                    assert not found, (method, path, found)
+                    assert not waits, (method, path, waits)
 
     service.start()
     try:
@@ -276,7 +276,7 @@ def test_the_file_of_keys_is_read_in_a_thread(tmp_path, monkeypatch):
     async def run():
         spy = OnTheLoop(monkeypatch)
         for key in (first, second):
-            guard.keys._next_look, spy.found = 0, []  # as if a second had passed
+            guard.keys._next_look, spy.waits = 0, []  # as if a second had passed
             scope = {
                 "type": "http",
                 "method": "GET",
@@ -285,7 +285,7 @@ def test_the_file_of_keys_is_read_in_a_thread(tmp_path, monkeypatch):
                 "headers": [(b"x-api-key", key.encode())],
             }
             await guard(scope, None, refuse)
-            assert spy.found == []
+            assert spy.waits == []
 
     asyncio.run(run())
     assert sent == [401, None, "second"]
@@ -329,11 +329,11 @@ def test_a_view_with_a_limit_knows_what_one_without_knows(url, opened, most, see
         if chance.random() < 0.3:
             truth = Changes(store, until_now, wait=60, most=10**6).start()
             truth.close()
-            told = asyncio.run(all_states(changes, users))
-            for user, state in zip(users, told):
+            states = asyncio.run(all_states(changes, users))
+            for user, state in zip(users, states):
                 expected = truth.state(user)
-                for found in (state, changes.state(user)):
-                    assert (found.events, found.denied, found.forgotten) == (
+                for answer in (state, changes.state(user)):
+                    assert (answer.events, answer.denied, answer.forgotten) == (
                         expected.events[-most:],
                         expected.denied,
                         expected.forgotten,
@@ -378,8 +378,8 @@ def test_who_asked_last_stays_in_memory(tmp_path, opened):
     changes.state("a")
     store.add_events([NewEvent("j", 101), NewEvent("k", 101)])
     changes.state("k")
-    kept = {*changes._follower.memory.view.people.by_key}
-    assert {"a", "i", "j", "k"} <= kept and "b" not in kept and changes.state("b").events
+    people = {*changes._follower.memory.view.people.by_key}
+    assert {"a", "i", "j", "k"} <= people and "b" not in people and changes.state("b").events
 
 
 def test_rules_hold_while_the_database_is_away_and_events_come_back(tmp_path, opened):
@@ -429,16 +429,16 @@ def test_a_swap_in_the_middle_of_keeping_an_answer_leaves_a_count_that_is_right(
             question, Kept(service.live.get(), 1, UNCHANGED, None, [], Body(b"x" * 1000), ("popular", [], False))
         )
         assert len(swaps) == 1
-        for kept in (service.kept, *swaps):
-            assert kept.bytes == sum(bytes.__len__(one.body) for one in kept._kept.values())
-            kept.most_bytes = 1500
+        for cache in (service.kept, *swaps):
+            assert cache.bytes == sum(bytes.__len__(answer.body) for answer in cache._kept.values())
+            cache.most_bytes = 1500
             for number in range(
                 9
             ):  # with a count that is too high this empties the dict, and then there is nothing left to drop
-                kept.put(
+                cache.put(
                     (b"/recommend/%d" % number, b""),
                     Kept(service.live.get(), 1, UNCHANGED, None, [], b"x" * 1000, ("popular", [], False)),
                 )
-            assert kept.bytes == 1000 and len(kept._kept) == 1
+            assert cache.bytes == 1000 and len(cache._kept) == 1
     finally:
         service.stop()

@@ -53,11 +53,11 @@ def newer(package, tmp_path_factory):
 
 def typed(package, folder, *words, code=0):
     "What a command of an installed package prints."
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PRODUCT_RECS_")}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PRODUCT_RECS_")}
     done = subprocess.run(
         [sys.executable, "-c", MAIN, *words],
         cwd=folder,
-        env=kept | {"PYTHONPATH": str(package)},
+        env=environment | {"PYTHONPATH": str(package)},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -128,8 +128,8 @@ def test_an_update_keeps_every_edit_and_says_what_it_did(package, newer, tmp_pat
     (shop / "nbs/jobs/tune.ipynb").unlink()
     (shop / "new.txt").write_text("a file of our own\n")
     said = typed(newer, shop / "nbs", "init", "--update")
-    told = dict(re.findall(r"^  (\S+) {2,}(.+)$", said, re.MULTILINE))
-    assert told == {
+    remarks = dict(re.findall(r"^  (\S+) {2,}(.+)$", said, re.MULTILINE))
+    assert remarks == {
         "nbs/01_ingest.ipynb": "has your change and the new one's",
         "README.md": "yours stays; the new one lies beside it",
         "new.txt": "yours stays; the new one lies beside it",
@@ -227,5 +227,5 @@ def test_what_containers_and_workflows_name_is_in_the_workspace(package, wheel, 
             steps += 1
             assert words[:2] == ["pip", "install"] or words[0] == "product-recs" and f"\n  {words[1]} " in verbs, words
     assert steps >= 5
-    [kept] = shop.glob("wheels/*.whl")
-    assert kept.read_bytes() == wheel.read_bytes(), "it was installed from a file, and no index may have it"
+    [copy] = shop.glob("wheels/*.whl")
+    assert copy.read_bytes() == wheel.read_bytes(), "it was installed from a file, and no index may have it"

@@ -64,8 +64,8 @@ def main():
             root = shutil.copytree(workspace, home / str(number) / workspace.name)
             killed += operations(root, templates, number * total // moments) is None
             lay_in(root, "2", templates)
-            found = files_of(root)
-            different |= {name for name in {*found, *expected} if found.get(name) != expected.get(name)}
+            files = files_of(root)
+            different |= {name for name in {*files, *expected} if files.get(name) != expected.get(name)}
             assert is_workspace(root)
     print(json.dumps({"operations": total, "killed": killed, "different": sorted(different)}))
 

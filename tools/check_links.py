@@ -71,38 +71,38 @@ class Pages:
 
 def check_sources() -> tuple[list[str], int]:
     "Problems, and how many pages were looked at."
-    pages, found = Pages(), []
+    pages, problems = Pages(), []
     paths = sorted({path for pattern in PAGES for path in ROOT.glob(pattern) if ".ipynb_checkpoints" not in path.parts})
     for path in paths:
         for link in pages.links_and_anchors(path)[0]:
             if not re.match(r"[a-z][a-z0-9+.-]*:", link) and (wrong := pages.problem(path, link)):
-                found.append(f"{path.relative_to(ROOT)}: {link}: {wrong}")
-    return found, len(paths)
+                problems.append(f"{path.relative_to(ROOT)}: {link}: {wrong}")
+    return problems, len(paths)
 
 
 def check_site(site: Path) -> tuple[list[str], int]:
     "Problems of the built pages, and how many there are."
     pages = {path: path.read_text(encoding="utf-8") for path in sorted(site.rglob("*.html"))}
     ids = {path: set(re.findall(r'\sid="([^"]+)"', text)) for path, text in pages.items()}
-    found = []
+    problems = []
     for path, text in pages.items():
         name = path.relative_to(site)
         body = re.sub(r"<pre>.*?</pre>|<script>.*?</script>", "", text, flags=re.S)
         for source in FETCHED.findall(text):
-            found.append(f"{name}: {source}: is fetched from elsewhere")
+            problems.append(f"{name}: {source}: is fetched from elsewhere")
         for link in dict.fromkeys(re.findall(r'\s(?:href|src)="([^"]+)"', body)):
             if re.match(r"[a-z][a-z0-9+.-]*:", link):
                 continue
             target, _, anchor = unquote(html.unescape(link)).partition("#")
             goal = (path.parent / target.split("?")[0]).resolve() if target else path
             if not goal.exists():
-                found.append(f"{name}: {link}: there is no such file")
+                problems.append(f"{name}: {link}: there is no such file")
             elif anchor and goal in ids and anchor not in ids[goal]:
-                found.append(f"{name}: {link}: there is no such place")
+                problems.append(f"{name}: {link}: there is no such place")
     for style in site.rglob("*.css"):
         for source in re.findall(r"url\([\"']?((?:https?:)?//[^)\"']+)", style.read_text(encoding="utf-8")):
-            found.append(f"{style.relative_to(site)}: {source}: is fetched from elsewhere")
-    return found, len(pages)
+            problems.append(f"{style.relative_to(site)}: {source}: is fetched from elsewhere")
+    return problems, len(pages)
 
 
 def main() -> None:

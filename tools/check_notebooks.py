@@ -56,21 +56,21 @@ def only_holds_data(node: ast.stmt) -> bool:
 
 def unescaped(tree: ast.Module) -> list[str]:
     "Ways to show data that take its characters for markup."
-    found = []
+    faults = []
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute)
             and node.attr == "style"
             and not (isinstance(node.value, ast.Name) and node.value.id in ("plt", "matplotlib"))
         ):
-            found.append("`.style` shows a table without escaping it; use shown_table of core/text")
+            faults.append("`.style` shows a table without escaping it; use shown_table of core/text")
         called = node.func if isinstance(node, ast.Call) else None
         name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
         if name in ("HTML", "display_html", "SVG", "display_svg", "Javascript"):
-            found.append(f"`{name}(...)` shows markup; use shown_table of core/text for data")
+            faults.append(f"`{name}(...)` shows markup; use shown_table of core/text for data")
         if name == "to_html" and any(keyword.arg == "escape" for keyword in node.keywords):
-            found.append("`to_html(escape=...)`; data stays escaped")
-    return found
+            faults.append("`to_html(escape=...)`; data stays escaped")
+    return faults
 
 
 def public_names(tree: ast.Module) -> dict[str, ast.stmt]:
@@ -83,11 +83,11 @@ def public_names(tree: ast.Module) -> dict[str, ast.stmt]:
 
 def check(path: Path) -> list[str]:
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    cells, found = notebook["cells"], []
+    cells, complaints = notebook["cells"], []
     book = path.resolve().relative_to(root / "nbs").with_suffix("").as_posix()
 
     def complain(number: int, text: str) -> None:
-        found.append(f"{book}, cell {number + 1}: {text}")
+        complaints.append(f"{book}, cell {number + 1}: {text}")
 
     if notebook["metadata"].get("kernelspec") != KERNEL:
         complain(-1, f"kernelspec must be {KERNEL}")
@@ -198,7 +198,7 @@ def check(path: Path) -> list[str]:
         complain(tagged[0], "a `parameters` cell in a notebook that is no job")
     if path.stem != "index" and prose < 1.5 * code:
         complain(-1, f"{prose} words of prose for {code} exported lines; explain more (3 words for 2 lines at least)")
-    return found
+    return complaints
 
 
 paths = [Path(name) for name in sys.argv[1:]] or sorted((root / "nbs").rglob("*.ipynb"))

@@ -31,8 +31,8 @@ def docments(node: ast.FunctionDef, comments: dict[int, str]) -> tuple[list[tupl
     # a default may end a line later than the name: the comment is on the line where the next parameter has not begun
     ends = dict.fromkeys(lines)
     starts = sorted(lines)
-    for at, line in enumerate(starts):
-        until = starts[at + 1] if at + 1 < len(starts) else node.returns.end_lineno if node.returns else body
+    for number, line in enumerate(starts):
+        until = starts[number + 1] if number + 1 < len(starts) else node.returns.end_lineno if node.returns else body
         ends[line] = next((comments[row] for row in range(line, max(until, line + 1)) if row in comments), "")
     said = [(", ".join(f"`{name}`" for name in lines[line]), ends[line]) for line in starts if ends[line]]
     if node.returns and node.returns.end_lineno in lines and len(lines) == 1 and said:
@@ -85,7 +85,7 @@ def function(node: ast.FunctionDef, name: str, comments: dict[int, str], kind: s
 
 def fields(node: ast.ClassDef, comments: dict[int, str]) -> list[str]:
     "The annotated fields of a dataclass or of a model, with their comments."
-    found = []
+    lines = []
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and not line.target.id.startswith("_"):
             said = comments.get(line.end_lineno) or comments.get(line.lineno, "")
@@ -100,8 +100,8 @@ def fields(node: ast.ClassDef, comments: dict[int, str]) -> list[str]:
                 )
             kind = ast.unparse(line.annotation)
             if not kind.startswith("ClassVar"):
-                found.append(f"- `{line.target.id}: {kind}`" + (f": {said}" if said else ""))
-    return found
+                lines.append(f"- `{line.target.id}: {kind}`" + (f": {said}" if said else ""))
+    return lines
 
 
 def a_class(node: ast.ClassDef, name: str, comments: dict[int, str]) -> str:
@@ -126,14 +126,14 @@ def api_of(
     cells: list[str],  # sources of its exported cells
 ) -> str:  # Markdown of MyST; empty where it offers nothing
     "Every public function and class of a module."
-    found = []
+    parts = []
     for source in cells:
         comments = comments_of(source)
         for node in ast.parse(source).body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
-                found.append(function(node, node.name, comments))
+                parts.append(function(node, node.name, comments))
             elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                found.append(a_class(node, node.name, comments))
-    if not found:
+                parts.append(a_class(node, node.name, comments))
+    if not parts:
         return ""
-    return f":::{{py:module}} {module}\n:::\n\n" + "\n\n".join(found)
+    return f":::{{py:module}} {module}\n:::\n\n" + "\n\n".join(parts)

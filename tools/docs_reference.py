@@ -86,18 +86,18 @@ MLflow's own variables, such as `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAM
 
 
 def parameters() -> str:
-    parts, found = [], {}
+    parts, paths = [], {}
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        if any("parameters" in one.metadata.get("tags", []) for one in notebook.cells):
-            found[path.relative_to(ROOT / "nbs").with_suffix("").as_posix()] = path
-    order = [*(name for name in STEPS if name in found), *(name for name in found if name not in STEPS)]
+        if any("parameters" in part.metadata.get("tags", []) for part in notebook.cells):
+            paths[path.relative_to(ROOT / "nbs").with_suffix("").as_posix()] = path
+    order = [*(name for name in STEPS if name in paths), *(name for name in paths if name not in STEPS)]
     for name in order:
         rows = [
-            (f"`{one}`", f"`{facts['default']}`", facts["help"])
-            for one, facts in inspect_notebook(str(found[name])).items()
+            (f"`{parameter}`", f"`{facts['default']}`", facts["help"])
+            for parameter, facts in inspect_notebook(str(paths[name])).items()
         ]
-        title = found[name].stem
+        title = paths[name].stem
         parts.append(
             f"## {title}\n\nOf [{title}](../../nbs/{name}.ipynb).\n\n{table('parameter|default|what it sets', rows)}"
         )
@@ -155,7 +155,7 @@ The value of a metric is its mean over the users who have something relevant in 
 
 
 def prometheus() -> str:
-    kept = {}
+    rows = {}
     made = monitor.Metrics()
     made.model.taken_up("VERSION", "2026-01-01T00:00:00+00:00", 1, 1)
     made.observe("/popular", "GET", 200, 0.001)
@@ -169,11 +169,11 @@ def prometheus() -> str:
         known = sorted(
             {sample.labels[label] for sample in family.samples for label in labels if label in ("result", "operation")}
         )
-        kept[name] = (
+        rows[name] = (
             f"`{name}`",
             family.type,
             ", ".join(f"`{label}`" for label in labels),
-            family.documentation + (f": {', '.join(f'`{one}`' for one in known)}" if known else ""),
+            family.documentation + (f": {', '.join(f'`{value}`' for value in known)}" if known else ""),
         )
     return f"""# Metrics of Prometheus
 
@@ -181,7 +181,7 @@ What `GET /metrics` tells, summed over all workers. [web/monitor](../../nbs/web/
 [`ops/alerts.yml`](../../ops/alerts.yml) has the alerts, each with what a person should do, and `compose.yaml` a
 dashboard.
 
-{table("name|type|labels|what it is", list(kept.values()))}
+{table("name|type|labels|what it is", list(rows.values()))}
 """
 
 
@@ -192,9 +192,9 @@ def schema_words(schema: dict) -> str:
         return f"[{name}](#{anchor(name)})"
     for key in ("anyOf", "oneOf", "allOf"):
         if key in schema:
-            return " or ".join(dict.fromkeys(schema_words(one) for one in schema[key]))
+            return " or ".join(dict.fromkeys(schema_words(part) for part in schema[key]))
     if "enum" in schema:
-        return " or ".join(f"`{json.dumps(one)}`" for one in schema["enum"])
+        return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     if "const" in schema:
         return f"`{json.dumps(schema['const'])}`"
     if schema.get("type") == "array":
@@ -242,17 +242,17 @@ def operation(method: str, path: str, spec: dict) -> str:
     parts = [f"### {method.upper()} {path}", spec.get("summary", "") + ".", spec.get("description", "")]
     rows = [
         (
-            named(one["name"], one["in"], schema_words(one["schema"]), default_of(one["schema"])),
-            one.get("description", ""),
+            named(field["name"], field["in"], schema_words(field["schema"]), default_of(field["schema"])),
+            field.get("description", ""),
         )
-        for one in spec.get("parameters", [])
+        for field in spec.get("parameters", [])
     ]
     if rows:
         parts.append(table("parameter|", rows))
     for kind, content in spec.get("requestBody", {}).get("content", {}).items():
         parts.append(f"Body ({kind}): {schema_words(content['schema'])}")
-        for one in content["schema"].get("oneOf", content["schema"].get("anyOf", [content["schema"]])):
-            if fields := schema_rows(one):
+        for variant in content["schema"].get("oneOf", content["schema"].get("anyOf", [content["schema"]])):
+            if fields := schema_rows(variant):
                 parts.append(table("field|", fields))
         for example in list(content.get("examples", {}).values())[:1]:
             parts.append(f"```json\n{json.dumps(example['value'], indent=2)}\n```")
@@ -262,11 +262,11 @@ def operation(method: str, path: str, spec: dict) -> str:
         if "application/problem+json" in content:
             problems.append(status)
             continue
-        kinds = " or ".join(schema_words(one.get("schema", {})) for one in content.values())
+        kinds = " or ".join(schema_words(body.get("schema", {})) for body in content.values())
         answers.append((named(status, kinds), answer.get("description", "")))
     parts.append(table("answer|", answers))
     if problems:
-        parts.append(f"Problem documents: {', '.join(f'`{one}`' for one in problems)}.")
+        parts.append(f"Problem documents: {', '.join(f'`{status}`' for status in problems)}.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -276,9 +276,9 @@ def http() -> str:
     by_tag: dict[str, list[str]] = {}
     headers: dict[str, str] = {}
     for path, methods in spec["paths"].items():
-        for method, one in methods.items():
-            by_tag.setdefault(one["tags"][0], []).append(operation(method, path, one))
-            for answer in one["responses"].values():
+        for method, route in methods.items():
+            by_tag.setdefault(route["tags"][0], []).append(operation(method, path, route))
+            for answer in route["responses"].values():
                 headers |= {name: said.get("description", "") for name, said in answer.get("headers", {}).items()}
     routes = "\n\n".join(f"## {tag.capitalize()}\n\n" + "\n\n".join(parts) for tag, parts in by_tag.items())
     schemas = []
@@ -312,9 +312,9 @@ def verb(name: str, command, parent) -> list[str]:
     depth = "##" if parent.parent is None else "###"
     parts = [f"{depth} {context.command_path}", inspect.cleandoc(command.help or ""), f"```text\n{usage.strip()}\n```"]
     rows = []
-    for one in command.params:
-        record = one.get_help_record(context)
-        if record and "--help" not in one.opts:
+    for parameter in command.params:
+        record = parameter.get_help_record(context)
+        if record and "--help" not in parameter.opts:
             says = re.sub(r"\s+", " ", record[1])
             rows.append((f"`{record[0]}`", says))
     if rows:

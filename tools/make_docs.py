@@ -68,9 +68,9 @@ CODE = re.compile(r"(^(`{3,}|~{3,}).*?^\2|`[^`\n]+`)", re.M | re.S)
 def outside_code(function, text: str) -> str:
     "The text with `function` applied to what is neither a fence nor a code span."
     parts, last = [], 0
-    for found in CODE.finditer(text):
-        parts += [function(text[last : found.start()]), found.group()]
-        last = found.end()
+    for match in CODE.finditer(text):
+        parts += [function(text[last : match.start()]), match.group()]
+        last = match.end()
     return "".join([*parts, function(text[last:])])
 
 
@@ -98,7 +98,7 @@ class Sources:
 
     def led(self, name: str, text: str) -> str:
         "The text of a page with its links as the site needs them."
-        return outside_code(lambda part: LINK.sub(lambda found: self._target(name, found), part), text)
+        return outside_code(lambda part: LINK.sub(lambda match: self._target(name, match), part), text)
 
     def remove_others(self) -> None:
         "Delete what an earlier build wrote and this one did not."
@@ -106,9 +106,9 @@ class Sources:
             if path not in self.written:
                 path.unlink()
 
-    def _target(self, page: str, found: re.Match) -> str:
+    def _target(self, page: str, match: re.Match) -> str:
         "A link as the site needs it: of a folder, its overview; of another file, a copy to download."
-        target, anchor = found.group(1), (found.group(2) or "").lower()
+        target, anchor = match.group(1), (match.group(2) or "").lower()
         path = (ROOT / page).parent.joinpath(target).resolve()
         if not path.is_relative_to(ROOT):
             return target + anchor
@@ -208,7 +208,7 @@ def add_house(sources: Sources) -> None:
     order = [*(room for room in ROOMS if room in rooms), *(room for room in rooms if room not in ROOMS)]
     for room in order:
         overview(sources, room, rooms[room])
-    told = "\n".join(f"| [{head}]({path.name}) | {promise} |" for path, (head, promise) in story)
+    chapters = "\n".join(f"| [{head}]({path.name}) | {promise} |" for path, (head, promise) in story)
     stands = "\n".join(
         f"| [{ROOMS.get(room, (room,))[0]}]({room}/overview.md) | {ROOMS.get(room, ('', ''))[1]} | {len(rooms[room])} |"
         for room in order
@@ -217,16 +217,16 @@ def add_house(sources: Sources) -> None:
     head = (ROOT / "docs" / "house.md").read_text(encoding="utf-8").rstrip()
     sources.write(
         "nbs/index.md",
-        f"{head}\n\n## The story\n\n| notebook | |\n|---|---|\n{told}\n\n## The rooms\n\n"
+        f"{head}\n\n## The story\n\n| notebook | |\n|---|---|\n{chapters}\n\n## The rooms\n\n"
         f"| room | what is in it | notebooks |\n|---|---|--:|\n{stands}\n\n```{{toctree}}\n:hidden:\n{toc}\n```\n",
     )
 
 
 def section(sources: Sources, folder: str, order: list[str]) -> list[str]:
     "Pages of a section, those of `order` first; the table of contents is what is there."
-    there = sorted(path.stem for path in sources.written if path.parent == sources.folder / "docs" / folder)
-    first = [name for name in order if name in there]
-    return [f"docs/{folder}/{name}" for name in [*first, *(name for name in there if name not in first)]]
+    present = sorted(path.stem for path in sources.written if path.parent == sources.folder / "docs" / folder)
+    first = [name for name in order if name in present]
+    return [f"docs/{folder}/{name}" for name in [*first, *(name for name in present if name not in first)]]
 
 
 def first_lines(path: Path) -> tuple[str, str]:

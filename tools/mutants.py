@@ -54,16 +54,16 @@ def functions(tree: ast.Module):
 
 
 def mutants_of(path: Path) -> list[Mutant]:
-    found = []
+    mutants = []
     for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
         if cell.cell_type != "code" or not re.search(r"^#\|\s*export\b", cell.source, re.M):
             continue
         for name, node in functions(ast.parse(cell.source)):
             if not any(part.startswith("_") for part in name.split(".")) and has_body(node):
-                found.append(
+                mutants.append(
                     Mutant(str(path.relative_to(root)), number, name, node.body[0].lineno, node.body[-1].end_lineno)
                 )
-    return found
+    return mutants
 
 
 def without_body(source: str, mutant: Mutant) -> str:
@@ -150,7 +150,7 @@ def noticed_by_tests(mutant: Mutant) -> str | None:
         )
         exported = folder / "product_recs" / (module.replace(".", "/") + ".py")
         source = exported.read_text(encoding="utf-8")
-        node = next(node for found, node in functions(ast.parse(source)) if found == mutant.name)
+        node = next(node for name, node in functions(ast.parse(source)) if name == mutant.name)
         place = mutant._replace(first=node.body[0].lineno, last=node.body[-1].end_lineno)
         exported.write_text(without_body(source, place) + "\n", encoding="utf-8")
         for path in named:

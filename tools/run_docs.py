@@ -47,9 +47,9 @@ PORT = "8000"  # as the pages write it; what is typed has a free one
 
 
 def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 class Terminal:
@@ -97,7 +97,7 @@ class Terminal:
     def shown(self, text: str) -> str:
         "What differs from run to run and from machine to machine, under one name."
         text = text.replace(f"{self.folder}/", "").replace(str(self.folder), ".").replace(f":{self.port}", f":{PORT}")
-        text = re.sub(r"\d{8}T\d{6}[.\d]*-[0-9a-f]+(?=  )", lambda one: "VERSION".ljust(len(one.group())), text)
+        text = re.sub(r"\d{8}T\d{6}[.\d]*-[0-9a-f]+(?=  )", lambda match: "VERSION".ljust(len(match.group())), text)
         text = re.sub(r"\d{8}T\d{6}[.\d]*-[0-9a-f]+", "VERSION", text)
         text = re.sub(r"(succeeded in) [\d,.]+ (seconds|minutes)", r"\1 N seconds", text)
         text = re.sub(r"(?m)^date: .*\r?\n", "", text.replace("\r\n", "\n"))
@@ -109,13 +109,13 @@ class Terminal:
             process.wait(30)
 
 
-def with_output(terminal: Terminal, found: re.Match) -> str:
+def with_output(terminal: Terminal, match: re.Match) -> str:
     "A fence with what its commands print now."
-    if found.group(2):
-        terminal.type(found.group(2))
-        return found.group()
+    if match.group(2):
+        terminal.type(match.group(2))
+        return match.group()
     lines = []
-    commands = re.findall(r"^\$ (.*(?:(?<=[\\,])\n    .*)*)$", found.group(1), re.M)
+    commands = re.findall(r"^\$ (.*(?:(?<=[\\,])\n    .*)*)$", match.group(1), re.M)
     for command, following in zip(commands, [*commands[1:], ""]):
         print(f"  $ {command}", flush=True)
         lines += [f"$ {command}", terminal.type(command, may_fail=following == "echo $?")]
@@ -136,15 +136,17 @@ def fill_store(folder: Path, days: int = 35, users: int = 3000) -> None:
     start = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(days=days)
     shown, events, version = [], [], live_version(folder / "models")
     for number in range(users):
-        user, at = number + 1, start + timedelta(days=days) * number / users
-        arm = book.arm_of(user, at)
+        user, moment = number + 1, start + timedelta(days=days) * number / users
+        arm = book.arm_of(user, moment)
         items = tuple(int(item) for item in rng.permutation(range(101, 121))[:5])
-        known = (version, "personalised" if user <= 360 else "popular", items, at)
+        known = (version, "personalised" if user <= 360 else "popular", items, moment)
         shown.append(Impression(f"r{number}", user, *known, task="discovery", experiment=arm.experiment, arm=arm.name))
         if rng.random() < (0.2 if arm.name == "varied" else 0.1):
-            events.append(NewEvent(user, items[0], timestamp=at + timedelta(minutes=20), key=f"order-{number}"))
+            events.append(NewEvent(user, items[0], timestamp=moment + timedelta(minutes=20), key=f"order-{number}"))
         if rng.random() < 0.3:
-            events.append(NewEvent(user, items[1], "view", timestamp=at + timedelta(minutes=10), key=f"view-{number}"))
+            events.append(
+                NewEvent(user, items[1], "view", timestamp=moment + timedelta(minutes=10), key=f"view-{number}")
+            )
     with Store(f"sqlite:///{folder}/data/feedback.db").open() as store:
         store.add_impressions(shown)
         store.add_events(events)
@@ -164,20 +166,22 @@ def fill_log(folder: Path) -> None:
     "The sample up to a day in `log/`; in `later/` the two days after it, the second with ids of another system."
     with open(folder / "data/interactions.csv", newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
-    rng, at = np.random.default_rng(0), head.index("timestamp")
-    days = {"log/until-22.csv": [row for row in rows if row[at] < "2026-06-23"]}
-    days |= {f"later/{day}.csv": [row for row in rows if row[at][:10] == day] for day in ("2026-06-23", "2026-06-24")}
+    rng, column = np.random.default_rng(0), head.index("timestamp")
+    days = {"log/until-22.csv": [row for row in rows if row[column] < "2026-06-23"]}
+    days |= {
+        f"later/{day}.csv": [row for row in rows if row[column][:10] == day] for day in ("2026-06-23", "2026-06-24")
+    }
     for row in days["later/2026-06-24.csv"]:
         row[head.index("user_id")] = int(rng.integers(5_000_000, 5_000_200))
-    for name, found in days.items():
+    for name, day_rows in days.items():
         (folder / name).parent.mkdir(exist_ok=True)
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([head, *found])
+            csv.writer(file).writerows([head, *day_rows])
     (folder / "shop.yaml").write_text(NIGHTLY, encoding="utf-8")
     (folder / "gate.yaml").write_text("min_users: 5\n", encoding="utf-8")  # the sample is small
 
 
-def project(kind: str, folder: Path, kept: dict[str, Path]) -> Path:
+def project(kind: str, folder: Path, folders: dict[str, Path]) -> Path:
     "A new folder with what a page starts from."
     if kind == "shop":
         american(fresh_project(folder))
@@ -185,10 +189,10 @@ def project(kind: str, folder: Path, kept: dict[str, Path]) -> Path:
     if kind == "nights":
         fill_log(fresh_project(folder))
         return folder
-    if "sample" not in kept:
-        kept["sample"] = Path(tempfile.mkdtemp()).resolve()
-        Terminal(fresh_project(kept["sample"])).type("product-recs run --name sample --quiet")
-    shutil.copytree(kept["sample"], folder, dirs_exist_ok=True, symlinks=True)
+    if "sample" not in folders:
+        folders["sample"] = Path(tempfile.mkdtemp()).resolve()
+        Terminal(fresh_project(folders["sample"])).type("product-recs run --name sample --quiet")
+    shutil.copytree(folders["sample"], folder, dirs_exist_ok=True, symlinks=True)
     if kind == "served":
         (folder / "experiments.yaml").write_text(EXPERIMENT, encoding="utf-8")
         fill_store(folder)
@@ -204,21 +208,21 @@ def main() -> None:
     parser.add_argument("--sample", type=Path, metavar="FOLDER", help="a project with a live model of the sample")
     given = parser.parse_args()
     pages = [page.resolve() for page in given.pages] or sorted((ROOT / "docs").rglob("*.md"))
-    kept = {"sample": given.sample.resolve()} if given.sample else {}
+    folders = {"sample": given.sample.resolve()} if given.sample else {}
     for page in pages:
         text = page.read_text(encoding="utf-8")
         if not (asked := re.search(r"<!-- project: (sample|served|nights|shop) -->", text)):
             continue
         print(page.relative_to(ROOT), flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            terminal = Terminal(project(asked.group(1), Path(folder).resolve(), kept))
+            terminal = Terminal(project(asked.group(1), Path(folder).resolve(), folders))
             try:
-                written = BLOCK.sub(lambda found, terminal=terminal: with_output(terminal, found), text)
+                written = BLOCK.sub(lambda match, terminal=terminal: with_output(terminal, match), text)
             finally:
                 terminal.close()
         page.write_text(written, encoding="utf-8")
     if not given.sample:
-        for folder in kept.values():
+        for folder in folders.values():
             shutil.rmtree(folder)
 
 

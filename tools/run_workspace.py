@@ -88,10 +88,10 @@ class Shell:
 
     def __init__(self, folder: Path, bin: Path):
         self.folder, self.parts, self.versions = folder, [], []
-        kept = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
+        proxies = {name: value for name, value in os.environ.items() if name.lower().endswith("_proxy")}
         home = folder.parent / "home"
         home.mkdir()
-        self.environment = kept | {
+        self.environment = proxies | {
             "PATH": f"{bin}:/usr/bin:/bin",
             "HOME": str(home),
             "COLUMNS": "100",
@@ -125,8 +125,8 @@ class Shell:
         if done.returncode != code:
             raise SystemExit(f"{command} ended with {done.returncode}:\n{done.stdout}")
         text = "" if quiet else self.told(done.stdout).rstrip()
-        if len(kept := text.splitlines()) > lines:
-            text = "\n".join([*kept[: lines - 1], f"... ({len(kept) - lines + 1} more lines)"])
+        if len(rows := text.splitlines()) > lines:
+            text = "\n".join([*rows[: lines - 1], f"... ({len(rows) - lines + 1} more lines)"])
         self.parts.append(f"```console\n$ {self.told(command)}\n{text}".rstrip() + "\n```")
         return done.stdout
 

@@ -99,14 +99,14 @@ class ExperimentBook:
     salt: str = "product-recs" # of the line on which the users lie
 
     def __len__(self): return len(self.experiments)
-    explores = property(lambda self: any(arm.explore for one in self.experiments for arm in one.arms),
+    explores = property(lambda self: any(arm.explore for experiment in self.experiments for arm in experiment.arms),
                         doc="Does an arm explore?")
 
     def running(self,
         moment:datetime, # with time zone
     )->tuple:            # of `Experiment`
         "Those that run at a moment."
-        return tuple(one for one in self.experiments if one.runs(moment))
+        return tuple(experiment for experiment in self.experiments if experiment.runs(moment))
 
     def arm_of(self,
         user:int|str|None, # external id as somebody wrote it; None: a guest
@@ -117,7 +117,8 @@ class ExperimentBook:
         if not self.experiments or (key := key_or_none(user)) is None: return None
         key = folded(key, folds)
         place = position(self.salt, "users", key)
-        here = (one for one in self.experiments if one.users[0] <= place < one.users[1] and one.runs(moment))
+        here = (experiment for experiment in self.experiments
+                if experiment.users[0] <= place < experiment.users[1] and experiment.runs(moment))
         experiment = next(here, None)
         return None if experiment is None else experiment.arm_of(key)
 
@@ -129,71 +130,75 @@ _MODEL = re.compile(r"live|newest|@champion|@challenger|models:/[A-Za-z0-9][A-Za
                     r"|[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _known, _number, _moment = (partial(read, error=ExperimentError) for read in (check_keys, read_number, read_moment))
 
-def _list(at:str, key:str, value)->list:
-    if isinstance(value, list) and value and all(isinstance(one, Mapping) for one in value): return value
-    raise ExperimentError(f"{at}: {key}: must be a list with an entry each, such as - {{name: control, share: 0.5}}")
+def _list(subject:str, key:str, value)->list:
+    if isinstance(value, list) and value and all(isinstance(entry, Mapping) for entry in value): return value
+    raise ExperimentError(f"{subject}: {key}: must be a list with an entry each, such as "
+                          "- {name: control, share: 0.5}")
 
-def _named(at:str, entry:Mapping, taken:set)->str:
+def _named(subject:str, entry:Mapping, taken:set)->str:
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ExperimentError(f"{at}: name: {name!r} must be 1 to 50 letters, digits, '.', '_' or '-'")
-    if name in taken: raise ExperimentError(f"{at}: name: {name!r} is there already; names tell them apart")
+        raise ExperimentError(f"{subject}: name: {name!r} must be 1 to 50 letters, digits, '.', '_' or '-'")
+    if name in taken: raise ExperimentError(f"{subject}: name: {name!r} is there already; names tell them apart")
     taken.add(name)
     return name
 
-def _weights(at:str, value)->tuple:
+def _weights(subject:str, value)->tuple:
     if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) for name in value):
-        raise ExperimentError(f"{at}: blend: {value!r} must be names with weights, such as {{ALS: 0.7, EASE: 0.3}}")
-    return tuple(sorted((name, _number(at, f"blend: {name}", weight, -1e6, 1e6)) for name, weight in value.items()))
+        raise ExperimentError(f"{subject}: blend: {value!r} must be names with weights, such as "
+                              "{ALS: 0.7, EASE: 0.3}")
+    return tuple(sorted((name, _number(subject, f"blend: {name}", weight, -1e6, 1e6))
+                        for name, weight in value.items()))
 
-def _arm(at:str, experiment:str, entry:Mapping, taken:set)->Arm:
-    _known(at, entry, ("name", "share", "model", "task", "blend", "diversity", "explore"))
-    name = _named(at, entry, taken)
-    at, more = f"{at.rpartition(', ')[0]}, arm {name!r}", {}
+def _arm(subject:str, experiment:str, entry:Mapping, taken:set)->Arm:
+    _known(subject, entry, ("name", "share", "model", "task", "blend", "diversity", "explore"))
+    name = _named(subject, entry, taken)
+    subject, more = f"{subject.rpartition(', ')[0]}, arm {name!r}", {}
     model, task = entry.get("model", "live"), entry.get("task")
     if not isinstance(model, str) or not _MODEL.fullmatch(model):
-        raise ExperimentError(f"{at}: model: {model!r} is none; write live, newest, @challenger, a version of "
+        raise ExperimentError(f"{subject}: model: {model!r} is none; write live, newest, @challenger, a version of "
                               "`product-recs models`, or models:/NAME@ALIAS")
     if task is not None and task not in TASKS:
-        raise ExperimentError(f"{at}: task: {task!r} must be {' or '.join(TASKS)}")
+        raise ExperimentError(f"{subject}: task: {task!r} must be {' or '.join(TASKS)}")
     for key, most in (("diversity", 1), ("explore", 0.5)):
-        if entry.get(key) is not None: more[key] = _number(at, key, entry[key], 0, most, closed=True)
-    blend = _weights(at, entry["blend"]) if entry.get("blend") is not None else ()
-    return Arm(experiment, name, _number(at, "share", entry.get("share"), 0, 1), model, task, blend, **more)
+        if entry.get(key) is not None: more[key] = _number(subject, key, entry[key], 0, most, closed=True)
+    blend = _weights(subject, entry["blend"]) if entry.get("blend") is not None else ()
+    return Arm(experiment, name, _number(subject, "share", entry.get("share"), 0, 1), model, task, blend, **more)
 
 # %% ../../nbs/answer/experiments.ipynb #f82a3d62
-def _part(at:str, value)->tuple[float, float]:
+def _part(subject:str, value)->tuple[float, float]:
     "The part of the line of users."
     if not isinstance(value, list) or len(value) != 2:
-        raise ExperimentError(f"{at}: users: {value!r} must be from and to, such as [0, 0.5]")
-    low, high = (_number(at, "users", one, 0, 1, closed=True) for one in value)
-    if low >= high: raise ExperimentError(f"{at}: users: {value!r} ends before it begins")
+        raise ExperimentError(f"{subject}: users: {value!r} must be from and to, such as [0, 0.5]")
+    low, high = (_number(subject, "users", bound, 0, 1, closed=True) for bound in value)
+    if low >= high: raise ExperimentError(f"{subject}: users: {value!r} ends before it begins")
     return low, high
 
 def _experiment(number:int, entry:Mapping, taken:set)->Experiment:
     name = _named(f"experiment {number}", entry, taken)
-    at = f"experiment {name!r}"
-    _known(at, entry, ("name", "arms", "control", "salt", "users", "start", "end"))
-    start, end = (_moment(at, key, entry.get(key), key == "end") for key in ("start", "end"))
+    subject = f"experiment {name!r}"
+    _known(subject, entry, ("name", "arms", "control", "salt", "users", "start", "end"))
+    start, end = (_moment(subject, key, entry.get(key), key == "end") for key in ("start", "end"))
     if start and end and start >= end:
-        raise ExperimentError(f"{at}: end: {entry['end']!r} is not after start: {entry['start']!r}")
+        raise ExperimentError(f"{subject}: end: {entry['end']!r} is not after start: {entry['start']!r}")
     names = set()
-    arms = tuple(_arm(f"{at}, arm {place}", name, one, names) for place, one in
-                 enumerate(_list(at, "arms", entry.get("arms")), 1))
+    arms = tuple(_arm(f"{subject}, arm {place}", name, given, names) for place, given in
+                 enumerate(_list(subject, "arms", entry.get("arms")), 1))
     if (total := sum(arm.share for arm in arms)) > 1 + 1e-9:
-        raise ExperimentError(f"{at}: the shares of its arms add up to {total:g}, and 1 is everybody; lower some")
+        raise ExperimentError(f"{subject}: the shares of its arms add up to {total:g}, and 1 is everybody; lower some")
     control = entry.get("control", "control" if "control" in names else arms[0].name)
     if not isinstance(control, str) or control not in names:
-        raise ExperimentError(f"{at}: control: {control!r} is none of its arms: {', '.join(sorted(names))}")
+        raise ExperimentError(f"{subject}: control: {control!r} is none of its arms: {', '.join(sorted(names))}")
     salt = entry.get("salt", name)
-    if not isinstance(salt, (str, int)) or not str(salt): raise ExperimentError(f"{at}: salt: {salt!r} must be a text")
-    return Experiment(name, arms, control, str(salt), _part(at, entry.get("users", [0, 1])), start, end)
+    if not isinstance(salt, (str, int)) or not str(salt):
+        raise ExperimentError(f"{subject}: salt: {salt!r} must be a text")
+    return Experiment(name, arms, control, str(salt), _part(subject, entry.get("users", [0, 1])), start, end)
 
-def _apart(one:Experiment, other:Experiment)->bool:
+def _apart(experiment:Experiment, other:Experiment)->bool:
     "Can no user be in both at one time?"
-    in_time = (one.end and other.start and one.end <= other.start) or (other.end and one.start and
-                                                                      other.end <= one.start)
-    return bool(in_time) or one.users[1] <= other.users[0] or other.users[1] <= one.users[0]
+    in_time = (experiment.end and other.start and experiment.end <= other.start) or (
+        other.end and experiment.start and other.end <= experiment.start)
+    return bool(in_time) or experiment.users[1] <= other.users[0] or other.users[1] <= experiment.users[0]
 
 # %% ../../nbs/answer/experiments.ipynb #61f6185e
 def read_experiments(
@@ -208,15 +213,15 @@ def read_experiments(
     salt, given, taken = document.get("salt", NO_EXPERIMENTS.salt), document.get("experiments"), set()
     if not isinstance(salt, (str, int)) or not str(salt): raise ExperimentError(f"salt: {salt!r} must be a text")
     entries = _list("the document", "experiments", given) if given else []
-    found = tuple(_experiment(number, entry, taken) for number, entry in enumerate(entries, 1))
-    for place, one in enumerate(found):
-        for other in found[:place]:
-            if not _apart(one, other):
+    experiments = tuple(_experiment(number, entry, taken) for number, entry in enumerate(entries, 1))
+    for place, experiment in enumerate(experiments):
+        for other in experiments[:place]:
+            if not _apart(experiment, other):
                 raise ExperimentError(
-                    f"experiment {one.name!r}: users: {list(one.users)} meet those of {other.name!r}, "
+                    f"experiment {experiment.name!r}: users: {list(experiment.users)} meet those of {other.name!r}, "
                     f"{list(other.users)}, at the same time; give each its part, such as [0, 0.5] and [0.5, 1], or "
                     "let one end before the other starts")
-    return ExperimentBook(found, str(salt))
+    return ExperimentBook(experiments, str(salt))
 
 def experiments_of(
     file:str|Path, # relative to the project root; empty: there is none
@@ -235,7 +240,7 @@ def registry_aliases(
     book:ExperimentBook,
 )->list[str]: # such as models:/product-recs@challenger
     "The aliases of the registry that arms name, each once."
-    models = (arm.model for one in book.experiments for arm in one.arms)
+    models = (arm.model for experiment in book.experiments for arm in experiment.arms)
     return list(dict.fromkeys(model for model in models if model.startswith("models:/")))
 
 def names_aliases(
@@ -246,9 +251,9 @@ def names_aliases(
     except ProductRecsError: return False
 
 def _resolved(models_dir:Path)->Mapping:
-    try: found = json.loads((models_dir/ALIASES).read_text(encoding="utf-8"))
+    try: versions = json.loads((models_dir/ALIASES).read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
-    return found if isinstance(found, dict) else {}
+    return versions if isinstance(versions, dict) else {}
 
 def resolve_version(
     model:str,            # as an `Arm` has it
@@ -260,7 +265,7 @@ def resolve_version(
     live, known = live or live_version(models_dir), list_versions(models_dir)
     if model in ("live", "@champion"): version = live
     elif model in ("newest", "@challenger"):
-        version = next((one for one in reversed(known) if model == "newest" or one != live), None)
+        version = next((name for name in reversed(known) if model == "newest" or name != live), None)
     elif model.startswith("models:/"):
         version = _resolved(models_dir).get(model)
         if version is None:
@@ -277,13 +282,13 @@ def versions_in_use(
     moment:datetime|None=None, # with time zone; None: now
 )->set[str]:
     "Versions that experiments use, or will, and that nobody may delete."
-    moment, found = moment or datetime.now(timezone.utc), set()
-    for one in book.experiments:
-        if one.end is not None and one.end <= moment: continue
-        for arm in one.arms:
-            try: found.add(resolve_version(arm.model, models_dir))
+    moment, versions = moment or datetime.now(timezone.utc), set()
+    for experiment in book.experiments:
+        if experiment.end is not None and experiment.end <= moment: continue
+        for arm in experiment.arms:
+            try: versions.add(resolve_version(arm.model, models_dir))
             except ExperimentError: pass # there is nothing to keep
-    return found
+    return versions
 
 # %% ../../nbs/answer/experiments.ipynb #82ac3343
 def with_blend(
@@ -294,8 +299,8 @@ def with_blend(
     if not blend: return model
     known = list(dict.fromkeys(name for asked in model.bundle.models.values() for name in weight_names(asked)))
     if missing := [name for name, _ in blend if name not in known]:
-        there = f"there are {', '.join(known)}" if known else "none of its models is a blend"
-        raise ExperimentError(f"blend: model {model.bundle.version} has no weight {missing[0]!r}; {there}")
+        hint = f"there are {', '.join(known)}" if known else "none of its models is a blend"
+        raise ExperimentError(f"blend: model {model.bundle.version} has no weight {missing[0]!r}; {hint}")
     models = {task: reweighed(asked, dict(blend)) for task, asked in model.bundle.models.items()}
     return ReadyModel(replace(model.bundle, models=models), model.index)
 
@@ -308,13 +313,13 @@ def heeded(
 
 # %% ../../nbs/answer/experiments.ipynb #1c8221c7
 def experiment_lines(
-    one:Experiment,
+    experiment:Experiment,
     moment:datetime, # with time zone
 )->list[str]:
     "An experiment in a few lines."
-    days = " to ".join(f"{end:%Y-%m-%d %H:%M}" if end else "open" for end in (one.start, one.end))
-    part = f"users {one.users[0]:g} to {one.users[1]:g} of the line"
-    state = "runs" if one.runs(moment) else "does not run"
-    head = f"{one.name}: {state}, {days} UTC, {part}, {counted(len(one.arms), 'arm')}"
-    return [head, *(f"  {arm.name}{' (control)'*(arm.name == one.control)}: {arm.share:.0%}, {arm.says}"
-                    for arm in one.arms)]
+    days = " to ".join(f"{end:%Y-%m-%d %H:%M}" if end else "open" for end in (experiment.start, experiment.end))
+    part = f"users {experiment.users[0]:g} to {experiment.users[1]:g} of the line"
+    state = "runs" if experiment.runs(moment) else "does not run"
+    head = f"{experiment.name}: {state}, {days} UTC, {part}, {counted(len(experiment.arms), 'arm')}"
+    return [head, *(f"  {arm.name}{' (control)'*(arm.name == experiment.control)}: {arm.share:.0%}, {arm.says}"
+                    for arm in experiment.arms)]

@@ -50,16 +50,16 @@ def why(
     "Why this item has this score for this person and task; a `ProductRecsError` where the person has no score."
     if person.representation is None:
         raise ProductRecsError("there is no score to explain for somebody of whom the model knows nothing")
-    found = model.model(person.task).contributions(person.history, item, person.representation)
-    order, total = np.lexsort((found.items, -found.parts)), float(found.parts.sum())
-    rounding = 0.0 if score is None else score - found.score
-    affinity = total + found.signals.get("average_taste", 0.0) + rounding
-    signals = {name: value for name, value in found.signals.items() if name != "average_taste"}
-    if len(found.items) or "average_taste" in found.signals:
+    contributions = model.model(person.task).contributions(person.history, item, person.representation)
+    order, total = np.lexsort((contributions.items, -contributions.parts)), float(contributions.parts.sum())
+    rounding = 0.0 if score is None else score - contributions.score
+    affinity = total + contributions.signals.get("average_taste", 0.0) + rounding
+    signals = {name: value for name, value in contributions.signals.items() if name != "average_taste"}
+    if len(contributions.items) or "average_taste" in contributions.signals:
         # a score that is nothing but the sum of the past needs no name for it
-        if found.signals: signals = {"taste": affinity} | signals
-    return Explanation(found.score + rounding, affinity, found.items[order], found.parts[order], affinity - total,
-                       signals, habit_of(model, person, item))
+        if contributions.signals: signals = {"taste": affinity} | signals
+    return Explanation(contributions.score + rounding, affinity, contributions.items[order],
+                       contributions.parts[order], affinity - total, signals, habit_of(model, person, item))
 
 # %% ../../nbs/answer/explain.ipynb #2d294b59
 def common_words(

@@ -94,8 +94,8 @@ def _rooms(catalogue:Catalogue, rows:Sequence[int], max_per:Mapping)->list[_Room
     rooms = []
     for name, most in max_per.items():
         codes, values = catalogue.attributes.coded(name)
-        there = codes[np.asarray(rows, np.int64)]
-        rooms.append(_Room(codes, most - np.bincount(there[there >= 0], minlength=len(values))))
+        listed = codes[np.asarray(rows, np.int64)]
+        rooms.append(_Room(codes, most - np.bincount(listed[listed >= 0], minlength=len(values))))
     return rooms
 
 def deal(
@@ -140,9 +140,9 @@ _KEPT, _LOCK = WeakKeyDictionary(), threading.Lock() # model -> below -> what `_
 def _little_known(model:Model, below:int|None)->_LittleKnown:
     "Made once a model; requests of the same moment wait for the first."
     with _LOCK:
-        kept = _KEPT.setdefault(model, {})
-        if below not in kept: kept[below] = _LittleKnown(model, below)
-        return kept[below]
+        cached = _KEPT.setdefault(model, {})
+        if below not in cached: cached[below] = _LittleKnown(model, below)
+        return cached[below]
 
 def prepare_exploration(
     model:ReadyModel,

@@ -242,19 +242,19 @@ def rung_of(
     asked:Model,  # of the task
     task:str,     # discovery | next_purchase
     trained:bool, # was the user in the training?
-    had:bool=True,# have they had anything? else their attributes are all that the model goes by
+    has_history:bool=True, # have they had anything? else their attributes are all that the model goes by
 )->str:
     "What an answer of the model is called."
     if not asked.personal: return "popular"
-    if not had: return "content"
+    if not has_history: return "content"
     if not trained: return "session"
     return NEXT_PURCHASE if task == NEXT_PURCHASE else "personalised"
 
 def _start(model:ReadyModel, request:Request, person:Person)->tuple[str, list]:
     "The rung of the user if the model knows them, and the rules."
     before = model.bundle.history(person.row) if person.news or person.row is None else person.history
-    had = len(person.items) > 0
-    source = rung_of(model.model(request.task), request.task, len(before.items) > 0, had)
+    has_history = len(person.items) > 0
+    source = rung_of(model.model(request.task), request.task, len(before.items) > 0, has_history)
     filters, exclude_seen = request.filters, request.filters.exclude_seen
     if exclude_seen is None: exclude_seen = request.task == DISCOVERY
     seen = [(SEEN, person.seen)] if exclude_seen else []
@@ -271,8 +271,8 @@ def _applied(model:ReadyModel, request:Request, person:Person)->Applied:
     rules = request.rules
     if not len(rules): return NOTHING_APPLIES
     if rules.model is not model: raise ProductRecsError("the rules were fitted to another model; fit them to this one")
-    told = lambda: described(model, request, person).attributes
-    return apply_rules(rules, request.task, request.place, person.row, told)
+    attributes = lambda: described(model, request, person).attributes
+    return apply_rules(rules, request.task, request.place, person.row, attributes)
 
 def score_request(
     model:ReadyModel,
@@ -326,11 +326,12 @@ def _listed(model:ReadyModel, request:Request, person:Person, source:str, ruled_
         make = lambda n: make_list(model, scores_of(), n, source, ruled_out, filters, person)
         return _Listed(_varied(model, request, make), scores)
     likeness = _likeness(model, request) if request.diversity else None
-    found = arrange(model, scores, request.n, ruled_out, applied, filters.max_per, request.diversity, likeness)
-    listed = Recommendations(model.bundle.items.take(found.rows), found.scores, source, made_by, found.shortfall,
-                             found.rows, person, rules=_named(model, found.rules), undone=found.undone)
+    arranged = arrange(model, scores, request.n, ruled_out, applied, filters.max_per, request.diversity, likeness)
+    listed = Recommendations(model.bundle.items.take(arranged.rows), arranged.scores, source, made_by,
+                             arranged.shortfall, arranged.rows, person, rules=_named(model, arranged.rules),
+                             undone=arranged.undone)
     buried = tuple(part.rows for part, strength in applied.pushes if strength < 0)
-    return _Listed(listed, None if known else scores, found.held, buried)
+    return _Listed(listed, None if known else scores, arranged.held, buried)
 
 def _named(model:ReadyModel, rules:Mapping)->dict|None: # external id -> names; None: there are none
     "The rules that worked on a list; `rules` has them by row."
@@ -353,11 +354,11 @@ def _explored(model:ReadyModel, request:Request, listed:_Listed, ruled_out:list)
     "The list after exploration; the draw is one user's, in all spellings of their id."
     whom, max_per = key_or_none(request.user) or "", request.filters.max_per
     closed = [*ruled_out, *(("buried", rows) for rows in listed.buried)]
-    one = explored(model, listed.list, request.explore, whom, closed, max_per=max_per, scores=listed.scores,
-                   held=listed.held)
-    if one is listed.list or not one.rules: return one
-    there = {*one.items}
-    return replace(one, rules={item: names for item, names in one.rules.items() if item in there} or None)
+    ranking = explored(model, listed.list, request.explore, whom, closed, max_per=max_per, scores=listed.scores,
+                       held=listed.held)
+    if ranking is listed.list or not ranking.rules: return ranking
+    items = {*ranking.items}
+    return replace(ranking, rules={item: names for item, names in ranking.rules.items() if item in items} or None)
 
 # %% ../../nbs/answer/ladder.ipynb #017fca7b
 def similar_by_content(

@@ -92,43 +92,45 @@ _KEYS = ("name", *ACTIONS, "items", "where", "users", "from", "until", "places",
 
 _known, _number, _moment = (partial(read, error=RuleError) for read in (check_keys, read_number, read_moment))
 
-def _texts(at:str, key:str, value, known:Sequence[str]=())->tuple:
+def _texts(subject:str, key:str, value, known:Sequence[str]=())->tuple:
     "A list of names, each once."
-    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one.strip() for one in value):
-        raise RuleError(f"{at}: {key}: {value!r} must be a list of names, such as [{known[0] if known else 'home'}]")
-    for one in value:
-        if len(one) > _LONGEST: raise RuleError(f"{at}: {key}: {one[:20]!r}... is longer than {_LONGEST} characters")
-        if known and one not in known: raise RuleError(f"{at}: {key}: {one!r} is none of {', '.join(known)}")
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name.strip() for name in value):
+        raise RuleError(f"{subject}: {key}: {value!r} must be a list of names, such as "
+                        f"[{known[0] if known else 'home'}]")
+    for name in value:
+        if len(name) > _LONGEST:
+            raise RuleError(f"{subject}: {key}: {name[:20]!r}... is longer than {_LONGEST} characters")
+        if known and name not in known: raise RuleError(f"{subject}: {key}: {name!r} is none of {', '.join(known)}")
     return tuple(dict.fromkeys(value))
 
-def _conditions(at:str, key:str, value)->Mapping:
+def _conditions(subject:str, key:str, value)->Mapping:
     "Columns with what is wanted of each."
     try: where = Filters(where=value).where
     except ProductRecsError as error:
-        raise RuleError(f"{at}: {str(error).replace('where', key, 1)}") from None
-    if not where: raise RuleError(f"{at}: {key}: names no column; leave it out, or write {{category: [tea]}}")
+        raise RuleError(f"{subject}: {str(error).replace('where', key, 1)}") from None
+    if not where: raise RuleError(f"{subject}: {key}: names no column; leave it out, or write {{category: [tea]}}")
     for column, wanted in where.items():
         values = [*wanted.values()] if isinstance(wanted, Mapping) else [*wanted]
-        odd = [one for one in values if not isinstance(one, (str, int, float)) or one != one]
+        odd = [entry for entry in values if not isinstance(entry, (str, int, float)) or entry != entry]
         if odd or not values or not isinstance(column, str):
-            raise RuleError(f"{at}: {key}: {column!r} needs values that are texts, numbers or true and false, and not "
-                            f"{odd[0] if odd else wanted!r}")
+            raise RuleError(f"{subject}: {key}: {column!r} needs values that are texts, numbers or true and false, and "
+                            f"not {odd[0] if odd else wanted!r}")
     return where
 
 # %% ../../nbs/answer/merchandise.ipynb #d6eb6712
-def _items(at:str, value)->tuple:
+def _items(subject:str, value)->tuple:
     "Item ids, each once."
     if not isinstance(value, list) or not 0 < len(value) <= _MOST_ITEMS:
-        raise RuleError(f"{at}: items: {str(value)[:60]!r} must be a list of 1 to {_MOST_ITEMS:,} item ids")
+        raise RuleError(f"{subject}: items: {str(value)[:60]!r} must be a list of 1 to {_MOST_ITEMS:,} item ids")
     by_key = {}
     for item in value:
         try: by_key.setdefault(id_key(item), item)
-        except IdError as error: raise RuleError(f"{at}: items: {item!r}: {error}") from None
+        except IdError as error: raise RuleError(f"{subject}: items: {item!r}: {error}") from None
     return tuple(by_key.values())
 
-def _positions(at:str, value, items:tuple)->tuple:
+def _positions(subject:str, value, items:tuple)->tuple:
     "The places of a pin."
-    def wrong(why): raise RuleError(f"{at}: pin: {value!r} {why}")
+    def wrong(why): raise RuleError(f"{subject}: pin: {value!r} {why}")
     places = value if isinstance(value, list) else [value]
     for place in places:
         if isinstance(place, bool) or not isinstance(place, int) or not 1 <= place <= LAST_PLACE:
@@ -139,26 +141,27 @@ def _positions(at:str, value, items:tuple)->tuple:
     if places[-1] > LAST_PLACE: wrong(f"with {len(items)} items goes beyond place {LAST_PLACE}")
     return tuple(places)
 
-def _rule(at:str, given)->Rule:
+def _rule(subject:str, given)->Rule:
     "One rule of a document."
-    _known(at, given, _KEYS)
+    _known(subject, given, _KEYS)
     actions = [action for action in ACTIONS if action in given]
     if len(actions) != 1:
         what = " and ".join(actions) or "no action"
-        raise RuleError(f"{at}: has {what}; a rule has exactly one of {', '.join(ACTIONS)}")
+        raise RuleError(f"{subject}: has {what}; a rule has exactly one of {', '.join(ACTIONS)}")
     [action], value = actions, given[actions[0]]
-    items = _items(at, given["items"]) if "items" in given else ()
-    where = _conditions(at, "where", given["where"]) if "where" in given else {}
-    if not items and not where: raise RuleError(f"{at}: says nothing of items; it needs `items`, `where` or both")
-    if action == "exclude" and value is not True: raise RuleError(f"{at}: exclude: {value!r} must be true")
-    start, end = (_moment(at, key, given.get(key), key == "until") for key in ("from", "until"))
+    items = _items(subject, given["items"]) if "items" in given else ()
+    where = _conditions(subject, "where", given["where"]) if "where" in given else {}
+    if not items and not where: raise RuleError(f"{subject}: says nothing of items; it needs `items`, `where` or both")
+    if action == "exclude" and value is not True: raise RuleError(f"{subject}: exclude: {value!r} must be true")
+    start, end = (_moment(subject, key, given.get(key), key == "until") for key in ("from", "until"))
     if start and end and start >= end:
-        raise RuleError(f"{at}: until: {given['until']!r} is not after from: {given['from']!r}")
-    return Rule(given["name"], action, _number(at, action, value, 0, STRONGEST) if action in ("boost", "bury") else 0.0,
-                _positions(at, value, items) if action == "pin" else (), items, where,
-                _conditions(at, "users", given["users"]) if "users" in given else {}, start, end,
-                _texts(at, "places", given["places"]) if "places" in given else (),
-                _texts(at, "tasks", given["tasks"], TASKS) if "tasks" in given else TASKS)
+        raise RuleError(f"{subject}: until: {given['until']!r} is not after from: {given['from']!r}")
+    return Rule(given["name"], action,
+                _number(subject, action, value, 0, STRONGEST) if action in ("boost", "bury") else 0.0,
+                _positions(subject, value, items) if action == "pin" else (), items, where,
+                _conditions(subject, "users", given["users"]) if "users" in given else {}, start, end,
+                _texts(subject, "places", given["places"]) if "places" in given else (),
+                _texts(subject, "tasks", given["tasks"], TASKS) if "tasks" in given else TASKS)
 
 # %% ../../nbs/answer/merchandise.ipynb #46dde58d
 def _meet(a:Rule, b:Rule)->bool:
@@ -169,8 +172,8 @@ def _meet(a:Rule, b:Rule)->bool:
 
 def _no_two_pins(rules:Sequence[Rule])->None:
     pins = [rule for rule in rules if rule.action == "pin"]
-    for at, rule in enumerate(pins):
-        for other in pins[:at]:
+    for number, rule in enumerate(pins):
+        for other in pins[:number]:
             if (both := {*rule.positions} & {*other.positions}) and _meet(rule, other):
                 raise RuleError(f"rule {rule.name!r}: pin: place {min(both)} is taken by rule {other.name!r}; pin to "
                                 "another place, or let dates, places, tasks or users keep them apart")

@@ -30,8 +30,8 @@ def confidence_with(
     left_out:LeftOutHistory=NO_HISTORY, # of somebody without a row: what the minimum counts left out
 )->tuple[np.ndarray, np.ndarray]: # (k,) rows of items, ascending, and (k,) float32 confidences
     "A user's whole history with its confidences: what training found, and what came since and training would learn."
-    had = bundle.history(row)
-    items, confidence = had.items, had.confidence
+    history = bundle.history(row)
+    items, confidence = history.items, history.confidence
     counting = [event for event in events if bundle.rules.counts(event)]
     new = [(item, event) for event in counting if (item := bundle.items.row(event.item_id)) is not None]
     if not new and not len(left_out.items): return items, confidence
@@ -118,18 +118,18 @@ def person_now(
     extra = left_out if row is None else NO_HISTORY # who was trained is what training found, and no more
     events = counted(model, user, state, session)
     news = tuple(event for event in events if learned_row(model, event.item_id, task) is not None)
-    others = [found for item in left_out.others if (found := bundle.items.row(item)) is not None]
+    others = [item_row for item in left_out.others if (item_row := bundle.items.row(item)) is not None]
     more = {"task": task, "row": row, "news": news, "unknown": len(events) - len(news), "left_out": left_out,
             "others": others}
-    told = {name: value for name, value in about.items() if value is not None} if row is None else {}
-    if not asked.places_items: told = {} # it learned from the past alone
-    history, changed = bundle.history(row), len(news) + len(extra.items) + len(told) > 0
-    if changed: history = _with_news(bundle, row, history, news, extra, told)
+    attributes = {name: value for name, value in about.items() if value is not None} if row is None else {}
+    if not asked.places_items: attributes = {} # it learned from the past alone
+    history, changed = bundle.history(row), len(news) + len(extra.items) + len(attributes) > 0
+    if changed: history = _with_news(bundle, row, history, news, extra, attributes)
     users = asked.fold_in(history) if changed else None if row is None else asked.users(np.array([row]))
     return Person(users if users is not None and asked.knows(users)[0] else None, history, **more)
 
 def _with_news(bundle:Bundle, row:int|None, history:Histories, news:Sequence[Event], extra:LeftOutHistory,
-               told:Mapping)->Histories:
+               attributes:Mapping)->Histories:
     "A history with what came since, or what was left out of the training; what is new happened today."
     before = extra if row is None else history
     merged, confidence = confidence_with(bundle, row, news, extra)
@@ -138,7 +138,7 @@ def _with_news(bundle:Bundle, row:int|None, history:Histories, news:Sequence[Eve
     np.add.at(counts, places, 1)
     age_days[places] = 0
     return Histories(np.array([0, len(merged)]), merged, confidence, counts, age_days,
-                     np.array([-1 if row is None else row]), (dict(told),) if told else None)
+                     np.array([-1 if row is None else row]), (dict(attributes),) if attributes else None)
 
 def _placed(merged:np.ndarray, items:np.ndarray, values:np.ndarray)->np.ndarray:
     "Values of some of the merged items, 0 for the others."
@@ -146,12 +146,12 @@ def _placed(merged:np.ndarray, items:np.ndarray, values:np.ndarray)->np.ndarray:
     placed[np.searchsorted(merged, items)] = values
     return placed
 
-def _without_excluded(bundle:Bundle, had:LeftOutHistory)->LeftOutHistory:
+def _without_excluded(bundle:Bundle, left_out:LeftOutHistory)->LeftOutHistory:
     "What was left out of the training, but for what the shop excludes."
-    kept = [place for place, item in enumerate(had.others) if not bundle.is_excluded(item)]
-    if len(kept) == len(had.others): return had
-    return replace(had, others=[had.others[place] for place in kept], other_counts=had.other_counts[kept],
-                   other_age_days=had.other_age_days[kept])
+    places = [place for place, item in enumerate(left_out.others) if not bundle.is_excluded(item)]
+    if len(places) == len(left_out.others): return left_out
+    return replace(left_out, others=[left_out.others[place] for place in places],
+                   other_counts=left_out.other_counts[places], other_age_days=left_out.other_age_days[places])
 
 
 # %% ../../nbs/answer/person.ipynb #fc740409

@@ -30,13 +30,13 @@ class FittedRule:
 
     def suits(self,
         row:int|None,                     # of the user; None: the model does not have them
-        told:Callable[[], Mapping],       # gives the attributes of somebody whom the model does not have
+        attributes:Callable[[], Mapping], # gives the attributes of somebody whom the model does not have
         table:Attributes,                 # of the users
     )->bool:
         "Is the rule for this user?"
         if self.users is None: return True
         if row is not None: return bool(self.users[row])
-        given = told()
+        given = attributes()
         return all(_matches(table, name, given.get(name), wanted) for name, wanted in self.rule.users.items())
 
 def _matches(table:Attributes, name:str, value, wanted)->bool:
@@ -71,7 +71,7 @@ NO_RULES = FittedRules()
 
 def _fit_rule(rule:Rule, model:ReadyModel)->tuple[FittedRule, list[str]]:
     "A rule on a model, and what it does not find there."
-    items, table, at = model.bundle.items, model.catalogue.attributes, f"rule {rule.name!r}"
+    items, table, subject = model.bundle.items, model.catalogue.attributes, f"rule {rule.name!r}"
     mask, wrong = _masks(table, rule.where, len(items))
     if rule.action == "pin" and rule.items:
         rows = [-1 if (row := items.row(item)) is None else row for item in rule.items]
@@ -79,16 +79,16 @@ def _fit_rule(rule:Rule, model:ReadyModel)->tuple[FittedRule, list[str]]:
     else:
         if rule.items: mask &= np.isin(np.arange(len(items)), rows_of(items, rule.items))
         rows = np.flatnonzero(mask)
-    warnings = [f"{at}: {why}" for why in wrong]
+    warnings = [f"{subject}: {why}" for why in wrong]
     absent = [item for item in rule.items if items.row(item) is None]
     if absent:
         shown = ", ".join(map(repr, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-        warnings.append(f"{at}: items: {shown} {'is' if len(absent) == 1 else 'are'} not in this model")
-    elif not wrong and not len(rows): warnings.append(f"{at}: no item of this model matches")
+        warnings.append(f"{subject}: items: {shown} {'is' if len(absent) == 1 else 'are'} not in this model")
+    elif not wrong and not len(rows): warnings.append(f"{subject}: no item of this model matches")
     users = None
     if rule.users:
         users, wrong = _masks(model.user_attributes, rule.users, len(model.bundle.users))
-        warnings += [f"{at}: {why.replace('where', 'users', 1)}" for why in wrong]
+        warnings += [f"{subject}: {why.replace('where', 'users', 1)}" for why in wrong]
     return FittedRule(rule, rows, users), warnings
 
 def fit_rules(
@@ -98,7 +98,7 @@ def fit_rules(
     "The rules as this model sees them."
     if not len(book): return NO_RULES
     fitted = [_fit_rule(rule, model) for rule in book.rules]
-    warnings = tuple(why for _, found in fitted for why in found)
+    warnings = tuple(why for _, problems in fitted for why in problems)
     return FittedRules(book, model, tuple(part for part, _ in fitted), warnings)
 
 # %% ../../nbs/answer/placing.ipynb #9f3f90a8
@@ -121,15 +121,15 @@ NOTHING_APPLIES = Applied()
 def apply_rules(
     rules:FittedRules,
     task:str,
-    place:str|None,              # in the shop
-    row:int|None,                # of the user; None: the model does not have them
-    told:Callable[[], Mapping],  # gives the attributes of somebody whom the model does not have
+    place:str|None,                   # in the shop
+    row:int|None,                     # of the user; None: the model does not have them
+    attributes:Callable[[], Mapping], # gives the attributes of somebody whom the model does not have
 )->Applied:
     "The rules for one request."
     if not len(rules): return NOTHING_APPLIES
     table = rules.model.user_attributes
     parts = [part for part in rules.parts
-             if part.rule.elsewhere(task, place) is None and part.suits(row, told, table)]
+             if part.rule.elsewhere(task, place) is None and part.suits(row, attributes, table)]
     if not parts: return NOTHING_APPLIES
     pins = [(position, part, which) for part in parts for which, position in enumerate(part.rule.positions)]
     sign = {"boost": 1, "bury": -1}
@@ -255,20 +255,20 @@ def _chosen(places:_Places, raised:np.ndarray, limits:list, diversity:float, lik
     wanted = places.n - len(places.taken)
     rows, scores, _ = places.best(raised, len(places.taken) + wanted*(POOL if diversity else 1), limits)
     if diversity:
-        rows = [rows[at] for at in diversify(rows, scores, wanted, diversity, likeness, places.taken)]
+        rows = [rows[place] for place in diversify(rows, scores, wanted, diversity, likeness, places.taken)]
     if len(rows) < wanted and limits: rows = [*rows, *places.best(raised, more=rows)[0]]
     return rows
 
 # %% ../../nbs/answer/placing.ipynb #ec3a5138
 def _names(applied:Applied, pinned:Mapping, rows:Sequence[int])->dict:
     "Which rules worked on each item of a list."
-    found = {row: [] for row in rows}
+    by_row = {row: [] for row in rows}
     for part, _ in applied.pushes:
-        for row in found:
-            at = np.searchsorted(part.rows, row)
-            if at < len(part.rows) and part.rows[at] == row: found[row].append(part.rule.name)
-    for row, part in pinned.values(): found[row].insert(0, part.rule.name)
-    return {row: tuple(names) for row, names in found.items() if names}
+        for row in by_row:
+            place = np.searchsorted(part.rows, row)
+            if place < len(part.rows) and part.rows[place] == row: by_row[row].append(part.rule.name)
+    for row, part in pinned.values(): by_row[row].insert(0, part.rule.name)
+    return {row: tuple(names) for row, names in by_row.items() if names}
 
 def arrange(
     model:ReadyModel,

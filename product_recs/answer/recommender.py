@@ -167,7 +167,7 @@ def open_recommender(
     bundle = open_bundle(resolve_path(models_dir), version)
     with ExitStack() as closing:
         changes = _open_changes(database_url, bundle, events_in_memory, closing) if database_url else None
-        told = NO_FEEDBACK if changes is None else changes
-        model = extended(with_blend(ReadyModel(bundle, index), blend), told.products.by_key)
-        book = rules_in_force(rules_file, told.merchandise.document)
+        feedback = NO_FEEDBACK if changes is None else changes
+        model = extended(with_blend(ReadyModel(bundle, index), blend), feedback.products.by_key)
+        book = rules_in_force(rules_file, feedback.merchandise.document)
         yield Recommender(model, changes, fit_rules(book.at(moment or datetime.now(timezone.utc)), model))

@@ -78,32 +78,32 @@ class _File:
 
     def rows(self, ids:Sequence, which:str="IN (SELECT unnest(?))")->dict[int|str, dict]: # by the ids of the file
         given = list(ids) if which != "= ?" else ids[0] # of one id the file's statistics say where it is
-        found = self.ask(f"SELECT * FROM {self.table} WHERE {named(self.key)} {which}", [given])
-        names = [name for name, *_ in found.description]
-        rows = (dict(zip(names, values)) for values in found.fetchall())
+        result = self.ask(f"SELECT * FROM {self.table} WHERE {named(self.key)} {which}", [given])
+        names = [name for name, *_ in result.description]
+        rows = (dict(zip(names, values)) for values in result.fetchall())
         return {row[self.key]: {name: _kept(row[name], self.types[name]) for name in self.types} for row in rows}
 
 
 # %% ../../nbs/bundle/cold.ipynb #3db934f2
 class _Longer(_File):
     "A file and the rows that were told meanwhile; these replace rows of the file."
-    def __init__(self, file:_File, told:Mapping[int|str, Mapping]):
+    def __init__(self, file:_File, additions:Mapping[int|str, Mapping]):
         super().__init__(file.path, file.key, file.folds)
-        self.file, self.told = file, told
+        self.file, self.additions = file, additions
 
     @property
-    def is_empty(self)->bool: return not self.told and self.file.is_empty
+    def is_empty(self)->bool: return not self.additions and self.file.is_empty
 
     @cached_property
     def database(self)->duckdb.DuckDBPyConnection:
         "A database of its own, in which `told` is a table."
-        names = {name.lower(): name for words in self.told.values() for name in words}
-        types, ids = {} if self.file.is_empty else self.file.types, [*self.told]
+        names = {name.lower(): name for words in self.additions.values() for name in words}
+        types, ids = {} if self.file.is_empty else self.file.types, [*self.additions]
         own = {name.lower(): kind for name, kind in types.items()}
         key = f"CAST(d.id AS {'BIGINT' if isinstance(ids[0], int) else 'VARCHAR'})"
         data, chosen, source = {"id": np.array(ids, object)}, [f"{key} AS {named(self.key)}"], "data d"
         for number, (lower, name) in enumerate(names.items()):
-            data[f"c{number}"] = np.array([words.get(name) for words in self.told.values()], object)
+            data[f"c{number}"] = np.array([words.get(name) for words in self.additions.values()], object)
             chosen.append(f"TRY_CAST(d.c{number} AS {own.get(lower, 'VARCHAR')}) AS {named(name)}")
         if self.file.is_empty or self.file.has_places: # its own in the file, else behind the last row
             data["place"], place = np.arange(len(ids)) + (1 << 40), "d.place"
@@ -120,13 +120,13 @@ class _Longer(_File):
     @property
     def table(self)->str:
         if self.file.is_empty: return "told"
-        kept = f"{named(self.key)} NOT IN (SELECT {named(self.key)} FROM told)"
-        return f"(SELECT * FROM {self.file.table} WHERE {kept} UNION ALL BY NAME SELECT * FROM told)"
+        untouched = f"{named(self.key)} NOT IN (SELECT {named(self.key)} FROM told)"
+        return f"(SELECT * FROM {self.file.table} WHERE {untouched} UNION ALL BY NAME SELECT * FROM told)"
 
     @cached_property
     def ids(self)->IdTable|LongerIds:
-        if self.file.is_empty: return IdTable(sorted(self.told), self.folds)
-        return LongerIds(self.file.ids, [id for id in self.told if self.file.ids.row(id) is None])
+        if self.file.is_empty: return IdTable(sorted(self.additions), self.folds)
+        return LongerIds(self.file.ids, [id for id in self.additions if self.file.ids.row(id) is None])
 
 
 # %% ../../nbs/bundle/cold.ipynb #7476fffe
@@ -218,9 +218,9 @@ def _best_query(file:_File, wanted:Wanted)->tuple[str, list]: # with the paramet
     key = named(file.key)
     known = f"CASE WHEN {time} <= now_.now THEN {time} END" if time else "NULL"
     place = f"t.{named(Columns.FileRow)}" if file.has_places else "0"
-    one = f"coalesce(nullif({_FOLDED}, ''), 'id ' || t.{key})" if "title" in file.types else f"t.{key}"
-    rows = f"""SELECT t.{key} AS id, {twin} AS twin, {worth} AS worth, {known} AS known, {place} AS place, {one} AS one
-        FROM {file.table} t CROSS JOIN (SELECT ?::TIMESTAMP AS now) now_ {joins} WHERE {rules}"""
+    product = f"coalesce(nullif({_FOLDED}, ''), 'id ' || t.{key})" if "title" in file.types else f"t.{key}"
+    rows = f"""SELECT t.{key} AS id, {twin} AS twin, {worth} AS worth, {known} AS known, {place} AS place,
+        {product} AS one FROM {file.table} t CROSS JOIN (SELECT ?::TIMESTAMP AS now) now_ {joins} WHERE {rules}"""
     order = "score DESC, twin, known DESC NULLS LAST, place DESC, id DESC"
     query = f"""SELECT id, score FROM (SELECT *, CASE WHEN twin THEN 0 ELSE worth END AS score FROM ({rows}))
         QUALIFY row_number() OVER (PARTITION BY one ORDER BY {order}) = 1 ORDER BY {order} LIMIT {int(wanted.n)}"""
@@ -290,12 +290,12 @@ NO_COLD = ColdTable(None, "id") # of a bundle without cold rows
 # %% ../../nbs/bundle/cold.ipynb #a94c85ab
 def with_told(
     table:ColdTable,
-    told:Mapping[int|str, Mapping], # id -> column -> value as text; None: unknown
-)->ColdTable:                       # another object
+    additions:Mapping[int|str, Mapping], # id -> column -> value as text; None: unknown
+)->ColdTable:                            # another object
     "The table with rows that came meanwhile, in the place of those of the file or behind them; alone if it has gone."
     file, longer = table._file, ColdTable(table.path, table._file.key, table._file.folds)
     if not table._or_nothing(lambda: (file.ids, file.types), ()): file = _File(None, file.key, file.folds)
-    if told: longer._file = _Longer(file, told)
+    if additions: longer._file = _Longer(file, additions)
     return longer
 
 def cold_words(
@@ -307,5 +307,5 @@ def cold_words(
     rows = table._or_nothing(lambda: {id: row for id in ids if (row := file.ids.row(id)) is not None}, nothing)
     own = {id: file.ids[row] for id, row in rows.items()}
     words = table._or_nothing(lambda: file.rows([*own.values()]), nothing) if own else nothing
-    return {id: (one, words[one]) for id, one in own.items() if one in words}
+    return {id: (own_id, words[own_id]) for id, own_id in own.items() if own_id in words}
 

@@ -94,10 +94,10 @@ def with_values(
     kind = _kind(values)
     if kind == UNKNOWN: return new_column(len(values), rows, given)
     if kind == NUMBER: return _numbers(values, rows, given)
-    told = {_VECTOR: lambda value: _vector(value, values.shape[1]), TIME: _moment, TEXT: as_text,
-            YES_NO: lambda value: bool(value) if isinstance(value, (bool, np.bool_)) else None}
+    converters = {_VECTOR: lambda value: _vector(value, values.shape[1]), TIME: _moment, TEXT: as_text,
+                  YES_NO: lambda value: bool(value) if isinstance(value, (bool, np.bool_)) else None}
     column = values.copy() if kind in (_VECTOR, TIME) else values.astype(object)
-    for row, value in zip(rows, given): column[row] = told.get(kind, as_text)(value)
+    for row, value in zip(rows, given): column[row] = converters.get(kind, as_text)(value)
     return _without_gaps(column, bool) if kind == YES_NO else column
 
 def new_column(
@@ -138,7 +138,7 @@ def joined(
 def longer_columns(
     columns:Mapping[str, np.ndarray], # of the items, all of one length
     size:int,                         # rows in all
-    told:Mapping[int, Mapping],       # row -> attribute -> value, as JSON has it
+    attributes:Mapping[int, Mapping], # row -> attribute -> value, as JSON has it
 )->dict[str, np.ndarray]:             # those without a new value are the same arrays where no row is new
     "The columns of a longer table."
     longer, by_name = {}, {}
@@ -146,7 +146,7 @@ def longer_columns(
         longer[name] = with_rows(values, size)
         if name == Columns.Counted[0]: longer[name] = np.append(values, np.zeros(size - len(values), values.dtype))
     own = {name.lower(): name for name in columns}
-    for row, words in told.items():
+    for row, words in attributes.items():
         for name, value in words.items(): by_name.setdefault(own.setdefault(name.lower(), name), {})[row] = value
     for name, given in by_name.items():
         if name.lower() in (Columns.Item, Columns.FileRow, *Columns.Counted): continue
@@ -157,10 +157,11 @@ def longer_columns(
 # %% ../../nbs/bundle/extended.ipynb #34dc7494
 _log = logging.getLogger("product_recs.extended")
 
-def _over(model:ReadyModel, items:IdTable|LongerIds, columns:Mapping, told:np.ndarray, cold:ColdTable)->ReadyModel:
-    "A model over a longer table of items; `told` are the rows that its models have not seen so."
+def _over(model:ReadyModel, items:IdTable|LongerIds, columns:Mapping, changed_rows:np.ndarray,
+          cold:ColdTable)->ReadyModel:
+    "A model over a longer table of items; `changed_rows` are the rows that its models have not seen so."
     bundle, made = model.bundle, {}
-    snapshot = bundle.snapshot.widened(told_columns(columns) or {}, len(items), told)
+    snapshot = bundle.snapshot.widened(told_columns(columns) or {}, len(items), changed_rows)
     def longer(asked:Model)->Model:
         if id(asked) not in made: made[id(asked)] = asked.widened(snapshot)
         return made[id(asked)]
@@ -217,13 +218,13 @@ def extended(
     if not old and not new: return base
     bundle, ids = base.bundle, sorted(new)
     size, items = len(bundle.items), LongerIds(bundle.items, ids) if ids else bundle.items
-    told = old | {size + place: new[id] for place, id in enumerate(ids)}
-    columns = longer_columns(bundle.item_columns, len(items), told)
+    attributes = old | {size + place: new[id] for place, id in enumerate(ids)}
+    columns = longer_columns(bundle.item_columns, len(items), attributes)
     first = min(size, bundle.first_new)
-    unsold = {items[row]: _texts(columns, row) for row in told if row >= first}
+    unsold = {items[row]: _texts(columns, row) for row in attributes if row >= first}
     cold = bundle.cold_items
     if unsold and cold.path is None: cold = ColdTable(None, Columns.Item, items.folds)
-    return _over(base, items, columns, np.array(sorted(told)), with_told(cold, unsold))
+    return _over(base, items, columns, np.array(sorted(attributes)), with_told(cold, unsold))
 
 def _texts(columns:Mapping, row:int)->dict[str, str|None]:
     "What is known of an item, as text."

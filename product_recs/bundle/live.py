@@ -36,7 +36,7 @@ class Refused:
     "A model that is not served though `current` names it."
     version: str|None     # as `current` has it; None where it names none
     error: str
-    at: datetime          # UTC, since when
+    since: datetime       # UTC, since when
 
 class NoModel(BundleError):
     "No model can answer. The message is for the log; `public` says it without a path, for whoever asked."
@@ -82,28 +82,29 @@ class _InUse:
     manifest: dict
     since: datetime # UTC
     base: Any       # the model before anything was added
-    told: Any       # what was added; None: nothing
+    additions: Any  # what was added; None: nothing
 
 class _Opener:
     "Makes of a bundle what answers, and adds what was told since."
-    def __init__(self, models_dir:Path, prepare:Callable[[Bundle], Any], told:Callable[[], Any],
+    def __init__(self, models_dir:Path, prepare:Callable[[Bundle], Any], additions:Callable[[], Any],
                  extend:Callable[[Any, Any], Any]):
-        self.models_dir, self.prepare, self.told, self.extend = models_dir, prepare, told, extend
+        self.models_dir, self.prepare, self.additions, self.extend = models_dir, prepare, additions, extend
 
     def open(self, version:str|None)->_InUse:
         "A version, with what was told; without, where that fails."
         bundle = open_bundle(self.models_dir, version, verify=True)
-        base, told = self.prepare(bundle), self.told()
-        try: model = self.extend(base, told)
+        base, additions = self.prepare(bundle), self.additions()
+        try: model = self.extend(base, additions)
         except Exception:
             _log.exception("model %s answers without what the shop told since", bundle.version)
-            model, told = base, None
-        return _InUse(model, bundle.manifest, datetime.now(timezone.utc), base, told)
+            model, additions = base, None
+        return _InUse(model, bundle.manifest, datetime.now(timezone.utc), base, additions)
 
     def renewed(self, in_use:_InUse)->_InUse|None: # None: it has all that was told
         "The same model with what was told until now."
-        told = self.told()
-        return None if told is in_use.told else replace(in_use, model=self.extend(in_use.base, told), told=told)
+        additions = self.additions()
+        if additions is in_use.additions: return None
+        return replace(in_use, model=self.extend(in_use.base, additions), additions=additions)
 
 # %% ../../nbs/bundle/live.ipynb #9a3ab77e
 class _Holder:
@@ -217,19 +218,19 @@ class LiveModel:
         prepare:Callable[[Bundle], Any],  # makes of a bundle what answers; a `BundleError` refuses the bundle for good
         watch_seconds:float=0.5,          # how often the thread looks at `current`
         retry_seconds:float=60.0,         # longest pause between two tries of a bundle that may be good
-        *, told:Callable[[], Any]=lambda: None, # what came after the training; another object after each change
-        extend:Callable[[Any, Any], Any]=lambda model, told: model, # the model with it
+        *, additions:Callable[[], Any]=lambda: None, # what came after the training; another object after each change
+        extend:Callable[[Any, Any], Any]=lambda model, additions: model, # the model with it
     ):
         self.models_dir, self.prepare, self._listeners = resolve_path(models_dir), prepare, _Listeners()
-        self._holder = _Holder(_Opener(self.models_dir, lambda bundle: self.prepare(bundle), told, extend))
+        self._holder = _Holder(_Opener(self.models_dir, lambda bundle: self.prepare(bundle), additions, extend))
         self._schedule, self._watcher = _Schedule((watch_seconds, retry_seconds)), _Watcher(self._look, watch_seconds)
         self._lock = threading.RLock() # of the thread that looks
 
     version = property(lambda self: self._holder.version, doc="Version of the model that answers; None: there is none.")
     loaded_at = property(lambda self: self._holder.since, doc="Since when it answers, UTC.")
     base = property(lambda self: (self.get(), self._holder.in_use.base)[1], doc="The model before anything was added.")
-    told = property(lambda self: self._holder.in_use and self._holder.in_use.told,
-                    doc="What was added to the model that answers; None: nothing.")
+    additions = property(lambda self: self._holder.in_use and self._holder.in_use.additions,
+                         doc="What was added to the model that answers; None: nothing.")
     refused = property(lambda self: self._holder.refused, doc="What is not served though `current` names it; or None.")
 
     def get(self)->Any: # what `prepare` and `extend` made

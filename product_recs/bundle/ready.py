@@ -126,14 +126,14 @@ class Memo:
 # %% ../../nbs/bundle/ready.ipynb #dbd07cab
 def _rehearse(model:Model)->None:
     "Ask all that a request asks, so that what is computed once is computed."
-    one = np.flatnonzero(model.candidates)[:1].astype(np.int32)
-    ones = np.ones(len(one), np.float32)
-    history = Histories(np.array([0, len(one)]), one, ones, ones, 0*ones)
-    for had in (history, NOBODY):
-        users = model.fold_in(had)
+    items = np.flatnonzero(model.candidates)[:1].astype(np.int32)
+    ones = np.ones(len(items), np.float32)
+    history = Histories(np.array([0, len(items)]), items, ones, ones, 0*ones)
+    for past in (history, NOBODY):
+        users = model.fold_in(past)
         model.knows(users)
         model.top(users, 1)
-    for item in one:
+    for item in items:
         model.contributions(history, item)
         model.similarities(item)
     for part in model.parts: _rehearse(part)

@@ -42,10 +42,10 @@ def span_of(
     return f"{starts} to {ends}" if starts and ends else "without dates"
 
 def of_one_shop(
-    one:Mapping, other:Mapping, # `data` of two manifests: run, fingerprint, log
+    data:Mapping, other:Mapping, # `data` of two manifests: run, fingerprint, log
 )->bool:
     "Do two models have a run, the interactions or the log in common?"
-    return any(one.get(name) and one[name] == other.get(name) for name in ("run", "fingerprint", "log"))
+    return any(data.get(name) and data[name] == other.get(name) for name in ("run", "fingerprint", "log"))
 
 def live_of_another_run(
     models_dir:str|Path,
@@ -69,8 +69,8 @@ def hold_back(
 
 def _section(manifest:Mapping, name:str, kind:type):
     "What the metrics of a manifest have under a name; empty where that is something else."
-    found = manifest["metrics"].get(name)
-    return found if isinstance(found, kind) else kind()
+    section = manifest["metrics"].get(name)
+    return section if isinstance(section, kind) else kind()
 
 def objections(
     manifest:Mapping,
@@ -124,15 +124,15 @@ def override(
     given = {"--by": " ".join(by.split()), "--reason": " ".join(reason.split())}
     blanks = ("", *SAY_WHO) # as a message has them
     if missing := [name for name, text in given.items() if text in blanks]:
-        who = "was held by the gate" if mark == "held" else "waits for a person"
+        state = "was held by the gate" if mark == "held" else "waits for a person"
         because = " ".join(against) or "no reason is recorded"
-        raise BundleError(f"{path.name} {who}: {because}\nTo publish it, say who decides and why, which is recorded: "
+        raise BundleError(f"{path.name} {state}: {because}\nTo publish it, say who decides and why, which is recorded: "
                           f"{' '.join(SAY_WHO)} ({' and '.join(missing)} missing)")
     if long := [name for name, text in given.items() if len(text) > 500]:
         raise BundleError(f"{long[0]}: at most 500 characters")
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    one = {"by": given["--by"], "reason": given["--reason"], "at": now, "verdict": mark, "against": against}
-    annotate(path, {"overrides": [*_section(manifest, "overrides", list), one]})
+    record = {"by": given["--by"], "reason": given["--reason"], "at": now, "verdict": mark, "against": against}
+    annotate(path, {"overrides": [*_section(manifest, "overrides", list), record]})
     return against
 
 # %% ../../nbs/bundle/versions.ipynb #9837e321
@@ -164,24 +164,24 @@ def version_facts(
     """What there is to know of the complete bundles of a folder: `mark` is live, -1 (was live before), held (by the
     gate), waits or empty; `gate` and `overrides` are what was decided; `error` says why one cannot be read."""
     models_dir = resolve_path(models_dir)
-    live, before, found = live_version(models_dir), previous_versions(models_dir), []
+    live, before, facts = live_version(models_dir), previous_versions(models_dir), []
     for version in reversed(list_versions(models_dir)):
         mark = "live" if version == live else f"-{before.index(version) + 1}" if version in before else ""
         try: manifest = read_manifest(models_dir/version)
         except (BundleError, OSError) as error:
-            found.append({"version": version, "mark": mark, "error": str(error)})
+            facts.append({"version": version, "mark": mark, "error": str(error)})
             continue
         against, reasons = ("", []) if mark else objections(manifest)
         optimistic = {"optimistic": True} if _section(manifest, "judged", dict).get("by") == "user" else {}
         models = {task: {"name": section["name"], **_quality(manifest, task), **optimistic}
                   for task, section in manifest["models"].items() if "part" in section}
         said = {"gate": _section(manifest, "gate", dict),
-                "overrides": [one for one in _section(manifest, "overrides", list) if isinstance(one, dict)]}
-        found.append({"version": version, "mark": against or mark, **said,
+                "overrides": [record for record in _section(manifest, "overrides", list) if isinstance(record, dict)]}
+        facts.append({"version": version, "mark": against or mark, **said,
                       "run": str(manifest["data"].get("run") or ""), "span": span_of(manifest["data"]),
                       "created_at": manifest["created_at"], **{what: manifest["shape"].get(what, 0) for what in
                       ("users", "items")}, "models": models, "needs_a_person": reasons})
-    return found
+    return facts
 
 # %% ../../nbs/bundle/versions.ipynb #be8d0f4f
 def _short(text:str, width:int)->str: return text if len(text) <= width else text[:max(width, 1) - 1] + "…"
@@ -189,29 +189,29 @@ def _short(text:str, width:int)->str: return text if len(text) <= width else tex
 def _task_lines(models:Mapping[str, Mapping], width:int)->list[str]:
     "One line a task: the model, its figure and popularity's."
     rows = []
-    for task, one in models.items():
+    for task, model in models.items():
         says = "not judged"
-        if one.get("ndcg") is not None:
-            says = f"NDCG@{one['k']} {one['ndcg']:.4f}"
-            if one.get("popularity") is not None: says += f" (popularity {one['popularity']:.4f})"
-            if one["period"] != "test": says += f", {one['period']}"
-            if one.get("optimistic"): says += ", optimistic"
-        rows.append((task.replace("_", " "), visible(one["name"]), says))
+        if model.get("ndcg") is not None:
+            says = f"NDCG@{model['k']} {model['ndcg']:.4f}"
+            if model.get("popularity") is not None: says += f" (popularity {model['popularity']:.4f})"
+            if model["period"] != "test": says += f", {model['period']}"
+            if model.get("optimistic"): says += ", optimistic"
+        rows.append((task.replace("_", " "), visible(model["name"]), says))
     names = width - 6 - 15 - 2 - max((len(says) for *_, says in rows), default=0)
     names = min(names, max((len(name) for _, name, _ in rows), default=0))
     return [f"      {task:<13}  {_short(name, names):<{names}}  {says}" for task, name, says in rows]
 
-def _decisions(one:Mapping)->list[str]:
+def _decisions(facts:Mapping)->list[str]:
     "What the gate and persons have decided of a version."
-    gate, said = one["gate"], []
-    moment = lambda at: str(at)[:16].replace("T", " ")
+    gate, said = facts["gate"], []
+    moment = lambda stamp: str(stamp)[:16].replace("T", " ")
     if gate.get("verdict") == "promoted":
         against = f" against {gate['against']}" if gate.get("against") else ""
         said.append(f"promoted by the gate{against}, {moment(gate.get('at'))} UTC")
-    for record in one["overrides"]:
+    for record in facts["overrides"]:
         what = "the gate had held it" if record.get("verdict") == "held" else "it had to wait for a person"
-        who, why = (visible(str(record.get(name))) for name in ("by", "reason"))
-        said.append(f"published by {who}, {moment(record.get('at'))} UTC, although {what}: {why}")
+        person, why = (visible(str(record.get(name))) for name in ("by", "reason"))
+        said.append(f"published by {person}, {moment(record.get('at'))} UTC, although {what}: {why}")
     return said
 
 def version_table(
@@ -221,22 +221,22 @@ def version_table(
 )->str:
     "The versions as a table of text."
     def wrapped(text): return textwrap.wrap(text, width, initial_indent=" "*6, subsequent_indent=" "*6)
-    names = max([len(one["version"]) for one in facts], default=0)
+    names = max([len(bundle["version"]) for bundle in facts], default=0)
     runs = max(6, width - 6 - names - 2 - 2 - 24 - 2 - 16)
-    runs = min(runs, max([3, *(len(one.get("run", "")) for one in facts)]))
+    runs = min(runs, max([3, *(len(bundle.get("run", "")) for bundle in facts)]))
     lines = [f"      {'version':<{names}}  {'run':<{runs}}  {'data':<24}  made, UTC"] if facts else []
-    for one in facts:
-        if "error" in one:
-            lines += [f"{one['mark']:<6}{one['version']}", *wrapped(f"not usable: {one['error']}")]
+    for bundle in facts:
+        if "error" in bundle:
+            lines += [f"{bundle['mark']:<6}{bundle['version']}", *wrapped(f"not usable: {bundle['error']}")]
             continue
-        made = one["created_at"][:16].replace("T", " ")
-        run = _short(visible(one["run"]), runs)
-        lines.append(f"{one['mark']:<6}{one['version']:<{names}}  {run:<{runs}}  {one['span']:<24}  {made}")
-        lines += _task_lines(one["models"], width) or ["      no model"]
-        said = "held by the gate" if one["mark"] == "held" else "needs a person"
-        for reason in one["needs_a_person"]: lines += wrapped(f"{said}: {reason}")
-        for sentence in _decisions(one): lines += wrapped(sentence)
-        for what, command in (remedies or {}).get(one["version"], ()): lines.append(f"      to {what}: {command}")
-    if any(one["mark"] == "-1" for one in facts):
+        made = bundle["created_at"][:16].replace("T", " ")
+        run = _short(visible(bundle["run"]), runs)
+        lines.append(f"{bundle['mark']:<6}{bundle['version']:<{names}}  {run:<{runs}}  {bundle['span']:<24}  {made}")
+        lines += _task_lines(bundle["models"], width) or ["      no model"]
+        said = "held by the gate" if bundle["mark"] == "held" else "needs a person"
+        for reason in bundle["needs_a_person"]: lines += wrapped(f"{said}: {reason}")
+        for sentence in _decisions(bundle): lines += wrapped(sentence)
+        for what, command in (remedies or {}).get(bundle["version"], ()): lines.append(f"      to {what}: {command}")
+    if any(bundle["mark"] == "-1" for bundle in facts):
         lines.append("-1 was live before; `product-recs rollback` goes back to it")
     return "\n".join(lines)

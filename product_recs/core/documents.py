@@ -52,7 +52,7 @@ def read_yaml(
 
 # %% ../../nbs/core/documents.ipynb #36300066
 def check_keys(
-    at:str,               # the place, for the message
+    place:str,            # the place, for the message
     given:Mapping,
     known:Sequence[str],
     error:type=ProductRecsError, # that is raised
@@ -62,10 +62,10 @@ def check_keys(
         if key in known: continue
         near = difflib.get_close_matches(str(key), known, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
-        raise error(f"{at}: {key!r} is no key{hint}")
+        raise error(f"{place}: {key!r} is no key{hint}")
 
 def read_number(
-    at:str, key:str,      # the place and the field, for the message
+    place:str, key:str,   # the place and the field, for the message
     value,
     low:float, high:float,
     error:type=ProductRecsError, # that is raised
@@ -75,13 +75,13 @@ def read_number(
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if fits and (low < value or (closed and low == value)) and value <= high: return float(value)
     least = f"from {low:g} to {high:g}" if closed else f"above {low:g}, at most {high:g}"
-    raise error(f"{at}: {key}: {value!r} must be a number {least}")
+    raise error(f"{place}: {key}: {value!r} must be a number {least}")
 
 # %% ../../nbs/core/documents.ipynb #a060eb81
 LATEST = datetime.max.replace(tzinfo=timezone.utc)
 
 def read_moment(
-    at:str, key:str,      # the place and the field, for the message
+    place:str, key:str,   # the place and the field, for the message
     value,                # None: there is none
     last:bool,            # of a day the begin of the next, in place of its own
     error:type=ProductRecsError, # that is raised
@@ -89,7 +89,7 @@ def read_moment(
     "A moment with a zone or in UTC, or a day."
     if value is None: return None
     text = value.isoformat() if isinstance(value, date) else value
-    wrong = f"{at}: {key}: {value!r} is no date; write it as 2026-08-31 or 2026-08-31T18:00:00+02:00"
+    wrong = f"{place}: {key}: {value!r} is no date; write it as 2026-08-31 or 2026-08-31T18:00:00+02:00"
     if not isinstance(text, str): raise error(wrong)
     text = text.strip()
     try:

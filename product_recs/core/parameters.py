@@ -90,9 +90,9 @@ def _names(value, name:str, default:dict)->dict|None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value): return None
     like = next(iter(default.values()), "")
     def entry_of(key, entry): # one text may be several: names of a column, patterns of rows
-        one = f"{name}[{key!r}]"
-        return [typed(one, part, like) for part in entry] if like == "" and isinstance(entry, (list, tuple)) else (
-            typed(one, entry, like))
+        label = f"{name}[{key!r}]"
+        return [typed(label, part, like) for part in entry] if like == "" and isinstance(entry, (list, tuple)) else (
+            typed(label, entry, like))
     return {key: entry_of(key, entry) for key, entry in value.items()}
 
 def typed(

@@ -124,8 +124,8 @@ def clashes(
     picture:Picture,
 )->list[str]: # empty where all is well
     "Words of a figure that touch each other or leave the figure."
-    figure, found = picture.figure, []
-    if figure is None: return found
+    figure, problems = picture.figure, []
+    if figure is None: return problems
     with rc_context(_style()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         canvas = FigureCanvasAgg(figure)
@@ -142,9 +142,9 @@ def clashes(
     edge = figure.bbox.padded(1)
     for place, (word, box) in enumerate(boxes):
         inside = edge.x0 <= box.x0 and edge.y0 <= box.y0 and box.x1 <= edge.x1 and box.y1 <= edge.y1
-        if not inside: found.append(f"{word!r} outside")
-        found += [f"{word!r} on {other!r}" for other, its in boxes[place + 1:] if box.overlaps(its)]
-    return found
+        if not inside: problems.append(f"{word!r} outside")
+        problems += [f"{word!r} on {other!r}" for other, its in boxes[place + 1:] if box.overlaps(its)]
+    return problems
 
 # %% ../../nbs/core/plots.ipynb #fd4019f6
 def name_rows(
@@ -213,7 +213,7 @@ def _marks(picture:Picture, marked:dict, edges:np.ndarray)->None:
              for name, (start, end) in marked.items()}
     spans = {name: span for name, span in spans.items() if span[0] < span[1]}
     room = all((end - start)/whole > 0.013*len(name) for name, (start, end) in spans.items()) and all(
-        one[1] <= other[0] for one, other in pairwise(sorted(spans.values())))
+        span[1] <= other[0] for span, other in pairwise(sorted(spans.values())))
     for (name, (start, end)), tint in zip(spans.items(), tints):
         for ax in picture.axes:
             ax.axvspan(start, end, color=tint, alpha=0.25, lw=0, zorder=0, label=None if room else plot_label(name))
@@ -323,22 +323,22 @@ def dots(
 # %% ../../nbs/core/plots.ipynb #260e76bc
 def _beside(ax, values, header:str)->None:
     "Numbers at the right of the rows."
-    at = ax.get_yaxis_transform()
+    transform = ax.get_yaxis_transform()
     for row, value in enumerate(values):
         text = "" if value != value else value if isinstance(value, str) else f"{value:,.0f}"
-        ax.text(1.02, row, text, transform=at, va="center", fontsize=8.5, color=SOFT)
-    ax.text(1.02, -0.72, header, transform=at, va="bottom", fontsize=8.5, color=SOFT)
+        ax.text(1.02, row, text, transform=transform, va="center", fontsize=8.5, color=SOFT)
+    ax.text(1.02, -0.72, header, transform=transform, va="bottom", fontsize=8.5, color=SOFT)
 
 def _in_turn(lists)->list:
     "The first of each list, then the second of each: one order for names that several panels share."
-    lists = [list(one) for one in lists]
+    lists = [list(names) for names in lists]
     longest = max(map(len, lists), default=0)
-    return list(dict.fromkeys(name for place in range(longest) for one in lists for name in one[place:place + 1]))
+    return list(dict.fromkeys(name for place in range(longest) for names in lists for name in names[place:place + 1]))
 
 def _shifts(series:list)->list[tuple[float, str]]:
     "How far from the middle of a row each series lies."
     step = min(0.24, 0.7/len(series))
-    return [(step*(place - (len(series) - 1)/2), one) for place, one in enumerate(series)]
+    return [(step*(place - (len(series) - 1)/2), name) for place, name in enumerate(series)]
 
 # %% ../../nbs/core/plots.ipynb #4157fe62
 def points(
@@ -368,14 +368,14 @@ def points(
         for ax, (panel, frame) in zip(picture.axes, panels.items()):
             names, whole, ordered = chosen[panel]
             if reference is not None: ax.axvline(reference, color=GREY, lw=1)
-            for shift, one in _shifts(series[panel]):
-                part = (frame if one is None else frame[frame["series"] == one]).set_index("group")
+            for shift, label in _shifts(series[panel]):
+                part = (frame if label is None else frame[frame["series"] == label]).set_index("group")
                 part = part.loc[[name for name in names if name in part.index]].reset_index()
                 if part.empty: continue
-                colours = looks[one][0] if one is not None or not emphasised else [
+                colours = looks[label][0] if label is not None or not emphasised else [
                     PALETTE[0] if name in emphasised else GREY for name in part["group"]]
-                dots(ax, part, [names.index(name) + shift for name in part["group"]], colours, looks[one][1], few, one,
-                     joined=ordered and len(part) > 1)
+                dots(ax, part, [names.index(name) + shift for name in part["group"]], colours, looks[label][1], few,
+                     label, joined=ordered and len(part) > 1)
             if beside in frame:
                 _beside(ax, frame.drop_duplicates("group").set_index("group")[beside].reindex(names), what)
             if not alike or ax is picture.axes[0]: name_rows(ax, names, emphasised, 44 if len(panels) < 2 else 28)
@@ -427,16 +427,16 @@ def _looks(panels:dict, emphasised)->dict[str, dict]:
 def _name_points(ax, ends:dict, looks:dict, height:float, column:bool)->int:
     "Names at the right, each with a line to its point; says how many there was no room for."
     room = max(int(height/0.165), 1)
-    kept = sorted(ends, key=lambda name: (looks[name]["zorder"], ends[name][1]))[-room:]
+    names = sorted(ends, key=lambda name: (looks[name]["zorder"], ends[name][1]))[-room:]
     to_axes = ax.transData + ax.transAxes.inverted()
-    at = [to_axes.transform(ends[name]) for name in kept]
-    for name, (x, y), place in zip(kept, at, spread([y for _, y in at], 0.155/height)):
+    positions = [to_axes.transform(ends[name]) for name in names]
+    for name, (x, y), place in zip(names, positions, spread([y for _, y in positions], 0.155/height)):
         ax.annotate(plot_label(name, 36), (x, y), xytext=(1.04, place), xycoords="axes fraction", va="center",
                     fontsize=8.5, color=SOFT if looks[name]["color"] == GREY else looks[name]["color"],
                     weight="bold" if looks[name]["lw"] > 2 else None, annotation_clip=False,
                     arrowprops={"arrowstyle": "-", "color": looks[name]["color"], "lw": 0.5, "shrinkA": 1,
                                 "shrinkB": 4 if column else 0, "alpha": 0.7, "relpos": (0, 0.5)})
-    return len(ends) - len(kept)
+    return len(ends) - len(names)
 
 # %% ../../nbs/core/plots.ipynb #c625a656
 def _axis(axis, log:bool, low:float, high:float)->None:

@@ -72,14 +72,14 @@ def open_features(
     shape = (facts["users"], facts["items"])
     users, items = load_table(path/"users.parquet"), load_table(path/"items.parquet")
     user_id, item_id, snapshots = users.pop("user_id"), items.pop("item_id"), {}
-    told = {"item_columns": told_columns(items), "user_columns": told_columns(users)}
+    columns = {"item_columns": told_columns(items), "user_columns": told_columns(users)}
     for name, moment in SNAPSHOTS.items():
         confidence = load_csr(path, f"{name}_confidence", shape)
         others = {}
         for value in ("counts", "age_days"):
             others[value] = load_csr(path, f"{name}_confidence", shape)
             others[value].data = np.load(path/f"{name}_{value}.npy", mmap_mode="r" if confidence.nnz else None)
-        snapshots[name] = Snapshot(facts["split"].get(moment) if moment else None, confidence, **others, **told)
+        snapshots[name] = Snapshot(facts["split"].get(moment) if moment else None, confidence, **others, **columns)
     cold = {name: path/f"{name}.parquet" for name in ("cold_items", "cold_users", "excluded_items")}
     given = {name: facts[name] for name in ("split", "parameters", "fingerprint")}
     later = ("mean_total", "bm25", "feedback_until", "rules", "exclusions")

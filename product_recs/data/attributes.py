@@ -58,7 +58,8 @@ def table_columns(
     names, others = list(names), {name: column for name, column in given.items() if name != key}
     own_key = given.get(key, [])
     maybe = [[own_key] if isinstance(own_key, str) else [*own_key], *([name] for name in (*key_names, key))]
-    chosen = next((one for one in maybe if {*map(plain_name, one)} & {*map(plain_name, names)}), maybe[0] or [key])
+    chosen = next((choice for choice in maybe if {*map(plain_name, choice)} & {*map(plain_name, names)}),
+                  maybe[0] or [key])
     columns = match_columns(names, {key: chosen}, [key], [], shown, option)
     rest = [name for name in names if name != columns[key]]
     if partly: others = {name: column for name, column in others.items() if find_column(name, column, rest, shown)}
@@ -75,8 +76,8 @@ def table_columns(
                             [name for name in understood if name not in columns])
     mapped = {key: columns[key]} | {ours.get(name, name): name for name in names if name != columns[key]}
     if not guessed: return mapped, ""
-    found = " and ".join(f"no {name}, but {column!r}" for name, column in guessed.items())
-    return mapped, f"{shown} has {found}. If that is it, say {option}={dict(given) | guessed}."
+    guesses = " and ".join(f"no {name}, but {column!r}" for name, column in guessed.items())
+    return mapped, f"{shown} has {guesses}. If that is it, say {option}={dict(given) | guessed}."
 
 # %% ../../nbs/data/attributes.ipynb #a77b0009
 def _spelled(column:str)->tuple[str, list[tuple[str, str, str]]]:

@@ -82,7 +82,7 @@ def checked_formats(
 )->tuple[str, ...]:          # words of this module or strptime formats; empty: find it
     "The formats that a person names; raises `IngestError` for what is none."
     given = [given] if isinstance(given, str) else list(given)
-    formats = tuple(str(one).strip() for one in given if str(one).strip())
+    formats = tuple(str(text).strip() for text in given if str(text).strip())
     for format in formats:
         if format.lower() in (DAY_FIRST, MONTH_FIRST, EXCEL, ISO): continue
         what = f"timestamp_format={format!r}"
@@ -166,26 +166,26 @@ def _spell(con, text:str, formats:list[str])->str:
     "A text as a date in words, by these formats."
     return con.execute(f"SELECT strftime({read_dates(quoted(text), formats)}, '%-d %B %Y')").fetchone()[0]
 
-def _ambiguous(con, shown:str, formats:dict[str, list[str]], found:dict)->AmbiguousDates:
+def _ambiguous(con, shown:str, formats:dict[str, list[str]], readings:dict)->AmbiguousDates:
     "The error that shows both readings."
     lines = [f"{shown}: nothing shows whether its dates are day first or month first."]
     for name, order in (("day", DAY_FIRST), ("month", MONTH_FIRST)):
-        span = f"{found[name]['first']:%Y-%m-%d} to {found[name]['last']:%Y-%m-%d}"
-        read = _spell(con, found["example"], formats[name])
-        lines.append(f"  {order}: {found['example']!r} is {read}, and the log goes from {span}: timestamp_format="
+        span = f"{readings[name]['first']:%Y-%m-%d} to {readings[name]['last']:%Y-%m-%d}"
+        read = _spell(con, readings["example"], formats[name])
+        lines.append(f"  {order}: {readings['example']!r} is {read}, and the log goes from {span}: timestamp_format="
                      f'"{order}"')
     return AmbiguousDates("\n".join([*lines, "Say which of the two."]))
 
-def _one_order(found:dict, shown:str, rows:int)->str:
+def _one_order(readings:dict, shown:str, rows:int)->str:
     "The order that the values show; empty where there are none of two orders; None where they do not show it."
-    day, month = found["day"]["alone"], found["month"]["alone"]
+    day, month = readings["day"]["alone"], readings["month"]["alone"]
     if min(day, month) > _FEW*rows:
-        both = " and ".join(f"{order} ({found[name]['example']!r} in line {found[name]['line']})"
+        both = " and ".join(f"{order} ({readings[name]['example']!r} in line {readings[name]['line']})"
                             for name, order in (("day", DAY_FIRST), ("month", MONTH_FIRST)))
         raise IngestError(f"{shown}: some of its dates can only be {both}. Split the file, or name the formats: "
                           "timestamp_format=[...].")
     if day != month: return DAY_FIRST if day > month else MONTH_FIRST
-    return "" if not found["apart"] else None
+    return "" if not readings["apart"] else None
 
 def _numbers(con, shown:str)->Dates|None:
     "How times that are all numbers are read, where they are no seconds since 1970."
@@ -226,16 +226,16 @@ def find_dates(
     formats = {name: formats_of([shape for shape, in shapes], order)
                for name, order in (("day", DAY_FIRST), ("month", MONTH_FIRST))}
     if not formats["day"]: return Dates() # no date that is known here: the rows will be rejected
-    found, said = _readings(con, formats, latest), next((order for order in given if " " in order), None)
-    order = said if said else _one_order(found, shown, rows)
-    if order is None: raise _ambiguous(con, shown, formats, found)
+    readings, said = _readings(con, formats, latest), next((order for order in given if " " in order), None)
+    order = said if said else _one_order(readings, shown, rows)
+    if order is None: raise _ambiguous(con, shown, formats, readings)
     name = "month" if order == MONTH_FIRST else "day"
-    one, own = found[name], tuple(formats[name])
+    reading, own = readings[name], tuple(formats[name])
     spans = [_COARSE[format] for format in own if format in _COARSE]
     if spans and not said: return Dates(own, order, f"{shown}: the times are {spans[0]}s. {_once(spans[0])}")
     if said or not order: return Dates(own, order)
-    return Dates(own, order, f"{shown}: the dates are read {order}, since {one['example']!r} in line {one['line']} can "
-                             "be nothing else.")
+    return Dates(own, order, f"{shown}: the dates are read {order}, since {reading['example']!r} in line "
+                             f"{reading['line']} can be nothing else.")
 
 # %% ../../nbs/data/dates.ipynb #3b016bd5
 def left_out_days(
@@ -246,12 +246,12 @@ def left_out_days(
         example = given if isinstance(given, str) else "2026-11-27"
         raise IngestError(f"leave_out must be a list of days, such as [{example!r}].")
     spans = []
-    for one in given:
-        first, mark, last = str(one).partition("/")
+    for period in given:
+        first, mark, last = str(period).partition("/")
         try: span = date.fromisoformat(first), date.fromisoformat(last if mark else first)
         except ValueError: span = None
         if span is None or span[0] > span[1]:
-            raise IngestError(f"leave_out: {str(one)!r} is no day and no range of days. Say 2026-11-27, or "
+            raise IngestError(f"leave_out: {str(period)!r} is no day and no range of days. Say 2026-11-27, or "
                               "2026-11-27/2026-11-28.")
         spans.append(span)
     return spans

@@ -96,10 +96,10 @@ def find_dense(
     bare = "false" if is_list else f"NOT ({_wrapped(f'trim({column}, {SPACES})')})"
     lists = (f"(FROM (SELECT line, {column} AS c, {value} AS v, {bare} AS bare FROM {table} WHERE {known}) "
              "WHERE v IS NULL OR len(v) > 0)")
-    found = con.execute(f"SELECT {_GOOD} AS width, count(*) FROM {lists} GROUP BY 1 ORDER BY width IS NULL, 2 DESC, "
-                        "1").fetchall()
-    if not found or found[0][0] is None: return None
-    (width, fits), others = found[0], sum(rows for _, rows in found[1:])
+    widths = con.execute(f"SELECT {_GOOD} AS width, count(*) FROM {lists} GROUP BY 1 ORDER BY width IS NULL, 2 DESC, "
+                         "1").fetchall()
+    if not widths or widths[0][0] is None: return None
+    (width, fits), others = widths[0], sum(rows for _, rows in widths[1:])
     if not _nearly_all(fits, others) or not _are_vectors(con, lists): return None
     dense = Dense(f"CASE WHEN {known} AND len({value}) = {width} THEN {value} END", width)
     if others: _refuse(con, lists, dense, fits, others, name, f"{shown}, {'row' if typed else 'line'}")

@@ -111,9 +111,9 @@ class Dialect:
         wanted:Sequence[str], # columns of a query besides the line
     )->list[str]:
         "The columns that `plain` gives of them, besides the line."
-        kept = [name for name in wanted if name not in {*self.markers, *self.skips}]
+        names = [name for name in wanted if name not in {*self.markers, *self.skips}]
         added = [name for name, marks in ((Columns.Quantity, self.markers), (Columns.Event, self.skips)) if marks]
-        return list(dict.fromkeys([*kept, *added]))
+        return list(dict.fromkeys([*names, *added]))
 
 # %% ../../nbs/data/dialect.ipynb #f15663cd
 _LOOK = 1000 # rows

@@ -89,17 +89,17 @@ def open_book(
 
 def _chosen_sheet(book, sheet:str, shown:str)->tuple[str, str, list[str]]:
     "Name and part of the sheet to read, and the other visible ones; without a name, the first that is not hidden."
-    found = {each.name: (rel.target, each.state) for each, rel in book.parser.find_sheets()
-             if "worksheet" in rel.Type.lower() and rel.target in book.valid_files}
-    visible = [name for name, (_, state) in found.items() if state in (None, "visible")] or list(found)
-    if not found: raise IngestError(f"{shown}: the workbook has no sheet with cells. Export it again.")
+    sheets = {each.name: (rel.target, each.state) for each, rel in book.parser.find_sheets()
+              if "worksheet" in rel.Type.lower() and rel.target in book.valid_files}
+    visible = [name for name, (_, state) in sheets.items() if state in (None, "visible")] or list(sheets)
+    if not sheets: raise IngestError(f"{shown}: the workbook has no sheet with cells. Export it again.")
     name = sheet or visible[0]
-    if name not in found:
-        guess = get_close_matches(name, found, n=1) or [other for other in found if other.lower() == name.lower()]
+    if name not in sheets:
+        guess = get_close_matches(name, sheets, n=1) or [other for other in sheets if other.lower() == name.lower()]
         hint = f" Did you mean {guess[0]!r}?" if guess else ""
-        raise IngestError(f"{shown}: there is no sheet {name!r}. Its sheets are {', '.join(map(repr, found))}.{hint} "
+        raise IngestError(f"{shown}: there is no sheet {name!r}. Its sheets are {', '.join(map(repr, sheets))}.{hint} "
                           "Pass one of them with sheet=, or \"\" for the first.")
-    return name, found[name][0], [other for other in visible if other != name]
+    return name, sheets[name][0], [other for other in visible if other != name]
 
 def sheets_of(
     path:Path, # an existing file
@@ -336,20 +336,20 @@ def id_warnings(
     where:str,          # how messages name the sheet
 )->list[str]:
     "What Excel has probably done to the ids of a column, one sentence each, with the remedy."
-    start, found = f"{where}: column {column.name!r}: ", []
+    start, notes = f"{where}: column {column.name!r}: ", []
     kind = "whole" if "whole" in column.counts else "number"
     if column.count("zeros") and column.count(kind):
-        found.append(f"{start}{column.count('zeros'):,} ids have leading zeros ({column.example('zeros')}) and "
+        notes.append(f"{start}{column.count('zeros'):,} ids have leading zeros ({column.example('zeros')}) and "
                      f"{column.count('whole', 'number', 'long'):,} are numbers ({column.example(kind)}). Excel drops "
                      "the zeros of a number, so one id may stand here as two. Give the whole column the format Text, "
                      "or one such as 00000, in the program that exports it.")
     if column.digits and column.rounded == column.digits:
-        found.append(f"{start}{column.digits:,} ids have more than 15 digits, and all end in zeros: Excel keeps 15 "
+        notes.append(f"{start}{column.digits:,} ids have more than 15 digits, and all end in zeros: Excel keeps 15 "
                      "digits of a number, so different ids may have become one. Export the column as text.")
     if merged and column.count("blank"):
-        found.append(f"{start}{column.count('blank'):,} cells are empty, and the sheet has {merged:,} merged ranges, "
+        notes.append(f"{start}{column.count('blank'):,} cells are empty, and the sheet has {merged:,} merged ranges, "
                      "of which only the first cell holds the value. Unmerge them and fill the values down.")
-    return found
+    return notes
 
 def value_warnings(
     column:ColumnCells, # of other values
@@ -357,15 +357,15 @@ def value_warnings(
     attribute:bool,     # of a product or a user; its errors are empty cells
 )->list[str]:
     "What Excel has probably done to the values of a column, one sentence each, with the remedy."
-    start, found, text = f"{where}: column {column.name!r}: ", [], "text" if "text" in column.counts else "zeros"
+    start, notes, text = f"{where}: column {column.name!r}: ", [], "text" if "text" in column.counts else "zeros"
     if column.count("date") and column.count(text):
-        found.append(f"{start}{column.count('date'):,} cells are dates ({column.example('date')}) and "
+        notes.append(f"{start}{column.count('date'):,} cells are dates ({column.example('date')}) and "
                      f"{column.count(text):,} are texts ({column.example(text)}). Where Excel read texts as dates, day "
                      "and month may have changed places. Export the dates as text (YYYY-MM-DD), or as CSV.")
     if attribute and column.count("error"):
-        found.append(f"{start}{column.count('error'):,} cells hold an error ({column.example('error')}) and count as "
+        notes.append(f"{start}{column.count('error'):,} cells hold an error ({column.example('error')}) and count as "
                      "empty. Mend the formulas, or leave the column out.")
-    return found
+    return notes
 
 # %% ../../nbs/data/excel.ipynb #538d2fdb
 AN_ERROR, A_DATE = "an error in the sheet", "Excel has made a date of this id"
@@ -431,17 +431,17 @@ def _lines(rows:Iterator, sheet:_Sheet, names:dict[int, str])->Iterator[list]:
 
 def _warnings(sheet:_Sheet, merged:int, others:list[str])->list[str]:
     "All that a person should know of a sheet."
-    found = []
+    notes = []
     if others:
-        found.append(f"{sheet.where}: only this sheet of the workbook is read. The others are "
+        notes.append(f"{sheet.where}: only this sheet of the workbook is read. The others are "
                      f"{', '.join(map(repr, others[:20]))}; read one of them with sheet=.")
     if sheet.last >= MOST_ROWS:
-        found.append(f"{sheet.where}: the sheet is full ({MOST_ROWS:,} rows), so the program that wrote it may have "
+        notes.append(f"{sheet.where}: the sheet is full ({MOST_ROWS:,} rows), so the program that wrote it may have "
                      "left out the rest. Export the data as CSV.")
     for out, column in sheet.columns.items():
-        found += (id_warnings(column, merged, sheet.where) if out in sheet.ids else
+        notes += (id_warnings(column, merged, sheet.where) if out in sheet.ids else
                   value_warnings(column, sheet.where, sheet.attributes))
-    return found
+    return notes
 
 # %% ../../nbs/data/excel.ipynb #161d64e1
 def fetch_sheet(
@@ -472,5 +472,5 @@ def fetch_sheet(
             csv.writer(out).writerows(_lines(rows, of_sheet, names))
     kinds = {id: "mixed" if len(kinds) > 1 else next(iter(kinds), "number") for id, kinds in of_sheet.kinds.items()}
     types = {out: column.type() for out, column in of_sheet.columns.items() if out not in kinds}
-    found = _warnings(of_sheet, sum(merged), others if not sheet else [])
-    return SheetRead(list(names.values()), wanted, kinds, types, of_sheet.faults, found)
+    notes = _warnings(of_sheet, sum(merged), others if not sheet else [])
+    return SheetRead(list(names.values()), wanted, kinds, types, of_sheet.faults, notes)

@@ -155,21 +155,22 @@ def suspects(
     flags = ", ".join(f"{condition} AS sign{place}" for place, condition in enumerate(signs.values()))
     excluded = folder/"excluded.parquet"
     rest = f"ANTI JOIN {parquet(excluded)} USING (item_id)" if excluded.exists() else ""
-    found = con.execute(f"""SELECT item_id, {title}, log_rows, sign0, sign1, sign2, sign3 FROM (SELECT *, {flags} FROM
+    records = con.execute(f"""SELECT item_id, {title}, log_rows, sign0, sign1, sign2, sign3 FROM (SELECT *, {flags} FROM
         every_item) every_item {rest} WHERE sign0 OR sign1 OR sign2
         ORDER BY sign0::INT + sign1::INT + sign2::INT + sign3::INT DESC, log_rows DESC, item_id""").fetchall()
-    if len(found) > max(_MANY, 0.02*items): return []
+    if len(records) > max(_MANY, 0.02*items): return []
     return [Suspect(item, name, rows, ", ".join(sign for sign, has in zip(signs, flags) if has))
-            for item, name, rows, *flags in found]
+            for item, name, rows, *flags in records]
 
 # %% ../../nbs/data/exclude.ipynb #74f4501d
 def suspects_note(
-    found:Sequence[Suspect],
+    suspected:Sequence[Suspect],
 )->str: # empty where there are none
     "The question whether these are products, for a person."
-    if not found: return ""
-    shown = [f"{one.item}" + (f" ({one.title})" if one.title and str(one.title) != str(one.item) else "") +
-             f", {counted(one.rows, 'row')}: {one.signs}" for one in found[:5]]
-    more = f"; and {len(found) - 5:,} more" if len(found) > 5 else ""
+    if not suspected: return ""
+    shown = [f"{suspect.item}" +
+             (f" ({suspect.title})" if suspect.title and str(suspect.title) != str(suspect.item) else "") +
+             f", {counted(suspect.rows, 'row')}: {suspect.signs}" for suspect in suspected[:5]]
+    more = f"; and {len(suspected) - 5:,} more" if len(suspected) > 5 else ""
     return (f"Are these products? {'; '.join(shown)}{more}. What is none, leave out: exclude_items="
-            f"{[one.item for one in found]}")
+            f"{[suspect.item for suspect in suspected]}")

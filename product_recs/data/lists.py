@@ -63,9 +63,9 @@ def as_lists(
     known = [place for place, value in enumerate(values) if isinstance(value, str) and value.strip()]
     if any(value is not None and not isinstance(value, str) and value == value for value in values): return None
     texts = [values[place] for place in known]
-    found = next(((lists, way) for way in ("json", *SEPARATORS) if (
+    match = next(((lists, way) for way in ("json", *SEPARATORS) if (
         lists := _from_json(texts) if way == "json" else _by_separator(texts, way)) is not None), None)
-    if found is None: return None
+    if match is None: return None
     every:list = [None]*len(values)
-    for place, parts in zip(known, found[0]): every[place] = parts
-    return every, found[1]
+    for place, parts in zip(known, match[0]): every[place] = parts
+    return every, match[1]

@@ -147,7 +147,7 @@ def _merge(con, words:int|list[np.ndarray], parts:list[Part], places:list[tuple[
 class Merged:
     "What has been written."
     rows: int         # in `good`
-    kept: int         # written
+    rows_kept: int    # written
     untimed: int      # of `rows`, without a timestamp
     users: int
     items: int

@@ -87,8 +87,8 @@ def take_returns(
     count = 0
     if returns != "ignore": count, = con.execute(f"SELECT count(*) FROM {rows} WHERE quantity < 0").fetchone()
     if not count or returns == "drop":
-        kept = "WHERE quantity > 0" if count else ""
-        con.execute(f"CREATE OR REPLACE VIEW good AS SELECT {_COLUMNS} FROM {rows} {kept}")
+        condition = "WHERE quantity > 0" if count else ""
+        con.execute(f"CREATE OR REPLACE VIEW good AS SELECT {_COLUMNS} FROM {rows} {condition}")
         return Returned(count, count)
     _number_rows(con, rows, progress)
     before, left, unmatched = _net_rows(con)
@@ -101,9 +101,9 @@ def take_returns(
     con.execute(f"CREATE OR REPLACE VIEW good AS SELECT {_COLUMNS} FROM {rows} ANTI JOIN returned_pairs "
                 f"USING (user_id, item_id) UNION ALL SELECT {_COLUMNS} FROM netted")
     every, = con.execute(f"SELECT count(*) FROM {rows} SEMI JOIN returned_pairs USING (user_id, item_id)").fetchone()
-    kept, = con.execute("SELECT count(*) FROM netted").fetchone()
+    rows_netted, = con.execute("SELECT count(*) FROM netted").fetchone()
     gone, less = (int(((before > 0) & changed).sum()) for changed in (left == 0, (left > 0) & (left < before)))
-    return Returned(len(left) - kept, int((before < 0).sum()), gone, less, unmatched, every - len(left))
+    return Returned(len(left) - rows_netted, int((before < 0).sum()), gone, less, unmatched, every - len(left))
 
 def returns_note(
     returned:Returned,

@@ -107,7 +107,7 @@ def guess_columns(
 # %% ../../nbs/data/roles.ipynb #6fd86379
 def _names(given:str|Sequence[str])->list[str]:
     "The names that a column may have in a file."
-    return [given] if isinstance(given, str) else [str(one) for one in given]
+    return [given] if isinstance(given, str) else [str(name) for name in given]
 
 def find_column(
     name:str,                  # ours
@@ -158,10 +158,10 @@ def match_columns(
         known = [known for known in _names(columns.get(name) or []) if known != name]
         example[name] = _one_or_list([*known, guessed.get(name, "the name of your column")])
     proposal = {name: column for name, column in guessed.items() if name not in wanted} | example
-    kept = {name: column for name, column in columns.items() if name not in missing}
+    mapped = {name: column for name, column in columns.items() if name not in missing}
     maybe = "Perhaps: " if any(name in guessed for name in missing) else "Map it with "
     raise IngestError(f"{shown}: there is no column {listed}. Found: {', '.join(names[:30])}. {hint}{maybe}{option}="
-                      f"{kept | proposal}")
+                      f"{mapped | proposal}")
 
 # %% ../../nbs/data/roles.ipynb #f256455e
 _EVENTS = {"purchase": "purchase purchased buy bought order ordered transaction transactions sale sold checkout "

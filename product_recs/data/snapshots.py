@@ -66,7 +66,7 @@ class Snapshot:
     buyers: np.ndarray|None=None # (n_items,) users of each item, where that is known; None: they are counted
     item_columns: Mapping|None=None # attribute -> (n_items,) values, (n_items, d) float32 of a dense one; None: none
     user_columns: Mapping|None=None # attribute -> (n_users,) values, likewise
-    told: np.ndarray|None=None # rows of items whose attributes came, or changed, after a model was fitted; None: none
+    changed_rows: np.ndarray|None=None # of items whose attributes came or changed after a model was fitted; None: none
 
     @cached_property
     def popularity(self)->np.ndarray: # (n_items,) whole numbers
@@ -87,15 +87,15 @@ class Snapshot:
                          *(matrix.data[part] for matrix in (self.confidence, self.counts, self.age_days)), rows)
 
     def widened(self,
-        item_columns:Mapping, # attribute -> values of all items, the new ones last
-        n_items:int,          # with the new ones
-        told:np.ndarray,      # rows whose attributes are new, or not those of the fit
-    )->"Snapshot":            # the matrices share their arrays with these
+        item_columns:Mapping,    # attribute -> values of all items, the new ones last
+        n_items:int,             # with the new ones
+        changed_rows:np.ndarray, # rows whose attributes are new, or not those of the fit
+    )->"Snapshot":               # the matrices share their arrays with these
         "The same past over a longer catalogue: nobody has the new items yet."
         wider = [csr_of((len(matrix.indptr) - 1, n_items), matrix.indptr, matrix.indices, matrix.data)
                  for matrix in (self.confidence, self.counts, self.age_days)]
         buyers = np.append(self.popularity, np.zeros(n_items - len(self.popularity), self.popularity.dtype))
-        return Snapshot(self.until, *wider, buyers, item_columns, self.user_columns, told)
+        return Snapshot(self.until, *wider, buyers, item_columns, self.user_columns, changed_rows)
 
     def history(self,
         row:int,  # of a user

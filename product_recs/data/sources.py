@@ -236,11 +236,11 @@ def _json_names(con, pointer:str="", prefix:str="", depth:int=1)->dict[str, str]
     are_objects = ", ".join(f"coalesce(bool_or(json_type(raw, {quoted(path)}) = 'OBJECT'), false)"
                             for path in own.values())
     holders = dict(zip(own, con.execute(f"SELECT {are_objects} FROM json_lines").fetchone())) if depth < _DEEP else {}
-    found = {}
+    pointers = {}
     for key, path in own.items():
-        if holders.get(key): found |= _json_names(con, path, f"{prefix}{key}.", depth + 1)
-        found[prefix + key] = path
-    return found | {prefix + key: path for key, path in own.items()} # a key that is written with a dot is itself
+        if holders.get(key): pointers |= _json_names(con, path, f"{prefix}{key}.", depth + 1)
+        pointers[prefix + key] = path
+    return pointers | {prefix + key: path for key, path in own.items()} # a key that is written with a dot is itself
 
 # %% ../../nbs/data/sources.ipynb #5f876720
 def read_json_file(

@@ -66,8 +66,8 @@ def _stage(con:duckdb.DuckDBPyConnection, products:Mapping[str, Mapping], names:
     staged, columns = folder/"told.jsonl", {name: f"c{number}" for number, name in enumerate(names)}
     with staged.open("w", encoding="utf-8") as out:
         for place, (key, attributes) in enumerate(products.items()):
-            told = {columns[name]: _text(value) for name, value in attributes.items() if name in columns}
-            out.write(json.dumps({"place": place, "key": key, "said": [*told], **told}) + "\n")
+            texts = {columns[name]: _text(value) for name, value in attributes.items() if name in columns}
+            out.write(json.dumps({"place": place, "key": key, "said": [*texts], **texts}) + "\n")
     types = {"place": "BIGINT", "key": "VARCHAR", "said": "VARCHAR[]"} | dict.fromkeys(columns.values(), "VARCHAR")
     types = ", ".join(f"{name}: {quoted(type)}" for name, type in types.items())
     con.execute(f"CREATE OR REPLACE TEMP TABLE told_rows AS SELECT * FROM read_json({file_name(staged)}, "
@@ -111,8 +111,8 @@ def merge_told(
     _stage(con, spelled, names, folder)
     _ids(con, id_type, folds, table, file.with_name("interactions.parquet"))
     types = {name: _type([attributes.get(name) for attributes in spelled.values()], theirs.get(name)) for name in names}
-    told = {name: f"TRY_CAST(t.c{number} AS {types[name]})" for number, name in enumerate(names)}
-    chosen = ", ".join(f"CASE WHEN list_contains(t.said, 'c{number}') THEN {told[name]} ELSE "
+    casts = {name: f"TRY_CAST(t.c{number} AS {types[name]})" for number, name in enumerate(names)}
+    chosen = ", ".join(f"CASE WHEN list_contains(t.said, 'c{number}') THEN {casts[name]} ELSE "
                        f"{f'f.{named(name)}::{types[name]}' if name in theirs else 'NULL'} END AS {named(name)}"
                        for number, name in enumerate(names))
     place = "f.row_ NULLS LAST, " if file.exists() else ""
@@ -124,7 +124,7 @@ def merge_told(
                                f"IS NOT NULL AND t.id IS NOT NULL) FROM {rows}").fetchone()
     misfits = tuple((name, count) for number, name in enumerate(names)
                     if (count := con.execute(f"SELECT count(*) FROM told_rows t JOIN told_ids USING (place) WHERE "
-                                             f"t.c{number} IS NOT NULL AND {told[name]} IS NULL").fetchone()[0]))
+                                             f"t.c{number} IS NOT NULL AND {casts[name]} IS NULL").fetchone()[0]))
     left_out, = con.execute(f"SELECT count(*) FROM told_rows WHERE {id_sql('key', id_type)} IS NULL").fetchone()
     merged.replace(file)
     return Told(new, changed, left_out, misfits)

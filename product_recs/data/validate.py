@@ -66,9 +66,9 @@ def check_query(
     event, sign = "event", "1.0"
     if returns: # rules look at the size of a quantity
         event = f"CASE WHEN event = {quoted(RETURN)} THEN {quoted('purchase')} ELSE event END"
-        kept = ", ".join(map(quoted, UNRETURNED))
-        sign = f"CASE WHEN event = {quoted(RETURN)} OR ({q}) < 0 AND event NOT IN ({kept}) THEN -1.0 ELSE 1.0 END"
-        q = f"CASE WHEN event IN ({kept}) THEN {q} ELSE abs({q}) END"
+        unreturned = ", ".join(map(quoted, UNRETURNED))
+        sign = f"CASE WHEN event = {quoted(RETURN)} OR ({q}) < 0 AND event NOT IN ({unreturned}) THEN -1.0 ELSE 1.0 END"
+        q = f"CASE WHEN event IN ({unreturned}) THEN {q} ELSE abs({q}) END"
     typed = (f"SELECT * REPLACE ({keys}, {event} AS event), {q} AS q, {sign} AS sign, "
              f"{parse_time('timestamp')} AS t FROM ({cleaned})")
     raw = case_of("fault", {place: name for place, (name, _, _) in enumerate(rules, 1)})

@@ -63,17 +63,17 @@ def catalogue_past(
     known, longer = future.shape[1], future.shape[1] + new
     columns = {name: _longer(items.get(name), more.get(name), (known, new)) for name in {**items, **more}}
     future = csr_of((future.shape[0], longer), future.indptr, future.indices, future.data)
-    return replace(past.widened(columns, longer, None), told=None), future, since
+    return replace(past.widened(columns, longer, None), changed_rows=None), future, since
 
 def described(
     snapshot:Snapshot,
 )->np.ndarray: # (n_items,) bool
     "Of which items is anything known but their buyers?"
-    found = np.zeros(snapshot.counts.shape[1], bool)
+    known = np.zeros(snapshot.counts.shape[1], bool)
     for values in (snapshot.item_columns or {}).values():
-        if values.ndim > 1: found |= ~np.isnan(values).all(axis=1)
-        else: found |= ~(pd.isna(values) | (values == ""))
-    return found
+        if values.ndim > 1: known |= ~np.isnan(values).all(axis=1)
+        else: known |= ~(pd.isna(values) | (values == ""))
+    return known
 
 # %% ../../nbs/evaluation/cold.ipynb #7d0e0d63
 BUYERS = (0, 1, 6, 21) # where the bands of past buyers begin
@@ -122,8 +122,8 @@ class Cold:
     def value(self, part:str, group:str, model:str, metric:str, k:int)->float:
         "One figure of the table; NaN where it is not there."
         t = self.table
-        found = t.value[(t.part == part) & (t.group == group) & (t.model == model) & (t.metric == metric) & (t.k == k)]
-        return float(found.iloc[0]) if len(found) else float("nan")
+        rows = t.value[(t.part == part) & (t.group == group) & (t.model == model) & (t.metric == metric) & (t.k == k)]
+        return float(rows.iloc[0]) if len(rows) else float("nan")
 
     def models(self, part:str)->list[str]:
         "Names of the models of a part."
@@ -144,7 +144,7 @@ class Cold:
 
     def joined(self, other:"Cold")->"Cold":
         "Both."
-        table = pd.concat([one.table for one in (self, other) if len(one.table)] or [self.table], ignore_index=True)
+        table = pd.concat([cold.table for cold in (self, other) if len(cold.table)] or [self.table], ignore_index=True)
         return Cold(table, self.hits | other.hits, (*self.notes, *other.notes), self.facts | other.facts)
 
 # %% ../../nbs/evaluation/cold.ipynb #c94196e7
@@ -192,20 +192,20 @@ def lists_among(
         part = everybody[start:start + block]
         scores, own = known_scores(model, model.users(part)), forbidden[part]
         scores[np.repeat(np.arange(len(part)), np.diff(own.indptr)), own.indices] = -np.inf
-        for (rows, _), among, found in zip(asked, columns, lists):
+        for (rows, _), among, listed in zip(asked, columns, lists):
             first, end = np.searchsorted(rows, [part[0], part[-1] + 1])
             if first == end or not len(among): continue
             places = np.searchsorted(part, rows[first:end])
             best, _ = top_n(scores[places][:, among], k)
-            found[first:end] = np.where(best >= 0, among[best], -1)
+            listed[first:end] = np.where(best >= 0, among[best], -1)
         if advance: advance(len(part))
     return lists
 
 # %% ../../nbs/evaluation/cold.ipynb #b07f7be2
-def _fitted(models:Sequence[Model], past:Snapshot, found:_Found, fitted:dict)->Iterator[tuple[str, Model]]:
+def _fitted(models:Sequence[Model], past:Snapshot, findings:_Found, fitted:dict)->Iterator[tuple[str, Model]]:
     "The models by name, fitted one after the other; those that cannot be say why in the notes."
     for model in models:
-        if why := model.refusal(past): found.notes.append(f"Not judged: {why}")
+        if why := model.refusal(past): findings.notes.append(f"Not judged: {why}")
         else: yield model.name, fit_sharing(model, past, fitted)
 
 def _part_of(targets:csr_matrix, items:np.ndarray)->csr_matrix:
@@ -234,15 +234,16 @@ def _item_questions(past:Snapshot, future:csr_matrix, bands:Mapping, by_user:boo
 
 
 # %% ../../nbs/evaluation/cold.ipynb #4c357839
-def _add_bands(found:_Found, model:str, lists:np.ndarray, targets:csr_matrix, items:np.ndarray, bands:Mapping)->None:
+def _add_bands(findings:_Found, model:str, lists:np.ndarray, targets:csr_matrix, items:np.ndarray, bands:Mapping)->None:
     "Of lists over the whole catalogue: the targets of each band, and the places that it gets."
     shown = lists[:, :20]
     filled = np.maximum((shown >= 0).sum(axis=1), 1)
     for band, inside in bands.items():
         if not (inside & items).any(): continue
         wanted = _part_of(targets, inside)
-        found.add(CATALOGUE, band, model, lists, wanted, int(items.sum()))
-        found.add_places(band, model, ((shown >= 0) & inside[shown]).sum(axis=1)/filled, wanted.nnz, int(items.sum()))
+        findings.add(CATALOGUE, band, model, lists, wanted, int(items.sum()))
+        share = ((shown >= 0) & inside[shown]).sum(axis=1)/filled
+        findings.add_places(band, model, share, wanted.nnz, int(items.sum()))
 
 def judge_items(
     past:Snapshot,        # of `catalogue_past`
@@ -257,22 +258,22 @@ def judge_items(
     progress:bool=True,
 )->Cold:
     "New items, bands of items, and the whole catalogue."
-    found, fitted = _Found(bootstrap, seed, since), {}
+    findings, fitted = _Found(bootstrap, seed, since), {}
     bands = {}
     for some in (begins, growing_bands(int(past.popularity.max(initial=0)))):
         codes = bands_of(past.popularity, some)
         bands |= {name: codes == number for number, name in enumerate(band_names(some))}
-        found.facts["bands" if some is begins else "fine_bands"] = dict(zip(band_names(some), some))
-    questions = list(_item_questions(past, future, bands, since == BY_USER, max_users, seed, found.notes))
+        findings.facts["bands" if some is begins else "fine_bands"] = dict(zip(band_names(some), some))
+    questions = list(_item_questions(past, future, bands, since == BY_USER, max_users, seed, findings.notes))
     people = len(np.unique(np.concatenate([task.rows for _, _, task, _ in questions]))) if questions else 0
     with tqdm(total=len(models)*people, unit=" users", disable=not progress, delay=2, mininterval=2,
               file=sys.stdout) as bar:
-        for name, model in _fitted(models, past, found, fitted):
+        for name, model in _fitted(models, past, findings, fitted):
             every = lists_among(model, [(task.rows, items) for _, _, task, items in questions], advance=bar.update)
             for (part, group, task, items), lists in zip(questions, every):
-                found.add(part, group, name, lists, task.targets, int(items.sum()))
-                if part == CATALOGUE: _add_bands(found, name, lists, task.targets, items, bands)
-    return found.done()
+                findings.add(part, group, name, lists, task.targets, int(items.sum()))
+                if part == CATALOGUE: _add_bands(findings, name, lists, task.targets, items, bands)
+    return findings.done()
 
 # %% ../../nbs/evaluation/cold.ipynb #caf8a452
 EVENTS = (0, 1, 3, 10) # of a session
@@ -284,13 +285,13 @@ def without_users(
 )->Snapshot:         # of the same shape
     "The past as if some users had never been there."
     own = past.counts.indptr
-    kept = np.ones(past.counts.nnz, bool)
-    for row in rows: kept[own[row]:own[row + 1]] = False
+    rest = np.ones(past.counts.nnz, bool)
+    for row in rows: rest[own[row]:own[row + 1]] = False
     sizes = np.diff(own).copy()
     sizes[rows] = 0
     indptr = np.append(0, np.cumsum(sizes)).astype(own.dtype)
-    matrices = {name: csr_of(getattr(past, name).shape, indptr, getattr(past, name).indices[kept],
-                             getattr(past, name).data[kept]) for name in ("confidence", "counts", "age_days")}
+    matrices = {name: csr_of(getattr(past, name).shape, indptr, getattr(past, name).indices[rest],
+                             getattr(past, name).data[rest]) for name in ("confidence", "counts", "age_days")}
     return replace(past, buyers=None, **matrices)
 
 def _later(features:Features, since:str, until:str|None)->tuple[duckdb.DuckDBPyConnection, str]:
@@ -315,10 +316,10 @@ def _strangers(features:Features, past:Snapshot, period:tuple, events:Sequence[i
                      f"{events[-2]} at most.")
         events = events[:-1]
     able = stayed["row"][stayed["events"] > events[-1]]
-    had, rng = np.diff(past.counts.indptr) > 0, np.random.default_rng(seed)
-    new, known = able[~had[able]], able[had[able]]
+    active, rng = np.diff(past.counts.indptr) > 0, np.random.default_rng(seed)
+    new, known = able[~active[able]], able[active[able]]
     if len(new) > guests: new = rng.choice(new, guests, replace=False)
-    most = 0 if len(new) >= min(_FEW, guests) else min(guests - len(new), int(had.sum()/5), len(known))
+    most = 0 if len(new) >= min(_FEW, guests) else min(guests - len(new), int(active.sum()/5), len(known))
     drawn = np.sort(rng.choice(known, most, replace=False))
     if most: notes.append(f"Of {counted(len(new) + most, 'new user')} {most:,} had a past, which was taken out of what "
                           "the models learned from.")
@@ -377,9 +378,9 @@ def _guest_lists(model:Model, popular:Model, histories:Histories, forbidden:csr_
         part = slice(start, min(start + block, len(histories)))
         some = _some(histories, part)
         users, own = model.fold_in(some), forbidden[part]
-        found, known = model.top(users, LIST, own, threads=0)[0], model.knows(users)
-        if not known.all(): found[~known] = popular.top(some, LIST, own)[0][~known]
-        lists[part] = found
+        best, known = model.top(users, LIST, own, threads=0)[0], model.knows(users)
+        if not known.all(): best[~known] = popular.top(some, LIST, own)[0][~known]
+        lists[part] = best
     return lists
 
 
@@ -397,13 +398,13 @@ def judge_guests(
     seed:int=0,             # of the people that are drawn, and of the bootstrap
 )->Cold:
     "People without a past, by the events that are known of them."
-    found, fitted = _Found(bootstrap, seed, since), {}
+    findings, fitted = _Found(bootstrap, seed, since), {}
     if since == BY_USER:
-        found.notes.append("New users are not judged where items are hidden by user: nobody knows which of their "
-                           "events came first.")
-        return found.done()
+        findings.notes.append("New users are not judged where items are hidden by user: nobody knows which of their "
+                              "events came first.")
+        return findings.done()
     period = since, until
-    rows, drawn, events = _strangers(features, past, period, events, guests, seed, found.notes)
+    rows, drawn, events = _strangers(features, past, period, events, guests, seed, findings.notes)
     did = _events_of(features, rows, period, seed)
     shape, first = (len(rows), past.counts.shape[1]), did.number <= events[-1]
     forbidden, wanted = (csr_matrix((np.ones(len(part)), (part["place"], part["item"])), shape=shape)
@@ -411,17 +412,18 @@ def judge_guests(
     targets = csr_matrix(wanted - wanted.multiply(forbidden > 0))
     targets.eliminate_zeros()
     if not targets.nnz:
-        found.notes.append("New users are not judged: nobody took a new item after the first events of a session.")
-        return found.done()
+        findings.notes.append("New users are not judged: nobody took a new item after the first events of a session.")
+        return findings.done()
     past, about = without_users(past, drawn), _told(past.user_columns, rows)
     popular, candidates = Popularity().fit(past), int((described(past) | (past.popularity > 0)).sum())
     weighting = features.parameters.get("weighting", "none")
-    found.facts["events"] = {str(known): known for known in events}
+    findings.facts["events"] = {str(known): known for known in events}
     of_length = [(str(known), sessions(did, len(rows), known, past, weighting, about)) for known in events]
-    for name, model in _fitted(models, past, found, fitted):
+    for name, model in _fitted(models, past, findings, fitted):
         for group, histories in of_length:
-            found.add(NEW_USERS, group, name, _guest_lists(model, popular, histories, forbidden), targets, candidates)
-    return found.done()
+            lists = _guest_lists(model, popular, histories, forbidden)
+            findings.add(NEW_USERS, group, name, lists, targets, candidates)
+    return findings.done()
 
 # %% ../../nbs/evaluation/cold.ipynb #a62f8f6a
 def evaluate_cold(
@@ -464,8 +466,9 @@ def cold_wanted(
     "Is the cold judged? Raises `EvaluateError` for another word."
     word = {"true": "yes", "false": "no"}.get(str(wanted).strip().lower(), str(wanted).strip().lower())
     if word not in ("auto", "yes", "no"): raise EvaluateError(f"cold={wanted!r}: must be auto, yes or no")
-    told = told_columns(features.item_columns) or told_columns(features.user_columns) or features.cold_items is not None
-    if word == "no" or (word == "yes" or told): return word != "no", ""
+    attributes = (told_columns(features.item_columns) or told_columns(features.user_columns)
+                  or features.cold_items is not None)
+    if word == "no" or (word == "yes" or attributes): return word != "no", ""
     return False, ("New products and new users are not judged: no attribute of either is known. Give 01_ingest a "
                    "products file or a users file, or take cold yes.")
 
@@ -506,9 +509,9 @@ def cold_verdicts(
     "One model beside the best of its rivals in each group, in the words of `compared`."
     said = []
     for part, group, what in _ASKED:
-        there = [name for name in cold.models(part) if (part, group, name) in cold.hits]
-        others = [name for name in there if name != model and (not rivals or name in rivals)]
-        if model not in there or not others: continue
+        judged = [name for name in cold.models(part) if (part, group, name) in cold.hits]
+        others = [name for name in judged if name != model and (not rivals or name in rivals)]
+        if model not in judged or not others: continue
         rival = max(others, key=lambda name: cold.value(part, group, name, metric, k))
         result = cold.compare(part, group, model, rival, metric, k)
         words = compared(model, rival, result, f"{METRIC_NAMES[metric]}@{k}", cold.facts["bootstrap"])

@@ -109,15 +109,15 @@ class _Entry(NamedTuple):
     fitted: Model
     figures: np.ndarray # (n,) of the users
 
-def _entrants(candidates:Sequence[Model], combine:bool, found:dict[str, _Entry], task:str)->Iterator[Model]:
+def _entrants(candidates:Sequence[Model], combine:bool, judged:dict[str, _Entry], task:str)->Iterator[Model]:
     "The candidates, then what is made of those that were judged."
     yield from candidates
     if not combine: return
     def ranked(fits): # recipes, best first
-        entries = [entry for entry in found.values() if fits(entry.model)]
+        entries = [entry for entry in judged.values() if fits(entry.model)]
         return [entry.model for entry in sorted(entries, key=lambda entry: -entry.figures.mean())]
     singles = ranked(lambda model: model.personal and not model.parts and not isinstance(model, BuyAgain))
-    trios = [[found[name].model for name in USUAL_BLEND]] if set(USUAL_BLEND) <= set(found) else []
+    trios = [[judged[name].model for name in USUAL_BLEND]] if set(USUAL_BLEND) <= set(judged) else []
     if len(singles) > 2 and {model.name for model in singles[:3]} != set(USUAL_BLEND): trios.append(singles[:3])
     for trio in trios: yield ScoreBlend(trio)
     blends = ranked(lambda model: isinstance(model, ScoreBlend))
@@ -152,8 +152,8 @@ def refusal(
     snapshot:Snapshot, # that it would learn from
 )->str:
     "Why a model or one of its parts cannot be fitted; empty: it can."
-    return next((why for one in (model, *model.parts) if (why := one.refusal(snapshot) if one is model else
-                                                          refusal(one, snapshot))), "")
+    return next((why for part in (model, *model.parts) if (why := part.refusal(snapshot) if part is model else
+                                                           refusal(part, snapshot))), "")
 
 # %% ../../nbs/evaluation/competition.ipynb #316392fb
 def answer_ms(
@@ -219,30 +219,30 @@ def compete(
     candidates = [model for model in candidates if model.tasks is None or task in model.tasks]
     names = [model.name for model in candidates]
     if len(set(names)) < len(names): raise EvaluateError(f"candidates need names of their own: {', '.join(names)}")
-    found, left_out = {}, {}
+    judged, left_out = {}, {}
     with tqdm(total=len(names) + 5*combine, desc=f"competition, {task.replace('_', ' ')}", unit=" models",
               disable=not progress, file=sys.stdout) as bar:
-        for model in _entrants(candidates, combine, found, task):
+        for model in _entrants(candidates, combine, judged, task):
             bar.set_postfix_str(model.name)
-            try: found[model.name] = ground.judge(model)
+            try: judged[model.name] = ground.judge(model)
             except (ProductRecsError, ValueError, MemoryError) as error:
                 left_out[model.name] = str(error) or type(error).__name__
             bar.update()
         bar.total = bar.n # fewer blends where fewer models were found
         bar.set_postfix_str("")
-    if not found:
+    if not judged:
         raise EvaluateError(f"{task}: no candidate could be fitted: "
                             + ("; ".join(left_out.values()) or "none is made for this task"))
-    table = _standing(found, ground, give_up, bootstrap)
+    table = _standing(judged, ground, give_up, bootstrap)
     eligible = table[table.eligible].sort_values(["work", "value"], ascending=[True, False], kind="stable")
     facts = {"split": ground.split, "users": len(ground.task.rows), "seed": seed, "metric": metric, "k": k,
              "give_up": give_up, "seconds": round(perf_counter() - started, 1)}
-    return Competition(task, table, found[eligible.model.iloc[0]].model, left_out, facts)
+    return Competition(task, table, judged[eligible.model.iloc[0]].model, left_out, facts)
 
 # %% ../../nbs/evaluation/competition.ipynb #2b9924ab
-def _standing(found:dict[str, _Entry], ground:_Ground, give_up:float, bootstrap:int)->pd.DataFrame:
+def _standing(judged:dict[str, _Entry], ground:_Ground, give_up:float, bootstrap:int)->pd.DataFrame:
     "The table of a competition, best first."
-    entries = sorted(found.values(), key=lambda entry: -entry.figures.mean())
+    entries = sorted(judged.values(), key=lambda entry: -entry.figures.mean())
     best, rows = entries[0].figures, []
     for model, fitted, figures in entries:
         low, high = interval(bootstrap_means(figures, bootstrap, ground.seed))
@@ -289,6 +289,6 @@ def worse_than_popularity(
 )->Comparison|None:      # of the model with popularity; None: it is not significantly worse
     "Is a model worse than the best sellers on the validation period? Raises `EvaluateError` where there is none."
     ground = _Ground(features, task, metric, k, max_users, seed, fits)
-    figures = (ground.judge(one).figures for one in (model, Popularity()))
+    figures = (ground.judge(contender).figures for contender in (model, Popularity()))
     against = paired_bootstrap(*figures, bootstrap, seed)
     return against if against.high < 0 else None

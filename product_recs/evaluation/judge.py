@@ -138,19 +138,19 @@ def evaluate(
         number(name, value, *ends, whole=True, error=EvaluateError)
     _check_names(models, tasks)
     work = {name: make_task(past, future, name, max_users, seed) for name in tasks}
-    found, fitted = _Judged([], {}, {}, {}, []), {}
+    judged, fitted = _Judged([], {}, {}, {}, []), {}
     lists = sum(len(task.rows) for model in models for task in _tasks_of(model, work).values())
     with tqdm(total=lists, unit=" lists", disable=not progress, delay=2, mininterval=2, file=sys.stdout) as bar:
         for model in models:
             bar.set_description(model.name, refresh=False)
-            _judge(model, past, fitted, work, k, categories, block, bootstrap, seed, bar.update, found)
+            _judge(model, past, fitted, work, k, categories, block, bootstrap, seed, bar.update, judged)
     columns = ["task", "model", "metric", "k", "value", "low", "high", "users"]
-    table = pd.DataFrame(found.rows)[columns].assign(seed=seed, split=split)
+    table = pd.DataFrame(judged.rows)[columns].assign(seed=seed, split=split)
     facts = {"seed": seed, "split": split, "judged": how, "period": period, "bootstrap": bootstrap,
              "catalogue": future.shape[1], "candidates": int((past.popularity > 0).sum()), **cold_shares(past, future),
              "users": {name: len(task.rows) for name, task in work.items()},
              "left_out": {name: task.left_out for name, task in work.items()}}
-    return Evaluation(table, work, found.hits, found.hit_items, found.shown, pd.DataFrame(found.seconds), facts)
+    return Evaluation(table, work, judged.hits, judged.hit_items, judged.shown, pd.DataFrame(judged.seconds), facts)
 
 # %% ../../nbs/evaluation/judge.ipynb #c1c17a9d
 def _cut_offs(k)->list[int]:

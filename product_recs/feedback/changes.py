@@ -200,15 +200,15 @@ def _set_items(view:_View, rows:Sequence)->None:
 
 def _set_products(view:_View, rows:Sequence)->None:
     if not rows: return
-    told = dict(view.told)
+    by_key = dict(view.told)
     for row in rows:
         key = view.names.one(row.item_id)
         if row.attributes is not None:
-            told.pop(key, None) # the last one told is the last one
-            told[key] = row
-        elif key in told and told[key].item_id == row.item_id: del told[key]
-    view.told = told
-    view.products = Products({row.item_id: row.attributes for row in told.values()}, view.revision)
+            by_key.pop(key, None) # the last one told is the last one
+            by_key[key] = row
+        elif key in by_key and by_key[key].item_id == row.item_id: del by_key[key]
+    view.told = by_key
+    view.products = Products({row.item_id: row.attributes for row in by_key.values()}, view.revision)
 
 def _set_rules(view:_View, rows:Sequence)->None:
     if rows: view.merchandise = Merchandise(rows[-1].document, view.revision)
@@ -252,8 +252,8 @@ def _people(view:_View, connection:Connection)->Iterator[str]:
     "Keys of everybody with newer interactions or with denials, each person once."
     known = set()
     for user in (*view.rules.denied, *(row.user_id for row in _counted(connection, view.learned, view.top))):
-        if (one := view.names.one(user)) in known: continue
-        known.add(one)
+        if (key := view.names.one(user)) in known: continue
+        known.add(key)
         yield user
 
 

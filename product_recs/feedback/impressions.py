@@ -68,8 +68,8 @@ class ImpressionLog:
         "Write one batch; False where there is none or it failed and waits again."
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.batch))]
         if not batch: return False
-        shown = [Impression(request, user, version, source, tuple(items), from_micros(at), *more)
-                 for at, request, user, version, source, items, *more in batch]
+        shown = [Impression(request, user, version, source, tuple(items), from_micros(moment), *more)
+                 for moment, request, user, version, source, items, *more in batch]
         try: self.written += self.store.add_impressions(shown)
         except StoreError:
             self._waiting.extendleft(reversed(batch))

@@ -37,8 +37,8 @@ def _list(values:list)->list|None:
     if not is_text and not all(map(_is_number, values)): raise FeedbackError(f"must be {_KINDS}")
     most = MOST_TEXTS if is_text else MOST_NUMBERS
     if len(values) > most: raise FeedbackError(f"the list has at most {most:,} entries, not {len(values):,}")
-    kept = [text for value in values if (text := _text(value, 1000))] if is_text else [*map(_number, values)]
-    return kept or None
+    entries = [text for value in values if (text := _text(value, 1000))] if is_text else [*map(_number, values)]
+    return entries or None
 
 def _value(value:object)->object:
     "A value as it is kept."
@@ -77,12 +77,12 @@ def checked_attributes(
     if not isinstance(given, Mapping): raise FeedbackError("attributes: must be names with their values")
     if len(given) > MOST_ATTRIBUTES:
         raise FeedbackError(f"attributes: there are {len(given):,}, and {MOST_ATTRIBUTES} fit")
-    seen, kept = {}, {}
+    seen, attributes = {}, {}
     for name, value in given.items():
         try: _check_name(name, seen)
         except FeedbackError as error: raise FeedbackError(f"attributes: {error}") from None
-        try: kept[name] = _understood(name, _value(value))
+        try: attributes[name] = _understood(name, _value(value))
         except FeedbackError as error: raise FeedbackError(f"attributes: {name!a}: {error}") from None
-    if (size := len(json.dumps(kept, ensure_ascii=False).encode())) > MOST_BYTES:
+    if (size := len(json.dumps(attributes, ensure_ascii=False).encode())) > MOST_BYTES:
         raise FeedbackError(f"attributes: they take {size:,} bytes, and {MOST_BYTES:,} fit")
-    return kept
+    return attributes

@@ -77,7 +77,7 @@ class Impression:
     model_version: str
     source: str             # the rung that answered
     items: tuple            # ids, best first; the impression has the keys
-    at: datetime
+    shown_at: datetime
     # item id -> probability with which it was shown at its place, of the explored items; None: there are none
     propensities: dict|None = None
     rules: dict|None = None # key of an item -> names of the shop's rules that worked on it; None: on none

@@ -32,10 +32,10 @@ def tick(
     else:
         micros = "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS BIGINT)"
         latest, now = func.greatest, literal_column(micros)
-    seq, at = connection.execute(
+    seq, moment = connection.execute(
         update(CLOCK).values(seq=CLOCK.c.seq + changes, at=latest(CLOCK.c.at, now)).returning(CLOCK.c.seq, CLOCK.c.at)
     ).one()
-    return seq - changes + 1, at
+    return seq - changes + 1, moment
 
 # %% ../../nbs/feedback/store.ipynb #e70da981
 _KEYS_A_QUERY = 10_000
@@ -120,7 +120,7 @@ def _add_impressions(connection:Connection, impressions:Sequence[Impression])->t
     "How many were kept; False, since no worker waits for them."
     tick(connection)
     forgotten = dict(connection.execute(select(FORGOTTEN.c.user_id, FORGOTTEN.c.at)).all())
-    rows = [dict(at=to_micros(shown.at), request_id=shown.request_id, user_id=shown.user_id,
+    rows = [dict(at=to_micros(shown.shown_at), request_id=shown.request_id, user_id=shown.user_id,
                  model_version=shown.model_version, source=shown.source, items=list(shown.items),
                  propensities=shown.propensities, rules=shown.rules, task=shown.task, experiment=shown.experiment,
                  arm=shown.arm)
@@ -136,8 +136,8 @@ def _impression(row:Row)->Impression:
 # %% ../../nbs/feedback/store.ipynb #67c9fa53
 MOST_PRODUCTS = 100_000 # that were told and not deleted
 
-def _same(one:object, other:object)->bool:
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+def _same(value:object, other:object)->bool:
+    return json.dumps(value, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 def _check_room(connection:Connection, more:int)->None:
     known = connection.execute(select(func.count()).where(PRODUCTS.c.attributes.is_not(None))).scalar_one()
@@ -168,8 +168,8 @@ def _delete_products(connection:Connection, items:set[str], folds:Sequence[str])
         known = connection.scalars(select(PRODUCTS.c.item_id))
         wanted = {folded(item, folds) for item in items}
         items = {item for item in known if folded(item, folds) in wanted}
-    there = select(PRODUCTS.c.item_id).where(PRODUCTS.c.attributes.is_not(None))
-    gone = [{"item": item} for item, in _rows_with(connection, PRODUCTS.c.item_id, [*items], there)]
+    existing = select(PRODUCTS.c.item_id).where(PRODUCTS.c.attributes.is_not(None))
+    gone = [{"item": item} for item, in _rows_with(connection, PRODUCTS.c.item_id, [*items], existing)]
     if gone:
         connection.execute(update(PRODUCTS).where(PRODUCTS.c.item_id == bindparam("item"))
                            .values(attributes=None, at=now, seq=seq), gone)
@@ -198,8 +198,8 @@ def _take_back_products(self, ids:Iterable, folds:Sequence[str]=())->int: # how 
 
 def _told_products(self)->dict[str, dict]: # key of an item -> its attributes, in the order in which they were told
     "What was told of products with `set_products`, and not deleted."
-    there = select(PRODUCTS).where(PRODUCTS.c.attributes.is_not(None)).order_by(PRODUCTS.c.seq)
-    return {row.item_id: row.attributes for row in self._read("products", there)}
+    query = select(PRODUCTS).where(PRODUCTS.c.attributes.is_not(None)).order_by(PRODUCTS.c.seq)
+    return {row.item_id: row.attributes for row in self._read("products", query)}
 
 def _tell_rules(self, document:dict|None)->bool: # whether that is new
     "Keep the rules by which the shop presents its products; None: there are none."
@@ -244,8 +244,8 @@ def _denied_by(self, names:Sequence[str])->list[str]: # keys of items
 
 def _wish_of(self, names:Sequence[str])->datetime|None: # None: there is none
     "When the person with these keys asked to be forgotten."
-    [[at]] = self._read("wish_of", select(func.max(FORGOTTEN.c.at)).where(FORGOTTEN.c.user_id.in_(names)))
-    return None if at is None else from_micros(at)
+    [[moment]] = self._read("wish_of", select(func.max(FORGOTTEN.c.at)).where(FORGOTTEN.c.user_id.in_(names)))
+    return None if moment is None else from_micros(moment)
 
 # %% ../../nbs/feedback/store.ipynb #6e1f694f
 _BATCH_SECONDS, _TRIES = 0.05, 10

@@ -58,7 +58,8 @@ def of_metrics(
     "The figures of services, added up; those of all requests since each service began."
     sums = {"requests": 0.0, "failed": 0.0, "lists": 0.0, "short": 0.0}
     buckets = {}
-    for sample in (one for text in texts for family in text_string_to_metric_families(text) for one in family.samples):
+    for sample in (sample for text in texts for family in text_string_to_metric_families(text)
+                   for sample in family.samples):
         name, labels = sample.name.removeprefix("product_recs_"), sample.labels
         if name == "http_requests_total":
             sums["requests"] += sample.value
@@ -111,17 +112,17 @@ def read_request_log(
         WHERE ms IS NOT NULL AND TRY_CAST(time AS TIMESTAMP) >= TIMESTAMP '{begin}'
           AND TRY_CAST(time AS TIMESTAMP) < TIMESTAMP '{end}'"""
     try:
-        with duckdb.connect(config={"memory_limit": "512MB"}) as database: found = database.execute(query).fetchone()
+        with duckdb.connect(config={"memory_limit": "512MB"}) as database: row = database.execute(query).fetchone()
     except duckdb.Error as error: raise AnsweredError(f"{paths[0]}: {str(error).splitlines()[0]}") from None
-    median, p99 = (math.nan if value is None else float(value) for value in found[3:])
-    return Answered(f"the log in {counted(len(paths), 'file')}", *found[:3], median, p99)
+    median, p99 = (math.nan if value is None else float(value) for value in row[3:])
+    return Answered(f"the log in {counted(len(paths), 'file')}", *row[:3], median, p99)
 
 def _files_of(pattern:str)->list[Path]:
     path = resolve_path(pattern)
-    found = sorted(path.parent.glob(path.name)) if any(sign in path.name for sign in "*?[") else [path]
-    found = [one for one in found if one.is_file()]
-    if not found: raise AnsweredError(f"{pattern}: there is no such log")
-    return found
+    files = sorted(path.parent.glob(path.name)) if any(sign in path.name for sign in "*?[") else [path]
+    files = [file for file in files if file.is_file()]
+    if not files: raise AnsweredError(f"{pattern}: there is no such log")
+    return files
 
 # %% ../../nbs/jobs/answered.ipynb #81681abb
 def share_interval(
@@ -138,39 +139,40 @@ def share_interval(
 _FEW = 100 # requests, or lists
 
 def answered_checks(
-    found:Answered|None,       # None: nobody gave an address or a log
+    figures:Answered|None,     # None: nobody gave an address or a log
     slow_ms:float=200.0,       # that 99 of 100 lists should not take
     most_short:float=0.1,      # share of lists that may come up short
 )->list[Check]: # of the group serving
     "Failures, times and shortfalls of the requests."
-    if found is None:
+    if figures is None:
         says = "Latency and errors were not looked at: no address of /metrics and no log of requests was given."
         return [Check("requests", FINE, says, group="serving")]
-    low, high = share_interval(found.failed, found.requests)
+    low, high = share_interval(figures.failed, figures.requests)
     level = STOP if low > 0.05 else LOOK if low > 0.005 else FINE
-    if found.requests < _FEW: level = LOOK if low > 0.2 else FINE
-    share = f"{found.failed/found.requests:.2%}" if found.requests else "none"
-    says = f"Errors: {share} of {counted(found.requests, 'request')} failed ({found.source})."
+    if figures.requests < _FEW: level = LOOK if low > 0.2 else FINE
+    share = f"{figures.failed/figures.requests:.2%}" if figures.requests else "none"
+    says = f"Errors: {share} of {counted(figures.requests, 'request')} failed ({figures.source})."
     remedy = "read the lines with a status of 500 or more in the log of the service" if level != FINE else ""
-    checks = [Check("errors", level, says, remedy, "serving", found.failed/max(found.requests, 1), 0.0, 0.005)]
-    if found.timed < _FEW: checks.append(Check("latency", FINE, f"Latency: not judged, {counted(found.timed, 'list')} "
-                                               f"only ({found.source}).", group="serving"))
-    else: checks.append(_latency(found, slow_ms))
-    if found.lists >= _FEW: checks.append(_short_lists(found, most_short))
+    checks = [Check("errors", level, says, remedy, "serving", figures.failed/max(figures.requests, 1), 0.0, 0.005)]
+    if figures.timed < _FEW: checks.append(Check("latency", FINE, "Latency: not judged, "
+                                                 f"{counted(figures.timed, 'list')} only ({figures.source}).",
+                                                 group="serving"))
+    else: checks.append(_latency(figures, slow_ms))
+    if figures.lists >= _FEW: checks.append(_short_lists(figures, most_short))
     return checks
 
-def _latency(found:Answered, slow_ms:float)->Check:
-    level = STOP if found.median_ms > 5*slow_ms else LOOK if found.p99_ms > slow_ms else FINE
-    half, most = (f"{ms:,.0f}" if ms >= 100 else f"{ms:.2g}" for ms in (found.median_ms, found.p99_ms))
-    says = (f"Latency: half of {counted(found.timed, 'request')} for lists took {half} ms at most, 99 of 100 took "
-            f"{most} ms at most ({found.source}).")
+def _latency(figures:Answered, slow_ms:float)->Check:
+    level = STOP if figures.median_ms > 5*slow_ms else LOOK if figures.p99_ms > slow_ms else FINE
+    half, most = (f"{ms:,.0f}" if ms >= 100 else f"{ms:.2g}" for ms in (figures.median_ms, figures.p99_ms))
+    says = (f"Latency: half of {counted(figures.timed, 'request')} for lists took {half} ms at most, 99 of 100 took "
+            f"{most} ms at most ({figures.source}).")
     remedy = f"more workers, an index (`index: auto`) or a smaller model; {slow_ms:g} ms are asked for"
-    return Check("latency", level, says, remedy if level != FINE else "", "serving", found.p99_ms, 0.0, slow_ms)
+    return Check("latency", level, says, remedy if level != FINE else "", "serving", figures.p99_ms, 0.0, slow_ms)
 
-def _short_lists(found:Answered, most:float)->Check:
-    low, _ = share_interval(found.short, found.lists)
-    says = f"Short lists: {found.short/found.lists:.1%} of {found.lists:,} had fewer products than asked for."
+def _short_lists(figures:Answered, most:float)->Check:
+    low, _ = share_interval(figures.short, figures.lists)
+    says = f"Short lists: {figures.short/figures.lists:.1%} of {figures.lists:,} had fewer products than asked for."
     remedy = "look for filters or rules that leave too little, and for a catalogue that has shrunk"
     level = LOOK if low > most else FINE
-    return Check("short lists", level, says, remedy if level != FINE else "", "serving", found.short/found.lists, 0.0,
-                 most)
+    return Check("short lists", level, says, remedy if level != FINE else "", "serving",
+                 figures.short/figures.lists, 0.0, most)

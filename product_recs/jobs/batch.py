@@ -97,20 +97,20 @@ def read_filters(
     given:str, # YAML or JSON: exclude_seen, deny, allow, where, max_per; empty: none
 )->Filters:
     "The filters of a parameter; a `BatchError` names what is wrong."
-    found = read_yaml(given, "filters") if given.strip() else {}
+    filters = read_yaml(given, "filters") if given.strip() else {}
     known = [*Filters.__dataclass_fields__]
-    if not isinstance(found, Mapping) or (wrong := [name for name in found if name not in known]):
-        raise BatchError(f"filters: {', '.join(map(repr, wrong)) if isinstance(found, Mapping) else repr(found)} is "
-                         f"none; write for example {{where: {{category: [tea]}}}}. Known are {', '.join(known)}")
-    return Filters(**found)
+    if not isinstance(filters, Mapping) or (wrong := [name for name in filters if name not in known]):
+        raise BatchError(f"filters: {', '.join(map(repr, wrong)) if isinstance(filters, Mapping) else repr(filters)} "
+                         f"is none; write for example {{where: {{category: [tea]}}}}. Known are {', '.join(known)}")
+    return Filters(**filters)
 
 
 # %% ../../nbs/jobs/batch.ipynb #73f51165
 def _id_column(names:Sequence[str], what:str, column:str="user_id")->int:
     "Place of the column with the ids."
     if len(names) == 1: return 0
-    found = [place for place, name in enumerate(names) if str(name).strip().lower() == column]
-    if len(found) == 1: return found[0]
+    places = [place for place, name in enumerate(names) if str(name).strip().lower() == column]
+    if len(places) == 1: return places[0]
     raise BatchError(f"{what}: expected one column, or one that is called {column}; found {', '.join(map(str, names))}")
 
 def _text_lines(path:Path)->Iterator[str]:
@@ -203,8 +203,8 @@ class Roll:
                                     f"file_row_number >= {after} AND file_row_number < {before} "
                                     "ORDER BY file_row_number").fetchall()
         others = [table.shown(key) for key, in keys]
-        found = [-1 if (row := table.row(id)) is None else row for id in others]
-        return ids + others, np.concatenate([rows, np.array(found, np.int64)]).astype(np.int64)
+        other_rows = [-1 if (row := table.row(id)) is None else row for id in others]
+        return ids + others, np.concatenate([rows, np.array(other_rows, np.int64)]).astype(np.int64)
 
 def _write_keys(values:Iterable[tuple[int, object]], table, folder:Path)->tuple[int, list]:
     "Write number and key of each value; returns how many were read, and the first that are no ids."
@@ -279,11 +279,11 @@ def list_table(
     block = ListBlock(recommender, users, question.n, question.task, question.more, rows)
     items, scores = (part.copy() for part in block.best)
     chances, sources = np.zeros(items.shape), np.full(len(users), block.made_by[0], object)
-    there = np.ones(len(users), bool)
+    listed = np.ones(len(users), bool)
     for place in np.flatnonzero(~block.together).tolist():
         state = block.states[place]
-        there[place] = forgotten or not state.forgotten or len(state.events) > 0
-        if not there[place]: continue
+        listed[place] = forgotten or not state.forgotten or len(state.events) > 0
+        if not listed[place]: continue
         answer = recommender.answer(block.request(place))
         sources[place], size = answer.source, len(answer)
         items[place, :size], scores[place, :size] = answer.rows, answer.scores
@@ -294,7 +294,7 @@ def list_table(
              "source": sources[user]}
     if question.explore.share: table["propensity"] = chances[user, rank]
     lengths = (items >= 0).sum(1)
-    return table, _tally(sources[there], lengths[there], question.n), int((~there).sum())
+    return table, _tally(sources[listed], lengths[listed], question.n), int((~listed).sum())
 
 
 # %% ../../nbs/jobs/batch.ipynb #86597002
@@ -315,7 +315,7 @@ class ArmLists:
     @property
     def explores(self)->bool:
         "Does an arm explore?"
-        return any(arm.explore for one in self.book.running(self.moment) for arm in one.arms)
+        return any(arm.explore for experiment in self.book.running(self.moment) for arm in experiment.arms)
 
     def question(self,
         question:Question,
@@ -335,7 +335,7 @@ class ArmLists:
 
     def facts(self, recommender:Recommender)->dict: # label -> share, differs, model_version, why it fell back
         "What the manifest says of the arms."
-        arms = [arm for one in self.book.running(self.moment) for arm in one.arms]
+        arms = [arm for experiment in self.book.running(self.moment) for arm in experiment.arms]
         version = lambda arm: self.recommenders.get(arm, recommender).model.bundle.version
         return {arm.label: {"share": arm.share, "differs": arm.says, "model_version": version(arm),
                             "answers_from_live_because": self.fallen.get(arm)} for arm in arms}
@@ -349,10 +349,10 @@ def armed_table(
     forgotten:bool=True, # as of `list_table`
 )->tuple[dict, dict, int]: # as of `list_table`, with `experiment` and `arm`
     "The lists of some users, each by their arm, in their order."
-    arms, found, tally, gone = question.arms, [question.arms.arm_of(user) for user in users], {}, 0
+    arms, user_arms, tally, gone = question.arms, [question.arms.arm_of(user) for user in users], {}, 0
     tables = []
-    for arm in dict.fromkeys(found):
-        places = np.array([place for place, one in enumerate(found) if one is arm])
+    for arm in dict.fromkeys(user_arms):
+        places = np.array([place for place, user_arm in enumerate(user_arms) if user_arm is arm])
         own = arms.recommenders.get(arm, recommender)
         known = rows[places] if rows is not None and own is recommender else None
         table, rungs, left = list_table(own, [users[place] for place in places.tolist()],
@@ -366,7 +366,7 @@ def armed_table(
     place_of = {user: place for place, user in enumerate(users)}
     merged = {name: [value for table in tables for value in table[name]] for name in tables[0]}
     order = np.argsort([place_of[user] for user in merged["user_id"]], kind="stable").tolist()
-    return {name: [values[at] for at in order] for name, values in merged.items()}, tally, gone
+    return {name: [values[place] for place in order] for name, values in merged.items()}, tally, gone
 
 # %% ../../nbs/jobs/batch.ipynb #663af7c5
 def similar_table(
@@ -410,17 +410,17 @@ def _standing_together(block:ListBlock, items:Sequence[int], owners:bool)->Itera
     step = max(1, 8_000_000//max(1, len(asked.candidates)))
     for start in range(0, len(places), step):
         part = places[start:start + step]
-        scores, had = known_scores(asked, asked.users(block.rows[part])), model.snapshot.confidence[block.rows[part]]
+        scores, owned = known_scores(asked, asked.users(block.rows[part])), model.snapshot.confidence[block.rows[part]]
         scores[:, block.closed] = -np.inf
         raw = scores[:, list(items)].copy()
-        if block.exclude_seen: scores[np.repeat(np.arange(len(part)), np.diff(had.indptr)), had.indices] = -np.inf
+        if block.exclude_seen: scores[np.repeat(np.arange(len(part)), np.diff(owned.indptr)), owned.indices] = -np.inf
         for number, item in enumerate(items):
-            has = np.asarray(had[:, [item]].todense())[:, 0] > 0
+            has = np.asarray(owned[:, [item]].todense())[:, 0] > 0
             fits = np.isfinite(raw[:, number]) & (owners | ~has)
-            kept = scores[:, item].copy()
+            backup = scores[:, item].copy()
             scores[:, item] = raw[:, number] # its own place is asked for, also of who has it
             rank, lead = _rank_rows(scores, item)
-            scores[:, item] = kept
+            scores[:, item] = backup
             yield from zip(part[fits], [number]*fits.sum(), rank[fits], raw[fits, number], lead[fits])
 
 
@@ -428,19 +428,19 @@ def _standing_together(block:ListBlock, items:Sequence[int], owners:bool)->Itera
 def _standing_alone(block:ListBlock, place:int, items:Sequence[int], owners:bool)->Iterator[tuple]:
     "The same for one user of whom something is new; nothing where the model knows nothing of them."
     model, request = block.recommender.model, block.request(place)
-    found = score_request(model, request)
-    if found.person.representation is None: return
-    scores, has = found.scores[None].astype(np.float32), {*found.person.seen.tolist()}
-    for reason, rows in found.ruled_out:
+    scored = score_request(model, request)
+    if scored.person.representation is None: return
+    scores, has = scored.scores[None].astype(np.float32), {*scored.person.seen.tolist()}
+    for reason, rows in scored.ruled_out:
         if reason != SEEN: scores[0, rows] = -np.inf
     raw = scores[0, list(items)].copy()
     if block.exclude_seen: scores[0, [*has]] = -np.inf
     for number, item in enumerate(items):
         if not np.isfinite(raw[number]) or (item in has and not owners): continue
-        kept, scores[0, item] = scores[0, item], raw[number]
+        backup, scores[0, item] = scores[0, item], raw[number]
         rank, lead = _rank_rows(scores, item)
-        scores[0, item] = kept
-        yield place, number, rank[0], raw[number], lead[0], found.source
+        scores[0, item] = backup
+        yield place, number, rank[0], raw[number], lead[0], scored.source
 
 def audience_table(
     recommender:Recommender,
@@ -451,21 +451,21 @@ def audience_table(
     "The best `n` of some users for each item, best first."
     block = ListBlock(recommender, users, question.n, question.task, question.more, rows)
     items, source = [item_row(recommender, item) for item in question.items], block.made_by[0]
-    found = [(*one, source) for one in _standing_together(block, items, question.owners)]
+    standings = [(*standing, source) for standing in _standing_together(block, items, question.owners)]
     sources = np.where(block.together, source, "nothing is known").astype(object)
     for place in np.flatnonzero(~block.together).tolist():
         state, alone = block.states[place], ()
         if not state.forgotten or state.events: alone = [*_standing_alone(block, place, items, question.owners)]
         if alone: sources[place] = alone[0][-1]
-        found += alone
-    place, number, rank, score, lead, rung = map(np.array, zip(*found)) if found else [np.zeros(0, int)]*6
+        standings += alone
+    place, number, rank, score, lead, rung = map(np.array, zip(*standings)) if standings else [np.zeros(0, int)]*6
     best = []
     for each in range(len(items)):
         mine = np.flatnonzero(number == each)
         best.append(mine[np.lexsort((place[mine], -lead[mine], rank[mine]))][:question.n])
     best = np.concatenate(best).astype(np.int64)
     table = {"item_id": recommender.model.bundle.items.take(np.array(items)[number[best]]) if len(best) else [],
-             "user_id": [users[at] for at in place[best].tolist()], "rank": rank[best], "score": score[best],
+             "user_id": [users[index] for index in place[best].tolist()], "rank": rank[best], "score": score[best],
              "lead": lead[best], "source": rung[best]}
     return table, _tally(sources, np.full(len(users), question.n), question.n)
 
@@ -580,9 +580,9 @@ class _Table:
         engine = _engine(self.url)
         try:
             with _said(self.url):
-                there = inspect(engine)
-                if not there.has_table(self.name, schema=self.schema): return
-                columns = {column["name"] for column in there.get_columns(self.name, schema=self.schema)}
+                inspector = inspect(engine)
+                if not inspector.has_table(self.name, schema=self.schema): return
+                columns = {column["name"] for column in inspector.get_columns(self.name, schema=self.schema)}
             if not {"rank", "source"} <= columns <= _COLUMNS:
                 raise BatchError(f"{self.shown} is there, and no batch made it; name another table")
         finally: engine.dispose()
@@ -625,10 +625,10 @@ def _goal(out:str, table:str)->_Folder|_CsvFile|_Table:
 # %% ../../nbs/jobs/batch.ipynb #a133c89a
 def _digest(path:Path)->str:
     "The sha256 of a file."
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20): found.update(chunk)
-    return found.hexdigest()
+        while chunk := file.read(1 << 20): digest.update(chunk)
+    return digest.hexdigest()
 
 def _asked(recommender:Recommender, question:Question, users, query:str, part:int, shown:str)->dict:
     "All that makes one question another, in what JSON can hold."
@@ -648,7 +648,8 @@ def _asked(recommender:Recommender, question:Question, users, query:str, part:in
              "out": shown}
     if (arms := question.arms) is not None: # also their models, and on which day the lists explore
         running = arms.book.running(arms.moment)
-        written = repr([(vars(one) | {"arms": [vars(arm) for arm in one.arms]}) for one in running])
+        written = repr([(vars(experiment) | {"arms": [vars(arm) for arm in experiment.arms]})
+                        for experiment in running])
         asked["experiments"] = {"arms": arms.facts(recommender), "named": sorted(arms.named), "salt": arms.book.salt,
                                 "written": hashlib.sha256(written.encode()).hexdigest(),
                                 "day": this_day() if arms.explores else ""}
@@ -726,16 +727,16 @@ def _make_part(recommender:Recommender, question:Question, roll:Roll, span:range
         stop = min(start + span.step, span.stop)
         if question.kind == "similar":
             ids, _ = roll.block(bundle.items, start, stop)
-            table, found = similar_table(recommender, ids, question)
+            table, rungs = similar_table(recommender, ids, question)
         else:
             ids, rows = roll.block(bundle.users, start, stop)
-            if question.kind == "audience": table, found = audience_table(recommender, ids, question, rows)
+            if question.kind == "audience": table, rungs = audience_table(recommender, ids, question, rows)
             else:
                 listed = list_table if question.arms is None else armed_table
-                table, found, left = listed(recommender, ids, question, rows, forgotten=not roll.first)
+                table, rungs, left = listed(recommender, ids, question, rows, forgotten=not roll.first)
                 gone += left
         tables.append(table)
-        for rung, counts in found.items():
+        for rung, counts in rungs.items():
             tally[rung] = [sum(pair) for pair in zip(tally.get(rung, (0, 0, 0)), counts)]
         advance(stop - start)
     return tables, tally, gone
@@ -758,7 +759,8 @@ def _make_parts(recommender:Recommender, question:Question, roll:Roll, work:_Wor
               disable=not progress, file=sys.stdout) as bar:
         for number in range(len(state["parts"]), -(-total//part)):
             began, span = time.perf_counter(), range(number*part, min((number + 1)*part, total), min(BLOCK, part))
-            for one in _answering(recommender, question): one.changes.availability() # waits for what was said before
+            for answerer in _answering(recommender, question):
+                answerer.changes.availability() # waits for what was said before
             _check_feedback(recommender, question)
             path = work.folder/f"part-{number:05}.parquet"
             tables, tally, gone = _make_part(recommender, question, roll, span, bar.update)
@@ -775,7 +777,7 @@ def _answering(recommender:Recommender, question:Question)->list[Recommender]:
 
 def _whole_items(recommender:Recommender, question:Question)->bool:
     "Are the items of all models whole numbers?"
-    return all(one.model.bundle.items.is_int for one in _answering(recommender, question))
+    return all(answerer.model.bundle.items.is_int for answerer in _answering(recommender, question))
 
 def _now()->str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -796,8 +798,8 @@ def _best_of_all(work:_Work, question:Question, types:dict)->tuple[Path, dict]: 
                          f"ORDER BY item_id, place) TO {file_name(temporary)} (FORMAT parquet, COMPRESSION zstd)")
         _fsync(temporary)
         os.replace(temporary, whole)
-        found = database.execute(f"SELECT item_id, count(*), max(rank) FROM {parquet(whole)} GROUP BY 1").fetchall()
-    return whole, {str(item): {"users": users, "last_rank": rank} for item, users, rank in found}
+        sizes = database.execute(f"SELECT item_id, count(*), max(rank) FROM {parquet(whole)} GROUP BY 1").fetchall()
+    return whole, {str(item): {"users": users, "last_rank": rank} for item, users, rank in sizes}
 
 def _manifest(recommender:Recommender, question:Question, roll:Roll, work:_Work, files:Sequence[Path], types:dict,
               audiences:dict)->dict:
@@ -806,8 +808,8 @@ def _manifest(recommender:Recommender, question:Question, roll:Roll, work:_Work,
     for part in parts:
         for rung, counts in part["rungs"].items():
             rungs[rung] = [sum(pair) for pair in zip(rungs.get(rung, (0, 0, 0)), counts)]
-    told = {part["file"]: {name: part[name] for name in ("asked", "at", "seconds")} for part in parts}
-    described = [{"file": path.name, **_facts(path), **told.get(path.name, {})} for path in files]
+    notes = {part["file"]: {name: part[name] for name in ("asked", "at", "seconds")} for part in parts}
+    described = [{"file": path.name, **_facts(path), **notes.get(path.name, {})} for path in files]
     columns = dict(types)
     if question.kind == "audience": columns = {"item_id": columns.pop("item_id"), "place": "INTEGER"} | columns
     short = {"short": sum(counts[1] for counts in rungs.values()), "empty": sum(counts[2] for counts in rungs.values())}
@@ -941,7 +943,7 @@ def open_arms(
     book, moment, live = experiments_of(experiments), moment or datetime.now(timezone.utc), recommender.model.bundle
     opened, recommenders, fallen = {}, {}, {}
     with ExitStack() as closing:
-        for arm in (arm for one in book.running(moment) for arm in one.arms):
+        for arm in (arm for experiment in book.running(moment) for arm in experiment.arms):
             try:
                 key = resolve_version(arm.model, models_dir, live.version), arm.blend
                 own = key != (live.version, ())
@@ -966,12 +968,12 @@ def batch_sentences(
     speed = f"{counted(facts['asked'], what)} in {seconds:,.1f} seconds, {facts['asked']/seconds:,.0f} a second"
     end = f"by model {facts['model_version']}, as of {facts['moment'][:16].replace('T', ' ')} UTC, in {batch.out}."
     if asked["kind"] == "audience":
-        sizes = [f"{one['users']:,} for item {item} (the last has it in place {one['last_rank']:,})"
-                 for item, one in facts["audiences"].items()]
+        sizes = [f"{audience['users']:,} for item {item} (the last has it in place {audience['last_rank']:,})"
+                 for item, audience in facts["audiences"].items()]
         said = [f"Audiences of {counted(len(asked['items']), 'item')} among {speed}, {end}", "; ".join(sizes) + "."]
     else: said = [f"{facts['rows']:,} rows for {speed}, {end}"]
     if asked["kind"] == "lists":
-        rungs = ", ".join(f"{one['lists']:,} {rung.replace('_', ' ')}" for rung, one in facts["rungs"].items())
+        rungs = ", ".join(f"{counts['lists']:,} {rung.replace('_', ' ')}" for rung, counts in facts["rungs"].items())
         said.append(f"Lists by rung: {rungs}.")
     if asked["kind"] != "audience":
         said.append(f"{facts['short']:,} have fewer than {asked['n']} items, {facts['empty']:,} of them none."
@@ -979,9 +981,9 @@ def batch_sentences(
     left = {"asked to be forgotten and got none": facts["forgotten"], "stood there twice": facts["users"]["duplicates"],
             "were no ids": facts["users"]["rejected"]}
     if any(left.values()): said.append("; ".join(f"{count:,} {why}" for why, count in left.items() if count) + ".")
-    for label, one in facts.get("experiments", {}).items():
-        why = one["answers_from_live_because"]
-        said.append(f"Experiment {label}: model {one['model_version']}"
+    for label, arm in facts.get("experiments", {}).items():
+        why = arm["answers_from_live_because"]
+        said.append(f"Experiment {label}: model {arm['model_version']}"
                     + (f", since the arm's own cannot be used: {why}." if why else "."))
     if facts["parts_taken_up"]:
         said.append(f"{counted(facts['parts_taken_up'], 'part')} of {len(facts['parts']):,} were there already, from a "

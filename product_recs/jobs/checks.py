@@ -92,21 +92,23 @@ def check_table(
 )->ShownTable: # HTML in a report, text in a terminal
     "The checks by group, what needs somebody first; what is fine is folded."
     import pandas as pd # late: the doctor runs where there is no pandas, too
-    def entry(one):
-        remedy = f"<br><em>{escape(visible(one.remedy))}</em>" if one.remedy else ""
-        return f"<li>{_MARKS[one.level]} <b>{escape(visible(one.name))}</b>: {escape(visible(one.says))}{remedy}</li>"
+    def entry(check):
+        remedy = f"<br><em>{escape(visible(check.remedy))}</em>" if check.remedy else ""
+        return (f"<li>{_MARKS[check.level]} <b>{escape(visible(check.name))}</b>: {escape(visible(check.says))}"
+                f"{remedy}</li>")
 
     blocks, groups = [], dict.fromkeys(check.group for check in by_urgency(checks))
     for group in groups:
         lines = [check for check in by_urgency(checks) if check.group == group]
-        needy, fine = ("".join(entry(one) for one in lines if (one.level == FINE) == fine) for fine in (False, True))
-        n_fine = sum(one.level == FINE for one in lines)
+        needy, fine = ("".join(entry(check) for check in lines if (check.level == FINE) == fine)
+                       for fine in (False, True))
+        n_fine = sum(check.level == FINE for check in lines)
         if needy and n_fine > 3: fine = f"<li><details><summary>{_MARKS[FINE]} {n_fine:,} more are fine</summary>" \
             f'<ul style="list-style: none; padding-left: 1rem">{fine}</ul></details></li>'
         state, open_ = worst(lines), " open"*(worst(lines) != FINE or len(groups) == 1)
         blocks.append(f"<details{open_}><summary>{_MARKS[state]} {escape(group or 'checks').capitalize()} "
                       f"<small>{counted(len(lines), 'check')}</small></summary>"
                       f'<ul style="list-style: none; padding-left: 1rem">{needy}{fine}</ul></details>')
-    rows = [{"level": one.level, "check": one.name, "found": one.says, "what to do": one.remedy}
-            for one in by_urgency(checks)]
+    rows = [{"level": check.level, "check": check.name, "found": check.says, "what to do": check.remedy}
+            for check in by_urgency(checks)]
     return ShownTable(pd.DataFrame(rows, columns=["level", "check", "found", "what to do"]), "", "".join(blocks))

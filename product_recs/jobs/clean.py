@@ -45,10 +45,10 @@ def _inside(path:Path)->Iterator[Path]:
 
 def _leftover(kind:str, path:Path)->Leftover:
     sizes, newest = 0, 0.0
-    for one in _inside(path):
-        try: facts = one.lstat()
+    for entry in _inside(path):
+        try: facts = entry.lstat()
         except OSError: continue # it went meanwhile
-        sizes, newest = sizes + facts.st_size*(not one.is_dir()), max(newest, facts.st_mtime)
+        sizes, newest = sizes + facts.st_size*(not entry.is_dir()), max(newest, facts.st_mtime)
     return Leftover(kind, path, sizes, timedelta(seconds=time.time() - newest))
 
 # %% ../../nbs/jobs/clean.ipynb #cef62095
@@ -102,7 +102,7 @@ def aliased_versions()->dict[str, str]: # alias -> version of a bundle; empty wh
     if (tracking := tracking_of()) is None: return {}
     with connected(tracking) as client:
         known = Registry(client, tracking).versions()
-        return {alias: one.version for one in known for alias in one.aliases if one.version}
+        return {alias: entry.version for entry in known for alias in entry.aliases if entry.version}
 
 # %% ../../nbs/jobs/clean.ipynb #942a1a3a
 _HALF = re.compile(r"\.(?P<name>.+?)(\.work)?\.(?!\d{8})[a-z0-9_]{8}(?P<old>\.old)?")
@@ -114,16 +114,17 @@ def unfinished(
     runs:Sequence[str|Path]=(), # folders of runs, in which a job also works in folders named `tmpxxxxxxxx`
 )->list[Leftover]:
     "What killed processes left in these folders."
-    found, runs = [], [*map(resolve_path, runs)]
+    leftovers, runs = [], [*map(resolve_path, runs)]
     for folder in (*map(resolve_path, folders), *runs):
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             half = _HALF.fullmatch(path.name)
             if not half and not (folder in runs and _SPILL.fullmatch(path.name) and path.is_dir()): continue
             if half and half["old"] and not (folder/half["name"]).exists(): continue
-            one = _leftover("unfinished", path)
-            if one.age > timedelta(hours=hours): found.append(one)
+            leftover = _leftover("unfinished", path)
+            if leftover.age > timedelta(hours=hours): leftovers.append(leftover)
     pulled = [path for folder in map(resolve_path, folders) if (path := folder/".pull").is_dir()]
-    return found + [one for path in pulled if (one := _leftover("unfinished", path)).age > timedelta(hours=hours)]
+    return leftovers + [leftover for path in pulled
+                        if (leftover := _leftover("unfinished", path)).age > timedelta(hours=hours)]
 
 # %% ../../nbs/jobs/clean.ipynb #3835ca9b
 @contextmanager
@@ -142,9 +143,9 @@ def _alone(path:Path)->Iterator[bool]: # False: somebody works there
         else: free = True
         yield free
 
-def _lock_of(one:Leftover)->Path:
+def _lock_of(leftover:Leftover)->Path:
     "The lock under which a folder is written."
-    return one.path.with_suffix(".lock") if one.kind == "batch" else one.path/".lock"
+    return leftover.path.with_suffix(".lock") if leftover.kind == "batch" else leftover.path/".lock"
 
 def old_reports(
     folder:str|Path="reports",
@@ -152,38 +153,38 @@ def old_reports(
     keep:Sequence[str]=(), # names of runs
 )->list[Leftover]:
     "Folders of reports that nobody has written to."
-    folder, found = resolve_path(folder), []
+    folder, leftovers = resolve_path(folder), []
     for path in sorted(folder.iterdir()) if folder.is_dir() and days else ():
         if path.name in keep or path.is_symlink() or not (path/"metrics.json").is_file(): continue
-        one = _leftover("report", path)
-        with _alone(_lock_of(one)) as free:
-            if free and one.age > timedelta(days=days): found.append(one)
-    return found
+        leftover = _leftover("report", path)
+        with _alone(_lock_of(leftover)) as free:
+            if free and leftover.age > timedelta(days=days): leftovers.append(leftover)
+    return leftovers
 
 def old_batches(
     folders:Sequence[str|Path]=("data/batch",),
     hours:float=48.0,
 )->list[Leftover]:
     "Unfinished work of batches that no batch will go on with."
-    found = []
+    leftovers = []
     for folder in map(resolve_path, folders):
         for path in sorted(folder.glob(".*.work")):
             if not (path/"state.json").is_file() and any(path.iterdir()): continue # somebody else's
-            one = _leftover("batch", path)
-            with _alone(_lock_of(one)) as free:
-                if free and one.age > timedelta(hours=hours): found.append(one)
-    return found
+            leftover = _leftover("batch", path)
+            with _alone(_lock_of(leftover)) as free:
+                if free and leftover.age > timedelta(hours=hours): leftovers.append(leftover)
+    return leftovers
 
 # %% ../../nbs/jobs/clean.ipynb #72cc6011
 def delete(
-    one:Leftover,
+    leftover:Leftover,
 )->str: # "": it is gone; otherwise why it is not
     "Delete what nobody needs."
     try:
-        if one.kind == "model":
-            return "" if remove_unused(one.path.parent, one.path.name) else "it came into use"
-        if one.kind == "unfinished": return _removed(one.path)
-        with _alone(_lock_of(one)) as free: return _removed(one.path) if free else "a job works there"
+        if leftover.kind == "model":
+            return "" if remove_unused(leftover.path.parent, leftover.path.name) else "it came into use"
+        if leftover.kind == "unfinished": return _removed(leftover.path)
+        with _alone(_lock_of(leftover)) as free: return _removed(leftover.path) if free else "a job works there"
     except (OSError, BundleError) as error: return getattr(error, "strerror", None) or str(error)
 
 def _removed(path:Path)->str:
@@ -206,12 +207,12 @@ class Cleaned:
     @property
     def bytes(self)->int:
         "What the disk has back, about: the room of impressions is used again by new ones."
-        return sum(one.bytes for one in self.gone) + self.impression_bytes
+        return sum(leftover.bytes for leftover in self.gone) + self.impression_bytes
 
     @property
     def headline(self)->str:
         "In a sentence."
-        kinds = {kind: sum(one.kind == kind for one in self.gone) for kind in _KINDS}
+        kinds = {kind: sum(leftover.kind == kind for leftover in self.gone) for kind in _KINDS}
         parts = [counted(self.impressions, "impression")]*bool(self.impressions)
         parts += [counted(count, _KINDS[kind]) for kind, count in kinds.items() if count]
         if not parts: return "There is nothing to clean."
@@ -266,15 +267,15 @@ def clean(
     except ProductRecsError as error:
         result.trouble.append(f"No model is deleted, since nobody can say which are named: {error}")
         keep_models, named = 0, {}
-    found, result.stays = old_models(models, keep_models, named)
+    leftovers, result.stays = old_models(models, keep_models, named)
     runs = [_run_of(models/version) for version in result.stays]
-    found += old_reports(reports, report_days, [*filter(None, runs), "clean"])
+    leftovers += old_reports(reports, report_days, [*filter(None, runs), "clean"])
     runs_of_data = [path for path in (data/"processed").glob("*") if path.is_dir()]
-    found += unfinished([models, data, data/"processed", data/"batch", reports], leftover_hours, runs_of_data)
-    found += old_batches([data/"batch"], max(leftover_hours, 48.0))
-    for one in found:
-        if why := "" if dry_run else delete(one): result.trouble.append(f"{one.path} stays: {why}")
-        else: result.gone.append(one)
+    leftovers += unfinished([models, data, data/"processed", data/"batch", reports], leftover_hours, runs_of_data)
+    leftovers += old_batches([data/"batch"], max(leftover_hours, 48.0))
+    for leftover in leftovers:
+        if why := "" if dry_run else delete(leftover): result.trouble.append(f"{leftover.path} stays: {why}")
+        else: result.gone.append(leftover)
     try: clean_impressions(store, impression_days, result, progress)
     except ProductRecsError as error: result.trouble.append(f"Impressions: {error}")
     return result
@@ -290,9 +291,9 @@ def clean_table(
 )->ShownTable:
     "What went, or would go, the largest first."
     import pandas as pd # late: a service that follows the registry cleans without it
-    rows = [{"what": _KINDS[one.kind], "path": str(one.path), "size": megabytes(one.bytes),
-             "days old": round(one.age/timedelta(days=1), 1)}
-            for one in sorted(result.gone, key=lambda one: -one.bytes)]
+    rows = [{"what": _KINDS[leftover.kind], "path": str(leftover.path), "size": megabytes(leftover.bytes),
+             "days old": round(leftover.age/timedelta(days=1), 1)}
+            for leftover in sorted(result.gone, key=lambda leftover: -leftover.bytes)]
     if result.impressions:
         shown = {"what": "impressions", "path": f"{result.impressions:,} from before {result.before:%Y-%m-%d}",
                  "size": megabytes(result.impression_bytes), "days old": ""}

@@ -337,9 +337,9 @@ def _plan(
     measured, variance, head = Metric.of(metric), None, []
     if baseline is None:
         from product_recs.feedback.store import Store
-        with Store(_settings().database_url) as store: found = baseline_of(store, measured, window)
-        baseline, users, variance = found.mean, users or found.daily, found.variance if measured.each else None
-        head = [f"From the feedback store: {found.users:,} users in four weeks, {found.daily:,.0f} new ones a day."]
+        with Store(_settings().database_url) as store: history = baseline_of(store, measured, window)
+        baseline, users, variance = history.mean, users or history.daily, history.variance if measured.each else None
+        head = [f"From the feedback store: {history.users:,} users in four weeks, {history.daily:,.0f} new ones a day."]
     elif measured.each: variance = baseline # as of a Poisson number, the least that it can be
     return "\n".join([*head, *plan_sentences(measured, baseline, users, list(lift), arms, metrics, share, window, power,
                                              variance=variance)])
@@ -372,7 +372,8 @@ def _report(
 def _assign(
     users:Annotated[list[str], typer.Argument(help="ids, as in your data; none: list the experiments")]=None,
     file:ExperimentsFile=None,
-    at:Annotated[str|None, typer.Option(metavar="MOMENT", help="such as 2026-03-01 (default: now)")]=None,
+    moment_text:Annotated[str|None, typer.Option(
+        "--at", metavar="MOMENT", help="such as 2026-03-01 (default: now)")]=None,
     as_json:AsJson=False,
 )->str:
     "Say who is in which arm, as the service does."
@@ -385,17 +386,17 @@ def _assign(
     if not (file := file or settings.experiments_file):
         raise ProductRecsError("there are no experiments: name their file with --file, or set "
                                "PRODUCT_RECS_EXPERIMENTS_FILE")
-    book, moment = experiments_of(file), read_moment("assign", "--at", at, False) or datetime.now(timezone.utc)
-    if not users: return "\n".join(line for one in book.experiments for line in experiment_lines(one, moment))
+    book, moment = experiments_of(file), read_moment("assign", "--at", moment_text, False) or datetime.now(timezone.utc)
+    if not users: return "\n".join(line for entry in book.experiments for line in experiment_lines(entry, moment))
     folder = resolve_path(settings.models_dir)
     live = live_version(folder) # by its rules several spellings may be one user
     rules = read_manifest(folder/live)["parameters"].get("ingest", {}) if live else {}
-    found = {user: book.arm_of(user, moment, tuple(rules.get("normalise_ids") or ())) for user in users}
+    arms = {user: book.arm_of(user, moment, tuple(rules.get("normalise_ids") or ())) for user in users}
     if as_json:
         return json.dumps([{"user_id": user, "experiment": arm and arm.experiment, "arm": arm and arm.name}
-                           for user, arm in found.items()])
+                           for user, arm in arms.items()])
     return "\n".join(f"{visible(user)}: {f'{arm.label} ({arm.says})' if arm else 'in no experiment'}"
-                     for user, arm in found.items())
+                     for user, arm in arms.items())
 
 # %% ../../nbs/jobs/cli.ipynb #9af134dd
 def _files_of_release(folder:str|None, update:bool)->tuple:
@@ -532,11 +533,12 @@ def _run(
 def _decided(name:str, accept:Sequence[str], leave_out:Sequence[str], by:str, reason:str)->str:
     "Record what a person decided of some days."
     from product_recs.jobs.nights import ACCEPT, LEAVE_OUT, decide
-    made = [one for days, what in ((accept, ACCEPT), (leave_out, LEAVE_OUT)) if days
-            for one in decide(name, days, what, by, reason)]
+    made = [decision for days, what in ((accept, ACCEPT), (leave_out, LEAVE_OUT)) if days
+            for decision in decide(name, days, what, by, reason)]
     words = {ACCEPT: "is accepted", LEAVE_OUT: "is left out of training and judging"}
-    return "\n".join([*(f"{one.day} {words[one.what]}, by {one.by}: {one.reason}" for one in made),
-                      "The next night goes on; or begin it now, with `product-recs daily` and its parameters"])
+    return "\n".join([
+        *(f"{decision.day} {words[decision.what]}, by {decision.by}: {decision.reason}" for decision in made),
+        "The next night goes on; or begin it now, with `product-recs daily` and its parameters"])
 
 @_verb("daily", "daily -f shop.yaml --name shop --batch batch.yaml")
 def _daily(
@@ -667,23 +669,23 @@ def _diff(
 def _publishing(version:str, models_dir)->str:
     "The command that publishes a version which something speaks against."
     from product_recs.bundle.versions import SAY_WHO # numpy and scipy
-    at = [] if resolve_path(models_dir) == resolve_path("models") else ["--models-dir", str(models_dir)]
-    return shlex.join(["product-recs", "publish", version, *SAY_WHO, *at])
+    folder_option = [] if resolve_path(models_dir) == resolve_path("models") else ["--models-dir", str(models_dir)]
+    return shlex.join(["product-recs", "publish", version, *SAY_WHO, *folder_option])
 
 def _remedies(facts:Sequence[dict], models_dir)->dict[str, list]:
     "Version -> what somebody can do about a model that waits, as its run printed it."
-    found = {}
-    for one in facts:
-        if not one.get("needs_a_person"): continue
+    remedies = {}
+    for model in facts:
+        if not model.get("needs_a_person"): continue
         said = {}
         with contextlib.suppress(OSError, ValueError): # its reports may have been deleted
-            metrics = json.loads((resolve_path("reports")/one["run"]/"metrics.json").read_text(encoding="utf-8"))
+            metrics = json.loads((resolve_path("reports")/model["run"]/"metrics.json").read_text(encoding="utf-8"))
             said = metrics.get("run", {})
-        if said.get("version") != one["version"]: said = {} # a later run of that name
-        if one["gate"]: said = {} # the gate's word counts, and the run was before it
-        publishing = "publish it all the same", _publishing(one["version"], models_dir)
-        found[one["version"]] = said.get("remedies") or [publishing]
-    return found
+        if said.get("version") != model["version"]: said = {} # a later run of that name
+        if model["gate"]: said = {} # the gate's word counts, and the run was before it
+        publishing = "publish it all the same", _publishing(model["version"], models_dir)
+        remedies[model["version"]] = said.get("remedies") or [publishing]
+    return remedies
 
 @_verb("models", "models --json")
 def _models(models_dir:ModelsDir=None, as_json:AsJson=False)->str:
@@ -831,7 +833,7 @@ def _monitor(
         live = live_version(resolve_path(models_dir))
         asked["run"] = (live and read_manifest(resolve_path(models_dir)/live)["data"].get("run")) or "sample"
     said, page = run_job("monitor", asked, resolve_path("reports")/"monitor", progress=not quiet)
-    checks, width = [Check(**one) for one in said["checks"]], shutil.get_terminal_size().columns
+    checks, width = [Check(**record) for record in said["checks"]], shutil.get_terminal_size().columns
     text = json.dumps(said, indent=1) if as_json else "\n".join([*check_lines(checks, width), "", f"The page: {page}"])
     if not EXIT_CODES[said["verdict"]]: return text
     print(text, flush=True)
@@ -935,10 +937,12 @@ def _list_registered(as_json:AsJson=False)->str:
     from product_recs.jobs.tracking import NoStore
     versions, none = [], ""
     try:
-        with _registry() as found:
-            versions, none = found.versions(), f"No version of {found.name} in MLflow at {found.tracking.shown}"
+        with _registry() as registry:
+            versions = registry.versions()
+            none = f"No version of {registry.name} in MLflow at {registry.tracking.shown}"
     except NoStore as error: none = f"No model is registered. {error}"
-    return json.dumps([vars(one) for one in versions], indent=2) if as_json else registry_table(versions) or none
+    if as_json: return json.dumps([vars(version) for version in versions], indent=2)
+    return registry_table(versions) or none
 
 @_verb("register", "registry register 20260101T120000-0a1b2c3d", registry)
 def _register(
@@ -955,10 +959,10 @@ def _register(
         raise ProductRecsError(f"{folder}: no model is live there; name a version")
     version = live if version == "current" else valid_version(version)
     alias = CHAMPION if version == live else CHALLENGER
-    with _registry(make=True) as found:
-        one = register(found, folder/version)
-        promote(found, one, alias)
-    return f"Model {version} is version {one.number} of {found.name}, @{alias}"
+    with _registry(make=True) as registry:
+        registered = register(registry, folder/version)
+        promote(registry, registered, alias)
+    return f"Model {version} is version {registered.number} of {registry.name}, @{alias}"
 
 
 # %% ../../nbs/jobs/cli.ipynb #e638a4b5
@@ -973,10 +977,11 @@ def _promote(
     from product_recs.jobs.registry import promote, register
     folder = resolve_path(_settings(models_dir=models_dir).models_dir)
     is_here = version in list_versions(folder)
-    with _registry(make=is_here) as found:
-        one = register(found, folder/version) if is_here else found.find(version)
-        promote(found, one, alias)
-    return f"@{alias} of {found.name} is version {one.number} ({one.version}) now; services that follow it take it up"
+    with _registry(make=is_here) as registry:
+        registered = register(registry, folder/version) if is_here else registry.find(version)
+        promote(registry, registered, alias)
+    return (f"@{alias} of {registry.name} is version {registered.number} ({registered.version}) now; services that "
+            "follow it take it up")
 
 @_verb("pull", "registry pull @champion --publish", registry)
 def _pull(
@@ -988,7 +993,7 @@ def _pull(
     from product_recs.bundle.files import publish
     from product_recs.jobs.registry import pull
     folder = resolve_path(_settings(models_dir=models_dir).models_dir)
-    with _registry() as found: fetched = pull(found, found.find(version), folder)
+    with _registry() as registry: fetched = pull(registry, registry.find(version), folder)
     if publish_it: publish(folder, fetched)
     return f"Model {fetched} is in {folder}{' and live' if publish_it else ''}"
 

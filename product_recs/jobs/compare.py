@@ -131,13 +131,13 @@ def recipe_differences(
 # %% ../../nbs/jobs/compare.ipynb #43f873b4
 def _refitted(manifests:Mapping[str, Mapping], features:Features, folder:Path)->dict[str, dict[str, Refitted]]:
     "Label -> task -> what answers it; parts are fitted once."
-    on_the_run, found = Fits(features.train_validation), {}
+    on_the_run, answers = Fits(features.train_validation), {}
     for label, manifest in manifests.items():
         own = bundle_features(manifest, features, folder/label)
         fits = on_the_run if own is features else Fits(own.train_validation)
-        found[label] = {task: Refitted(f"{label} ({model.name})", model, fits, own, features, (task,))
-                        for task, model in served_models(manifest).items()}
-    return found
+        answers[label] = {task: Refitted(f"{label} ({model.name})", model, fits, own, features, (task,))
+                          for task, model in served_models(manifest).items()}
+    return answers
 
 def judge_recipes(
     manifests:Mapping[str, Mapping], # label -> of a bundle

@@ -104,22 +104,22 @@ _WHOLE = {"k": (1, 1000), "min_users": (1, 10**9), "bootstrap": (10, 10**6), "se
 
 def _guardrails(given, where:str)->dict[str, Guardrail]:
     "The guardrails, those that are not named at their defaults."
-    found = dict(GUARDRAILS)
+    guardrails = dict(GUARDRAILS)
     for name, keys in _known({} if given is None else given, list(GUARDRAILS), where).items():
         here, usual = f"{where}: {name}", GUARDRAILS[name].to_json()
         values = dict(_known(keys, list(usual), here))
         if "on_break" in values: _one_of(here, "on_break", values["on_break"], (HOLD, ASK, IGNORE))
         values |= {key: _number(here, key, value, *_ENDS[key]) for key, value in values.items() if key in _ENDS}
-        found[name] = Guardrail(**usual | values)
-    return found
+        guardrails[name] = Guardrail(**usual | values)
+    return guardrails
 
 # %% ../../nbs/jobs/criteria.ipynb #10c9128a
 def _ids(given, where:str)->tuple:
     "External ids of items: one, or a list."
     ids = given if isinstance(given, list) else [given]
-    for one in ids:
-        if isinstance(one, bool) or not isinstance(one, (int, str)) or one == "":
-            raise CriteriaError(f"{where}: {one!r} is no id; a whole number or a text")
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, (int, str)) or value == "":
+            raise CriteriaError(f"{where}: {value!r} is no id; a whole number or a text")
     return tuple(ids)
 
 def read_golden(
@@ -128,23 +128,23 @@ def read_golden(
 )->tuple[GoldenUser, ...]:
     "Golden users; raises `CriteriaError`, which names the place."
     if not isinstance(given, list): raise CriteriaError(f"{where}: expected a list of users")
-    found = []
-    for place, one in enumerate(given, start=1):
+    users = []
+    for place, entry in enumerate(given, start=1):
         here = f"{where}: user {place}"
-        one = dict(_known(one, ["user", "must", "must_not", "n", "task", "place", "note"], here))
-        if "user" not in one: raise CriteriaError(f"{here}: `user` is missing")
-        [one["user"]] = _ids([one["user"]], f"{here}: user")
-        one |= {name: _ids(one[name], f"{here}: {name}") for name in ("must", "must_not") if name in one}
-        if not one.get("must") and not one.get("must_not"):
+        entry = dict(_known(entry, ["user", "must", "must_not", "n", "task", "place", "note"], here))
+        if "user" not in entry: raise CriteriaError(f"{here}: `user` is missing")
+        [entry["user"]] = _ids([entry["user"]], f"{here}: user")
+        entry |= {name: _ids(entry[name], f"{here}: {name}") for name in ("must", "must_not") if name in entry}
+        if not entry.get("must") and not entry.get("must_not"):
             raise CriteriaError(f"{here}: name items in `must` or `must_not`")
-        if both := {*map(str, one.get("must", ()))} & {*map(str, one.get("must_not", ()))}:
+        if both := {*map(str, entry.get("must", ()))} & {*map(str, entry.get("must_not", ()))}:
             raise CriteriaError(f"{here}: {sorted(both)[0]} stands in `must` and in `must_not`")
-        if "n" in one: one["n"] = _number(here, "n", one["n"], 1, 1000, whole=True)
-        if len(one.get("must", ())) > one.get("n", 10): raise CriteriaError(f"{here}: more items in `must` than n")
-        if "task" in one: _one_of(here, "task", one["task"], TASKS)
-        texts = {name: str(one.pop(name)) for name in ("place", "note") if one.get(name) is not None}
-        found.append(GoldenUser(**one | texts))
-    return tuple(found)
+        if "n" in entry: entry["n"] = _number(here, "n", entry["n"], 1, 1000, whole=True)
+        if len(entry.get("must", ())) > entry.get("n", 10): raise CriteriaError(f"{here}: more items in `must` than n")
+        if "task" in entry: _one_of(here, "task", entry["task"], TASKS)
+        texts = {name: str(entry.pop(name)) for name in ("place", "note") if entry.get(name) is not None}
+        users.append(GoldenUser(**entry | texts))
+    return tuple(users)
 
 # %% ../../nbs/jobs/criteria.ipynb #e2308693
 def _read(path:Path):

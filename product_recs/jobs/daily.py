@@ -60,8 +60,9 @@ class Plan:
 
     def command(self, *more:str)->str:
         "A command of this run, as a person types it."
-        at = [] if resolve_path(self.models_dir) == resolve_path("models") else ["--models-dir", str(self.models_dir)]
-        return typed_command(["product-recs", "daily", "--name", self.name, *at, *more])
+        folder_option = [] if resolve_path(self.models_dir) == resolve_path("models") else [
+            "--models-dir", str(self.models_dir)]
+        return typed_command(["product-recs", "daily", "--name", self.name, *folder_option, *more])
 
     @property
     def pages(self)->Path:
@@ -89,7 +90,7 @@ def read_plan(
     words:Sequence[str]=(),   # -f and -p words of the command, masked
 )->Plan:
     "Sort parameters into a plan; raises `ProductRecsError` where one cannot be meant."
-    own = {one.name: one for one in fields(Plan) if one.name not in ("name", "parameters", "models_dir", "words")}
+    own = {part.name: part for part in fields(Plan) if part.name not in ("name", "parameters", "models_dir", "words")}
     asked = {key: value for key, value in given.items() if key in own}
     for job in _JOBS:
         if job in asked: asked[job] = _job_parameters(job, asked[job])
@@ -223,8 +224,9 @@ def _evaluate(work:_Work)->dict:
     if done["state"] == FAILED and "NothingToJudge" in done["says"]:
         return {"state": SKIPPED, "says": done["says"].partition("NothingToJudge: ")[2], "page": done["page"]}
     if not section: return done
-    found = standings(work.metrics, "")
-    return done | {"says": " ".join(f"{plain_words(one.task).capitalize()}: {one.phrase}." for one in found)}
+    results = standings(work.metrics, "")
+    return done | {"says": " ".join(f"{plain_words(standing.task).capitalize()}: {standing.phrase}."
+                                    for standing in results)}
 
 def _recommend(work:_Work)->dict:
     done, section = _story(work, "05_inference", version=work.night.facts["version"])
@@ -240,10 +242,10 @@ def _recommend(work:_Work)->dict:
 def _verdict(work:_Work)->dict|None:
     "What the gate has said of tonight's model, and is carried out; None where it must look (again)."
     version = work.night.facts["version"]
-    found, live = read_manifest(work.models/version)["metrics"].get("gate"), live_version(work.models) == version
-    if found and (live or found["verdict"] != "promoted"):
-        return {"verdict": found["verdict"], "reasons": found["reasons"],
-                "headline": f"{found['verdict'].capitalize()}, before the night was interrupted."}
+    judgement, live = read_manifest(work.models/version)["metrics"].get("gate"), live_version(work.models) == version
+    if judgement and (live or judgement["verdict"] != "promoted"):
+        return {"verdict": judgement["verdict"], "reasons": judgement["reasons"],
+                "headline": f"{judgement['verdict'].capitalize()}, before the night was interrupted."}
     if live: return {"verdict": "promoted", "reasons": [], "headline": "It is live already: somebody published it."}
     return None
 
@@ -334,9 +336,9 @@ def exit_code(
 # %% ../../nbs/jobs/daily.ipynb #363d474d
 def _plan_key(plan:Plan)->str:
     "Changes with everything that a model depends on, but the data."
-    decided = [f"{one.day} {one.what}" for one in decisions_of(plan.name).values()]
-    told = json.dumps([masked_parameters(dict(plan.parameters)), decided], sort_keys=True, default=str)
-    return hashlib.sha256(told.encode()).hexdigest()
+    decided = [f"{decision.day} {decision.what}" for decision in decisions_of(plan.name).values()]
+    content = json.dumps([masked_parameters(dict(plan.parameters)), decided], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 def unfinished(
     plan:Plan,
@@ -359,7 +361,7 @@ def unfinished(
 
 def _verdict_night(nights:Sequence[Night])->Night|None:
     "The latest night that came to a verdict."
-    return next((one for one in reversed(nights) if one.status in ("promoted", "held", "needs a person")), None)
+    return next((night for night in reversed(nights) if night.status in ("promoted", "held", "needs a person")), None)
 
 def waiting_model(
     night:Night|None, # the latest that came to a verdict
@@ -378,18 +380,18 @@ def surplus(
 )->list[Path]: # folders and files
     "What a night deletes before it begins."
     models = resolve_path(plan.models_dir)
-    kept = {live_version(models), *previous_versions(models), waiting_model(_verdict_night(nights), models),
-            *([going_on.facts.get("version")] if going_on else [])}
-    unjudged, gone = {one.facts.get("version") for one in nights if one.status in ("", "failed")} - kept, []
+    needed = {live_version(models), *previous_versions(models), waiting_model(_verdict_night(nights), models),
+              *([going_on.facts.get("version")] if going_on else [])}
+    unjudged, gone = {night.facts.get("version") for night in nights if night.status in ("", "failed")} - needed, []
     for version in list_versions(models):
         try: manifest = read_manifest(models/version)
         except (BundleError, OSError): continue # of another program, or damaged: a person may want to see it
         mine = manifest["data"].get("run") == plan.name
         if mine and version in unjudged and not manifest["metrics"].get("gate"): gone.append(version)
     judged = _verdict_night(nights) # whether something is new is asked of it
-    old = [one for one in nights[:-plan.keep_nights] if one is not judged] if plan.keep_nights else []
+    old = [night for night in nights[:-plan.keep_nights] if night is not judged] if plan.keep_nights else []
     staged = [path for path in half_made(plan.name, models) if going_on is None or path.parent != models]
-    return [*staged, *(models/version for version in sorted(gone)), *(one.folder for one in old)]
+    return [*staged, *(models/version for version in sorted(gone)), *(night.folder for night in old)]
 
 def _delete(paths:Sequence[Path], models:Path)->None:
     "Delete what is surplus; a model that went live meanwhile stays."
@@ -440,7 +442,9 @@ def dry_run(
             f"New in the feedback of the service: {new}"]
     if going_on: said.append(f"Goes on with the night {going_on.name}, which was interrupted")
     elif why: said.append(f"Begins anew, and not where the night {nights[-1].name} was interrupted: {why}")
-    if decided: said.append("Decided: " + "; ".join(f"{one.day}: {one.what}, {one.by}" for one in decided.values()))
+    if decided:
+        said.append("Decided: " + "; ".join(
+            f"{decision.day}: {decision.what}, {decision.by}" for decision in decided.values()))
     said.append(f"Steps: {', '.join(left)}{'' if force else '; it ends after the first where nothing is new'}")
     gone = surplus(plan, nights, going_on)
     return [*said, f"Deletes: {', '.join(map(str, gone)) if gone else 'nothing'}"]
@@ -450,7 +454,7 @@ def _with_feedback(plan:Plan)->Plan:
     "The events of the service come in, unless the parameters say what does."
     if "feedback" in plan.parameters: return plan
     given = dict(plan.parameters) | ({"feedback": "settings"} if _has_store() else {})
-    return Plan(**{one.name: getattr(plan, one.name) for one in fields(Plan)} | {"parameters": given})
+    return Plan(**{part.name: getattr(plan, part.name) for part in fields(Plan)} | {"parameters": given})
 
 _SET_BY_NIGHT = MappingProxyType({ # of each job
     "monitor": ("run", "models_dir", "report_dir", "parts", "accepted"),
@@ -487,16 +491,18 @@ def _over(work:_Work, status:str)->Night:
 
 def _next_steps(plan:Plan, night:Night)->list[tuple[str, str]]:
     "What a person can do about a night: what for, command."
-    again, who = ("go on", plan.command(*plan.words)), ("--by", "NAME", "--reason", "TEXT")
+    again, signature = ("go on", plan.command(*plan.words)), ("--by", "NAME", "--reason", "TEXT")
     if night.status == "stopped":
-        days = [(f"{what} {day}", plan.command(option, day, *who)) for day in night.facts.get("stopped_days", [])
+        days = [(f"{what} {day}", plan.command(option, day, *signature)) for day in night.facts.get("stopped_days", [])
                 for what, option in (("accept", "--accept"), ("or leave out", "--leave-out"))]
         return [*days, ("then, or wait for the next night", again[1])]
     if night.status == "failed": return [again]
     if version := night.facts.get("waits") or (night.facts.get("version") if exit_code(night) in (3, 4) and
                                                night.status in ("held", "needs a person") else ""):
-        at = [] if resolve_path(plan.models_dir) == resolve_path("models") else ["--models-dir", str(plan.models_dir)]
-        return [("publish it all the same", typed_command(["product-recs", "publish", version, *who, *at]))]
+        folder_option = [] if resolve_path(plan.models_dir) == resolve_path("models") else [
+            "--models-dir", str(plan.models_dir)]
+        publishing = ["product-recs", "publish", version, *signature, *folder_option]
+        return [("publish it all the same", typed_command(publishing))]
     return []
 
 # %% ../../nbs/jobs/daily.ipynb #ac852858
@@ -532,7 +538,7 @@ def _guarded(work:_Work)->Night:
         work.night.save()
         return _over(work, _go(work))
     except (ProductRecsError, OSError) as error:
-        name = next((name for name, one in work.night.steps.items() if one["state"] == RUNNING), None)
+        name = next((name for name, entry in work.night.steps.items() if entry["state"] == RUNNING), None)
         says = f"Failed: {_why(f'{type(error).__name__}: {error}')}"
         if name: work.night.steps[name] |= {"state": FAILED, "says": says}
         try: return _over(work, "failed")

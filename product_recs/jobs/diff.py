@@ -74,9 +74,9 @@ def _lists(recommender:Recommender, users:Sequence, n:int, task:str)->list[list]
 def _attributes(bundle:Bundle, item)->dict:
     "What a bundle says of an item."
     row = bundle.items.row(item)
-    told = (bundle.told(item) or {}) if row is None else {
+    attributes = (bundle.told(item) or {}) if row is None else {
         name: values[row] for name, values in bundle.item_columns.items() if np.ndim(values) == 1}
-    return {name: value for name, value in told.items() if isinstance(value, str)}
+    return {name: value for name, value in attributes.items() if isinstance(value, str)}
 
 def _item_table(lists:tuple[list, list], bundles:tuple[Bundle, Bundle])->pd.DataFrame:
     old, new = ({}, {})
@@ -107,19 +107,19 @@ def release_diff(
     "Ask both models for the same customers; raises `DiffError` where they have none in common."
     bundles = old.model.bundle, new.model.bundle
     users, facts = shared_users(*bundles, most, seed)
-    lists = tuple(_lists(one, [one.model.bundle.users.shown(user) for user in users], n, task) for one in (old, new))
+    lists = tuple(_lists(side, [side.model.bundle.users.shown(user) for user in users], n, task) for side in (old, new))
     rows = []
     for user, before, after in zip(users, *lists):
         keys = [*map(id_key, before)], [*map(id_key, after)]
         overlap, moved = compare_lists(*keys)
         row = bundles[1].users.row(user)
-        had = int(np.diff(new.model.snapshot.counts.indptr[row:row + 2])[0])
-        rows.append({"user": user, "items": had, "overlap": overlap, "moved": moved, "old": keys[0], "new": keys[1]})
+        owned = int(np.diff(new.model.snapshot.counts.indptr[row:row + 2])[0])
+        rows.append({"user": user, "items": owned, "overlap": overlap, "moved": moved, "old": keys[0], "new": keys[1]})
     items = _item_table(lists, bundles)
-    for name, bundle, found in zip(("old", "new"), bundles, lists):
+    for name, bundle, answers in zip(("old", "new"), bundles, lists):
         size = int(bundle.model(task).candidates.sum())
         facts |= {f"{name}_{what}": value for what, value in _spread(items[name].to_numpy(), size).items()}
-        facts |= {f"{name}_items": size, f"{name}_short": sum(len(one) < n for one in found)}
+        facts |= {f"{name}_items": size, f"{name}_short": sum(len(answer) < n for answer in answers)}
     versions = tuple(bundle.version for bundle in bundles)
     return ReleaseDiff(versions, task, n, pd.DataFrame(rows), items, MappingProxyType(facts | {"asked": len(users)}))
 
@@ -177,16 +177,16 @@ def shown_lists(
 )->ShownLists:          # which hold on a narrow screen too
     "The lists of some customers, before and after."
     blocks, lines = [], []
-    for one in users.itertuples():
+    for row in users.itertuples():
         sides = []
-        for name, mine, other, tag in (("before", one.old, set(one.new), "s"), ("after", one.new, set(one.old), "b")):
+        for name, mine, other, tag in (("before", row.old, set(row.new), "s"), ("after", row.new, set(row.old), "b")):
             marks = (("", "") if key in other else (f"<{tag}>", f"</{tag}>") for key in mine)
             titles = [_title(diff, key) for key in mine]
             entries = (f"<li>{left}{escape(title)}{right}</li>" for title, (left, right) in zip(titles, marks))
             sides.append(f'<div style="flex:1 1 17rem"><em>{name}</em>'
                          f'<ol style="margin:.2rem 0">{"".join(entries)}</ol></div>')
             lines.append(f"  {name}: {', '.join(titles)}")
-        head = f"Customer {visible(str(one.user))}: {counted(one.items, 'product')} had, {one.overlap:.0%} kept"
+        head = f"Customer {visible(str(row.user))}: {counted(row.items, 'product')} had, {row.overlap:.0%} kept"
         lines.insert(len(lines) - 2, head)
         blocks.append(f'<details open><summary style="font-size:.95rem">{escape(head)}</summary>'
                       f'<div style="display:flex;flex-wrap:wrap;gap:0 1.5rem">{"".join(sides)}</div></details>')

@@ -66,11 +66,11 @@ def memory_checks(here:Machine)->list[Check]:
     remedy = "A run of a small shop takes 400 MB in each step, a worker of the service 170 MB." if level != FINE else ""
     return [Check("memory", level, says, remedy, "machine", here.megabytes, low=1000)]
 
-def kernel_checks(found:Callable=compiled)->list[Check]:
+def kernel_checks(lookup:Callable=compiled)->list[Check]:
     "Are the compiled loops there, and of this version?"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        missing = [name for name in ("_als", "_search") if found(name) is None]
+        missing = [name for name in ("_als", "_search") if lookup(name) is None]
     if not missing: return [Check("kernels", FINE, "Training and search use their compiled loops.", "", "machine")]
     why = f" {said[0].message}" if said else ""
     return [Check("kernels", LOOK, f"{' and '.join(missing)} are not compiled: NumPy does the same, up to ten times "
@@ -89,16 +89,16 @@ def version_checks(
         try: wanted = requires("product-recs") or []
         except PackageNotFoundError: wanted = [] # it runs from a folder
     wrong, count = [], 0
-    for one in map(Requirement, wanted):
-        extra = re.search(r"extra == ['\"]([\w-]+)", str(one.marker or ""))
-        if one.marker and not one.marker.evaluate({"extra": extra[1] if extra else ""}): continue
-        try: there = installed(one.name)
+    for requirement in map(Requirement, wanted):
+        extra = re.search(r"extra == ['\"]([\w-]+)", str(requirement.marker or ""))
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra[1] if extra else ""}): continue
+        try: version = installed(requirement.name)
         except PackageNotFoundError:
-            if not extra: wrong.append(f"{one.name} is missing")
+            if not extra: wrong.append(f"{requirement.name} is missing")
             continue
         count += 1
-        fits = one.specifier.contains(there, prereleases=True)
-        if not fits: wrong.append(f"{one.name} is {there}, not {one.specifier}")
+        fits = requirement.specifier.contains(version, prereleases=True)
+        if not fits: wrong.append(f"{requirement.name} is {version}, not {requirement.specifier}")
     says = f"Python {platform.python_version()}; versions of {counted(count, 'library')} fit."
     if not wrong: return [Check("versions", FINE, says, "", "machine")]
     return [Check("versions", STOP if "missing" in " ".join(wrong) else LOOK, f"{'; '.join(wrong)}.",
@@ -126,14 +126,14 @@ def disk_checks(
     "Can the folders be written, and is there room?"
     checks, seen = [], set()
     for folder in folders:
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        device = there.stat().st_dev
-        if not os.access(there, os.W_OK):
-            checks.append(Check(f"disk of {folder.name}", STOP, f"{there} cannot be written.",
-                                f"chown or chmod {there} for user {os.geteuid()}", "machine"))
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        device = existing.stat().st_dev
+        if not os.access(existing, os.W_OK):
+            checks.append(Check(f"disk of {folder.name}", STOP, f"{existing} cannot be written.",
+                                f"chown or chmod {existing} for user {os.geteuid()}", "machine"))
         elif device not in seen:
             seen.add(device)
-            free = shutil.disk_usage(there).free/1e6
+            free = shutil.disk_usage(existing).free/1e6
             level = STOP if free < needed else LOOK if free < 3*needed else FINE
             says = f"{free:,.0f} MB are free for {folder}, and a run takes about {needed:,.0f} MB."
             remedy = "Delete old models and reports: product-recs clean --dry-run" if level != FINE else ""
@@ -146,11 +146,12 @@ def clock_checks(
 )->list[Check]:
     "Is the clock behind what has happened already?"
     now = time.time() if now is None else now
-    ahead = {who: moment - now for who, moment in others.items() if moment > now + 5}
+    ahead = {clock: moment - now for clock, moment in others.items() if moment > now + 5}
     shown = f"{datetime.fromtimestamp(now, timezone.utc):%Y-%m-%d %H:%M} UTC"
     if not ahead: return [Check("clock", FINE, f"It is {shown}.", "", "machine")]
-    who, seconds = max(ahead.items(), key=lambda pair: pair[1])
-    return [Check("clock", LOOK, f"It is {shown} here, and {who} is {counted(round(seconds), 'second')} ahead of that.",
+    clock, seconds = max(ahead.items(), key=lambda pair: pair[1])
+    says = f"It is {shown} here, and {clock} is {counted(round(seconds), 'second')} ahead of that."
+    return [Check("clock", LOOK, says,
                   "Set the clock of this machine by NTP (timedatectl set-ntp true); one of the two is wrong", "machine",
                   seconds, high=5)]
 
@@ -208,10 +209,10 @@ def _looked_at(url)->tuple[str|None, float|None, str]: # version of the tables, 
             known = connection.dialect.has_table(connection, VERSION_TABLE)
             if not known: return None, None, ""
             version = connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()
-            at = connection.execute(text("SELECT at FROM clock")).scalar()
+            micros = connection.execute(text("SELECT at FROM clock")).scalar()
             small = is_file and os.path.getsize(url.database) < 1 << 28 # reading all of it takes a second or two
             wrong = connection.execute(text("PRAGMA quick_check")).scalar() if small else "ok"
-            return version, at/1e6 if at else None, "" if wrong == "ok" else str(wrong)
+            return version, micros/1e6 if micros else None, "" if wrong == "ok" else str(wrong)
     finally: engine.dispose()
 
 def store_checks(
@@ -233,14 +234,14 @@ def store_checks(
         return [Check("feedback store", STOP, f"It cannot be read: {why.splitlines()[0]}.",
                       "start the database, or correct PRODUCT_RECS_DATABASE_URL", group)], {}
     took, newest = 1000*(time.perf_counter() - started), _newest_tables()
-    at = {"the feedback store": moment} if moment else {}
-    if wrong: return [Check("feedback store", STOP, f"The file is damaged: {wrong}.", "restore a copy", group)], at
+    clocks = {"the feedback store": moment} if moment else {}
+    if wrong: return [Check("feedback store", STOP, f"The file is damaged: {wrong}.", "restore a copy", group)], clocks
     if version and version > newest:
         return [Check("feedback store", STOP, f"Its tables have version {version}, and this release knows {newest}.",
-                      "pip install --upgrade product-recs", group)], at
+                      "pip install --upgrade product-recs", group)], clocks
     state = {None: "It has no tables yet", newest: f"Its tables have version {newest}"}.get(
         version, f"Its tables have version {version} and are brought to {newest} when a service starts")
-    return [Check("feedback store", FINE, f"{state}; it answered in {took:.0f} ms.", "", group)], at
+    return [Check("feedback store", FINE, f"{state}; it answered in {took:.0f} ms.", "", group)], clocks
 
 # %% ../../nbs/jobs/doctor.ipynb #482c8ae5
 def registry_checks(settings:Settings)->list[Check]:

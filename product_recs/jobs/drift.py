@@ -94,16 +94,16 @@ class _Counting:
 
     def rows(self, query:str, index:Mapping[date, int], columns:int)->np.ndarray:
         "A query of day and numbers as an array."
-        found = np.zeros((len(index), columns))
+        numbers = np.zeros((len(index), columns))
         for day, *values in self.con.execute(query).fetchall():
-            if day in index: found[index[day]] = values
-        return found
+            if day in index: numbers[index[day]] = values
+        return numbers
 
     def mix(self, query:str, index:Mapping[date, int])->Mix:
         "A query of day, name and number."
         cells = [(day, str(name), n) for day, name, n in self.con.execute(query).fetchall() if day in index]
         labels = sorted({name for _, name, _ in cells})
-        place, counts = {name: at for at, name in enumerate(labels)}, np.zeros((len(index), len(labels)))
+        place, counts = {name: column for column, name in enumerate(labels)}, np.zeros((len(index), len(labels)))
         for day, name, n in cells: counts[index[day], place[name]] += n
         return Mix(labels, counts)
 
@@ -194,9 +194,9 @@ def _span(con, since:date|None, reference:int, period:str, until:datetime|None)-
     since = floor(since) if since else end - 6*step
     return max(floor(first.date()), since - reference*step), since, end, last
 
-def _cut_off(hours:Mix, at:int, last:datetime)->int|None:
-    "The hour at which the day `at` was cut off, by when the other days end; None: it is whole."
-    before = hours.counts[max(at - 28, 0):at]
+def _cut_off(hours:Mix, place:int, last:datetime)->int|None:
+    "The hour at which the day at `place` was cut off, by when the other days end; None: it is whole."
+    before = hours.counts[max(place - 28, 0):place]
     before = before[before.sum(1) > 0]
     if len(before) < 7: return None
     names = np.array([int(label) for label in hours.labels])
@@ -225,7 +225,7 @@ def day_figures(
             start, since, end, last = _span(con, since, reference, period, until)
             counting.look_at(start, since)
             step = 1 if period == "day" else 7
-            days = [start + timedelta(days=step*at) for at in range((end - start).days//step + 1)]
+            days = [start + timedelta(days=step*place) for place in range((end - start).days//step + 1)]
             return _counted_days(counting, days, step, last, until)
     finally: shutil.rmtree(spill, ignore_errors=True)
 
@@ -237,19 +237,19 @@ def _by_weekday(counting:_Counting, index:Mapping[date, int])->np.ndarray:
 
 def _counted_days(counting:_Counting, days:list[date], step:int, last:datetime, until:datetime|None)->DayFigures:
     "All figures of these days."
-    index = {day: at for at, day in enumerate(days)}
+    index = {day: place for place, day in enumerate(days)}
     mixes, shares = _mixes(counting, index), _shares(counting, index)
     shares["own items"] = counting.share(_habit("SELECT d, u, i AS x FROM pairs", "SELECT u, i AS x, first FROM "
                                                 "first_pair"), index)
     if counting.products.exists():
         more = _of_products(counting, index)
         mixes, shares = mixes | more[0], shares | more[1]
-    at = (last.date() - days[0]).days//step
+    place = (last.date() - days[0]).days//step
     whole = until is not None and until >= datetime.combine(days[-1], time()) + timedelta(days=step)
     volume, weekdays, begun = mixes["hours"].counts.sum(1), None, None
     if step > 1: weekdays = _by_weekday(counting, index)
-    if not whole and at == len(days) - 1: # a week is whole when the next one begins
-        begun = last.weekday() if step > 1 else _cut_off(mixes["hours"], at, last)
+    if not whole and place == len(days) - 1: # a week is whole when the next one begins
+        begun = last.weekday() if step > 1 else _cut_off(mixes["hours"], place, last)
     return DayFigures(days, step, volume, mixes, shares, last.isoformat(), begun, weekdays)
 
 # %% ../../nbs/jobs/drift.ipynb #ab77fd6b
@@ -282,7 +282,7 @@ def volume_surprise(
     part = {day: np.median(logs[weekdays == day]) - np.median(logs) if (weekdays == day).sum() >= 3 else 0.0
             for day in range(7)}
     flat = logs - np.array([part[day] for day in weekdays])
-    level = np.array([np.median(flat[max(at - 14, 0):at]) for at in range(1, len(flat) + 1)])
+    level = np.array([np.median(flat[max(place - 14, 0):place]) for place in range(1, len(flat) + 1)])
     rest = flat[1:] - level[:-1] # each day against those before it, as this one is
     rest = rest - np.median(rest)
     wide = 4*max(1.4826*np.median(np.abs(rest)), 0.02) # a day that was broken itself is no measure
@@ -319,13 +319,13 @@ def share_surprise(
 
 # %% ../../nbs/jobs/drift.ipynb #a546390e
 def divergence(
-    one:np.ndarray,   # (..., K) shares that add up to 1
+    mix:np.ndarray,   # (..., K) shares that add up to 1
     other:np.ndarray, # (..., K)
 )->np.ndarray:        # (...,) 0 to 1
     "Jensen-Shannon divergence, to the base 2."
-    middle = (one + other)/2
+    middle = (mix + other)/2
     part = lambda side: np.where(side > 0, side*np.log2(np.where(side > 0, side, 1)/np.where(middle > 0, middle, 1)), 0)
-    return np.clip((part(one) + part(other)).sum(-1)/2, 0, 1)
+    return np.clip((part(mix) + part(other)).sum(-1)/2, 0, 1)
 
 def mix_surprise(
     counts:np.ndarray, # (K,) of the day
@@ -422,59 +422,60 @@ def _ordinary_mixes(counts:np.ndarray)->np.ndarray:
 def _kinder(judge, references:Sequence[np.ndarray])->Surprise|None:
     "The answer with the largest probability; that of all days where it is the only one."
     answers = [judge(days) for days in references if len(days) >= 2]
-    return max(answers, key=lambda one: one.probability) if answers else None
+    return max(answers, key=lambda answer: answer.probability) if answers else None
 
-def _references(figures:DayFigures, at:int, days:np.ndarray)->list[np.ndarray]:
+def _references(figures:DayFigures, place:int, days:np.ndarray)->list[np.ndarray]:
     "The days before, and those of the same weekday where there are enough of them."
-    same = np.array([day for day in days if (at - day)*figures.step % 7 == 0], int)
+    same = np.array([day for day in days if (place - day)*figures.step % 7 == 0], int)
     return [days, same] if figures.step == 1 and len(same) >= _SAME else [days]
 
 # %% ../../nbs/jobs/drift.ipynb #7fa144fa
-def _volume(figures:DayFigures, at:int, days:np.ndarray, rng)->Surprise:
+def _volume(figures:DayFigures, place:int, days:np.ndarray, rng)->Surprise:
     "Events, up to the hour, or the weekday, at which the last day, or week, was cut off."
     volume = figures.volume
-    if at == len(figures.days) - 1 and figures.begun is not None:
+    if place == len(figures.days) - 1 and figures.begun is not None:
         hours = figures.mixes["hours"]
         volume = hours.counts[:, [int(label) < figures.begun for label in hours.labels]].sum(1) \
             if figures.weekdays is None else figures.weekdays[:, :figures.begun].sum(1)
     weekday = lambda day: day*figures.step % 7
-    return volume_surprise(volume[at], volume[days], weekday(days), weekday(at), rng)
+    return volume_surprise(volume[place], volume[days], weekday(days), weekday(place), rng)
 
-def _mix(figures:DayFigures, name:str, at:int, days:np.ndarray, rng)->tuple[Surprise, str]|None:
+def _mix(figures:DayFigures, name:str, place:int, days:np.ndarray, rng)->tuple[Surprise, str]|None:
     "A mix, and the names that make the difference."
     mix, counts = figures.mixes[name], figures.mixes[name].counts
-    if name == "hours" and figures.step == 1 and at == len(figures.days) - 1 and figures.begun is not None:
+    if name == "hours" and figures.step == 1 and place == len(figures.days) - 1 and figures.begun is not None:
         counts = counts*np.array([int(label) < figures.begun for label in mix.labels])
     days = days[counts[days].sum(1) > 0]
-    if not counts[at].sum() or len(days) < _LEAST: return None
+    if not counts[place].sum() or len(days) < _LEAST: return None
     days = days[_ordinary_mixes(counts[days])]
-    found = _kinder(lambda some: mix_surprise(counts[at], counts[some], rng), _references(figures, at, days))
-    shares, usual = counts[at]/counts[at].sum(), (counts[days]/counts[days].sum(1, keepdims=True)).mean(0)
+    surprise = _kinder(lambda some: mix_surprise(counts[place], counts[some], rng), _references(figures, place, days))
+    shares, usual = counts[place]/counts[place].sum(), (counts[days]/counts[days].sum(1, keepdims=True)).mean(0)
     most = np.argsort(-np.abs(shares - usual), kind="stable")[:2]
     unit = {"hours": "hour ", "popular items": "item ", "quantities": "quantity "}.get(name, "")
-    label = lambda place: f"{unit if mix.labels[place] != 'all others' else ''}{visible(str(mix.labels[place]))[:40]}"
+    label = lambda column: (f"{unit if mix.labels[column] != 'all others' else ''}"
+                            f"{visible(str(mix.labels[column]))[:40]}")
     whole = f" of the {name.removeprefix('shapes of ')}" if name.startswith("shapes") else " of the events"
-    names = ", ".join(f"{label(place)} {'has ' if not at_ else ''}{_percent(shares[place])}{'' if at_ else whole} "
-                      f"(usually {_percent(usual[place])})" for at_, place in enumerate(most))
-    return found, names
+    names = ", ".join(f"{label(column)} {'has ' if not rank else ''}{_percent(shares[column])}{'' if rank else whole} "
+                      f"(usually {_percent(usual[column])})" for rank, column in enumerate(most))
+    return surprise, names
 
-def _share(figures:DayFigures, name:str, at:int, days:np.ndarray, rng)->tuple[Surprise, float]|None:
+def _share(figures:DayFigures, name:str, place:int, days:np.ndarray, rng)->tuple[Surprise, float]|None:
     "A share; for a habit the effect is the part of it that is lost, and the second number what shuffled users have."
     share = figures.shares[name]
     days = days[share.of[days] > 0]
-    if not share.of[at] or len(days) < _LEAST: return None
+    if not share.of[place] or len(days) < _LEAST: return None
     days, habit = days[_ordinary_shares(share.hits[days], share.of[days])], share.chance is not None
     # a habit has no weekday, and grows while a shop gets to know its users: the last four weeks count
-    references = [days[-28:]] if habit else _references(figures, at, days)
-    found = _kinder(lambda some: share_surprise(share.hits[at], share.of[at], share.hits[some], share.of[some], rng,
-                                                falls=habit), references)
-    if not habit or found is None: return found and (found, 0.0)
-    kept = (share.hits[at] - share.chance[at])/share.of[at]
+    references = [days[-28:]] if habit else _references(figures, place, days)
+    surprise = _kinder(lambda some: share_surprise(share.hits[place], share.of[place], share.hits[some],
+                                                   share.of[some], rng, falls=habit), references)
+    if not habit or surprise is None: return surprise and (surprise, 0.0)
+    excess = (share.hits[place] - share.chance[place])/share.of[place]
     days = references[0]
     usual = float(np.mean((share.hits[days] - share.chance[days])/share.of[days]))
-    lost = 1 - kept/usual if usual > 0.02 else 0.0 # below that nobody has habits here
-    return Surprise(found.value, found.usual, found.low, found.high, found.probability, float(max(lost, 0))), \
-        float(share.chance[at]/share.of[at])
+    lost = 1 - excess/usual if usual > 0.02 else 0.0 # below that nobody has habits here
+    return Surprise(surprise.value, surprise.usual, surprise.low, surprise.high, surprise.probability,
+                    float(max(lost, 0))), float(share.chance[place]/share.of[place])
 
 # %% ../../nbs/jobs/drift.ipynb #865cd709
 def holm(
@@ -511,26 +512,26 @@ def _cut_words(figures:DayFigures)->str:
 
 def judge_day(
     figures:DayFigures,
-    at:int,          # place of the day
+    place:int,       # place of the day
     days:np.ndarray, # places of the days before that it is compared with
     seed:int=0,
 )->list[Finding]:    # empty where there are fewer than seven days before
     "Every figure of one day."
     if len(days) < _LEAST: return []
-    rng, day = np.random.default_rng([seed, figures.days[at].toordinal()]), figures.days[at]
-    found = {"events": (_volume(figures, at, days, rng), {})}
-    if figures.volume[at]:
+    rng, day = np.random.default_rng([seed, figures.days[place].toordinal()]), figures.days[place]
+    surprises = {"events": (_volume(figures, place, days, rng), {})}
+    if figures.volume[place]:
         for name in figures.mixes:
-            if one := _mix(figures, name, at, days, rng): found[name] = one[0], {"names": one[1]}
+            if pair := _mix(figures, name, place, days, rng): surprises[name] = pair[0], {"names": pair[1]}
         for name in figures.shares:
-            if one := _share(figures, name, at, days, rng): found[name] = one[0], {"chance": _percent(one[1])}
-    corrected, findings = holm([surprise.probability for surprise, _ in found.values()]), []
-    for (name, (surprise, more)), probability in zip(found.items(), corrected):
+            if pair := _share(figures, name, place, days, rng): surprises[name] = pair[0], {"chance": _percent(pair[1])}
+    corrected, findings = holm([surprise.probability for surprise, _ in surprises.values()]), []
+    for (name, (surprise, more)), probability in zip(surprises.items(), corrected):
         figure = _figure(name)
         level = STOP if probability < STOP_ERROR and surprise.effect >= figure.stop else \
             LOOK if probability < LOOK_ERROR and surprise.effect >= figure.look else FINE
         said = figure.words.format(**_spoken(surprise, whole=name == "events"), **more)
-        cut = _cut_words(figures) if name == "events" and at == len(figures.days) - 1 and figures.begun else ""
+        cut = _cut_words(figures) if name == "events" and place == len(figures.days) - 1 and figures.begun else ""
         findings.append(Finding(name, day, level, surprise, f"{day_words(day, figures.step)}{cut}: {said}.",
                                 figure.remedy.format(day=_spelled(day, figures.step))))
     return findings
@@ -540,9 +541,10 @@ def _gap_closed(judged:Mapping[date, Sequence[Finding]], figures:DayFigures)->di
     "The same, where a day without events has others after it."
     filled = {day for day, count in zip(figures.days, figures.volume) if count}
     last = max(filled, default=date.min)
-    def kinder(one):
-        hole = one.name == "events" and one.level == STOP and one.day not in filled and one.day < last
-        return Finding(one.name, one.day, LOOK, one.surprise, one.says, one.remedy) if hole else one
+    def kinder(finding):
+        hole = finding.name == "events" and finding.level == STOP and finding.day not in filled and finding.day < last
+        return Finding(finding.name, finding.day, LOOK, finding.surprise, finding.says,
+                       finding.remedy) if hole else finding
     return {day: [*map(kinder, findings)] for day, findings in judged.items()}
 
 def judge_days(
@@ -553,12 +555,12 @@ def judge_days(
     seed:int=0,
 )->dict[date, list[Finding]]: # a day that there are too few days to judge by has no findings
     "All days from `since` on."
-    left_out, judged = {at for at, day in enumerate(figures.days) if day in accepted}, {}
-    for at, day in enumerate(figures.days):
-        if day < since or at in left_out: continue
-        days = np.array([one for one in range(max(at - reference, 0), at) if one not in left_out], int)
-        judged[day] = judge_day(figures, at, days, seed)
-        if any(one.level == STOP for one in judged[day]): left_out.add(at)
+    left_out, judged = {place for place, day in enumerate(figures.days) if day in accepted}, {}
+    for place, day in enumerate(figures.days):
+        if day < since or place in left_out: continue
+        days = np.array([past for past in range(max(place - reference, 0), place) if past not in left_out], int)
+        judged[day] = judge_day(figures, place, days, seed)
+        if any(finding.level == STOP for finding in judged[day]): left_out.add(place)
     return _gap_closed(judged, figures)
 
 # %% ../../nbs/jobs/drift.ipynb #c8cfb111
@@ -574,11 +576,11 @@ def input_checks(
                     "days before to compare with.", group="input")] if short else []
     of_name, rank = {}, {FINE: 0, LOOK: 1, STOP: 2}
     for findings in judged.values():
-        for one in findings: of_name.setdefault(one.name, []).append(one)
+        for finding in findings: of_name.setdefault(finding.name, []).append(finding)
     for name, findings in of_name.items():
-        worst_one = max(findings, key=lambda one: (rank[one.level], -one.surprise.probability if rank[one.level] else 0,
-                                                   one.day))
-        others = sum(one.level != FINE for one in findings) - 1
+        worst_one = max(findings, key=lambda finding: (
+            rank[finding.level], -finding.surprise.probability if rank[finding.level] else 0, finding.day))
+        others = sum(finding.level != FINE for finding in findings) - 1
         also = f" So {'is' if others == 1 else 'are'} {counted(others, 'other day')}." if others > 0 else ""
         surprise, remedy = worst_one.surprise, worst_one.remedy if rank[worst_one.level] else ""
         checks.append(Check(name, worst_one.level, worst_one.says + also, remedy, "input", surprise.value, surprise.low,
@@ -598,15 +600,15 @@ def attribute_checks(
         then, now = columns(items), columns(products) if products.exists() else []
         names = [name for name in then if name not in own and name not in accepted]
         blank = lambda table, name: f"coalesce(trim({table}.{named(name)}::VARCHAR), '') = ''"
-        found = {}
+        counts = {}
         for name in names:
             gone = blank("now", name) if name in now else "true"
             source = parquet(products) if now else "(SELECT NULL AS item_id WHERE false)"
-            found[name] = con.execute(
+            counts[name] = con.execute(
                 f"SELECT count(*) FILTER ({gone}), count(*) FROM {parquet(items)} model LEFT JOIN {source} now "
                 f"ON model.item_id::VARCHAR = now.item_id::VARCHAR WHERE NOT {blank('model', name)}").fetchone()
     checks = []
-    for name, (gone, all_) in found.items():
+    for name, (gone, all_) in counts.items():
         if not all_: continue
         share, shown = gone/all_, visible(name)
         level = STOP if share > 0.2 else LOOK if share > 0.05 else FINE

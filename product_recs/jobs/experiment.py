@@ -100,14 +100,14 @@ def user_outcomes(
     users = by_user.agg(arm=("arm", "first"), first=("first", "first"), lists=("lists", "sum"),
                         crossed=("arm", "nunique"))
     versions = entered.groupby(["user_id", "model_version"]).lists.sum()
-    users["versions"] = versions.reset_index(1).groupby(level=0).apply(lambda one: dict(one.to_numpy().tolist()))
+    users["versions"] = versions.reset_index(1).groupby(level=0).apply(lambda rows: dict(rows.to_numpy().tolist()))
     users["crossed"] = users.crossed > 1
     users["over"] = pd.to_datetime(users["first"] + given["window"], unit="us", utc=True)
     users["first"] = pd.to_datetime(users["first"], unit="us", utc=True)
     counts = {(user, event): number for user, event, number in followed}
     for metric in metrics:
-        found = np.array([counts.get((user, metric.event), 0) for user in users.index])
-        users[metric.name] = found if metric.each else (found > 0).astype(int)
+        numbers = np.array([counts.get((user, metric.event), 0) for user in users.index])
+        users[metric.name] = numbers if metric.each else (numbers > 0).astype(int)
     return users
 
 # %% ../../nbs/jobs/experiment.ipynb #120e4f92
@@ -137,14 +137,14 @@ def daily_lift(
     early = np.minimum(*(np.asarray(side.users) for side in sides)) < LEAST_USERS
     shown = lambda values: np.where(early, np.nan, values)
     p = np.where(early, 1, np.nan_to_num(always_valid_p(always.z, total, alpha, planned), nan=1.0))
-    found = shown(np.where(always.low > 0, 1, np.where(always.high < 0, -1, 0)))
+    verdict = shown(np.where(always.low > 0, 1, np.where(always.high < 0, -1, 0)))
     return pd.DataFrame({
         "control_users": sides[0].users, "users": sides[1].users, "control_mean": sides[0].mean, "mean": sides[1].mean,
         "lift": shown(always.lift), "low": shown(always.lift_low), "high": shown(always.lift_high),
         "once_low": shown(once.lift_low), "once_high": shown(once.lift_high),
         "difference": shown(always.difference),
         "difference_low": shown(always.low), "difference_high": shown(always.high),
-        "p": np.minimum.accumulate(p) if len(p) else p, "found": found}, index=days.rename("day"))
+        "p": np.minimum.accumulate(p) if len(p) else p, "found": verdict}, index=days.rename("day"))
 
 # %% ../../nbs/jobs/experiment.ipynb #ea51791b
 def experiment_checks(
@@ -157,24 +157,25 @@ def experiment_checks(
     table = pd.crosstab(days, users.arm).reindex(columns=names, fill_value=0).sort_index().cumsum()
     p = float(ratio_p_of_all_looks(table.to_numpy(), [shares[name] for name in names])[-1])
     once = float(ratio_p(table.iloc[-1], [shares[name] for name in names]))
-    had = ", ".join(f"{name} {count:,}" for name, count in table.iloc[-1].items())
+    counts = ", ".join(f"{name} {count:,}" for name, count in table.iloc[-1].items())
     planned = " : ".join(f"{share:g}" for share in shares.values())
-    ratio = f"{had}, planned {planned} (p = {p:.3g} for all looks, {once:.3g} for one)"
-    found = [Check("users of the arms", STOP if p < 0.001 else FINE, ratio, group=group, value=p, low=0.001,
-                   remedy="find out where one arm loses users before anything else is read" if p < 0.001 else "")]
+    ratio = f"{counts}, planned {planned} (p = {p:.3g} for all looks, {once:.3g} for one)"
+    checks = [Check("users of the arms", STOP if p < 0.001 else FINE, ratio, group=group, value=p, low=0.001,
+                    remedy="find out where one arm loses users before anything else is read" if p < 0.001 else "")]
     crossed = float(users.crossed.mean())
-    found.append(Check("users of two arms", LOOK if crossed > 0.01 else FINE, group=group, value=crossed, high=0.01,
-                       says=f"{crossed:.1%} of the users were shown lists of two arms; they count in their first",
-                       remedy="shares were changed while it ran; begin a new experiment" if crossed > 0.01 else ""))
+    checks.append(Check("users of two arms", LOOK if crossed > 0.01 else FINE, group=group, value=crossed, high=0.01,
+                        says=f"{crossed:.1%} of the users were shown lists of two arms; they count in their first",
+                        remedy="shares were changed while it ran; begin a new experiment" if crossed > 0.01 else ""))
     for name in names:
-        lists = pd.Series(dict(Counter(sum((Counter(one) for one in users.versions[users.arm == name]), Counter()))))
+        tallies = (Counter(tally) for tally in users.versions[users.arm == name])
+        lists = pd.Series(dict(Counter(sum(tallies, Counter()))))
         if not len(lists): continue
         other = 1 - float(lists.max()/lists.sum())
         says = f"{lists.idxmax()} made {1 - other:.1%} of {int(lists.sum()):,} lists"
-        found.append(Check(f"model of {name}", LOOK if other > 0.05 else FINE, says, group=group, value=other,
-                           high=0.05, remedy="several models answered for it: its alias has moved, or /model of the "
-                                             "service says why" if other > 0.05 else ""))
-    return found
+        checks.append(Check(f"model of {name}", LOOK if other > 0.05 else FINE, says, group=group, value=other,
+                            high=0.05, remedy="several models answered for it: its alias has moved, or /model of the "
+                                              "service says why" if other > 0.05 else ""))
+    return checks
 
 # %% ../../nbs/jobs/experiment.ipynb #3142117f
 @dataclass(frozen=True)
@@ -223,9 +224,9 @@ def comparison_sentence(
     "What may be said of an arm and a metric."
     table, name = trial.lifts[arm, metric], f"`{arm}`"
     if not len(table) or table.lift.isna().iloc[-1]:
-        had = 0 if not len(table) else int(min(table.users.iloc[-1], table.control_users.iloc[-1]))
+        users = 0 if not len(table) else int(min(table.users.iloc[-1], table.control_users.iloc[-1]))
         return (f"It is too early to say anything of {name} and {metric}: of {LEAST_USERS} users in each arm whose "
-                f"{trial.window_days:g} days are over there are {had:,}.")
+                f"{trial.window_days:g} days are over there are {users:,}.")
     last, decided = table.iloc[-1], table.found[table.found.fillna(0) != 0]
     lift = _percent(last.lift, last.low, last.high)
     if not len(decided): return f"No difference of {name} to `{trial.control}` is found in {metric}: {lift} so far."
@@ -270,8 +271,8 @@ def explored_places(
     given = {"since": to_micros(since), "until": to_micros(until), "window": round(window_days*86_400e6)}
     with store.transaction("read explored places") as connection:
         rows = connection.execute(text(query).bindparams(bindparam("events", [*events], expanding=True)), given).all()
-    found = pd.DataFrame(rows, columns=["user_id", "item_id", "propensity", "at", "outcome"])
-    return found.assign(at=pd.to_datetime(found["at"], unit="us", utc=True))
+    places = pd.DataFrame(rows, columns=["user_id", "item_id", "propensity", "at", "outcome"])
+    return places.assign(at=pd.to_datetime(places["at"], unit="us", utc=True))
 
 def value_of_choice(
     places:pd.DataFrame,            # of `explored_places`

@@ -53,19 +53,19 @@ class Follower:
 
     def _facts(self)->dict:
         "What stands in `followed`; nothing where it cannot be read."
-        try: found = json.loads((self.models_dir/"followed").read_text(encoding="utf-8"))
+        try: facts = json.loads((self.models_dir/"followed").read_text(encoding="utf-8"))
         except (OSError, ValueError): return {}
-        return found if isinstance(found, dict) else {}
+        return facts if isinstance(facts, dict) else {}
 
     def taken_up(self)->int|None:
         "The number that was taken up last; None: no one of this alias was."
-        found = self._facts()
-        return found.get("number") if found.get("follow") == self.follow else None
+        facts = self._facts()
+        return facts.get("number") if facts.get("follow") == self.follow else None
 
     def clear(self)->list[str]: # versions that were deleted
         "Delete old versions that were pulled and that nobody needs."
         old, _ = old_models(self.models_dir, self.keep_models, among=self._facts().get("pulled", []))
-        return [one.path.name for one in old if not delete(one)]
+        return [model.path.name for model in old if not delete(model)]
 
     def look(self)->str|None: # the version that is live by this look; None: the alias has not moved
         "Take up what the alias names; raises `TrackingError` or `BundleError`, and then nothing has changed."
@@ -78,7 +78,7 @@ class Follower:
             before = list_versions(self.models_dir)
             version = pull(registry, registry.find(str(number)), self.models_dir)
         if live_version(self.models_dir) != version: publish(self.models_dir, version)
-        known = [one for one in self._facts().get("pulled", []) if one in before]
+        known = [name for name in self._facts().get("pulled", []) if name in before]
         pulled = known if version in before else [*known, version]
         facts = {"follow": self.follow, "number": number, "version": version, "pulled": pulled}
         atomic_write(self.models_dir/"followed", json.dumps(facts) + "\n")
@@ -121,7 +121,7 @@ class AliasKeeper:
 
     def look(self)->str|None: # the versions that have been fetched; None: no alias has moved
         "Fetch what the aliases name; raises `TrackingError` or `BundleError`, and then nothing has changed."
-        found = {}
+        numbers = {}
         for alias in registry_aliases(experiments_of(self.file)):
             name, short = alias_of(alias)
             with connected(Tracking(self.tracking.uri, self.tracking.artifacts, name)) as client:
@@ -129,11 +129,11 @@ class AliasKeeper:
                 if (number := registry.aliases().get(short)) is None:
                     raise TrackingError(f"{alias} points to nothing in MLflow at {self.tracking.shown}")
                 known = self._numbers.get(alias)
-                found[alias] = known if known and known[0] == number else (
+                numbers[alias] = known if known and known[0] == number else (
                     number, pull(registry, registry.find(str(number)), self.models_dir))
-        if found == self._numbers: return None
-        self._numbers = found
-        versions = {alias: version for alias, (_, version) in found.items()}
+        if numbers == self._numbers: return None
+        self._numbers = numbers
+        versions = {alias: version for alias, (_, version) in numbers.items()}
         atomic_write(self.models_dir/ALIASES, json.dumps(versions, indent=2) + "\n")
         return ", ".join(versions.values()) or None
 

@@ -66,8 +66,8 @@ def _distinct(folder:Path)->list[tuple[int, int]]: # users, items, pairs: in the
     half = f"(SELECT *, percent_rank() OVER (ORDER BY {first}) <= 0.5 AS early FROM {rows})"
     things = (Columns.User, Columns.Item, f"hash({Columns.User}, {Columns.Item})")
     counts = ", ".join(f"count(DISTINCT {thing}) FILTER (early), count(DISTINCT {thing})" for thing in things)
-    with duckdb.connect() as con: found = con.execute(f"SELECT {counts} FROM {half}").fetchone()
-    return list(zip(found[::2], found[1::2]))
+    with duckdb.connect() as con: row = con.execute(f"SELECT {counts} FROM {half}").fetchone()
+    return list(zip(row[::2], row[1::2]))
 
 def _first_rows(path:Path, folder:Path, lines:int)->tuple[Path, float]: # what to read; how many times as much there is
     "The first rows of a file."
@@ -196,8 +196,8 @@ def disk_megabytes(
     return bundle_megabytes(size, factors) + (130*size.rows + 60*size.pairs)/1e6 + 30
 
 def _megabytes(text:str)->float: # such as 2GB, as DuckDB reads it
-    found = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", text, re.IGNORECASE)
-    return float(found[1])*1000.0**("KMGT".index(found[2].upper()) - 1 if found[2] else -2) if found else 2000.0
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)i?B\s*", text, re.IGNORECASE)
+    return float(match[1])*1000.0**("KMGT".index(match[2].upper()) - 1 if match[2] else -2) if match else 2000.0
 
 # %% ../../nbs/jobs/forecast.ipynb #63339466
 def _duration(seconds:float)->str:

@@ -72,11 +72,12 @@ def verdict_of(
 )->tuple[str, tuple[str, ...]]: # promoted | held | needs a person; the sentences that led to it
     "What follows from all findings."
     for follows, verdict in ((HOLD, HELD), (ASK, NEEDS_A_PERSON)):
-        if reasons := tuple(one.sentence for one in findings if one.follows == follows):
-            others = (one.sentence for one in findings if one.follows and one.follows != follows)
+        if reasons := tuple(finding.sentence for finding in findings if finding.follows == follows):
+            others = (finding.sentence for finding in findings if finding.follows and finding.follows != follows)
             return verdict, (*reasons, *others)
-    says = tuple(one.sentence for one in findings if one.name == "comparison")
-    return PROMOTED, (*says, f"{counted(sum(one.judged for one in findings) - len(says), 'further check')} hold.")
+    says = tuple(finding.sentence for finding in findings if finding.name == "comparison")
+    further = sum(finding.judged for finding in findings) - len(says)
+    return PROMOTED, (*says, f"{counted(further, 'further check')} hold.")
 
 # %% ../../nbs/jobs/gate.ipynb #49dc372c
 def damage(
@@ -106,34 +107,37 @@ def _too_few(users:int, criteria:Criteria)->str:
 def _against_champion(evaluation:Evaluation, names:Mapping, task:str, criteria:Criteria, alike:bool)->Finding:
     "Challenger and champion in one task."
     new, old = names["challenger"][task], names["champion"][task]
-    found = evaluation.compare(task, new, old, criteria.metric, criteria.k, criteria.bootstrap)
+    comparison = evaluation.compare(task, new, old, criteria.metric, criteria.k, criteria.bootstrap)
     value, before = (evaluation.value(task, name, criteria.metric, criteria.k) for name in (new, old))
     metric = f"{METRIC_NAMES[criteria.metric]}@{criteria.k}"
-    figures = (f"{metric} {value:.4f}, {before:.4f} of the champion; difference {found.difference:+.4f}, 95 % interval "
-               f"{found.low:+.4f} to {found.high:+.4f}, {counted(found.users, 'user')}")
+    figures = (f"{metric} {value:.4f}, {before:.4f} of the champion; difference {comparison.difference:+.4f}, 95 % "
+               f"interval {comparison.low:+.4f} to {comparison.high:+.4f}, {counted(comparison.users, 'user')}")
     follows, judged = "", True
-    if found.users < criteria.min_users: says, follows, judged = _too_few(found.users, criteria), ASK, False
-    elif found.high < 0: says, follows = f"the challenger is significantly worse ({figures})", HOLD
-    elif found.low > 0: says = f"the challenger is significantly better ({figures})"
-    elif found.difference < -criteria.tolerance*before:
+    if comparison.users < criteria.min_users: says, follows, judged = _too_few(comparison.users, criteria), ASK, False
+    elif comparison.high < 0: says, follows = f"the challenger is significantly worse ({figures})", HOLD
+    elif comparison.low > 0: says = f"the challenger is significantly better ({figures})"
+    elif comparison.difference < -criteria.tolerance*before:
         says, follows = f"the challenger may be worse by more than {criteria.tolerance:.0%} ({figures})", ASK
-    elif not found.difference and alike: says = f"the recipe is the champion's, so only the data are newer ({figures})"
+    elif not comparison.difference and alike:
+        says = f"the recipe is the champion's, so only the data are newer ({figures})"
     else: says = f"the challenger is not worse ({figures})"
     return Finding("comparison", task, f"{_title(task)}: {says}.", follows, judged, value, before,
-                   f"not worse by {criteria.tolerance:.0%}, {criteria.min_users:,} users", found.low, found.high)
+                   f"not worse by {criteria.tolerance:.0%}, {criteria.min_users:,} users", comparison.low,
+                   comparison.high)
 
 def _against_popularity(evaluation:Evaluation, names:Mapping, task:str, criteria:Criteria)->Finding:
     "Is the challenger worse than the best sellers?"
     model, rail = names["challenger"][task], criteria.guardrails["popularity"]
-    found = evaluation.compare(task, model, Popularity().name, criteria.metric, criteria.k, criteria.bootstrap)
+    comparison = evaluation.compare(task, model, Popularity().name, criteria.metric, criteria.k, criteria.bootstrap)
     value, best = (evaluation.value(task, name, criteria.metric, criteria.k) for name in (model, Popularity().name))
-    given = (value, math.nan, f"not worse than popularity ({best:.4f})", found.low, found.high)
-    if found.users < criteria.min_users and "champion" not in names:
-        return Finding("popularity", task, f"{_title(task)}: {_too_few(found.users, criteria)}.", ASK, False, *given)
-    if found.high < 0:
-        says = says_worse(model, task, found, criteria.metric, criteria.k)
+    given = (value, math.nan, f"not worse than popularity ({best:.4f})", comparison.low, comparison.high)
+    if comparison.users < criteria.min_users and "champion" not in names:
+        says = _too_few(comparison.users, criteria)
+        return Finding("popularity", task, f"{_title(task)}: {says}.", ASK, False, *given)
+    if comparison.high < 0:
+        says = says_worse(model, task, comparison, criteria.metric, criteria.k)
         return Finding("popularity", task, f"{says}.", rail.on_break, True, *given)
-    ahead = "better than" if found.low > 0 else "not worse than"
+    ahead = "better than" if comparison.low > 0 else "not worse than"
     return Finding("popularity", task, f"{_title(task)}: the challenger is {ahead} popularity.", "", True, *given)
 
 # %% ../../nbs/jobs/gate.ipynb #65f3f4bb
@@ -170,13 +174,14 @@ def _cold_finding(cold:Cold, name:str, rail:Guardrail)->Finding:
         return Finding(name, "", f"{what}: not judged, there are none in the test period.", "", False)
     if (users := len(cold.hits[part, group, "challenger"].rows)) < _ENOUGH:
         return Finding(name, "", f"{what}: not judged, only {counted(users, 'user')} can say.", "", False)
-    found = cold.compare(part, group, "challenger", "champion", metric, k)
+    comparison = cold.compare(part, group, "challenger", "champion", metric, k)
     value, before = (cold.value(part, group, side, metric, k) for side in ("challenger", "champion"))
-    says = (f"{what}: {figure} {value:.4f}, {before:.4f} with the champion (difference {found.difference:+.4f}, 95 % "
-            f"interval {found.low:+.4f} to {found.high:+.4f}, {counted(found.users, 'user')})")
-    is_lost = found.high < -rail.most_loss*before
+    says = (f"{what}: {figure} {value:.4f}, {before:.4f} with the champion (difference "
+            f"{comparison.difference:+.4f}, 95 % interval {comparison.low:+.4f} to {comparison.high:+.4f}, "
+            f"{counted(comparison.users, 'user')})")
+    is_lost = comparison.high < -rail.most_loss*before
     return Finding(name, "", f"{says}.", rail.on_break if is_lost else "", True, value, before,
-                   f"not surely worse by {rail.most_loss:.0%}", found.low, found.high)
+                   f"not surely worse by {rail.most_loss:.0%}", comparison.low, comparison.high)
 
 def _cold_findings(features:Features, manifests:Mapping[str, Mapping], criteria:Criteria, progress:bool)->list[Finding]:
     "New users and new items."
@@ -208,7 +213,8 @@ def _look(recommender:Recommender, users:Sequence, items:Sequence, n:int, divers
               for task in bundle.models}
     if DISCOVERY in groups:
         sessions = [(), *((Event(item),) for item in items)]
-        groups["guests"] = [recommender.recommend(None, n, session=one, diversity=diversity) for one in sessions]
+        groups["guests"] = [recommender.recommend(None, n, session=session, diversity=diversity)
+                            for session in sessions]
     for name, answers in groups.items():
         without = sum(any(score != score for score in answer.scores) for answer in answers)
         twice = sum(len({id_key(item) for item in answer.items}) < len(answer.items) for answer in answers)
@@ -220,15 +226,15 @@ def _look(recommender:Recommender, users:Sequence, items:Sequence, n:int, divers
 # %% ../../nbs/jobs/gate.ipynb #e4023dab
 def _short_findings(new:_Looked, old:_Looked, rail:Guardrail)->list[Finding]:
     "The share of lists with a shortfall."
-    found = []
+    findings = []
     for name in (name for name in new.short if name in old.short):
         value, before = new.short[name], old.short[name]
         most = before + rail.most_more
         says = f"{_title(name)}: {value:.1%} of {new.asked[name]:,} lists are short, {before:.1%} with the champion"
         follows = rail.on_break if value > most else ""
         if follows: says += f"; at most {most:.1%} was asked for"
-        found.append(Finding("shortfall", name, f"{says}.", follows, True, value, before, f"at most {most:.1%}"))
-    return found
+        findings.append(Finding("shortfall", name, f"{says}.", follows, True, value, before, f"at most {most:.1%}"))
+    return findings
 
 def _sample(bundle:Bundle, most:int, seed:int)->tuple[list, list]:
     "External ids of some users, and of the most popular items."
@@ -248,14 +254,14 @@ def answer_times(
     medians = [[] for _ in recommenders]
     with one_blas_thread():
         for turn in range(turns + 1): # the first one warms up
-            for recommender, found in zip(recommenders, medians):
+            for recommender, series in zip(recommenders, medians):
                 asked, times = [recommender.model.bundle.users.shown(user) for user in users], []
                 for user in asked:
                     started = perf_counter()
                     recommender.recommend(user, n, next(iter(recommender.model.bundle.models)))
                     times.append(perf_counter() - started)
-                if turn: found.append(np.median(times))
-    return [1000*float(np.median(found)) for found in medians]
+                if turn: series.append(np.median(times))
+    return [1000*float(np.median(series)) for series in medians]
 
 def megabytes(
     models_dir:Path,
@@ -332,9 +338,9 @@ def golden_list(
     try: answer = recommender.recommend(user, asked.n, asked.task, **more)
     except ProductRecsError as error: return GoldenList(asked, titles=titles, unknown=str(error))
     titles |= {id_key(item): _told_title(bundle, item) for item in answer.items}
-    there = {*map(id_key, answer.items)}
-    missing = tuple(item for item in asked.must if id_key(item) not in there)
-    wrong = tuple(item for item in asked.must_not if id_key(item) in there)
+    listed = {*map(id_key, answer.items)}
+    missing = tuple(item for item in asked.must if id_key(item) not in listed)
+    wrong = tuple(item for item in asked.must_not if id_key(item) in listed)
     return GoldenList(asked, tuple(answer.items), titles, missing, wrong)
 
 # %% ../../nbs/jobs/gate.ipynb #110441ca
@@ -349,7 +355,7 @@ class GateResult:
     findings: tuple[Finding, ...]
     golden: tuple[GoldenList, ...]
     criteria: Criteria
-    at: str                  # UTC, ISO
+    moment: str              # UTC, ISO
     run: str = ""            # name of the run that it was judged by
     differ: Mapping = field(default_factory=dict) # parameter -> value of the challenger, of the champion
     published: bool = False
@@ -363,11 +369,11 @@ class GateResult:
     def record(self)->dict:
         "What the manifest keeps, as JSON."
         known = lambda value: None if value != value else value
-        figures = {one.what: {name: known(getattr(one, name)) for name in ("value", "champion", "low", "high")}
-                   for one in self.findings if one.name == "comparison"}
-        checks = [{"name": one.name, "what": one.what, "follows": one.follows, "judged": one.judged}
-                  for one in self.findings if one.name != "comparison"]
-        return {"verdict": self.verdict, "reasons": list(self.reasons), "against": self.champion, "at": self.at,
+        figures = {finding.what: {name: known(getattr(finding, name)) for name in ("value", "champion", "low", "high")}
+                   for finding in self.findings if finding.name == "comparison"}
+        checks = [{"name": finding.name, "what": finding.what, "follows": finding.follows, "judged": finding.judged}
+                  for finding in self.findings if finding.name != "comparison"]
+        return {"verdict": self.verdict, "reasons": list(self.reasons), "against": self.champion, "at": self.moment,
                 "metric": self.criteria.metric, "k": self.criteria.k, "tasks": figures, "checks": checks}
 
 # %% ../../nbs/jobs/gate.ipynb #60b46956
@@ -385,7 +391,7 @@ class _Gate:
     def result(self)->GateResult:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         ignored = {name for name, rail in self.criteria.guardrails.items() if rail.on_break == IGNORE}
-        findings = tuple(one for one in self.findings if one.name not in ignored)
+        findings = tuple(finding for finding in self.findings if finding.name not in ignored)
         return GateResult(self.challenger, self.champion, self.live_before, *verdict_of(findings), findings,
                           self.golden, self.criteria, now, self.run, self.differ)
 
@@ -446,15 +452,15 @@ def _serve(self:_Gate)->None:
         both = [opened.enter_context(open_recommender(self.folder, version=version, **self.serving))
                 for version in (self.challenger, self.champion) if version]
         users, items = _sample(both[0].model.bundle, criteria.sample, criteria.seed)
-        looked = [_look(one, users, items, criteria.k, diversity) for one in both]
+        looked = [_look(recommender, users, items, criteria.k, diversity) for recommender in both]
         for sentence in looked[0].odd: self.add("integrity", sentence, HOLD)
         if not looked[0].odd: self.add("integrity", "Every file is whole, every number finite, every list in order.")
         if len(both) == 2:
             self.findings += _short_findings(*looked, rails["shortfall"])
             times = answer_times(both, users[:40], criteria.k)
             self.findings.append(_cost_finding("answer_time", "ms", rails["answer_time"], *times))
-        self.golden = tuple(golden_list(both[0], one, diversity) for one in criteria.golden_users)
-        self.findings += [one.finding for one in self.golden]
+        self.golden = tuple(golden_list(both[0], user, diversity) for user in criteria.golden_users)
+        self.findings += [answer.finding for answer in self.golden]
     if len(both) == 2 and rails["memory"].on_break != IGNORE:
         sizes = [megabytes(self.folder, version) for version in (self.challenger, self.champion)]
         self.findings.append(_cost_finding("memory", "MB", rails["memory"], *sizes))
@@ -513,11 +519,12 @@ def gate_picture(
 )->Picture:
     "Differences to the champion with their intervals."
     rows = []
-    for one in result.findings:
-        if one.name not in _ROWS or not one.champion > 0: continue # nothing to be relative to
-        part = 100/one.champion
-        rows.append({"group": _ROWS[one.name] or one.what.replace("_", " "), "value": part*(one.value - one.champion),
-                     "low": part*one.low, "high": part*one.high, "beside": f"{one.value:.4f} ({one.champion:.4f})"})
+    for finding in result.findings:
+        if finding.name not in _ROWS or not finding.champion > 0: continue # nothing to be relative to
+        part = 100/finding.champion
+        rows.append({"group": _ROWS[finding.name] or finding.what.replace("_", " "),
+                     "value": part*(finding.value - finding.champion), "low": part*finding.low,
+                     "high": part*finding.high, "beside": f"{finding.value:.4f} ({finding.champion:.4f})"})
     tolerance = 100*result.criteria.tolerance
     label = f"difference to the champion, % of its figure, 95 % interval (dashed: tolerance, {tolerance:g} %)"
     picture = points({"": pd.DataFrame(rows)} if rows else {}, label, "Challenger and champion", "new (live)",
@@ -534,40 +541,41 @@ def guardrail_table(
     result:GateResult,
 )->pd.DataFrame: # holds, check, challenger, champion, asked for
     "Everything that was looked at but the golden users, one row a check; what does not hold comes first."
-    def shown(one, value):
+    def shown(finding, value):
         if value != value: return ""
-        return f"{value:.1%}" if one.name in ("coverage", "tail", "shortfall") else f"{value:,.4g}"
-    def state(one):
-        return _WORDS.get(one.follows) or ("✓" if one.judged else "not judged")
-    rows = [{"holds": state(one), "check": ", ".join(filter(None, (one.name, one.what))).replace("_", " "),
-             "challenger": shown(one, one.value), "champion": shown(one, one.champion), "asked for": one.threshold}
-            for follows in (HOLD, ASK, "") for one in result.findings
-            if one.follows == follows and one.name != "golden user"]
+        return f"{value:.1%}" if finding.name in ("coverage", "tail", "shortfall") else f"{value:,.4g}"
+    def state(finding):
+        return _WORDS.get(finding.follows) or ("✓" if finding.judged else "not judged")
+    rows = [{"holds": state(finding), "check": ", ".join(filter(None, (finding.name, finding.what))).replace("_", " "),
+             "challenger": shown(finding, finding.value), "champion": shown(finding, finding.champion),
+             "asked for": finding.threshold}
+            for follows in (HOLD, ASK, "") for finding in result.findings
+            if finding.follows == follows and finding.name != "golden user"]
     return pd.DataFrame(rows, columns=["holds", "check", "challenger", "champion", "asked for"])
 
 # %% ../../nbs/jobs/gate.ipynb #e515ffe7
-def _marked(one:GoldenList, item)->str:
+def _marked(answer:GoldenList, item)->str:
     "A product of a list as HTML: what must be there in bold, what must not struck through."
     among = lambda items: id_key(item) in {*map(id_key, items)}
-    tag = "s" if among(one.wrong) else "b" if among(one.asked.must) else ""
-    return f"<{tag}>{escape(one.title(item))}</{tag}>" if tag else escape(one.title(item))
+    tag = "s" if among(answer.wrong) else "b" if among(answer.asked.must) else ""
+    return f"<{tag}>{escape(answer.title(item))}</{tag}>" if tag else escape(answer.title(item))
 
 def golden_lists(
     golden:Sequence[GoldenList],
 )->ShownTable: # which shows itself as HTML, and as text
     "The lists of the golden users."
     blocks, rows = [], []
-    for one in golden:
-        finding, task = one.finding, one.asked.task.replace("_", " ")
-        entries = "".join(f"<li>{_marked(one, item)}</li>" for item in one.items)
-        lost = "".join(f"<li>missing: {escape(one.title(item))}</li>" for item in one.missing)
+    for answer in golden:
+        finding, task = answer.finding, answer.asked.task.replace("_", " ")
+        entries = "".join(f"<li>{_marked(answer, item)}</li>" for item in answer.items)
+        lost = "".join(f"<li>missing: {escape(answer.title(item))}</li>" for item in answer.missing)
         state = {HOLD: "✗", ASK: "?"}.get(finding.follows, "✓")
-        note = f"<p><em>{escape(visible(one.asked.note))}</em></p>" if one.asked.note else ""
+        note = f"<p><em>{escape(visible(answer.asked.note))}</em></p>" if answer.asked.note else ""
         blocks.append(f"<details{' open'*bool(finding.follows)}><summary style=\"font-size:.95rem\">{state} "
-                      f"{escape(finding.sentence)} <small>{task}, {one.asked.n} places</small></summary>{note}"
+                      f"{escape(finding.sentence)} <small>{task}, {answer.asked.n} places</small></summary>{note}"
                       f"<ol style=\"margin:.2rem 0\">{entries}</ol>{f'<ul>{lost}</ul>' if lost else ''}</details>")
-        listed = ", ".join(map(one.title, one.items))
-        rows.append({"user": one.asked.user, "holds": not finding.follows, "list": listed})
+        listed = ", ".join(map(answer.title, answer.items))
+        rows.append({"user": answer.asked.user, "holds": not finding.follows, "list": listed})
     return ShownTable(pd.DataFrame(rows), "", "".join(blocks))
 
 def gate_headline(

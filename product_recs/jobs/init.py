@@ -72,7 +72,7 @@ def found_encoding(
     files:Iterable[Path],
 )->tuple[str, str]: # for `encoding`, empty where all are UTF-8; a sentence for a person
     "How text files are encoded."
-    found = {}
+    encodings = {}
     for path in files:
         if file_format(path) != "csv": continue
         with open_bytes(path) as file: content = file.read()
@@ -80,17 +80,17 @@ def found_encoding(
         else:
             try: encoding = content.decode() and ""
             except UnicodeDecodeError as error:
-                encoding, at = "cp1252", content[max(error.start - 12, 0):error.start + 12]
-                found["cp1252 text"] = at.decode("cp1252", errors="replace").splitlines()[0].strip()
-        found.setdefault(encoding, path.name)
-    text = found.pop("cp1252 text", "")
-    others = [encoding for encoding in found if encoding]
+                encoding, excerpt = "cp1252", content[max(error.start - 12, 0):error.start + 12]
+                encodings["cp1252 text"] = excerpt.decode("cp1252", errors="replace").splitlines()[0].strip()
+        encodings.setdefault(encoding, path.name)
+    text = encodings.pop("cp1252 text", "")
+    others = [encoding for encoding in encodings if encoding]
     if not others: return "", ""
-    if len(found) > 1:
-        each = ", ".join(f"{name} is {encoding or 'utf-8'}" for encoding, name in found.items())
+    if len(encodings) > 1:
+        each = ", ".join(f"{name} is {encoding or 'utf-8'}" for encoding, name in encodings.items())
         return "", f"The files have several encodings: {each}. Convert them to one, and name it with encoding."
     if others == ["cp1252"]:
-        return "cp1252", (f"{found['cp1252']} is not UTF-8 and is read as cp1252, in which it has such text as "
+        return "cp1252", (f"{encodings['cp1252']} is not UTF-8 and is read as cp1252, in which it has such text as "
                           f"{text!r}. If letters are wrong there, name its encoding.")
     return others[0], ""
 
@@ -157,11 +157,11 @@ def mapped_columns(
     but:Iterable[str]=(),# the file's, that are something else
 )->dict[str, str|list[str]]: # ours -> the file's, or several where files differ
     "Which columns are probably meant, over all files."
-    found = {}
+    guesses = {}
     for names in look.names:
         for role, column in guess_columns([name for name in names if name not in but], roles).items():
-            if column not in found.setdefault(role, []): found[role].append(column)
-    return {role: columns[0] if len(columns) == 1 else columns for role, columns in found.items()}
+            if column not in guesses.setdefault(role, []): guesses[role].append(column)
+    return {role: columns[0] if len(columns) == 1 else columns for role, columns in guesses.items()}
 
 # %% ../../nbs/jobs/init.ipynb #94a5875f
 _FEWEST = 50 # rows; of fewer one cannot say that each has another value
@@ -276,17 +276,17 @@ def rows_to_skip(
     taken:Iterable[str], # columns that have a role
 )->tuple[dict[str, list[str]], list[str]]: # column -> values; sentences for a person
     "Orders that came to nothing, by the columns that say how an order stands."
-    found, said = {}, []
+    skipped, said = {}, []
     for column in dict.fromkeys(name for names in look.names for name in names if name and name not in taken):
         if not {*words_of(column)} & {"status", "state", "statut", "estado", "stato", "zustand"}: continue
         values = [value for value, in con.execute(f"SELECT text FROM ({look.values(con, column)}) WHERE text <> '' "
                                                   "GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 31").fetchall()]
         ended = [value for value in values if re.search(_ENDED, value, re.IGNORECASE)]
         if not ended or len(ended) == len(values) or len(values) > 30: continue
-        found[column] = ended
+        skipped[column] = ended
         rest = ", ".join(value for value in values if value not in ended)
         said.append(f"Rows whose {column} is {', '.join(ended)} are left out by skip_rows; those with {rest} count.")
-    return found, said
+    return skipped, said
 
 # %% ../../nbs/jobs/init.ipynb #0df22da4
 @dataclass
@@ -337,7 +337,7 @@ def _log_columns(con, log:Look, proposal:Proposal)->dict:
 
 def _flat(names:Iterable)->list[str]:
     "The names of columns, of which some stand in lists."
-    return [one for name in names for one in ([name] if isinstance(name, str) else name)]
+    return [column for name in names for column in ([name] if isinstance(name, str) else name)]
 
 def _no_header(names:Sequence[str])->str:
     "The doubt whether the first line names columns; empty where it does."
@@ -373,7 +373,7 @@ def _table_parameters(con, look:Look, key:str, name:str, key_columns:dict, propo
     roles = [key, *UNDERSTOOD] if key == Columns.Item else [key]
     columns = mapped_columns(look, roles)
     known = key_columns.get(key, [])
-    if any(one in names for one in ([known] if isinstance(known, str) else known) for names in look.names):
+    if any(column in names for column in ([known] if isinstance(known, str) else known) for names in look.names):
         columns.pop(key, None) # the name that the log has
     own = {role: theirs for role, theirs in columns.items() if theirs != role}
     if own: proposal.parameters[f"{name}_columns"] = own
@@ -510,7 +510,7 @@ def seen_text(
     in_log = given.get("product_columns", {}) if given.get("products") == given.get("source") else {}
     role = {theirs: ours for ours, names in (in_log | proposal.roles).items() for theirs in _flat([names])}
     rows = [("column", "type", "first value", "taken for"),
-            *((one.name, one.kind, one.example, role.get(one.name, "")) for one in proposal.seen)]
+            *((column.name, column.kind, column.example, role.get(column.name, "")) for column in proposal.seen)]
     widths = [max(len(row[place]) for row in rows) for place in range(4)]
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -519,7 +519,7 @@ def asked_columns(
     ask:Callable[[str, str], str], # a question and the answer that is proposed -> the answer
 )->dict[str, str|list[str]]:       # for `columns`; empty where every guess is right
     "Ask a person which column is which."
-    names, answers = [one.name for one in proposal.seen], {}
+    names, answers = [column.name for column in proposal.seen], {}
     for role, meaning in _ASKED.items():
         guess = proposal.roles.get(role, _NONE)
         shown = " or ".join(_flat([guess]))
@@ -616,7 +616,7 @@ def bring_data(
     is_files = lambda value: value and not is_reference(value) and not is_database(value)
     named = {name: parameters[name] for name in ("source", "products", "users") if is_files(parameters.get(name))}
     files = {path: path.stat().st_size for value in named.values() for path in find_files(value)}
-    patterns = any(set("*?[") & set(str(one)) for value in named.values() for one in _flat([value]))
+    patterns = any(set("*?[") & set(str(path)) for value in named.values() for path in _flat([value]))
     if copy is None: copy = not patterns and sum(files.values()) <= SMALL
     outside = [path for path in files if copy and not path.is_relative_to(root)]
     if twice := [path.name for path in outside if sum(other.name == path.name for other in outside) > 1]:
@@ -632,7 +632,7 @@ def bring_data(
     own = {}
     for name, value in named.items():
         places = [from_root(target[path]) for path in find_files(value)] if copy else [
-            from_root(resolve_path(one)) for one in _flat([value])]
+            from_root(resolve_path(path)) for path in _flat([value])]
         own[name] = places[0] if len(places) == 1 else places
     said = [f"Copied into {root/'data/exports'}: {', '.join(path.name for path in outside)}"]*bool(outside)
     return {name: own.get(name, _led(value, root)) for name, value in parameters.items()}, said

@@ -17,17 +17,17 @@ DEFINITIONS = "definitions" # tag of the one cell
 
 def _trees(cells:Iterable)->list[ast.Module]:
     "The code of cells; a cell with commands of the notebook's own (`%`, `!`) is nothing that can be read."
-    found = []
+    trees = []
     for cell in cells:
-        try: found.append(ast.parse(cell.source))
-        except SyntaxError: found.append(ast.parse("_unreadable"))
-    return found
+        try: trees.append(ast.parse(cell.source))
+        except SyntaxError: trees.append(ast.parse("_unreadable"))
+    return trees
 
 class _Names(ast.NodeVisitor):
     "Names that code reads, and names that it defines at its top."
     def __init__(self): self.read, self.made = set(), set()
     def visit_If(self, node):
-        if "IN_TEST" in ast.unparse(node.test): return [self.visit(one) for one in node.orelse]
+        if "IN_TEST" in ast.unparse(node.test): return [self.visit(statement) for statement in node.orelse]
         self.generic_visit(node)
     def visit_Name(self, node): (self.read if isinstance(node.ctx, ast.Load) else self.made).add(node.id)
     def visit_FunctionDef(self, node):
@@ -43,7 +43,7 @@ def _names(cells:Iterable)->_Names:
     return names
 
 def _only_imports(source:str)->bool:
-    try: return all(isinstance(one, (ast.Import, ast.ImportFrom)) for one in ast.parse(source).body)
+    try: return all(isinstance(statement, (ast.Import, ast.ImportFrom)) for statement in ast.parse(source).body)
     except SyntaxError: return False
 
 # %% ../../nbs/jobs/lean.ipynb #b0b9c38d
@@ -52,18 +52,18 @@ def lean_copy(
 )->nbformat.NotebookNode|None:      # None: it can only run whole
     "A notebook with its definitions in one cell, without its examples."
     cells = notebook.cells
-    tagged = next((at for at, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", ())), None)
+    tagged = next((place for place, cell in enumerate(cells) if "parameters" in cell.metadata.get("tags", ())), None)
     if tagged is None: return None
-    heads = [at for at, cell in enumerate(cells[:tagged])
+    heads = [place for place, cell in enumerate(cells[:tagged])
              if cell.cell_type == "markdown" and cell.source.startswith("## Run")]
     if not heads: return None
     before, run = cells[:heads[-1]], cells[heads[-1]:]
     code = [cell for cell in before if cell.cell_type == "code" and cell.source.strip()]
-    kept = [cell for cell in code if "#| export" in cell.source or _only_imports(cell.source)]
-    needed, there = _names(cell for cell in run if cell.cell_type == "code"), _names(kept)
-    examples = _names(cell for cell in code if cell not in kept)
-    if (needed.read - needed.made - there.made) & examples.made: return None
-    joined = nbformat.v4.new_code_cell("\n\n".join(cell.source for cell in kept))
+    definitions = [cell for cell in code if "#| export" in cell.source or _only_imports(cell.source)]
+    needed, defined = _names(cell for cell in run if cell.cell_type == "code"), _names(definitions)
+    examples = _names(cell for cell in code if cell not in definitions)
+    if (needed.read - needed.made - defined.made) & examples.made: return None
+    joined = nbformat.v4.new_code_cell("\n\n".join(cell.source for cell in definitions))
     joined.metadata["tags"] = [DEFINITIONS]
     title = [cell for cell in before[:1] if cell.cell_type == "markdown"]
     return nbformat.from_dict({**notebook, "cells": [*title, joined, *run]})

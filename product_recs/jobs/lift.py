@@ -121,8 +121,8 @@ def simulate_looks(
     once, always = (compare(control, arm, multiple) for multiple in
                     (one_look(alpha), all_looks(2*users, alpha, planned)))
     truth = rates[1] - rates[0]
-    found = lambda one: (one.low > 0) | (one.high < 0)
-    return {"once": found(once), "always": found(always), "holds": (always.low <= truth) & (truth <= always.high)}
+    decisive = lambda result: (result.low > 0) | (result.high < 0)
+    return {"once": decisive(once), "always": decisive(always), "holds": (always.low <= truth) & (truth <= always.high)}
 
 # %% ../../nbs/jobs/lift.ipynb #51bac48e
 def ratio_p(

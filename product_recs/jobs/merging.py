@@ -32,14 +32,14 @@ def notebook_of(
     *others:dict,    # notebooks that have its cells' other facts; an earlier one is preferred
 )->dict:
     "The notebook of a text; a cell that is as it was keeps its outputs."
-    kept = {}
+    by_id = {}
     for notebook in reversed(others):
-        kept |= {cell.get("id", ""): cell for cell in notebook["cells"]}
+        by_id |= {cell.get("id", ""): cell for cell in notebook["cells"]}
     cells = []
     for part in text.split(_CELL)[1:]:
         first, source = part.split("\n", 1)
         facts, source = json.loads(first), source[:-1]
-        old = kept.get(facts["id"], {})
+        old = by_id.get(facts["id"], {})
         same = "".join(old.get("source", [])) == source and old.get("cell_type") == facts["kind"]
         cell = {"cell_type": facts["kind"], "id": facts["id"],
                 "metadata": {**old.get("metadata", {}), **({"tags": facts["tags"]} if facts["tags"] else {})}}
@@ -53,13 +53,13 @@ def notebook_of(
 
 # %% ../../nbs/jobs/merging.ipynb #ebc1d50e
 def same_content(
-    name:str,    # of the file
-    one:bytes,
+    name:str,      # of the file
+    content:bytes,
     other:bytes,
 )->bool:
     "Have two versions of a file the same content, whatever an execution has added?"
-    if one == other or not name.endswith(".ipynb"): return one == other
-    try: return notebook_text(json.loads(one)) == notebook_text(json.loads(other))
+    if content == other or not name.endswith(".ipynb"): return content == other
+    try: return notebook_text(json.loads(content)) == notebook_text(json.loads(other))
     except (ValueError, KeyError, TypeError): return False # it is no notebook any more
 
 def _merged_lines(base:bytes, ours:bytes, theirs:bytes)->bytes|None:

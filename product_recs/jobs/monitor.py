@@ -225,11 +225,12 @@ def keep_verdicts(
     "Put verdicts into the file that the service reads."
     models.mkdir(parents=True, exist_ok=True)
     with locked(models/f".{VERDICTS}.lock"):
-        kept = read_verdicts(models/VERDICTS)
-        kept |= {group: {"at": now.isoformat(timespec="seconds"),
-                         "checks": as_records([check for check in checks if check.group == group])} for group in groups}
-        atomic_write(models/VERDICTS, json.dumps({"groups": kept}, indent=1) + "\n")
-    return kept
+        verdicts = read_verdicts(models/VERDICTS)
+        verdicts |= {group: {"at": now.isoformat(timespec="seconds"),
+                             "checks": as_records([check for check in checks if check.group == group])}
+                     for group in groups}
+        atomic_write(models/VERDICTS, json.dumps({"groups": verdicts}, indent=1) + "\n")
+    return verdicts
 
 def write_textfile(
     path:Path,              # ends in .prom, or the collector does not read it
@@ -268,7 +269,7 @@ def day_levels(
     judged:Mapping[date, Sequence[Finding]],
 )->dict[date, str]:
     "The worst level of each day."
-    checks = lambda findings: [Check(one.name, one.level, one.says) for one in findings]
+    checks = lambda findings: [Check(finding.name, finding.level, finding.says) for finding in findings]
     return {day: worst(checks(findings)) for day, findings in judged.items()}
 
 def stopped_days(
@@ -289,16 +290,16 @@ def volume_picture(
     with drawing(f"Events a {unit}, and what was expected", height=3.2) as picture:
         [ax] = picture.axes
         ax.plot(figures.days, figures.volume, color=GREY, lw=1.2, zorder=2)
-        found = [(day, next(one.surprise for one in findings if one.name == "events"))
+        bands = [(day, next(finding.surprise for finding in findings if finding.name == "events"))
                  for day, findings in report.judged.items() if findings]
-        if found:
-            ax.errorbar([day for day, _ in found], [one.usual for _, one in found],
-                        [[one.usual - one.low for _, one in found], [one.high - one.usual for _, one in found]],
+        if bands:
+            ax.errorbar([day for day, _ in bands], [band.usual for _, band in bands],
+                        [[band.usual - band.low for _, band in bands], [band.high - band.usual for _, band in bands]],
                         fmt="none", ecolor=PALETTE[2], elinewidth=4, alpha=0.35, zorder=1,
                         label="expected, 99 of 100 days")
         volume = dict(zip(figures.days, figures.volume))
         for level, (sign, colour) in _SIGNS.items():
-            days = [day for day, found in levels.items() if found == level]
+            days = [day for day, verdict in levels.items() if verdict == level]
             if days: ax.plot(days, [volume[day] for day in days], sign, color=colour, ms=7, zorder=3,
                              label={FINE: "judged: fine", LOOK: "look", STOP: "stop"}[level])
         _dated(ax)
@@ -313,12 +314,12 @@ def mix_picture(
 )->Picture:
     "How the events were spread before, and on the worst of the new days."
     figures, worst_day = report.figures, max(
-        (one for findings in report.judged.values() for one in findings if one.name == name),
-        key=lambda one: (list(_SIGNS).index(one.level), one.surprise.effect, one.day), default=None)
+        (finding for findings in report.judged.values() for finding in findings if finding.name == name),
+        key=lambda finding: (list(_SIGNS).index(finding.level), finding.surprise.effect, finding.day), default=None)
     if worst_day is None: return Picture(None, f"{name}: no day was judged.")
-    mix, at = figures.mixes[name], figures.days.index(worst_day.day)
+    mix, row = figures.mixes[name], figures.days.index(worst_day.day)
     before = mix.counts[[day < report.since for day in figures.days]].sum(0)
-    parts = {"before": before/max(before.sum(), 1), str(worst_day.day): mix.counts[at]/max(mix.counts[at].sum(), 1)}
+    parts = {"before": before/max(before.sum(), 1), str(worst_day.day): mix.counts[row]/max(mix.counts[row].sum(), 1)}
     chosen = np.argsort(-np.maximum(*parts.values()), kind="stable")[:most]
     rows = [{"group": mix.labels[place], "series": series, "value": 100*shares[place]}
             for place in chosen for series, shares in parts.items()]

@@ -28,8 +28,8 @@ NIGHT_STEPS = {name: STEP_NAMES[name] for name in ("01_ingest",)} | {"input": "I
 
 def _look_at(night:Night)->str:
     "Which checks a person should look at, though the night went on."
-    names = [NIGHT_STEPS[step].lower() for step, one in night.steps.items()
-             if one.get("level") in (LOOK, STOP) and step in ("input", "outcome") and one["state"] == DONE]
+    names = [NIGHT_STEPS[step].lower() for step, entry in night.steps.items()
+             if entry.get("level") in (LOOK, STOP) and step in ("input", "outcome") and entry["state"] == DONE]
     return f" Somebody should look at the {' and the '.join(names)}." if names else ""
 
 def night_headline(
@@ -40,7 +40,7 @@ def night_headline(
     stays = f"Model {live} stays live." if live else "No model is live."
     new = f" {counted(facts['new'], 'new row')} came in." if facts.get("new") else ""
     version, why = facts.get("version", ""), " ".join(facts.get("reasons", ()))
-    ill = [NIGHT_STEPS[step] for step, one in night.steps.items() if one["state"] in (FAILED, RUNNING)]
+    ill = [NIGHT_STEPS[step] for step, entry in night.steps.items() if entry["state"] in (FAILED, RUNNING)]
     failed = next(iter(ill), "start")
     days = ", ".join(facts.get("stopped_days", [])) or "the new days"
     said = {"promoted": f"Model {version} was judged and is live.{new}",
@@ -56,13 +56,13 @@ def night_headline(
 # %% ../../nbs/jobs/nightly_page.ipynb #401ee7d4
 _MARKS = {DONE: "✓", SKIPPED: "–", FAILED: "✗", STOPPED: "✗", RUNNING: "…"}
 
-def _mark(one:dict)->str:
+def _mark(entry:dict)->str:
     "A sign for a step; a colour alone would say nothing to some."
-    return {LOOK: "?", STOP: "✗"}.get(one.get("level"), _MARKS[one["state"]])
+    return {LOOK: "?", STOP: "✗"}.get(entry.get("level"), _MARKS[entry["state"]])
 
 def _notes(night:Night)->list[str]:
     "What a person should know besides: of the night and of its steps."
-    more = [note for one in night.steps.values() for note in one.get("notes", ())]
+    more = [note for entry in night.steps.values() for note in entry.get("notes", ())]
     again = [f"It was interrupted {counted(night.starts - 1, 'time')}, and went on."] if night.starts > 1 else []
     return list(dict.fromkeys([*again, *night.notes, *more]))
 
@@ -76,8 +76,8 @@ def night_text(
                                                    break_on_hyphens=False, break_long_words=False)
     wide = max((len(NIGHT_STEPS[step]) for step in night.steps), default=0)
     lines = wrap(f"Night {night.name} of {night.run}: {night.headline}", "", "")
-    for step, one in night.steps.items():
-        lines += wrap(one.get("says", "") or "-", f"  {_mark(one)} {NIGHT_STEPS[step]:<{wide}}  ", " "*(wide + 6))
+    for step, entry in night.steps.items():
+        lines += wrap(entry.get("says", "") or "-", f"  {_mark(entry)} {NIGHT_STEPS[step]:<{wide}}  ", " "*(wide + 6))
     for note in _notes(night): lines += wrap(note, "  note: ", "        ")
     if night.facts.get("next"): lines += ["Next", *command_lines(night.facts["next"])]
     return "\n".join(lines)
@@ -150,13 +150,13 @@ def page_of(
 )->str: # HTML
     "The page of a night, with those before it."
     base = f"{night.name}/" if above else ""
-    others = [one for one in nights if one.name != night.name]
-    strip = [{"name": one.name, "tone": _tone(one), "word": _TONES[one.status][1], "now": one is night,
-              "headline": one.headline, "href": f"{'' if above else '../'}{one.name}/index.html"}
-             for one in [*others, night][-60:]]
-    tone_of = lambda one: _LEVEL_TONES.get(one.get("level"), _STATE_TONES[one["state"]])
-    steps = [{**one, "mark": _mark(one), "tone": tone_of(one), "words": NIGHT_STEPS[name],
-              "clock": one.get("at", "")[11:16]} for name, one in night.steps.items()]
+    others = [other for other in nights if other.name != night.name]
+    strip = [{"name": shown.name, "tone": _tone(shown), "word": _TONES[shown.status][1], "now": shown is night,
+              "headline": shown.headline, "href": f"{'' if above else '../'}{shown.name}/index.html"}
+             for shown in [*others, night][-60:]]
+    tone_of = lambda entry: _LEVEL_TONES.get(entry.get("level"), _STATE_TONES[entry["state"]])
+    steps = [{**entry, "mark": _mark(entry), "tone": tone_of(entry), "words": NIGHT_STEPS[name],
+              "clock": entry.get("at", "")[11:16]} for name, entry in night.steps.items()]
     template = Environment(autoescape=True).from_string(_PAGE)
     return template.render(style=STYLE + _PAGE_STYLE, policy=CONTENT_POLICY, night=night, base=base, strip=strip,
                            key=_KEY, tone=_tone(night), word=_TONES[night.status][1], notes=_notes(night), steps=steps)

@@ -142,8 +142,8 @@ class Night:
 
     def save(self)->None:
         "Write the journal."
-        kept = {name: value for name, value in vars(self).items() if name != "folder"}
-        atomic_write(self.folder/"night.json", json.dumps(kept, indent=1, default=str) + "\n")
+        journal = {name: value for name, value in vars(self).items() if name != "folder"}
+        atomic_write(self.folder/"night.json", json.dumps(journal, indent=1, default=str) + "\n")
 
     def begin(self, step:str)->None:
         "Note that a step is under way."
@@ -175,12 +175,12 @@ def nights_of(
     folder:Path, # of all nights of the run
 )->list[Night]:  # the oldest first
     "Every night that has a journal; one that cannot be read is passed over."
-    found = []
+    nights = []
     for path in folder.glob("*/night.json"):
-        try: found.append(Night(path.parent, **json.loads(path.read_text(encoding="utf-8"))))
+        try: nights.append(Night(path.parent, **json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError): continue
     number = lambda night: int(night.name[11:] or 1) if night.name[11:].isdecimal() or not night.name[11:] else 0
-    return sorted(found, key=lambda night: (night.started, number(night)))
+    return sorted(nights, key=lambda night: (night.started, number(night)))
 
 # %% ../../nbs/jobs/nights.ipynb #ad54a1c3
 ACCEPT, LEAVE_OUT = "accept", "leave out"
@@ -192,7 +192,7 @@ class Decision:
     what: str   # accept | leave out
     by: str
     reason: str
-    at: str     # UTC, ISO
+    moment: str # UTC, ISO
 
 def _decisions_file(run:str)->Path: return resolve_path("data/processed")/run/"decisions.json"
 
@@ -202,17 +202,18 @@ def decisions_of(
     "What was decided; raises `ProductRecsError` for a file that was damaged."
     path = _decisions_file(run)
     if not path.exists(): return {}
-    try: found = [Decision(**one) for one in json.loads(path.read_text(encoding="utf-8"))["decisions"]]
+    try: decisions = [Decision(**{"moment" if key == "at" else key: value for key, value in dict(record).items()})
+                      for record in json.loads(path.read_text(encoding="utf-8"))["decisions"]]
     except (ValueError, TypeError, KeyError) as error:
         raise ProductRecsError(f"{path}: cannot be read ({error}); mend it, or delete it and decide again") from None
-    return dict(sorted({one.day: one for one in found}.items()))
+    return dict(sorted({decision.day: decision for decision in decisions}.items()))
 
 def days_of(
     decisions:dict[str, Decision],
     what:str, # ACCEPT or LEAVE_OUT
 )->list[str]: # ISO
     "The days of which that was decided."
-    return [day for day, one in decisions.items() if one.what == what]
+    return [day for day, decision in decisions.items() if decision.what == what]
 
 # %% ../../nbs/jobs/nights.ipynb #eceea920
 def decide(
@@ -238,8 +239,10 @@ def decide(
     path = _decisions_file(run)
     with locked(path.parent.with_name(f".{run}.lock")): # as the ingest, which replaces the folder
         before = json.loads(path.read_text(encoding="utf-8"))["decisions"] if decisions_of(run) else []
-        kept = {"decisions": [*before, *map(asdict, made)]}
-        atomic_write(path, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        records = [{"at" if key == "moment" else key: value for key, value in asdict(decision).items()}
+                   for decision in made]
+        content = {"decisions": [*before, *records]}
+        atomic_write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return made
 
 # %% ../../nbs/jobs/nights.ipynb #435cddc2
@@ -250,10 +253,10 @@ def half_made(
     "What a killed night of this run left unfinished; whoever deletes it holds the lock of the run."
     processed, name = resolve_path("data/processed"), re.escape(run)
     rest = re.compile(rf"\.{name}\.(work\.)?[a-z0-9_]{{8}}(\.old)?")
-    found = [path for path in processed.glob(f".{run}.*") if rest.fullmatch(path.name)] if processed.is_dir() else []
+    beside = [path for path in processed.glob(f".{run}.*") if rest.fullmatch(path.name)] if processed.is_dir() else []
     inside = [path for path in (processed/run).glob(".*") if re.search(r"\.[a-z0-9_]{8}(\.old)?$", path.name)]
     staged = models_dir/f".daily-{run}"
-    return sorted([*found, *inside, *([staged] if staged.exists() else [])])
+    return sorted([*beside, *inside, *([staged] if staged.exists() else [])])
 
 def told_age(
     moment:str, # UTC, ISO

@@ -44,7 +44,7 @@ def self_normalised(
                "needed")
         return OffPolicy(nothing, nothing, nothing, effective, places, why)
     value = float((weights*outcomes).sum()/total)
-    _, who = np.unique(users, return_inverse=True)
-    errors = np.bincount(who, weights*(outcomes - value))/total
+    _, user_rows = np.unique(users, return_inverse=True)
+    errors = np.bincount(user_rows, weights*(outcomes - value))/total
     error = one_look(alpha)*float(np.sqrt((errors**2).sum()*len(errors)/max(len(errors) - 1, 1)))
     return OffPolicy(value, value - error, value + error, effective, places)

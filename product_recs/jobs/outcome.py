@@ -62,8 +62,8 @@ def excluded_items(
     if not file.exists(): return {}
     import duckdb # late for its cost: most runs exclude nothing
     with duckdb.connect() as con:
-        found = con.execute(f"SELECT reason, count(*) FROM {parquet(file)} GROUP BY 1 ORDER BY 2 DESC, 1")
-        return dict(found.fetchall())
+        rows = con.execute(f"SELECT reason, count(*) FROM {parquet(file)} GROUP BY 1 ORDER BY 2 DESC, 1")
+        return dict(rows.fetchall())
 
 def step_notes(
     metrics:Mapping, # content of metrics.json
@@ -94,10 +94,10 @@ class Standing:
 
 def _words(task:str)->str: return task.replace("_", " ")
 
-def _phrase(found:Mapping[str, str])->str:
+def _phrase(verdicts:Mapping[str, str])->str:
     "Verdicts by rival in words, the worst first."
     groups = {}
-    for rival, verdict in found.items(): groups.setdefault(verdict, []).append(rival)
+    for rival, verdict in verdicts.items(): groups.setdefault(verdict, []).append(rival)
     said = {"worse": "worse than", "not distinguishable": "not distinguishable from", "better": "better than"}
     return ", ".join(f"{words} {' and '.join(groups[verdict])}" for verdict, words in said.items() if verdict in groups)
 
@@ -108,18 +108,18 @@ def _standing(evaluated:Mapping, task:str, served:Mapping)->Standing:
               for record in records if record["model"] == name}
     figure, users = f"{METRIC_NAMES['ndcg']}@{records[0]['k']}", records[0]["users"]
     against = {rival: served[key] for rival, key in SIMPLE.items() if served.get(key)}
-    pair = [tuple(one[key] for key in ("difference", "low", "high")) for one in against.values()]
+    pair = [tuple(gap[key] for key in ("difference", "low", "high")) for gap in against.values()]
     same = task == DISCOVERY and len(pair) == 2 and pair[0] == pair[1]
     if same: del against["buy again"]
-    judge = lambda one: "better" if one["low"] > 0 else "worse" if one["high"] < 0 else "not distinguishable"
-    found = {rival: judge(one) for rival, one in against.items()}
-    if served["model"] in SIMPLE: found = {rival: verdict for rival, verdict in found.items() if not same}
+    judge = lambda gap: "better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else "not distinguishable"
+    verdicts = {rival: judge(gap) for rival, gap in against.items()}
+    if served["model"] in SIMPLE: verdicts = {rival: verdict for rival, verdict in verdicts.items() if not same}
     itself = f"{served['model']} itself is served" if served["model"] in SIMPLE else ""
-    verdict = next((word for word in ("worse", "not distinguishable", "better") if word in found.values()), "simple")
+    verdict = next((word for word in ("worse", "not distinguishable", "better") if word in verdicts.values()), "simple")
     if itself and verdict == "better": verdict = "simple"
-    phrase = ", ".join(filter(None, (itself, _phrase(found))))
-    differences = ", ".join(f"{one['difference']:+.4f} against {rival} ({one['low']:+.4f} to {one['high']:+.4f})"
-                            for rival, one in against.items() if rival in found)
+    phrase = ", ".join(filter(None, (itself, _phrase(verdicts))))
+    differences = ", ".join(f"{gap['difference']:+.4f} against {rival} ({gap['low']:+.4f} to {gap['high']:+.4f})"
+                            for rival, gap in against.items() if rival in verdicts)
     sentence = f"{_words(task).capitalize()}: {phrase}."
     if differences: sentence += f" {figure} {differences}: 95 % interval of the difference, {counted(users, 'user')}."
     if same and not itself: sentence += " Buy again is the same as popularity there."
@@ -133,14 +133,14 @@ def standings(
     why_not:str="",   # why nothing was judged
 )->list[Standing]:    # one a task that has a model
     "The served models beside popularity and buy again."
-    evaluated, found = metrics.get("04_evaluate", {}), []
+    evaluated, results = metrics.get("04_evaluate", {}), []
     for task, name in metrics.get("03_train", {}).get("models", {}).items():
-        if served := evaluated.get("served", {}).get(task): found.append(_standing(evaluated, task, served))
+        if served := evaluated.get("served", {}).get(task): results.append(_standing(evaluated, task, served))
         else:
             reason = why_not.removeprefix("NothingToJudge: ").rstrip(".") # a sentence may come with either
             phrase = f"not judged{f': {reason}' if reason else ''}"
-            found.append(Standing(task, name, "not judged", phrase, f"{_words(task).capitalize()}: {phrase}."))
-    return found
+            results.append(Standing(task, name, "not judged", phrase, f"{_words(task).capitalize()}: {phrase}."))
+    return results
 
 # %% ../../nbs/jobs/outcome.ipynb #1f1c1a44
 def parameter_words(
@@ -185,17 +185,18 @@ class Outcome:
     @property
     def other_reasons(self)->list[str]:
         "Why the model waits, as far as no standing tells it."
-        told = tuple(f"{_words(one.task).capitalize()}: " for one in self.standings if one.verdict == "worse")
-        return [reason for reason in self.held_back if not reason.startswith(told)]
+        heads = tuple(f"{_words(standing.task).capitalize()}: " for standing in self.standings
+                      if standing.verdict == "worse")
+        return [reason for reason in self.held_back if not reason.startswith(heads)]
 
 # %% ../../nbs/jobs/outcome.ipynb #8dbf8707
 def _figures(standing:Standing)->str:
     "The served model with its interval, then the simple ones."
     said = []
-    for name, one in standing.values.items():
-        value = f"{one['value']:.4f}"
+    for name, score in standing.values.items():
+        value = f"{score['value']:.4f}"
         if name == standing.model:
-            said.append(f"{value} ({one['low']:.4f} to {one['high']:.4f})" if one["low"] is not None else value)
+            said.append(f"{value} ({score['low']:.4f} to {score['high']:.4f})" if score["low"] is not None else value)
         else: said.append(f"{name} {value}")
     return ", ".join(said)
 
@@ -223,13 +224,13 @@ def outcome_text(
     notes = [f"{step}: {note}" if step else note for step, note in outcome.notes]
     short = [note if len(note) <= 3*width else note[:3*width - 1] + "…" for note in notes[:most]]
     if len(notes) > most: short.append(f"and {counted(len(notes) - most, 'more note', 'more notes')} in the report")
-    judged = next((one for one in outcome.standings if one.figure), None)
-    who = [f"{_words(one.task)}: {visible(one.model)}{f', {_figures(one)}' if one.values else ''}"
-           for one in outcome.standings]
+    judged = next((standing for standing in outcome.standings if standing.figure), None)
+    models = [f"{_words(standing.task)}: {visible(standing.model)}"
+              f"{f', {_figures(standing)}' if standing.values else ''}" for standing in outcome.standings]
     lines = [line for sentence in re.split(r"(?<=\.) (?=[A-Z])", outcome.headline)
              for line in textwrap.wrap(sentence, width, break_on_hyphens=False, break_long_words=False)]
     lines += _section("Dropped, and why", [*outcome.dropped, *short], width)
-    lines += _section(f"Chosen models{f' ({judged.figure}, 95 % interval)' if judged else ''}", who, width)
-    lines += _section("Better than the simple ones?", [one.sentence for one in outcome.standings], width)
+    lines += _section(f"Chosen models{f' ({judged.figure}, 95 % interval)' if judged else ''}", models, width)
+    lines += _section("Better than the simple ones?", [standing.sentence for standing in outcome.standings], width)
     if outcome.next_steps: lines += ["Next", *command_lines(outcome.next_steps)]
     return "\n".join(lines)

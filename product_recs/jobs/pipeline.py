@@ -163,8 +163,8 @@ class RunResult:
     worse: list[str]     # a sentence for each task in which popularity is better
     other: OtherLive|None = None # a model of another run that was live before
     published: bool = False      # the model is live
-    given: list[str] = field(default_factory=list) # parameters as words of a command line: -f and -p
-    at: list[str] = field(default_factory=list)    # words that name the folder of the models; none for the usual one
+    given: list[str] = field(default_factory=list)         # parameters as words of a command line: -f and -p
+    folder_option: list[str] = field(default_factory=list) # words for the folder of the models; none for the usual one
     outcome: Outcome|None = None # in words; when it has ended
 
     @property
@@ -192,22 +192,22 @@ class RunResult:
         best = _run_words(self, "popularity" if auto else "auto")
         asked = [("serve the best sellers" if auto else "let the models compete", typed_command(best))] if self.worse \
             else [("publish without this question the next time", typed_command([*_run_words(self), "--publish"]))]
-        publishing = ["product-recs", "publish", self.version, *SAY_WHO, *self.at]
+        publishing = ["product-recs", "publish", self.version, *SAY_WHO, *self.folder_option]
         return [("publish it all the same", typed_command(publishing)), *asked]
 
 def _run_words(result:RunResult, model:str="")->list[str]:
     "The words that repeat a run, with another model where one is named."
-    words = ["product-recs", "run", "--name", result.name, *result.at]
+    words = ["product-recs", "run", "--name", result.name, *result.folder_option]
     if not model: return [*words, *result.given]
     pairs = list(zip(result.given[::2], result.given[1::2]))
     # what was named for these models; it may also stand in a file
     named = result.metrics.get("03_train", {}).get("parameters", {})
-    next_fails = named.get("next_model", "auto") != "auto" and any(one.startswith("Next") for one in result.worse)
+    next_fails = named.get("next_model", "auto") != "auto" and any(text.startswith("Next") for text in result.worse)
     left_out = r"(next_)?model=|model_parameters=" if next_fails else r"model(_parameters)?="
-    kept = [word for pair in pairs for word in pair if not re.match(left_out, pair[1])]
+    repeated = [word for pair in pairs for word in pair if not re.match(left_out, pair[1])]
     other = ["-p", f"model={model}", *(["-p", "next_model=auto"] if next_fails else [])]
     if named.get("model_parameters"): other += ["-p", "model_parameters={}"]
-    return [*words, *kept, *other]
+    return [*words, *repeated, *other]
 
 # %% ../../nbs/jobs/pipeline.ipynb #538aa45b
 def _notes(parameters:dict)->list[str]:
@@ -226,9 +226,9 @@ def skip_reason(
 def _worse(metrics:dict)->list[str]:
     "A sentence for each task in which what would be served is significantly worse than popularity."
     served = metrics.get("04_evaluate", {}).get("served", {})
-    return [says_worse(one["model"], task, one["beats_popularity"], one["beats_popularity"]["metric"],
-                       one["beats_popularity"]["k"])
-            for task, one in served.items() if one["beats_popularity"] and one["beats_popularity"]["high"] < 0]
+    return [says_worse(facts["model"], task, facts["beats_popularity"], facts["beats_popularity"]["metric"],
+                       facts["beats_popularity"]["k"])
+            for task, facts in served.items() if facts["beats_popularity"] and facts["beats_popularity"]["high"] < 0]
 
 def _unjudged(steps:Sequence[Step])->list[str]:
     "A note where nobody could judge."
@@ -293,7 +293,7 @@ def run(
     models, reports = resolve_path(models_dir), resolve_path("reports")/name
     result = RunResult(name, reports, [Step(step) for step in STEPS], None, {}, _notes(parameters), [],
                        given=parameter_words(shown) if given is None else list(given),
-                       at=[] if models == resolve_path("models") else ["--models-dir", str(models_dir)])
+                       folder_option=[] if models == resolve_path("models") else ["--models-dir", str(models_dir)])
     with claim(reports), by_reference(parameters) as references, warm_kernels(reports/".kernel.lock"):
         _clear(reports, STEPS)
         per_step = assign(references, declared)
@@ -446,12 +446,12 @@ def _next_steps(result:RunResult, what:str)->list[tuple[str, str]]:
     if what == "Tuning":
         best = [_from_root(resolve_path("data/processed")/result.name/f"best_{task}.yaml")
                 for task in result.metrics.get("tune", {}).get("tasks", {})]
-        run = ["product-recs", "run", "--name", result.name, *result.at, *result.given, "-f"]
+        run = ["product-recs", "run", "--name", result.name, *result.folder_option, *result.given, "-f"]
         return [*report, *(("train with what was found", typed_command([*run, file])) for file in best)]
     if not result.published: return report
     user = result.metrics.get("05_inference", {}).get("parameters", {}).get("user", "")
-    asked = [] if user == "" else [("ask for one user", user_command(user, result.at))]
-    return [*report, *asked, ("serve it", typed_command(["product-recs", "serve", *result.at])),
+    asked = [] if user == "" else [("ask for one user", user_command(user, result.folder_option))]
+    return [*report, *asked, ("serve it", typed_command(["product-recs", "serve", *result.folder_option])),
             ("search better parameters", typed_command(["product-recs", "tune", "--name", result.name, *result.given]))]
 
 def outcome_of(
@@ -498,7 +498,7 @@ def _tuned(metrics:dict)->dict[str, dict]:
     tuned = metrics.get("tune", {})
     same = tuned.get("fingerprint") == metrics.get("02_features", {}).get("fingerprint")
     # an earlier version wrote no figures
-    return {task: one for task, one in tuned.get("tasks", {}).items() if "figures" in one} if same else {}
+    return {task: search for task, search in tuned.get("tasks", {}).items() if "figures" in search} if same else {}
 
 def _served(metrics:dict)->dict[str, dict[str, str]]:
     "Task -> the names, here and in the evaluation, of what the bundle serves, and how it won."

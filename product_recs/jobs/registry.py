@@ -32,13 +32,13 @@ CHAMPION, CHALLENGER = "champion", "challenger" # aliases: what is live; the new
 
 def _texts(facts:Mapping, *path:str)->dict[str, str]:
     "Single facts and lists of texts, at any depth, by their path; tables are left out."
-    found = {}
+    texts = {}
     for name, value in facts.items():
-        if isinstance(value, Mapping): found |= _texts(value, *path, name)
+        if isinstance(value, Mapping): texts |= _texts(value, *path, name)
         elif isinstance(value, (list, tuple)):
-            if all(isinstance(one, str) for one in value): found[".".join((*path, name))] = "; ".join(value)
-        elif value is not None: found[".".join((*path, name))] = str(value)
-    return {name: text[:4000] for name, text in found.items() if text}
+            if all(isinstance(entry, str) for entry in value): texts[".".join((*path, name))] = "; ".join(value)
+        elif value is not None: texts[".".join((*path, name))] = str(value)
+    return {name: text[:4000] for name, text in texts.items() if text}
 
 def tags_of(
     manifest:Mapping, # of a bundle
@@ -115,12 +115,12 @@ class Registered:
     tags: dict[str, str]
     run_id: str              # in MLflow; "" where there is none
 
-def _registered(found:Any, aliases:Mapping[str, Any])->Registered:
+def _registered(entry:Any, aliases:Mapping[str, Any])->Registered:
     "A version as MLflow tells of it; `aliases` are those of the model."
-    made = datetime.fromtimestamp(found.creation_timestamp/1000, timezone.utc).isoformat(timespec="seconds")
-    own = tuple(sorted(name for name, number in aliases.items() if int(number) == int(found.version)))
-    return Registered(int(found.version), found.tags.get("bundle_version", ""), own, made, dict(found.tags),
-                      found.run_id or "")
+    made = datetime.fromtimestamp(entry.creation_timestamp/1000, timezone.utc).isoformat(timespec="seconds")
+    own = tuple(sorted(name for name, number in aliases.items() if int(number) == int(entry.version)))
+    return Registered(int(entry.version), entry.tags.get("bundle_version", ""), own, made, dict(entry.tags),
+                      entry.run_id or "")
 
 def _not_there(error:Exception)->bool:
     "Does MLflow say that something does not exist? Anything else is trouble."
@@ -144,20 +144,20 @@ class Registry:
 
     def versions(self)->list[Registered]: # newest first
         "All versions."
-        aliases, found, token = self.aliases(), [], None
+        aliases, entries, token = self.aliases(), [], None
         while True:
             page = self.client.search_model_versions(f"name = '{self.name}'", max_results=200, page_token=token)
-            found += page
+            entries += page
             if not (token := page.token): break
-        return sorted((_registered(one, aliases) for one in found), key=lambda one: -one.number)
+        return sorted((_registered(entry, aliases) for entry in entries), key=lambda version: -version.number)
 
     def find(self,
         which:str, # number, version of a bundle, or alias, such as @champion or models:/NAME@champion
     )->Registered:
         "One version; a `TrackingError` where there is none."
         alias, known = which.removeprefix(f"models:/{self.name}").removeprefix("@"), self.versions()
-        for one in known:
-            if which in (str(one.number), one.version) or alias in one.aliases: return one
+        for version in known:
+            if which in (str(version.number), version.version) or alias in version.aliases: return version
         raise TrackingError(f"{self.name} in the registry has no version {which!r}; `product-recs registry list` shows "
                             "what is there, and `product-recs registry register VERSION` adds one")
 
@@ -171,8 +171,8 @@ def register(
     from mlflow.exceptions import MlflowException
     client, name, manifest = registry.client, registry.name, verify_files(path)
     tags = tags_of(manifest)
-    for one in registry.versions():
-        if one.version == manifest["version"]: return set_tags(registry, one, tags)
+    for version in registry.versions():
+        if version.version == manifest["version"]: return set_tags(registry, version, tags)
     own = not run_id
     if own:
         record = RunRecord(manifest["version"], "register", headline=f"Bundle {manifest['version']}", tags=dict(tags))
@@ -187,52 +187,57 @@ def register(
 
 def set_tags(
     registry:Registry,
-    one:Registered,
+    registered:Registered,
     tags:Mapping[str, str],
 )->Registered: # with the tags as they are now
     "Bring the tags of a version up to date; those of others, such as people, stay."
     for key, value in tags.items():
-        if one.tags.get(key) != value: registry.client.set_model_version_tag(registry.name, str(one.number), key, value)
-    for key in one.tags:
+        if registered.tags.get(key) != value:
+            registry.client.set_model_version_tag(registry.name, str(registered.number), key, value)
+    for key in registered.tags:
         stale = key.startswith("gate.") or key == "needs_a_person"
-        if stale and key not in tags: registry.client.delete_model_version_tag(registry.name, str(one.number), key)
-    kept = {key: value for key, value in one.tags.items() if not (key.startswith("gate.") or key == "needs_a_person")}
-    return Registered(one.number, one.version, one.aliases, one.created_at, kept | dict(tags), one.run_id)
+        if stale and key not in tags:
+            registry.client.delete_model_version_tag(registry.name, str(registered.number), key)
+    others = {key: value for key, value in registered.tags.items()
+              if not (key.startswith("gate.") or key == "needs_a_person")}
+    return Registered(registered.number, registered.version, registered.aliases, registered.created_at,
+                      others | dict(tags), registered.run_id)
 
 def promote(
     registry:Registry,
-    one:Registered,
+    registered:Registered,
     alias:str=CHAMPION,
 )->None:
     "Let an alias point to a version. A champion is no challenger any more."
-    registry.client.set_registered_model_alias(registry.name, alias, str(one.number))
-    if alias == CHAMPION and registry.aliases().get(CHALLENGER) == one.number:
+    registry.client.set_registered_model_alias(registry.name, alias, str(registered.number))
+    if alias == CHAMPION and registry.aliases().get(CHALLENGER) == registered.number:
         registry.client.delete_registered_model_alias(registry.name, CHALLENGER)
 
 # %% ../../nbs/jobs/registry.ipynb #ad4e7e4a
 def pull(
     registry:Registry,
-    one:Registered,
+    registered:Registered,
     models_dir:Path,
 )->str: # its version, which is in `models_dir` now, and not live by that
     """Fetch a bundle; raises `BundleError` where what came is not what the manifest says, `TrackingError` where nothing
     did."""
     import mlflow
-    if not one.version: raise TrackingError(f"version {one.number} of {registry.name} is no bundle of product_recs")
-    version = valid_version(one.version)
+    if not registered.version:
+        raise TrackingError(f"version {registered.number} of {registry.name} is no bundle of product_recs")
+    version = valid_version(registered.version)
     with locked(models_dir/".pull.lock"):
         if version in list_versions(models_dir):
             try: return verify_files(models_dir/version)["version"]
             except BundleError: pass # a broken one is fetched again
         with _empty(models_dir/".pull") as folder:
-            address = f"models:/{registry.name}/{one.number}"
+            address = f"models:/{registry.name}/{registered.number}"
             mlflow.artifacts.download_artifacts(artifact_uri=address, dst_path=str(folder))
-            found = [path.parent for path in folder.glob("artifacts/*/manifest.json")]
-            if len(found) != 1: raise TrackingError(f"{address} holds no bundle")
-            if verify_files(found[0])["version"] != version:
-                raise BundleError(f"{address}: the bundle is {found[0].name}, its tag says {version}")
+            bundles = [path.parent for path in folder.glob("artifacts/*/manifest.json")]
+            if len(bundles) != 1: raise TrackingError(f"{address} holds no bundle")
+            if verify_files(bundles[0])["version"] != version:
+                raise BundleError(f"{address}: the bundle is {bundles[0].name}, its tag says {version}")
             with atomic_folder(models_dir/version) as target:
-                for file in found[0].iterdir(): file.rename(target/file.name)
+                for file in bundles[0].iterdir(): file.rename(target/file.name)
     return version
 
 @contextmanager
@@ -256,9 +261,9 @@ def _kept(do:Any, later:str)->list[str]:
 
 def _place(registry:Registry, path:Path, live:bool, run_id:str="")->str:
     "Register a bundle, give it its alias, and say so."
-    alias, one = CHAMPION if live else CHALLENGER, register(registry, path, run_id)
-    promote(registry, one, alias)
-    return f"version {one.number} of {registry.name} is @{alias}"
+    alias, registered = CHAMPION if live else CHALLENGER, register(registry, path, run_id)
+    promote(registry, registered, alias)
+    return f"version {registered.number} of {registry.name} is @{alias}"
 
 def keep_run(
     record:RunRecord,
@@ -288,8 +293,8 @@ def keep_verdicts(
     folder = resolve_path(models_dir)
     def bring(registry:Registry)->str:
         here = set(list_versions(folder))
-        for one in registry.versions():
-            if one.version in here: set_tags(registry, one, tags_of(read_manifest(folder/one.version)))
+        for version in registry.versions():
+            if version.version in here: set_tags(registry, version, tags_of(read_manifest(folder/version.version)))
         return ""
     return _kept(bring, "")
 
@@ -299,14 +304,14 @@ def registry_table(
 )->str: # empty where there is none
     "The versions of a registered model as a table of text."
     lines = []
-    wide = max((len(one.version) for one in versions), default=0)
-    for one in versions:
-        marks = " ".join(f"@{alias}" for alias in one.aliases)
-        made = one.created_at[:16].replace("T", " ")
-        lines.append(f"{one.number:>4}  {one.version or 'no bundle of ours':<{wide}}  {made}  {marks}".rstrip())
-        served = "; ".join(f"{task.replace('_', ' ')}: {visible(one.tags[f'model.{task}'])}" for task in TASKS
-                           if f"model.{task}" in one.tags)
-        verdict, reasons = (visible(one.tags.get(f"gate.{name}", "")) for name in ("verdict", "reasons"))
+    wide = max((len(version.version) for version in versions), default=0)
+    for version in versions:
+        marks = " ".join(f"@{alias}" for alias in version.aliases)
+        made = version.created_at[:16].replace("T", " ")
+        lines.append(f"{version.number:>4}  {version.version or 'no bundle of ours':<{wide}}  {made}  {marks}".rstrip())
+        served = "; ".join(f"{task.replace('_', ' ')}: {visible(version.tags[f'model.{task}'])}" for task in TASKS
+                           if f"model.{task}" in version.tags)
+        verdict, reasons = (visible(version.tags.get(f"gate.{name}", "")) for name in ("verdict", "reasons"))
         judged = f"gate: {verdict}{f' ({reasons})' if reasons else ''}" if verdict else ""
         lines += [f"      {text}" for text in (served, judged) if text]
     return "\n".join(lines)

@@ -37,15 +37,15 @@ _LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))")
 
 def with_links(
     notebook:dict,
-    name:str,           # of its file, such as `nbs/jobs/tune.ipynb`
-    there:Iterable[str],# names of the files beside it in the workspace
-    url:str,            # of the repository's files
+    name:str,             # of its file, such as `nbs/jobs/tune.ipynb`
+    present:Iterable[str],# names of the files beside it in the workspace
+    url:str,              # of the repository's files
 )->dict:
     "A notebook whose links to files that are not in the workspace lead to the repository."
-    there = {*there}
+    present = {*present}
     def led(match):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(name), match[2]))
-        return match[0] if target in there else f"{match[1]}{url}/{target}{match[3]}"
+        return match[0] if target in present else f"{match[1]}{url}/{target}{match[3]}"
     return notebook | {"cells": [
         cell | {"source": _LINK.sub(led, "".join(cell["source"])).splitlines(keepends=True)}
         if cell["cell_type"] == "markdown" else cell for cell in notebook["cells"]]}

@@ -67,17 +67,17 @@ def _is_parameters(cell)->bool:
 
 def _silent_joined(cells:list)->list:
     "Code that shows nothing goes before the code of the next cell that does."
-    kept, waiting = [], []
+    joined, waiting = [], []
     for cell in cells:
-        if cell.cell_type != "code" or _is_parameters(cell): kept.append(cell)
+        if cell.cell_type != "code" or _is_parameters(cell): joined.append(cell)
         elif not cell.outputs: waiting.append(cell)
         else:
-            cell.source = "\n\n".join([*(one.source for one in waiting), cell.source])
-            kept, waiting = [*kept, cell], []
+            cell.source = "\n\n".join([*(silent.source for silent in waiting), cell.source])
+            joined, waiting = [*joined, cell], []
     if waiting:
-        waiting[-1].source = "\n\n".join(one.source for one in waiting)
-        kept.append(waiting[-1])
-    return kept
+        waiting[-1].source = "\n\n".join(silent.source for silent in waiting)
+        joined.append(waiting[-1])
+    return joined
 
 def _verdict(cells:list)->list:
     "A cell with what the cells tagged `verdict` say; none where they say nothing."

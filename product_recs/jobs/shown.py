@@ -130,7 +130,7 @@ def _sums()->str:
     for y, z in (("c1", "c0"), ("p1", "p0")):
         said += [f"sum({y})", f"sum({z})", f"sum({y}*{y})", f"sum({z}*{z})", f"sum({y}*{n})", f"sum({z}*{m})",
                  f"sum({y}*{z})", f"sum({y}*{m})", f"sum({n}*{z})"]
-    return ", ".join(f"CAST({one} AS DOUBLE)" for one in said)
+    return ", ".join(f"CAST({term} AS DOUBLE)" for term in said)
 
 _COUNTS = ", ".join(f"count(*) FILTER ({side} {what}) AS {name}" for name, side, what in (
     ("n1", "now", ""), ("n0", "NOT now", ""), ("c1", "now", "AND click = 1"), ("c0", "NOT now", "AND click = 1"),
@@ -146,7 +146,7 @@ def _by_place(database:duckdb.DuckDBPyConnection, most:int)->list[tuple]:
     hits = ", ".join(f"count(*) FILTER ({side} AND what = '{what}') AS {name}" for name, side, what in (
         ("c1", "now", "click"), ("c0", "NOT now", "click"), ("p1", "now", "purchase"), ("p0", "NOT now", "purchase")))
     persons = f"""
-        SELECT name, user_id, n1, n0, {', '.join(f'coalesce({one}, 0) AS {one}' for one in ('c1', 'c0', 'p1', 'p0'))}
+        SELECT name, user_id, n1, n0, {', '.join(f'coalesce({hit}, 0) AS {hit}' for hit in ('c1', 'c0', 'p1', 'p0'))}
         FROM (SELECT name, user_id, count(*) FILTER (now) AS n1, count(*) FILTER (NOT now) AS n0 FROM
               (SELECT user_id, now, unnest(range(1, least(places, {most}) + 1)) AS name FROM outcomes) GROUP BY ALL)
         LEFT JOIN (SELECT place AS name, user_id, {hits} FROM hits JOIN outcomes USING (id) WHERE place <= {most}
@@ -258,44 +258,44 @@ def _shares(part:pd.DataFrame, side:str="")->list[str]:
     return ["" if value != value else with_interval(value, low, high, 1) for value, low, high in figures.to_numpy()]
 
 def outcome_table(
-    found:OutcomeFigures,
+    figures:OutcomeFigures,
     by:str="rung",       # all | model | rung | task | experiment | position
 )->ShownTable:
     "Rates of the groups, as percent of their lists (of position: of the places), with those of the days before."
-    part = found.rates[(found.rates.by == by) & (found.rates.lists + found.rates.before_lists > 0)]
+    part = figures.rates[(figures.rates.by == by) & (figures.rates.lists + figures.rates.before_lists > 0)]
     click, bought = (part[part.what == what] for what in ("click", "purchase"))
     names = [str(name).replace("_", " ") for name in click.group]
     table = pd.DataFrame({_WORDS[by]: names, "lists": click.lists.to_numpy(), "users": click.users.to_numpy(),
                           "clicked, %": _shares(click),
                           "before": _shares(click, "before_"), "bought, %": _shares(bought),
                           "bought before": _shares(bought, "before_")})
-    words = f"{found.since:%d %b} to {found.until:%d %b %Y}, before: from {found.reference:%d %b}"
-    return shown_table(table, f"{words}; within {_in_words(found.window)}")
+    words = f"{figures.since:%d %b} to {figures.until:%d %b %Y}, before: from {figures.reference:%d %b}"
+    return shown_table(table, f"{words}; within {_in_words(figures.window)}")
 
 def _in_words(span:timedelta)->str:
     hours = span/timedelta(hours=1)
     return counted(round(hours/24), "day") if hours % 24 == 0 else counted(round(hours, 1), "hour")
 
 def outcome_picture(
-    found:OutcomeFigures,
+    figures:OutcomeFigures,
     by:Sequence[str]=("rung", "model"), # one panel each
     what:str="click",                   # click | purchase
 )->Picture:
     "Rates of groups with their intervals, now and in the days before."
     panels = {}
-    for one in by:
-        part = found.rates[(found.rates.by == one) & (found.rates.what == what)]
+    for grouping in by:
+        part = figures.rates[(figures.rates.by == grouping) & (figures.rates.what == what)]
         sides = []
         for series, side in (("now", ""), ("before", "before_")):
             rows = part[part[f"{side}lists"] > 0]
-            figures = {name: 100*rows[f"{side}{name}"] for name in ("rate", "low", "high")}
+            percents = {name: 100*rows[f"{side}{name}"] for name in ("rate", "low", "high")}
             sides.append(pd.DataFrame({"group": [str(name).replace("_", " ") for name in rows.group],
-                                       "value": figures["rate"].to_numpy(), "low": figures["low"].to_numpy(),
-                                       "high": figures["high"].to_numpy(), "size": rows[f"{side}users"].to_numpy(),
+                                       "value": percents["rate"].to_numpy(), "low": percents["low"].to_numpy(),
+                                       "high": percents["high"].to_numpy(), "size": rows[f"{side}users"].to_numpy(),
                                        "series": series}))
-        panels[_WORDS[one]] = pd.concat(sides)
+        panels[_WORDS[grouping]] = pd.concat(sides)
     verb, unit = ("clicked" if what == "click" else "bought from"), "places" if "position" in by else "lists"
-    title = f"{unit.capitalize()} {verb} within {_in_words(found.window)}"
+    title = f"{unit.capitalize()} {verb} within {_in_words(figures.window)}"
     return points(panels, f"% of the {unit}, 95 % interval", title, given="position" in by)
 
 # %% ../../nbs/jobs/shown.ipynb #cffcb476
@@ -305,17 +305,17 @@ def _day_ticks(until:datetime, days:Sequence[int])->dict:
     return {day: f"{until + timedelta(days=day):%d %b}" for day in days[::-max(len(days)//6, 1)][::-1]}
 
 def outcome_days(
-    found:OutcomeFigures,
+    figures:OutcomeFigures,
     what:str="click",     # click | purchase
 )->Picture:
     "The rate day by day, with its interval; the period is at the right of the reference."
-    part = found.rates[(found.rates.by == "day") & (found.rates.what == what)]
+    part = figures.rates[(figures.rates.by == "day") & (figures.rates.what == what)]
     lines = {}
     for name, side in (("before", "before_"), ("now", "")):
         rows = part[part[f"{side}lists"] > 0]
-        if len(rows): lines[name] = [rows.group] + [100*rows[f"{side}{one}"] for one in ("rate", "low", "high")]
+        if len(rows): lines[name] = [rows.group] + [100*rows[f"{side}{column}"] for column in ("rate", "low", "high")]
     if not lines: return Picture(None, "Day by day: no list was shown to a known user.")
-    ticks = _day_ticks(found.until, [day for line in lines.values() for day in line[0]])
+    ticks = _day_ticks(figures.until, [day for line in lines.values() for day in line[0]])
     verb = "clicked" if what == "click" else "bought from"
     title = f"Lists {verb}, day by day"
     return curves({"": lines}, "24 hours from", "% of the lists", title, ends=False, ticks=ticks)
@@ -325,32 +325,32 @@ _FEW_USERS, _FEW_HITS = 50, 20
 _LOST = ("compare with what changed then: a model (`product-recs diff`), the shop's page, or the events that it sends; "
          "`product-recs rollback` goes back to the model before")
 
-def _compared(found:OutcomeFigures)->pd.DataFrame:
+def _compared(figures:OutcomeFigures)->pd.DataFrame:
     "The rows that are judged: all lists, and tasks and rungs where there are several."
-    rates = found.rates[found.rates.lists + found.rates.before_lists > 0]
+    rates = figures.rates[figures.rates.lists + figures.rates.before_lists > 0]
     several = [by for by in ("task", "rung") if rates[rates.by == by].group.nunique() > 1]
     return rates[rates.by.isin(["all", *several])]
 
-def _fall(found:OutcomeFigures, row:pd.Series, alpha:float, tolerance:float, most_fall:float)->Check:
+def _fall(figures:OutcomeFigures, row:pd.Series, alpha:float, tolerance:float, most_fall:float)->Check:
     "One rate against its reference."
-    shock, days, before = found.shocks[row.what]
+    shock, days, before = figures.shocks[row.what]
     kind = "clicks" if row.what == "click" else "purchases"
     name = kind if row.by == "all" else f"{kind}, {row.by} {row.group}".replace("_", " ")
     error = math.hypot(row.error, shock*row.before_rate*math.sqrt(1/max(days, 1) + 1/max(before, 1)))
     freedom = max(days + before - 2, 3) if shock else max(row.all_users - 1, 1)
     reach = stats.t.ppf(1 - alpha/2, freedom)*error
-    told = (f"{name.capitalize()}: {row.rate:.2%} of {counted(row.lists, 'list')} of {counted(row.users, 'user')}, "
-            f"{row.before_rate:.2%} before")
+    summary = (f"{name.capitalize()}: {row.rate:.2%} of {counted(row.lists, 'list')} of {counted(row.users, 'user')}, "
+               f"{row.before_rate:.2%} before")
     expected = max(row.before_rate - reach, 0), min(row.before_rate + reach, 1)
     if row.users < _FEW_USERS or row.before_hits < _FEW_HITS:
         least = reach/row.before_rate if reach == reach and row.before_rate > 0 else 1.0
         seen = f"; a fall of less than {least:.0%} could not be seen" if least < 1 else ""
-        return Check(name, FINE, f"{told}; too little data to judge{seen}.", group="outcome", value=row.rate)
+        return Check(name, FINE, f"{summary}; too little data to judge{seen}.", group="outcome", value=row.rate)
     part, reach = row.difference/row.before_rate, reach/row.before_rate
     low, high = max(part - reach, -1), part + reach
     level = STOP if high < -most_fall else LOOK if high < 0 and part < -tolerance else FINE
     remedy = "" if level == FINE else _LOST
-    says = f"{told}; change {part:+.0%}, {100*(1 - alpha):.3g} % interval {low:+.0%} to {high:+.0%}."
+    says = f"{summary}; change {part:+.0%}, {100*(1 - alpha):.3g} % interval {low:+.0%} to {high:+.0%}."
     return Check(name, level, says, remedy, "outcome", row.rate, *expected)
 
 # %% ../../nbs/jobs/shown.ipynb #9d39181c
@@ -362,23 +362,23 @@ def outcome_checks(
     *,
     tolerance:float=0.1,     # a smaller fall is let pass, as a share of the rate before
     most_fall:float=0.3,     # a fall that is surely larger stops
-    found:OutcomeFigures|None=None, # of this period, where it is there already
+    figures:OutcomeFigures|None=None, # of this period, where it is there already
     **more,                  # of `outcome_figures`
 )->list[Check]:              # of the group outcome
     "Did clicks and purchases fall against the days before?"
-    found = found or outcome_figures(store, since, until, window, **more)
-    whole = found.rates[found.rates.by == "all"]
-    period = f"{found.since:%Y-%m-%d} to {found.until:%Y-%m-%d}"
+    figures = figures or outcome_figures(store, since, until, window, **more)
+    whole = figures.rates[figures.rates.by == "all"]
+    period = f"{figures.since:%Y-%m-%d} to {figures.until:%Y-%m-%d}"
     if not whole.lists.sum():
         says = f"Outcome: no list was shown to a known user from {period}, so there is nothing to judge."
         return [Check("outcome", FINE, says, group="outcome")]
     if not whole.before_lists.sum():
         says = f"Outcome: there are no lists from before {period[:10]} to compare with."
         return [Check("outcome", FINE, says, group="outcome")]
-    judged = _compared(found)
+    judged = _compared(figures)
     judged = judged[(judged.lists > 0) & (judged.before_lists > 0) & (judged.hits + judged.before_hits > 0)]
     alpha = 0.05/max(len(judged), 1)
-    checks = [_fall(found, row, alpha, tolerance, most_fall) for row in judged.itertuples(index=False)]
+    checks = [_fall(figures, row, alpha, tolerance, most_fall) for row in judged.itertuples(index=False)]
     hits = whole.groupby("what")[["hits", "before_hits"]].sum().sum(axis=1)
     for what in hits.index[hits == 0]:
         says = f"No {what} after any list in either period; does the shop send these events?"
@@ -429,7 +429,7 @@ def serving_figures(
     if len(days): # a day without lists is a day, but for those before the first list of all
         days = days.reindex(range(int(days.index.min()), 0)).fillna({"lists": 0, "guests": 0, "empty": 0, "items": 0})
         rungs = rungs.reindex(days.index).fillna(0)
-    for name in ("first", "last"): models[name] = [from_micros(int(at)) for at in models[name]]
+    for name in ("first", "last"): models[name] = [from_micros(int(moment)) for moment in models[name]]
     days = days.assign(now=days.index >= first)
     return ServingFigures(from_micros(begin), from_micros(end), days, rungs, models, items)
 
@@ -448,9 +448,9 @@ def _day_change(values:pd.Series, now:pd.Series, alpha:float, lists:float=0)->tu
     reach = stats.t.ppf(1 - alpha/2, len(old) - 1)*deviation*math.sqrt(1/len(new) + 1/len(old))
     return float(new.mean()), mean, float(reach)
 
-def _volume(found:ServingFigures, alpha:float)->Check:
+def _volume(figures:ServingFigures, alpha:float)->Check:
     "How many lists went out."
-    days = found.days
+    days = figures.days
     silent = not days.lists.get(-1, 0)
     change = _day_change(days.lists, days.now, alpha)
     if change is None:
@@ -466,11 +466,11 @@ def _volume(found:ServingFigures, alpha:float)->Check:
     return Check("lists a day", level, says, remedy if level != FINE else "", "serving", now, low, high)
 
 # %% ../../nbs/jobs/shown.ipynb #ee9b67fc
-def _mix(found:ServingFigures, alpha:float, most_shift:float)->list[Check]:
+def _mix(figures:ServingFigures, alpha:float, most_shift:float)->list[Check]:
     "Rungs and guests, as shares of the lists of a day."
-    days, checks = found.days, []
+    days, checks = figures.days, []
     busy = days.lists >= 1
-    shares = {f"rung {name}": found.rungs[name]/days.lists.where(busy) for name in found.rungs}
+    shares = {f"rung {name}": figures.rungs[name]/days.lists.where(busy) for name in figures.rungs}
     shares |= {"guests": days.guests/days.lists.where(busy), "empty lists": days["empty"]/days.lists.where(busy)}
     for name, values in shares.items():
         change = _day_change(values, days.now, alpha, days.lists[~days.now].mean())
@@ -498,13 +498,14 @@ _REMEDIES = {
     "empty lists": "look for filters or rules that leave nothing"}
 
 # %% ../../nbs/jobs/shown.ipynb #cb376825
-def _spread(found:ServingFigures, alpha:float, catalogue:int)->list[Check]:
+def _spread(figures:ServingFigures, alpha:float, catalogue:int)->list[Check]:
     "How many items are shown, and how evenly."
-    days = found.days
-    if not len(days) or not found.items: return []
-    of = f" of {catalogue:,} in the live model ({found.items/catalogue:.1%})" if catalogue >= found.items else ""
-    share = found.items/catalogue if catalogue else math.nan
-    checks = [Check("coverage", FINE, f"Coverage: {found.items:,} different items{of}.", group="serving", value=share)]
+    days = figures.days
+    if not len(days) or not figures.items: return []
+    of = f" of {catalogue:,} in the live model ({figures.items/catalogue:.1%})" if catalogue >= figures.items else ""
+    share = figures.items/catalogue if catalogue else math.nan
+    checks = [Check("coverage", FINE, f"Coverage: {figures.items:,} different items{of}.", group="serving",
+                    value=share)]
     change = _day_change(days.effective, days.now, alpha)
     if change is None: return checks
     now, before, reach = change
@@ -515,18 +516,18 @@ def _spread(found:ServingFigures, alpha:float, catalogue:int)->list[Check]:
     remedy = "look at `product-recs diff`, and at rules that pin or boost" if level != FINE else ""
     return [*checks, Check("concentration", level, says, remedy, "serving", now, low, high)]
 
-def _models(found:ServingFigures, models_dir:Path, minutes:float)->list[Check]:
+def _models(figures:ServingFigures, models_dir:Path, minutes:float)->list[Check]:
     "Do all answer with the live model?"
     if (live := live_version(models_dir)) is None:
         says = f"{models_dir}: no model is live."
         return [Check("live model", LOOK, says, "`product-recs publish VERSION`", "serving")]
     since = datetime.fromtimestamp((models_dir/"current").stat().st_mtime, timezone.utc) + timedelta(minutes=minutes)
-    late = found.models[(found.models.model != live) & (found.models["last"] > since)]
-    lists = dict(zip(found.models.model, found.models.lists))
+    late = figures.models[(figures.models.model != live) & (figures.models["last"] > since)]
+    lists = dict(zip(figures.models.model, figures.models.lists))
     others = sum(lists.values()) - lists.get(live, 0)
     says = f"Model: {lists.get(live, 0):,} lists of {live}, which is live, and {others:,} of older ones."
     if late.empty: return [Check("live model", FINE, says, group="serving", value=lists.get(live, 0))]
-    names = ", ".join(f"{one.model} (last {one.last:%d %b %H:%M} UTC)" for one in late.itertuples())
+    names = ", ".join(f"{row.model} (last {row.last:%d %b %H:%M} UTC)" for row in late.itertuples())
     says = f"Model: {live} is live, and {names} still answered after that."
     remedy = "does /model of each service say which it has, and why it refuses the other?"
     return [Check("live model", LOOK, says, remedy, "serving")]
@@ -545,42 +546,42 @@ def serving_checks(
     api_key:str="",            # to ask them, or a reference to it
     request_logs:Sequence[str|Path]=(), # files of their request logs, where no address is given
     slow_ms:float=200.0,       # that 99 of 100 lists should not take
-    found:ServingFigures|None=None, # of this period, where it is there already
+    figures:ServingFigures|None=None, # of this period, where it is there already
 )->list[Check]:                # of the group serving
     "Is what goes out like what went out in the days before?"
-    found = found or serving_figures(store, since, until, reference_days=reference_days)
-    models_dir, alpha = resolve_path(models_dir), 0.05/(4 + found.rungs.shape[1])
+    figures = figures or serving_figures(store, since, until, reference_days=reference_days)
+    models_dir, alpha = resolve_path(models_dir), 0.05/(4 + figures.rungs.shape[1])
     live, catalogue = live_version(models_dir), 0
     if live is not None:
         try: catalogue = int(read_manifest(models_dir/live)["shape"].get("items", 0))
         except BundleError: pass # the gate and the service say so
-    checks = [_volume(found, alpha), *_mix(found, alpha, most_shift), *_spread(found, alpha, catalogue),
-              *_models(found, models_dir, minutes)]
+    checks = [_volume(figures, alpha), *_mix(figures, alpha, most_shift), *_spread(figures, alpha, catalogue),
+              *_models(figures, models_dir, minutes)]
     try:
         answered = None
         if metrics_urls: answered = read_metrics(metrics_urls, api_key)
-        elif request_logs: answered = read_request_log(request_logs, found.since, found.until)
+        elif request_logs: answered = read_request_log(request_logs, figures.since, figures.until)
     except AnsweredError as error:
         return [*checks, Check("requests", LOOK, f"Latency and errors: {error}.", "is the service there?", "serving")]
     return [*checks, *answered_checks(answered, slow_ms)]
 
 # %% ../../nbs/jobs/shown.ipynb #85f7acfe
 def serving_table(
-    found:ServingFigures,
+    figures:ServingFigures,
 )->ShownTable:
     "The lists a day by rung, and guests, in the period and before it."
-    rungs = {name.replace("_", " "): found.rungs[name] for name in found.rungs}
-    parts = {"all lists": found.days.lists, **rungs, "of guests": found.days.guests,
-             "different items": found.days["items"]}
-    now = found.days.now
+    rungs = {name.replace("_", " "): figures.rungs[name] for name in figures.rungs}
+    parts = {"all lists": figures.days.lists, **rungs, "of guests": figures.days.guests,
+             "different items": figures.days["items"]}
+    now = figures.days.now
     rows = [{"a day": name, "now": values[now].mean(), "before": values[~now].mean()} for name, values in parts.items()]
-    return shown_table(pd.DataFrame(rows).fillna(0).round(1), f"{found.since:%d %b} to {found.until:%d %b %Y}")
+    return shown_table(pd.DataFrame(rows).fillna(0).round(1), f"{figures.since:%d %b} to {figures.until:%d %b %Y}")
 
 def serving_picture(
-    found:ServingFigures,
+    figures:ServingFigures,
 )->Picture:
     "The lists of each day by rung."
-    if not len(found.rungs): return Picture(None, "Lists by rung: none was shown.")
-    lines = {name.replace("_", " "): (found.rungs.index, found.rungs[name]) for name in found.rungs}
-    ticks = _day_ticks(found.until, found.rungs.index)
+    if not len(figures.rungs): return Picture(None, "Lists by rung: none was shown.")
+    lines = {name.replace("_", " "): (figures.rungs.index, figures.rungs[name]) for name in figures.rungs}
+    ticks = _day_ticks(figures.until, figures.rungs.index)
     return curves({"": lines}, "24 hours from", "lists", "Lists of each day by rung", ends=False, ticks=ticks)

@@ -134,12 +134,12 @@ def figures_of(
     *groups:str,     # that come before each name
 )->dict[str, float]:
     "All finite numbers of a section, at any depth of its tables; lists and parameters are none."
-    found = {}
+    figures = {}
     for name, value in section.items():
         if isinstance(value, Mapping) and name != "parameters":
-            for path, number in figures_of(value, *groups, name).items(): _put(found, path, number)
-        elif _is_number(value): _put(found, tracked_name(*groups, name), float(value))
-    return found
+            for path, number in figures_of(value, *groups, name).items(): _put(figures, path, number)
+        elif _is_number(value): _put(figures, tracked_name(*groups, name), float(value))
+    return figures
 
 # %% ../../nbs/jobs/tracking.ipynb #3d5d55e1
 _SIDES = ("value", "low", "high")
@@ -155,14 +155,14 @@ def evaluation_figures(
     evaluated:Mapping, # section `04_evaluate` of metrics.json
 )->dict[str, float]:
     "Figures of what is served, of all judged models, and of the difference to the simple ones, with intervals."
-    found, served = {}, {task: one.get("model") for task, one in evaluated.get("served", {}).items()}
+    figures, served = {}, {task: facts.get("model") for task, facts in evaluated.get("served", {}).items()}
     for row in evaluated.get("table", []):
-        if served.get(row["task"]) == row["model"]: _add_row(found, row, row["task"])
-    for task, one in evaluated.get("served", {}).items():
+        if served.get(row["task"]) == row["model"]: _add_row(figures, row, row["task"])
+    for task, facts in evaluated.get("served", {}).items():
         for rival in ("beats_popularity", "beats_buy_again"):
-            if against := one.get(rival): _add_row(found, against | {"value": against["difference"]}, task, rival)
-    for row in evaluated.get("table", []): _add_row(found, row, row["task"], "models", row["model"])
-    return found
+            if against := facts.get(rival): _add_row(figures, against | {"value": against["difference"]}, task, rival)
+    for row in evaluated.get("table", []): _add_row(figures, row, row["task"], "models", row["model"])
+    return figures
 
 # %% ../../nbs/jobs/tracking.ipynb #63210014
 @dataclass
@@ -187,19 +187,19 @@ def pictures_of(
     "The pictures among the outputs of a notebook, in their order."
     try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError): return {}
-    found = [output["data"]["image/png"] for cell in cells for output in cell.get("outputs", ())
-             if "image/png" in output.get("data", {})]
-    texts = ("".join(one) for one in found) # a long text may be a list of lines
+    pictures = [output["data"]["image/png"] for cell in cells for output in cell.get("outputs", ())
+                if "image/png" in output.get("data", {})]
+    texts = ("".join(picture) for picture in pictures) # a long text may be a list of lines
     return {f"{notebook.stem}-{number}.png": base64.b64decode(text) for number, text in enumerate(texts, start=1)}
 
 def _parameters(metrics:Mapping, steps:Sequence[str])->dict[str, str]:
     "Parameters of the steps, as texts."
-    found = {}
+    parameters = {}
     for step in steps:
         for name, value in (metrics.get(step, {}).get("parameters") or {}).items():
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            _put(found, tracked_name(f"{step}.{name}"), masked(text)[:5000])
-    return found
+            _put(parameters, tracked_name(f"{step}.{name}"), masked(text)[:5000])
+    return parameters
 
 # %% ../../nbs/jobs/tracking.ipynb #d440b67f
 def run_record(
@@ -220,7 +220,8 @@ def run_record(
     for model, losses in (sections.get("03_train", {}).get("losses") or {}).items():
         record.curves[tracked_name("loss", model)] = [(int(step), float(value)) for step, value in losses]
     known = sections.get("02_features", {}) | sections.get("01_ingest", {})
-    fingerprint = next((one["fingerprint"] for one in (known, *sections.values()) if one.get("fingerprint")), "")
+    fingerprint = next((section["fingerprint"] for section in (known, *sections.values())
+                        if section.get("fingerprint")), "")
     if fingerprint:
         source = known.get("parameters", {}).get("source", "")
         record.data = {"name": name, "fingerprint": fingerprint, "source": masked(str(source))}
@@ -254,11 +255,11 @@ def _experiment(client:Any, tracking:Tracking)->str:
     "The id of the experiment, made where it is not there."
     from mlflow.exceptions import MlflowException
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "product-recs")
-    if (found := client.get_experiment_by_name(name)) is not None: return found.experiment_id
+    if (experiment := client.get_experiment_by_name(name)) is not None: return experiment.experiment_id
     try: return client.create_experiment(name, artifact_location=tracking.artifacts)
     except MlflowException: # another run has made it meanwhile
-        if (found := client.get_experiment_by_name(name)) is None: raise
-        return found.experiment_id
+        if (experiment := client.get_experiment_by_name(name)) is None: raise
+        return experiment.experiment_id
 
 def _log_values(client:Any, run_id:str, record:RunRecord)->None:
     "Metrics and parameters, in batches as large as MLflow takes."
@@ -267,14 +268,14 @@ def _log_values(client:Any, run_id:str, record:RunRecord)->None:
     metrics = [Metric(name, value, now, 0) for name, value in record.metrics.items()]
     metrics += [Metric(name, value, now, step) for name, curve in record.curves.items() for step, value in curve]
     parameters = [Param(name, value) for name, value in record.parameters.items()]
-    for at in range(0, len(metrics), 500): client.log_batch(run_id, metrics=metrics[at:at + 500])
-    for at in range(0, len(parameters), 100): client.log_batch(run_id, params=parameters[at:at + 100])
+    for start in range(0, len(metrics), 500): client.log_batch(run_id, metrics=metrics[start:start + 500])
+    for start in range(0, len(parameters), 100): client.log_batch(run_id, params=parameters[start:start + 100])
 
 def _log_data(client:Any, run_id:str, data:Mapping)->None:
     "The data of a run, by its fingerprint."
     from mlflow.entities import Dataset, DatasetInput, InputTag
-    told = json.dumps({"uri": data["source"]})
-    dataset = Dataset(data["name"], data["fingerprint"][:36], "local", told) # as long as MLflow takes a digest
+    source = json.dumps({"uri": data["source"]})
+    dataset = Dataset(data["name"], data["fingerprint"][:36], "local", source) # as long as MLflow takes a digest
     client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 def _log_files(client:Any, run_id:str, record:RunRecord)->None:

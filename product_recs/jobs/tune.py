@@ -386,9 +386,9 @@ def past_searches(
 )->list[dict]:     # when, trials, minutes, budget_minutes, max_trials, best, ended, study; oldest first
     "All searches for a task that a file knows, also those of other data or other ranges."
     studies = optuna.get_all_study_summaries(f"sqlite:///{Path(file).absolute()}")
-    found = [{**entry, "study": study.study_name} for study in studies if study.study_name.split(" ")[0] == task
-             for entry in study.user_attrs.get("searches", [])]
-    return sorted(found, key=lambda entry: entry["when"])
+    searches = [{**entry, "study": study.study_name} for study in studies if study.study_name.split(" ")[0] == task
+                for entry in study.user_attrs.get("searches", [])]
+    return sorted(searches, key=lambda entry: entry["when"])
 
 def search_tasks(
     file:str|Path,                  # SQLite
@@ -436,7 +436,7 @@ def at_edges(
     margin:float=0.03, # of the range, on its log scale, that counts as its end
 )->list[dict]:         # name, value, end (low | high), range, remedy, sentence
     "The best values that lie at an end of their range, or outside of it, and what widens it."
-    best, found = study.best_trial, []
+    best, edges = study.best_trial, []
     values = best.params | {"factors": best.user_attrs["als"]["factors"]}
     for name, (low, high) in problem.space.items():
         place = math.log(values[name]/low)/math.log(high/low) if high > low else 0.5
@@ -446,15 +446,15 @@ def at_edges(
         remedy = f"widen it with -p {widened}" if widened else "it can be no wider"
         says = (f"The best {name}, {values[name]:.4g}, lies at the {end} end of its range, {low:g} to {high:g}: "
                 f"{remedy}.")
-        found.append({"name": name, "value": values[name], "end": end, "range": [low, high], "remedy": remedy,
+        edges.append({"name": name, "value": values[name], "end": end, "range": [low, high], "remedy": remedy,
                       "sentence": says})
     iterations = best.user_attrs["als"]["iterations"]
     if iterations >= problem.looks[-1]:
         remedy = f"allow more with -p max_iterations {min(2*problem.looks[-1], 10_000)}"
-        found.append({"name": "iterations", "value": iterations, "end": "high", "range": [1, problem.looks[-1]],
+        edges.append({"name": "iterations", "value": iterations, "end": "high", "range": [1, problem.looks[-1]],
                       "remedy": remedy, "sentence": f"The best fit was still rising after {iterations} iterations: "
                                                     f"{remedy}."})
-    return found
+    return edges
 
 # %% ../../nbs/jobs/tune.ipynb #33e236e0
 def served_model(

@@ -197,15 +197,15 @@ def changes_text(
     version:str=__version__,
 )->str:
     "What an update did, file by file, for the console."
-    told = [change for change in changes if change.did not in ("same", "added" if not before else "")]
-    width = max((len(change.name) for change in told), default=0)
-    lines = [f"  {change.name:<{width}}  {_DID[change.did]}" for change in told]
+    reported = [change for change in changes if change.did not in ("same", "added" if not before else "")]
+    width = max((len(change.name) for change in reported), default=0)
+    lines = [f"  {change.name:<{width}}  {_DID[change.did]}" for change in reported]
     if asks := [change.name for change in changes if change.did == "asks"]:
         lines += ["", "To do, for each: compare the two, take over what you want, and delete the one beside yours."]
         lines += [f"  git diff --no-index {name} {beside(name)}" for name in asks]
     if not before:
         files = counted(len(changes), "file")
         return "\n".join([f"{root} is a workspace now, with {files} of release {version}.", *lines])
-    if not told: return f"{root} has the files of release {version} already."
+    if not reported: return f"{root} has the files of release {version} already."
     head = f"from release {before} to {version}" if before != version else f"release {version}, as before"
     return "\n".join([f"{root}: {head}", *lines])

@@ -106,13 +106,13 @@ def named(
     "The model of a name; raises `ProductRecsError`, which says what is wrong with it."
     asked, weights, content, habits = _read(name)
     known = {model.name: model for model in (*models, ContentNeighbours())}
-    found = [_matching(part, known) for part in asked]
-    if twice := sorted({part for part in found if found.count(part) > 1}):
+    names = [_matching(part, known) for part in asked]
+    if twice := sorted({part for part in names if names.count(part) > 1}):
         raise ProductRecsError(f"model {name!r}: {twice[0]} is in it twice; once, with a larger weight, is the same")
-    model, total = known[found[0]], sum(weights)
-    if len(found) > 1:
+    model, total = known[names[0]], sum(weights)
+    if len(names) > 1:
         shares = None if len(set(weights)) == 1 else [weight/total for weight in weights]
-        model = ScoreBlend([known[part] for part in found], shares)
+        model = ScoreBlend([known[part] for part in names], shares)
     if content: model = Hybrid(model)
     return HabitBlend(model, task) if habits else model
 

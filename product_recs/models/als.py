@@ -187,8 +187,9 @@ class ALS(FactorModel):
 
     def _fit(self, snapshot):
         given = {name: value for name, value in self.parameters.items() if name not in self.own}
-        had = snapshot.confidence
-        weighed = csr_of(had.shape, had.indptr, had.indices, self.weighed(had.indptr, had.indices, had.data))
+        confidence = snapshot.confidence
+        weighed = csr_of(confidence.shape, confidence.indptr, confidence.indices,
+                         self.weighed(confidence.indptr, confidence.indices, confidence.data))
         self.model = fit_als(weighed, progress=self.progress, **given)
         self.parameters = self.parameters | self.model.parameters # with the solver that was chosen
         self.set_arrays(user_factors=self.model.user_factors, item_factors=self.model.item_factors)
@@ -237,8 +238,8 @@ class WeightedALS(ALS):
         super().__init__(user_power=user_power, item_power=item_power, **parameters)
 
     def _fit(self, snapshot):
-        had = snapshot.confidence
-        self.scale = mean_kept(had.data, self._divided(had.indptr, had.indices, had.data))
+        confidence = snapshot.confidence
+        self.scale = mean_kept(confidence.data, self._divided(confidence.indptr, confidence.indices, confidence.data))
         super()._fit(snapshot)
 
     def _divided(self, indptr, items, confidence):
@@ -254,7 +255,7 @@ class WeightedALS(ALS):
     def _take(self, arrays):
         if arrays["scale"].shape != (1,): raise ValueError(f"scale has shape {arrays['scale'].shape}, not (1,)")
         self.scale = float(arrays["scale"][0])
-        super()._take({name: arrays[name] for name in self.kept})
+        super()._take({name: arrays[name] for name in self.array_names})
 
 def activity_weighted(
     indptr:np.ndarray,     # (m + 1,) where each user starts
@@ -300,8 +301,9 @@ def drawn_to(
     prior:np.ndarray, # (n_items, f) float32, zeros where nothing draws an item
 )->ALS:               # another fitted model
     "Solve the items that have buyers again, pulled to these factors in place of zero, and then the users."
-    had = model.snapshot.confidence
-    weighed = csr_of(had.shape, had.indptr, had.indices, model.weighed(had.indptr, had.indices, had.data))
+    confidence = model.snapshot.confidence
+    weighed = csr_of(confidence.shape, confidence.indptr, confidence.indices,
+                     model.weighed(confidence.indptr, confidence.indices, confidence.data))
     solver, buyers = model.solver_against(model.user_factors), weighed.T.tocsr()
     items, counts = _all_solved(solver, buyers), np.diff(buyers.indptr)
     rows = np.flatnonzero(counts * prior.any(axis=1))

@@ -34,10 +34,10 @@ class SameForAll(Model):
         "From the one order, what is forbidden left out."
         if forbidden is None: indptr, items = np.zeros(len(representations) + 1, np.int64), np.empty(0, np.int32)
         else: indptr, items = forbidden if isinstance(forbidden, tuple) else (forbidden.indptr, forbidden.indices)
-        found = np.full((len(representations), n), -1, np.int32)
+        lists = np.full((len(representations), n), -1, np.int32)
         open_ = np.ones(len(self.score), bool)
         if closed is not None: open_[closed] = False
-        for place in range(len(found)):
+        for place in range(len(lists)):
             own = items[indptr[place]:indptr[place + 1]]
             allowed = open_.copy()
             allowed[own] = False
@@ -46,8 +46,8 @@ class SameForAll(Model):
                 best = self.order[:size][allowed[self.order[:size]]][:n]
                 if len(best) == n or size >= len(self.order): break
                 size *= 4
-            found[place, :len(best)] = best
-        return found, np.where(found >= 0, self.score[found], np.float32(-np.inf))
+            lists[place, :len(best)] = best
+        return lists, np.where(lists >= 0, self.score[lists], np.float32(-np.inf))
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "No past item adds anything."
@@ -99,16 +99,17 @@ class BuyAgain(Model):
 
     def scores(self, representations:Histories)->np.ndarray:
         "Own items score 1, 2, 3, ... by their rank from below, all others less than 1."
-        scores, had = np.tile(self.below, (len(representations), 1)), representations
-        scores[had.places, had.items] = self._ranks(had)
+        scores, histories = np.tile(self.below, (len(representations), 1)), representations
+        scores[histories.places, histories.items] = self._ranks(histories)
         return scores
 
-    def _ranks(self, had:Histories)->np.ndarray: # (p,) 1: the least of the user's own
+    def _ranks(self, histories:Histories)->np.ndarray: # (p,) 1: the least of the user's own
         "Rank of each pair among those of its user."
         # worst first within each user, so that the place in the sorted row is the score
-        order = np.lexsort((-had.items, self.popularity[had.items], -had.age_days, had.counts, had.places))
+        order = np.lexsort((-histories.items, self.popularity[histories.items], -histories.age_days, histories.counts,
+                            histories.places))
         ranks = np.empty(len(order), np.float32)
-        ranks[order] = np.arange(len(order)) - had.indptr[had.places[order]] + 1
+        ranks[order] = np.arange(len(order)) - histories.indptr[histories.places[order]] + 1
         return ranks
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:

@@ -103,10 +103,10 @@ def score_contributions(
     items, parts, average = [], [], 0.0
     users = model.fold_in(history) if users is None else users
     for part, weight, own in zip(model.parts, model.parameters["weights"], users):
-        one = part.contributions(history, item, own)
+        reasons = part.contributions(history, item, own)
         mean, spread = (float(value[0]) for value in part.moments(own, part.scores(own)))
-        average += weight*(sum(one.signals.values()) - mean)/spread
-        items.append(one.items); parts.append(weight*one.parts/spread)
+        average += weight*(sum(reasons.signals.values()) - mean)/spread
+        items.append(reasons.items); parts.append(weight*reasons.parts/spread)
     rows, place = np.unique(np.concatenate(items), return_inverse=True)
     added = np.bincount(place, np.concatenate(parts), len(rows))
     return Contributions(float(added.sum()) + average, rows.astype(np.int64), added, {"average_taste": average})
@@ -114,8 +114,8 @@ def score_contributions(
 # %% ../../nbs/models/blend.ipynb #b1de41cb
 class Habits(NamedTuple):
     "Users as a blend with habits takes them."
-    taste: Any     # representations of the part
-    had: Histories
+    taste: Any # representations of the part
+    histories: Histories
 
 # %% ../../nbs/models/blend.ipynb #434e06f8
 class HabitBlend(Model):
@@ -151,13 +151,13 @@ class HabitBlend(Model):
     def users(self, rows:np.ndarray)->Habits: return Habits(self.parts[0].users(rows), self.snapshot.histories(rows))
     def knows(self, representations:Habits)->np.ndarray:
         taste = self.parts[0].knows(representations.taste) if self.places_items else False # of a guest's attributes
-        return knows_items(representations.had, self.candidates) | taste
+        return knows_items(representations.histories, self.candidates) | taste
 
     def scores(self, representations:Habits)->np.ndarray:
         "Log odds that the user takes the item."
         scores = self.parts[0].scores(representations.taste)
         mean, spread = self.parts[0].moments(representations.taste, scores)
-        return add_signals(self.signals, scores, mean, spread, representations.had)
+        return add_signals(self.signals, scores, mean, spread, representations.histories)
 
     def similarities(self, item:int)->np.ndarray: return self.parts[0].similarities(item)
     places_items = property(lambda self: self.parts[0].places_items, doc="Does the part?")

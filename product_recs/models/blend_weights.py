@@ -78,16 +78,16 @@ def _best_fit(model:Model, task:Task, pairs:tuple, taken:np.ndarray, half_lives:
     "Weights with the half-life of the least loss, and the losses."
     place, items, taste = pairs
     used = [SIGNALS.index(name) for name in (EVERYBODY if task.exclude_seen else SIGNALS)]
-    had, fits = model.snapshot.histories(task.rows), {}
+    histories, fits = model.snapshot.histories(task.rows), {}
     for half_life in half_lives if not task.exclude_seen else half_lives[:1]:
         none = BlendWeights(dict.fromkeys(SIGNALS, 0.0), 0.0, float(half_life), float(popularity_half_life_days), {})
-        table = pair_signals(Signals(model.snapshot, none), taste, place, items, had)
+        table = pair_signals(Signals(model.snapshot, none), taste, place, items, histories)
         fits[none.half_life_days] = fit_logistic(table[:, used], taken)
     half_life = min(fits, key=lambda days: fits[days][-1])
     weights, intercept, loss = fits[half_life]
-    found = dict.fromkeys(SIGNALS, 0.0) | {SIGNALS[place]: float(weight) for place, weight in zip(used, weights)}
+    by_signal = dict.fromkeys(SIGNALS, 0.0) | {SIGNALS[place]: float(weight) for place, weight in zip(used, weights)}
     facts = {"loss": round(loss, 6), "losses": {f"{days:g} days": round(fit[-1], 6) for days, fit in fits.items()}}
-    return BlendWeights(found, intercept, half_life, float(popularity_half_life_days), {}), facts
+    return BlendWeights(by_signal, intercept, half_life, float(popularity_half_life_days), {}), facts
 
 def weights_of_task(
     model:Model,      # fitted on the past of the task

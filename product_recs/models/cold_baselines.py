@@ -86,14 +86,14 @@ class CategoryPopularity(Model):
     def _places(self, lots:np.ndarray)->np.ndarray: return _places_within(self.codes, self.popularity, lots)
     def _ranks(self, user:np.ndarray, weight:np.ndarray)->np.ndarray: return _dense_ranks(user, weight)
 
-    def _favourites(self, had:Histories)->np.ndarray: # (m, categories + 1) float32, the last one: no category
-        codes = self.codes[had.items]
+    def _favourites(self, histories:Histories)->np.ndarray: # (m, categories + 1) float32, the last one: no category
+        codes = self.codes[histories.items]
         known = codes >= 0
-        pairs, pair = np.unique(had.places[known]*self.categories + codes[known], return_inverse=True)
+        pairs, pair = np.unique(histories.places[known]*self.categories + codes[known], return_inverse=True)
         user, category = np.divmod(pairs, max(self.categories, 1))
-        found = np.zeros((len(had), self.categories + 1), np.float32)
-        found[user, category] = self._ranks(user, np.bincount(pair, had.counts[known], len(pairs)))
-        return found
+        favourites = np.zeros((len(histories), self.categories + 1), np.float32)
+        favourites[user, category] = self._ranks(user, np.bincount(pair, histories.counts[known], len(pairs)))
+        return favourites
 
     def scores(self, representations:Histories)->np.ndarray:
         return self._favourites(representations)[:, self.codes] + self.places
@@ -152,8 +152,8 @@ class SegmentPopularity(Model):
         rows = np.full(len(histories), -1) if histories.rows is None else histories.rows
         about = histories.about or (None,)*len(histories)
         own = np.where(rows[:, None] >= 0, self.codes[rows], -1)
-        told = np.array([_told(one or {}, self.values) for one in about]).reshape(own.shape)
-        return np.where(told >= 0, told, own)
+        codes = np.array([_told(attributes or {}, self.values) for attributes in about]).reshape(own.shape)
+        return np.where(codes >= 0, codes, own)
 
     def knows(self, representations:np.ndarray)->np.ndarray:
         return np.array([self._segment(codes) is not None for codes in representations], bool)
@@ -167,11 +167,11 @@ class SegmentPopularity(Model):
 
     def scores(self, representations:np.ndarray)->np.ndarray:
         kinds, kind = np.unique(representations, axis=0, return_inverse=True)
-        found = np.tile(self.below, (len(kinds), 1))
+        scores = np.tile(self.below, (len(kinds), 1))
         for place, codes in enumerate(kinds):
             if (rows := self._segment(codes)) is not None:
-                found[place] += np.bincount(self.snapshot.histories(rows).items, minlength=len(self.below))
-        return found[kind.ravel()]
+                scores[place] += np.bincount(self.snapshot.histories(rows).items, minlength=len(self.below))
+        return scores[kind.ravel()]
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
         users = self.fold_in(history) if users is None else users

@@ -95,13 +95,13 @@ def _lists_of(values:np.ndarray, separator:str)->list:
     "The entries of each row, folded, by the separator that was found; None: nothing is known."
     def entries(value):
         if value is None or value != value: return None
-        if not isinstance(value, str): found = value if isinstance(value, (list, tuple)) else [value]
-        elif separator != "json": found = value.split(separator)
+        if not isinstance(value, str): parts = value if isinstance(value, (list, tuple)) else [value]
+        elif separator != "json": parts = value.split(separator)
         else:
-            try: found = json.loads(value)
-            except (ValueError, RecursionError): found = [value]
-            if not isinstance(found, list): found = [found]
-        return [text[:_LONGEST_VALUE] for one in found if one is not None and (text := folded_text(one))]
+            try: parts = json.loads(value)
+            except (ValueError, RecursionError): parts = [value]
+            if not isinstance(parts, list): parts = [parts]
+        return [text[:_LONGEST_VALUE] for part in parts if part is not None and (text := folded_text(part))]
     return [entries(value) for value in values]
 
 _COUNTED = 2_000_000 # tokens that are counted before those that came once are forgotten
@@ -114,7 +114,8 @@ def _frequent(tokens_of_rows:Iterable[Iterable[str]], most:int)->tuple[list[str]
         if len(counts) > room:
             counts = Counter({token: count for token, count in counts.items() if count > 1})
             room = max(_COUNTED, 2*len(counts))
-    chosen = sorted((token for token, count in counts.items() if count > 1), key=lambda one: (-counts[one], one))[:most]
+    chosen = sorted((token for token, count in counts.items() if count > 1),
+                    key=lambda token: (-counts[token], token))[:most]
     return chosen, np.array([counts[token] for token in chosen])
 
 def _rarity(counts:np.ndarray, n:int)->list[float]:
@@ -137,8 +138,8 @@ MANY = 300_000 # rows beyond which grams are left out
 
 def _text_blocks(column:str, values:np.ndarray, n_columns:int)->list[Block]:
     "Blocks of a column of text or of yes and no, one of some columns."
-    if values.dtype.kind != "b" and (found := as_lists(values)) is not None:
-        lists, separator = found
+    if values.dtype.kind != "b" and (reading := as_lists(values)) is not None:
+        lists, separator = reading
         tokens, counts = _frequent(_lists_of(values, separator), _MOST[LIST])
         return [Block(column, LIST, tokens, _rarity(counts, len(values)), size=len(tokens), separator=separator)]
     texts, codes = _distinct(values)
@@ -449,16 +450,16 @@ def _in_common(content:Content, raw:ContentMatrix, counts:csr_matrix, users:np.n
         return np.concatenate([_in_common(content, raw, counts, users, places[piece], items[piece])
                                for piece in pieces])
     users, places = users[np.unique(places)], np.unique(places, return_inverse=True)[1]
-    had = csr_matrix(counts[users] > 0, dtype=np.float32)
-    own = np.asarray(had[places, items]).ravel()
-    others = np.maximum(np.diff(had.indptr)[places] - own, 1)[:, None]
+    owned = csr_matrix(counts[users] > 0, dtype=np.float32)
+    own = np.asarray(owned[places, items]).ravel()
+    others = np.maximum(np.diff(owned.indptr)[places] - own, 1)[:, None]
     each = raw.sparse[items]
-    rest = (had @ raw.sparse)[places] - csr_matrix((own, (np.arange(len(own)),)*2)) @ each
+    rest = (owned @ raw.sparse)[places] - csr_matrix((own, (np.arange(len(own)),)*2)) @ each
     block_of = np.repeat(np.arange(len(content.sparse)), [block.size for block in content.sparse])
     into = csr_matrix((np.ones(len(block_of), np.float32), (np.arange(len(block_of)), block_of)),
                       shape=(len(block_of), len(content.sparse)))
     sums = [(each.multiply(rest).tocsr() @ into).toarray()]
-    start, dense_rest = 0, (had @ raw.dense)[places] - own[:, None]*raw.dense[items]
+    start, dense_rest = 0, (owned @ raw.dense)[places] - own[:, None]*raw.dense[items]
     for block in content.dense:
         part = slice(start, start := start + block.size)
         sums.append((raw.dense[items, part]*dense_rest[:, part]).sum(axis=1, keepdims=True))

@@ -66,7 +66,7 @@ class ContentNeighbours(Model):
 
     def widened(self, snapshot:Snapshot)->"ContentNeighbours":
         "With the new and the changed items described by the vocabulary of the training."
-        columns, rows = snapshot.item_columns or {}, snapshot.told
+        columns, rows = snapshot.item_columns or {}, snapshot.changed_rows
         more = self.content.described({name: values[rows] for name, values in columns.items()}, len(rows))
         place = np.arange(len(snapshot.popularity))
         place[rows] = len(self.candidates) + np.arange(len(rows))

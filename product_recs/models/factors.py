@@ -21,13 +21,13 @@ from ..search.exact import Searcher
 class _FactorArrays(Model):
     "The arrays of a factor model, and the search over them."
     name, dense, placeable, drawable = "factors", False, True, False # drawable: it has `drawn`
-    kept = ("user_factors", "item_factors") # names of its arrays; those without "user" have a row for each item
+    array_names = ("user_factors", "item_factors") # those without "user" have a row for each item
 
     def set_arrays(self, **arrays:np.ndarray)->None:
         "Take the arrays of a fit; raises `ValueError` where they do not fit each other or the snapshot."
         n_users, n_items = self.snapshot.counts.shape
         width = arrays["item_factors"].shape[-1]
-        for name in self.kept:
+        for name in self.array_names:
             array, rows = arrays[name], n_users if "user" in name else n_items
             if array.shape != (rows, width) or array.dtype != np.float32:
                 raise ValueError(f"{name} has shape {array.shape} of {array.dtype}, but {n_users} users and {n_items} "
@@ -35,7 +35,7 @@ class _FactorArrays(Model):
             setattr(self, name, np.asarray(array))
         self.candidates = self.candidates & self.item_factors.any(axis=1)
 
-    def to_arrays(self)->dict[str, np.ndarray]: return {name: getattr(self, name) for name in self.kept}
+    def to_arrays(self)->dict[str, np.ndarray]: return {name: getattr(self, name) for name in self.array_names}
     def _take(self, arrays:Mapping[str, np.ndarray])->None: self.set_arrays(**arrays)
 
     def users(self, rows:np.ndarray)->np.ndarray: # (m, f) float32
@@ -67,7 +67,7 @@ class _FactorArrays(Model):
 
 # %% ../../nbs/models/factors.ipynb #5bb19983
 class FactorModel(_FactorArrays):
-    "Scores that are inner products; `_fit` calls `set_arrays` with what is `kept`."
+    "Scores that are inner products; `_fit` calls `set_arrays` with what `array_names` names."
     @cached_property
     def _moments(self)->tuple[np.ndarray, np.ndarray]: # (f,), (f, f) float64
         "Mean and covariance of the candidates' factors."

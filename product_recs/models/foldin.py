@@ -155,9 +155,9 @@ def _block_times(solver:Solver, confidence:csr_matrix, rows:np.ndarray, ridges:n
         across, first = turned/shared[:, None, :], vectors/shared
         inner = (across @ turned.transpose(0, 2, 1))*extra[:, :, None] + np.eye(real.shape[1])
         wanted = extra*np.einsum("gkf,gf->gk", turned, first)
-        found = first - np.einsum("gkf,gk->gf", across, np.linalg.solve(inner, wanted[:, :, None])[:, :, 0])
+        solution = first - np.einsum("gkf,gk->gf", across, np.linalg.solve(inner, wanted[:, :, None])[:, :, 0])
     else:
         matrix = (turned*extra[:, :, None]).transpose(0, 2, 1) @ turned
         matrix[:, np.arange(len(values)), np.arange(len(values))] += shared
-        found = np.linalg.solve(matrix, vectors[:, :, None])[:, :, 0]
-    return found @ basis.T
+        solution = np.linalg.solve(matrix, vectors[:, :, None])[:, :, 0]
+    return solution @ basis.T

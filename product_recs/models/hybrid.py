@@ -28,7 +28,7 @@ HYBRID_DEFAULTS = {"joint": 0.0, "ridge": 1.0, "interaction_power": 0.0, "profil
 class HybridUsers(NamedTuple):
     "Users as a hybrid takes them."
     users: Any             # representations of the part
-    had: Histories
+    histories: Histories
     size: np.ndarray       # (m,) items that say anything
     evidence: np.ndarray   # (m,) share with which the own history speaks
     new: np.ndarray        # (m,) share of the items that the part does not know
@@ -116,9 +116,9 @@ def _users_of(
     items, own = model.rows, model.rows.own
     known = items.part.candidates[np.minimum(histories.items, own - 1)] & (histories.items < own) if own else (
         np.zeros(len(histories.items), bool))
-    told = known | items.known[histories.items]
+    familiar = known | items.known[histories.items]
     count = lambda flags: np.bincount(histories.places, flags, len(histories))
-    size, new = count(told), count(told & ~known)
+    size, new = count(familiar), count(familiar & ~known)
     if rows is not None and not new.any(): users = items.part.users(rows)
     else: users = items.part.fold_in(_of_part(histories, own))
     user_evidence = model.parameters["user_evidence"]
@@ -127,33 +127,33 @@ def _users_of(
 
 def _of_part(histories:Histories, own:int)->Histories:
     "Histories without the items that came after the training."
-    kept = np.flatnonzero(histories.items < own)
-    if len(kept) == len(histories.items): return histories
-    return replace(histories, indptr=np.searchsorted(kept, histories.indptr), items=histories.items[kept],
-                   confidence=histories.confidence[kept], counts=histories.counts[kept],
-                   age_days=histories.age_days[kept])
+    pairs = np.flatnonzero(histories.items < own)
+    if len(pairs) == len(histories.items): return histories
+    return replace(histories, indptr=np.searchsorted(pairs, histories.indptr), items=histories.items[pairs],
+                   confidence=histories.confidence[pairs], counts=histories.counts[pairs],
+                   age_days=histories.age_days[pairs])
 
 def _about(learned:Learned, histories:Histories)->csr_matrix: # (m, values)
     "What the users file, or the request, tells of each user."
     if not len(learned.users): return csr_matrix((len(histories), 0), dtype=np.float32)
     rows, nothing = histories.rows, csr_matrix((1, len(learned.users)), dtype=np.float32)
     if histories.about is None and rows is not None and (np.asarray(rows) >= 0).all(): return learned.about[rows]
-    def one(place):
-        told = None if histories.about is None else histories.about[place]
-        if told:
-            columns = {name: np.array([value], object) for name, value in told.items()}
+    def row_of(place):
+        attributes = None if histories.about is None else histories.about[place]
+        if attributes:
+            columns = {name: np.array([value], object) for name, value in attributes.items()}
             return learned.users.described(columns, 1).sparse
         return learned.about[[rows[place]]] if rows is not None and rows[place] >= 0 else nothing
-    return vstack([one(place) for place in range(len(histories))], format="csr")
+    return vstack([row_of(place) for place in range(len(histories))], format="csr")
 
-def _profiles(model:Hybrid, had:Histories)->tuple[np.ndarray, np.ndarray, np.ndarray]: # (features, m), (m,), (m,)
+def _profiles(model:Hybrid, histories:Histories)->tuple[np.ndarray, np.ndarray, np.ndarray]: # (features, m), (m,), (m,)
     "Sums of the descriptions of the users' items; mean and spread of their cosines with the sample."
-    different, place = np.unique(had.items, return_inverse=True)
-    ones = csr_of((len(had), len(different)), had.indptr, place, np.ones(len(place), np.float32))
+    different, place = np.unique(histories.items, return_inverse=True)
+    ones = csr_of((len(histories), len(different)), histories.indptr, place, np.ones(len(place), np.float32))
     profiles = model.rows.of(different).summed(ones.T.tocsr().toarray()) if len(different) else (
-        np.zeros((len(model.learned.content), len(had)), np.float32))
+        np.zeros((len(model.learned.content), len(histories)), np.float32))
     usual = model.learned.sample.times(profiles)
-    if not len(usual): return profiles, np.zeros(len(had)), np.ones(len(had))
+    if not len(usual): return profiles, np.zeros(len(histories)), np.ones(len(histories))
     spread = usual.std(axis=0, dtype=np.float64)
     return profiles, usual.mean(axis=0, dtype=np.float64), np.where(spread > 1e-9, spread, 1)
 
@@ -193,12 +193,12 @@ def score_parts(
     bought = rows.part.scores(users.users)
     mean, spread = rows.part.moments(users.users, bought)
     bought = (bought - column(mean))/column(spread)
-    placed = np.zeros((len(users.had), len(rows.thin)), np.float32)
-    for one, factors in zip(model.learned.factors, rows.factors):
-        inner = _inner(users.users, one.path)
-        own_mean, own_spread = one.model.moments(inner, None) if one.path else (mean, spread)
-        placed += column(one.share/own_spread)*(inner @ factors.T - column(own_mean))
-    profiles, middle, width = _profiles(model, users.had)
+    placed = np.zeros((len(users.histories), len(rows.thin)), np.float32)
+    for part, factors in zip(model.learned.factors, rows.factors):
+        inner = _inner(users.users, part.path)
+        own_mean, own_spread = part.model.moments(inner, None) if part.path else (mean, spread)
+        placed += column(part.share/own_spread)*(inner @ factors.T - column(own_mean))
+    profiles, middle, width = _profiles(model, users.histories)
     profile = (rows.described.times(profiles).T - column(middle))/column(width)
     whole = (rows.times(profiles).T - column(middle))/column(width) if users.new.any() else None
     return ScoreParts(bought, placed, profile, whole)
@@ -257,12 +257,12 @@ def _contributions_of(
     place = rows.place(item)
     own, share = (1.0, 0.0) if place is None else (float(rows.evidence[item]), float(rows.share[place]))
     known, short = history.items < rows.own, _of_part(history, rows.own)
-    mean, spread = (float(one[0]) for one in part.moments(users.users, part.scores(users.users)))
+    mean, spread = (float(value[0]) for value in part.moments(users.users, part.scores(users.users)))
     if item < rows.own and own*evidence*(1 - new):
-        scale, one = own*evidence*(1 - new)/spread, part.contributions(short, item, users.users)
-        spot = np.searchsorted(short.items, one.items)
-        added[np.flatnonzero(known)[spot]] += scale*one.parts
-        add("average_taste", scale*(sum(one.signals.values()) - mean))
+        scale, reasons = own*evidence*(1 - new)/spread, part.contributions(short, item, users.users)
+        spot = np.searchsorted(short.items, reasons.items)
+        added[np.flatnonzero(known)[spot]] += scale*reasons.parts
+        add("average_taste", scale*(sum(reasons.signals.values()) - mean))
     if place is not None:
         _add_placed(model, users, short, place, share*evidence*(1 - new), (mean, spread), added, known, add)
     weight = _profile_weight(model)
@@ -280,14 +280,14 @@ def _contributions_of(
 def _add_placed(model:Hybrid, users:HybridUsers, history:Histories, place:int, share:float,
                 moments:tuple[float, float], added:np.ndarray, known:np.ndarray, add)->None:
     "What each past item adds through the factors that the description suggests."
-    for one, factors in zip(model.learned.factors, model.rows.factors):
-        parts, signals = one.model.pulls(history, factors[place])
+    for part, factors in zip(model.learned.factors, model.rows.factors):
+        parts, signals = part.model.pulls(history, factors[place])
         mean, spread = moments
-        if one.path:
-            inner = _inner(users.users, one.path)
-            mean, spread = (float(value[0]) for value in one.model.moments(inner, None))
-        added[known] += share*one.share*parts/spread
-        add("average_taste", share*one.share*(sum(signals.values()) - mean)/spread)
+        if part.path:
+            inner = _inner(users.users, part.path)
+            mean, spread = (float(value[0]) for value in part.model.moments(inner, None))
+        added[known] += share*part.share*parts/spread
+        add("average_taste", share*part.share*(sum(signals.values()) - mean)/spread)
 
 # %% ../../nbs/models/hybrid.ipynb #dede0372
 def shared(
@@ -297,14 +297,14 @@ def shared(
     most:int=8,       # features
 )->list[tuple[str, str]]: # column and value, the heaviest first
     "What an item has in common with some others."
-    content, one, others = model.learned.content, model.rows.of(np.array([item])), model.rows.of(items)
+    content, own, others = model.learned.content, model.rows.of(np.array([item])), model.rows.of(items)
     if not len(items): return []
     theirs = np.asarray(others.sparse.sum(axis=0)).ravel()
-    weights = one.sparse.data*theirs[one.sparse.indices]
+    weights = own.sparse.data*theirs[own.sparse.indices]
     order = np.argsort(-weights, kind="stable")
-    features = [int(one.sparse.indices[place]) for place in order if weights[place] > 0]
-    told = [(content.block_of(feature), content.name(feature)) for feature in features]
-    return [(block.column, name[len(block.column):].lstrip("=: ")) for block, name in told
+    features = [int(own.sparse.indices[place]) for place in order if weights[place] > 0]
+    traits = [(content.block_of(feature), content.name(feature)) for feature in features]
+    return [(block.column, name[len(block.column):].lstrip("=: ")) for block, name in traits
             if block.kind in (VALUE, LIST, WORD, BAND)][:most]
 
 def _similarities_of(

@@ -51,10 +51,10 @@ def first_items(
     "What somebody would have been known by after their first items; of equal age the lower row."
     order = np.lexsort((histories.items, -histories.age_days, histories.places))
     place = np.arange(len(order)) - histories.indptr[histories.places[order]]
-    kept = np.sort(order[place < k])
+    pairs = np.sort(order[place < k])
     sizes = np.minimum(np.diff(histories.indptr), k)
-    return Histories(np.concatenate([[0], np.cumsum(sizes)]), histories.items[kept], histories.confidence[kept],
-                     histories.counts[kept], histories.age_days[kept], histories.rows)
+    return Histories(np.concatenate([[0], np.cumsum(sizes)]), histories.items[pairs], histories.confidence[pairs],
+                     histories.counts[pairs], histories.age_days[pairs], histories.rows)
 
 # %% ../../nbs/models/hybrid_weights.ipynb #b4c39655
 class _Ground:
@@ -128,7 +128,7 @@ def _figures(ground:_Ground, rows:np.ndarray, k:int|None, tries:Mapping, judged:
 # %% ../../nbs/models/hybrid_weights.ipynb #d41d66b7
 def _asked_joint(ground:_Ground, bar:tqdm)->None:
     "Question 1."
-    if not any(one.model.drawable for one in ground.model.learned.factors): return
+    if not any(part.model.drawable for part in ground.model.learned.factors): return
     models = {}
     for rounds in TRIED["joint"]:
         bar.set_postfix_str(f"fitting, {rounds:g} rounds together with the factors")
@@ -158,14 +158,15 @@ def _asked_items(ground:_Ground, bar:tqdm)->None:
 def _asked_users(ground:_Ground, bar:tqdm)->None:
     "Question 4."
     judged, about = [(ground.model.candidates, ground.targets)], ground.model.learned.about
-    told = ground.rows[np.diff(about.indptr)[ground.rows] > 0] if about.shape[1] else ground.rows[:0]
-    if len(told) >= FEWEST:
+    rows = ground.rows[np.diff(about.indptr)[ground.rows] > 0] if about.shape[1] else ground.rows[:0]
+    if len(rows) >= FEWEST:
         tries = {value: ground.parameters | {"attributes": value} for value in TRIED["attributes"]}
-        ground.parameters["attributes"] = _best(_figures(ground, told, 0, tries, judged, bar))
+        ground.parameters["attributes"] = _best(_figures(ground, rows, 0, tries, judged, bar))
     else: ground.parameters["attributes"] = 0.0
     tries = {value: ground.parameters | {"user_evidence": value} for value in TRIED["user_evidence"]}
     each = [_figures(ground, ground.rows, k, tries, judged, bar) for k in (1, 3, None)]
-    ground.parameters["user_evidence"] = _best({value: float(np.prod([one[value] for one in each])) for value in tries})
+    ground.parameters["user_evidence"] = _best({value: float(np.prod([figures[value] for figures in each]))
+                                                for value in tries})
 
 def learn_content_weights(
     features:Features,

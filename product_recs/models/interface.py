@@ -90,13 +90,13 @@ def top_of(
 
 # %% ../../nbs/models/interface.ipynb #ec8f139b
 def knows_items(
-    had:Histories|csr_matrix, # of m users
-    candidates:np.ndarray,    # (n_items,) bool
-)->np.ndarray:                # (m,) bool
+    owned:Histories|csr_matrix, # of m users
+    candidates:np.ndarray,      # (n_items,) bool
+)->np.ndarray:                  # (m,) bool
     "Who has a candidate among their items?"
-    items, size = (had.items if isinstance(had, Histories) else had.indices), len(had.indptr) - 1
+    items, size = (owned.items if isinstance(owned, Histories) else owned.indices), len(owned.indptr) - 1
     if size == 1: return np.array([candidates[items].any()])
-    return np.bincount(np.repeat(np.arange(size), np.diff(had.indptr)), candidates[items], size) > 0
+    return np.bincount(np.repeat(np.arange(size), np.diff(owned.indptr)), candidates[items], size) > 0
 
 # %% ../../nbs/models/interface.ipynb #d9204666
 class Contributions(NamedTuple):
@@ -247,15 +247,15 @@ class Widened(Model):
 # %% ../../nbs/models/interface.ipynb #dc5746a9
 def _pairs_below(indptr:np.ndarray, items:np.ndarray, own:int)->tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The pairs of some users with items before a row: where each user starts, the items, and which pairs they were."
-    kept = np.flatnonzero(items < own)
-    if len(kept) == len(items): return indptr, items, kept
-    return np.searchsorted(kept, indptr), items[kept], kept
+    pairs = np.flatnonzero(items < own)
+    if len(pairs) == len(items): return indptr, items, pairs
+    return np.searchsorted(pairs, indptr), items[pairs], pairs
 
 def _without(histories:Histories, own:int)->Histories:
     "Histories without the items from a row on."
-    indptr, items, kept = _pairs_below(histories.indptr, histories.items, own)
-    if len(kept) == len(histories.items): return histories
-    values = (getattr(histories, name)[kept] for name in ("confidence", "counts", "age_days"))
+    indptr, items, pairs = _pairs_below(histories.indptr, histories.items, own)
+    if len(pairs) == len(histories.items): return histories
+    values = (getattr(histories, name)[pairs] for name in ("confidence", "counts", "age_days"))
     return replace(histories, indptr=indptr, items=items, **dict(zip(("confidence", "counts", "age_days"), values)))
 
 # %% ../../nbs/models/interface.ipynb #648df4f2

@@ -235,7 +235,7 @@ class _Regression(Model):
 
     def to_arrays(self)->dict[str, np.ndarray]:
         "The weights, or the inverse and the gains."
-        return {name: getattr(self.regressions, name) for name in self.regressions.kept}
+        return {name: getattr(self.regressions, name) for name in self.regressions.array_names}
 
     def _take(self, arrays):
         columns, people = np.flatnonzero(self.candidates), np.flatnonzero(np.diff(self.snapshot.counts.indptr))
@@ -303,7 +303,7 @@ class Regressed(NamedTuple):
 
 class ByItems:
     "The regressions as weights from item to item."
-    kept = ("weights",)
+    array_names = ("weights",)
 
     def __init__(self, columns:np.ndarray, weights:np.ndarray):
         if weights.shape != (len(columns),)*2 or weights.dtype != np.float32:
@@ -319,7 +319,7 @@ class ByItems:
 # %% ../../nbs/models/item_item.ipynb #2074c0ea
 class ByUsers:
     "The regressions by the inverse of users and users, where these are fewer than the items."
-    kept = ("inverse", "gain")
+    array_names = ("inverse", "gain")
 
     def __init__(self, columns:np.ndarray, people:np.ndarray, seen:csr_matrix, inverse:np.ndarray, gain:np.ndarray,
                  regularization:float):

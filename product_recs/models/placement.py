@@ -54,11 +54,11 @@ def factor_parts(
     model:Model, # fitted or not
 )->list[FactorPart]:
     "The factor models that a model is made of, itself included."
-    def found(one, path, share):
-        if one.placeable: return [FactorPart(path, one, share)]
-        return [part for number, (inner, weight) in enumerate(zip(one.parts, one.shares()))
-                for part in found(inner, (*path, number), share*weight)]
-    parts = [part for part in found(model, (), 1.0) if part.share > 0]
+    def parts_of(whole, path, share):
+        if whole.placeable: return [FactorPart(path, whole, share)]
+        return [part for number, (inner, weight) in enumerate(zip(whole.parts, whole.shares()))
+                for part in parts_of(inner, (*path, number), share*weight)]
+    parts = [part for part in parts_of(model, (), 1.0) if part.share > 0]
     total = sum(part.share for part in parts)
     return [part._replace(share=part.share/total) for part in parts]
 
@@ -93,13 +93,13 @@ class Lifts:
 
     def of(self, value:int)->np.ndarray: # (n_items,) float32
         "Logarithm of how much more often; 0 for a value that few people have."
-        if (kept := self._kept.get(value)) is not None: return kept
+        if (cached := self._kept.get(value)) is not None: return cached
         if self.people[value] < _FEWEST_USERS: lift = np.zeros(len(self.share), np.float32)
         else:
             expected, row = self.people[value]*self.share, slice(*self.counts.indptr[value:value + 2])
-            had = np.zeros(len(self.share))
-            had[self.counts.indices[row]] = self.counts.data[row]
-            lift = np.log((had + _PSEUDO)/(expected + _PSEUDO)).astype(np.float32)
+            buyers = np.zeros(len(self.share))
+            buyers[self.counts.indices[row]] = self.counts.data[row]
+            lift = np.log((buyers + _PSEUDO)/(expected + _PSEUDO)).astype(np.float32)
         if (len(self._kept) + 1)*lift.nbytes > _LIFT_BYTES: self._kept = {}
         self._kept[value] = lift
         return lift
@@ -118,16 +118,16 @@ def _log_popularity(popularity:np.ndarray)->np.ndarray: return np.log1p(populari
 
 class _Lessons(NamedTuple):
     "What the weights of descriptions are learned from: items that have both, a description and buyers."
-    rows: np.ndarray    # (n,) of the items
-    told: ContentMatrix # (n, features)
-    weight: np.ndarray  # (n,) how much each counts
+    rows: np.ndarray         # (n,) of the items
+    described: ContentMatrix # (n, features)
+    weight: np.ndarray       # (n,) how much each counts
     ridge: float
 
     def suggest(self, values:np.ndarray)->tuple[np.ndarray, np.ndarray]: # (f,) and (features, f) float32
         "Mean of the values of all items, and weights by which descriptions suggest the difference."
         values = values[self.rows].astype(np.float32)
         mean = np.average(values, axis=0, weights=self.weight).astype(np.float32) if len(values) else values.sum(axis=0)
-        return mean, ridge_weights(self.told, values - mean, self.ridge, self.weight)
+        return mean, ridge_weights(self.described, values - mean, self.ridge, self.weight)
 
 def _lessons(part:Model, parameters:Mapping, described:ContentMatrix)->_Lessons:
     popularity = part.popularity
@@ -147,16 +147,17 @@ def learned_arrays(
 )->dict[str, np.ndarray]:
     "All that a hybrid learns beside its part."
     lessons, arrays = _lessons(part, parameters, described), content_arrays(content, described)
-    wanted = [_log_popularity(snapshot.popularity)[:, None], *(one.model.item_factors for one in factor_parts(part))]
+    wanted = [_log_popularity(snapshot.popularity)[:, None],
+              *(inner.model.item_factors for inner in factor_parts(part))]
     for number, values in enumerate(wanted):
         arrays[f"mean_{number}"], arrays[f"weights_{number}"] = lessons.suggest(values)
     users = learn_users(snapshot.user_columns, snapshot.counts.shape[0])
     about = users.described(snapshot.user_columns or {}, snapshot.counts.shape[0]).sparse
     about.data[:] = 1
-    had = csr_of(snapshot.counts.shape, snapshot.counts.indptr, snapshot.counts.indices,
-                 np.ones(snapshot.counts.nnz, np.float32))
+    owned = csr_of(snapshot.counts.shape, snapshot.counts.indptr, snapshot.counts.indices,
+                   np.ones(snapshot.counts.nnz, np.float32))
     return arrays | {"user_vocabulary": vocabulary_bytes(users), **matrix_arrays("users", about),
-                     **matrix_arrays("lifts", csr_matrix(about.T @ had))}
+                     **matrix_arrays("lifts", csr_matrix(about.T @ owned))}
 
 # %% ../../nbs/models/placement.ipynb #b43a25d2
 def drawn_to_content(
@@ -167,11 +168,11 @@ def drawn_to_content(
     "Learn the weights of the descriptions and the factors of an ALS in turns."
     for _ in range(int(parameters["joint"])):
         lessons = _lessons(part, parameters, described)
-        for one in factor_parts(part):
-            if not one.model.drawable: continue
-            mean, weights = lessons.suggest(one.model.item_factors)
+        for inner in factor_parts(part):
+            if not inner.model.drawable: continue
+            mean, weights = lessons.suggest(inner.model.item_factors)
             prior = np.where(described.known[:, None], described.times(weights) + mean, 0).astype(np.float32)
-            part = _replaced(part, one.path, one.model.drawn(prior))
+            part = _replaced(part, inner.path, inner.model.drawn(prior))
     return part
 
 def _replaced(model:Model, path:tuple[int, ...], inner:Model)->Model:
@@ -202,7 +203,7 @@ class Learned:
         self.factors = factor_parts(part)
         self.means, self.weights = ([arrays[f"{name}_{number}"] for number in range(len(self.factors) + 1)]
                                     for name in ("mean", "weights"))
-        widths = [1, *(one.model.item_factors.shape[1] for one in self.factors)]
+        widths = [1, *(inner.model.item_factors.shape[1] for inner in self.factors)]
         for mean, weights, width in zip(self.means, self.weights, widths):
             if mean.shape != (width,) or weights.shape != (len(self.content), width):
                 raise ValueError(f"weights of shape {weights.shape} do not fit {len(self.content)} features and "
@@ -240,7 +241,7 @@ class ItemRows:
         self.popular = self._standard(_log_popularity(popularity))
         self.evidence = np.ones(self.own)
         self.thin, self.described, self.factors = np.empty(0, np.int64), self.fresh, [
-            np.empty((0, one.model.item_factors.shape[1]), np.float32) for one in learned.factors]
+            np.empty((0, inner.model.item_factors.shape[1]), np.float32) for inner in learned.factors]
         self._describe(np.arange(self.own), learned.matrix)
 
     def _standard(self, logs:np.ndarray)->np.ndarray:
@@ -252,11 +253,11 @@ class ItemRows:
         own = np.where(self.known[rows], evidence_of(self.popularity[rows], half), 1.0)
         self.evidence[rows] = np.where(self.bought[rows], own, 0)
         chosen = np.flatnonzero(self.known[rows] & (1 - self.evidence[rows] >= _LEAST))
-        more, kept = content.rows(chosen), np.flatnonzero(~np.isin(self.thin, rows))
+        more, others = content.rows(chosen), np.flatnonzero(~np.isin(self.thin, rows))
         logs, *factors = self.learned.placed(more)
-        if len(kept) < len(self.thin):
-            self.described, self.factors = self.described.rows(kept), [one[kept] for one in self.factors]
-        self.thin, self.described = np.concatenate([self.thin[kept], rows[chosen]]), self.described.above(more)
+        if len(others) < len(self.thin):
+            self.described, self.factors = self.described.rows(others), [array[others] for array in self.factors]
+        self.thin, self.described = np.concatenate([self.thin[others], rows[chosen]]), self.described.above(more)
         self.factors = [np.concatenate(pair) for pair in zip(self.factors, factors)]
         share = self.evidence[rows[chosen]]
         self.popular[rows[chosen]] = share*self.popular[rows[chosen]] + (1 - share)*self._standard(logs[:, 0])
@@ -266,7 +267,7 @@ class ItemRows:
 
     @property
     def work(self)->int:
-        return self.described.sparse.nnz + self.described.dense.size + sum(one.size for one in self.factors)
+        return self.described.sparse.nnz + self.described.dense.size + sum(array.size for array in self.factors)
 
     def place(self, item:int)->int|None:
         return next(iter(np.flatnonzero(self.thin == item).tolist()), None)
@@ -288,19 +289,20 @@ def wider_rows(
     snapshot:Snapshot, # `widened`
 )->ItemRows:           # another object, which shares what did not change
     "A catalogue with the items that were told since."
-    told, n_items = np.asarray([] if snapshot.told is None else snapshot.told, np.int64), len(snapshot.popularity)
-    columns = {name: values[told] for name, values in (snapshot.item_columns or {}).items()}
-    new, wider, more = items.learned.content.described(columns, len(told)), copy(items), n_items - len(items.popularity)
+    rows = np.asarray([] if snapshot.changed_rows is None else snapshot.changed_rows, np.int64)
+    n_items = len(snapshot.popularity)
+    columns = {name: values[rows] for name, values in (snapshot.item_columns or {}).items()}
+    new, wider, more = items.learned.content.described(columns, len(rows)), copy(items), n_items - len(items.popularity)
     wider.popularity = snapshot.popularity
     wider.known, wider.bought = (np.append(flags, np.zeros(more, bool)) for flags in (items.known, items.bought))
     wider.evidence = np.append(items.evidence, np.zeros(more))
     wider.popular = np.append(items.popular, np.zeros(more, np.float32))
-    wider.known[told] = new.known
-    wider.popular[told] = wider._standard(_log_popularity(wider.popularity[told]))
-    before = np.flatnonzero(~np.isin(items.fresh_rows, told)) # told earlier, and not again
-    wider.fresh_rows = np.concatenate([items.fresh_rows[before], told])
+    wider.known[rows] = new.known
+    wider.popular[rows] = wider._standard(_log_popularity(wider.popularity[rows]))
+    before = np.flatnonzero(~np.isin(items.fresh_rows, rows)) # told earlier, and not again
+    wider.fresh_rows = np.concatenate([items.fresh_rows[before], rows])
     wider.fresh = items.fresh.rows(before).above(new)
-    wider._describe(told, new)
+    wider._describe(rows, new)
     return wider
 
 def rows_described(
@@ -321,11 +323,11 @@ def rows_alike(
     item:int,     # row
 )->np.ndarray:    # (n_items,) float32
     "Inner products of the description of one item with all others; looks only at the features that the item has."
-    one, by_feature = rows_described(items, np.array([item])), items.learned.by_feature
+    own, by_feature = rows_described(items, np.array([item])), items.learned.by_feature
     result = np.zeros(len(items.popularity), np.float32)
-    for feature, value in zip(one.sparse.indices, one.sparse.data):
+    for feature, value in zip(own.sparse.indices, own.sparse.data):
         column = slice(*by_feature.indptr[feature:feature + 2])
         result[by_feature.indices[column]] += value*by_feature.data[column]
-    if one.dense.shape[1]: result[:items.own] += items.learned.matrix.dense @ one.dense[0]
-    result[items.fresh_rows] = items.fresh.times(one.vector(0))
+    if own.dense.shape[1]: result[:items.own] += items.learned.matrix.dense @ own.dense[0]
+    result[items.fresh_rows] = items.fresh.times(own.vector(0))
     return result

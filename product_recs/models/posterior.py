@@ -54,22 +54,22 @@ def _buyers(model:ALS, items:np.ndarray)->tuple[np.ndarray, np.ndarray, np.ndarr
     "Where each item starts, its users, and their confidences as the objective has them."
     place = np.full(len(model.candidates), -1)
     place[items] = np.arange(len(items))
-    found, n_users = [], len(model.user_factors)
+    blocks, n_users = [], len(model.user_factors)
     for start in range(0, n_users, _BLOCK):
-        had = model.snapshot.histories(np.arange(start, min(start + _BLOCK, n_users)))
-        pairs = np.flatnonzero(place[had.items] >= 0)
-        weighed = model.weighed(had.indptr, had.items, had.confidence)[pairs]
-        found.append((place[had.items[pairs]], start + had.places[pairs], weighed))
-    of, users, confidence = (np.concatenate(parts) for parts in zip(*found))
+        histories = model.snapshot.histories(np.arange(start, min(start + _BLOCK, n_users)))
+        pairs = np.flatnonzero(place[histories.items] >= 0)
+        weighed = model.weighed(histories.indptr, histories.items, histories.confidence)[pairs]
+        blocks.append((place[histories.items[pairs]], start + histories.places[pairs], weighed))
+    of, users, confidence = (np.concatenate(parts) for parts in zip(*blocks))
     order = np.argsort(of, kind="stable")
     return np.searchsorted(of[order], np.arange(len(items) + 1)), users[order], confidence[order]
 
 def _noise(model:ALS)->float:
     "Mean weighted squared residual of a cell."
     n_users, n_items = len(model.user_factors), len(model.item_factors)
-    had = model.snapshot.histories(np.arange(0, n_users, -(-n_users//_SAMPLE)))
+    histories = model.snapshot.histories(np.arange(0, n_users, -(-n_users//_SAMPLE)))
     sample = model.user_factors[::-(-n_users//_SAMPLE)].astype(np.float64)
-    solver, weight = model.solver, model.weighed(had.indptr, had.items, had.confidence)
-    score = np.einsum("pf,pf->p", sample[had.places], model.item_factors[had.items].astype(np.float64))
+    solver, weight = model.solver, model.weighed(histories.indptr, histories.items, histories.confidence)
+    score = np.einsum("pf,pf->p", sample[histories.places], model.item_factors[histories.items].astype(np.float64))
     taken = solver.alpha*weight*(1 - score)**2 - solver.unobserved*score**2
     return float((taken.sum() + ((sample @ solver.gram)*sample).sum())/(len(sample)*n_items))

@@ -97,42 +97,43 @@ class Signals:
         w = self.weights.weights
         return (self.weights.intercept + sum(w[name]*self.items[name] for name in EVERYBODY[1:])).astype(np.float32)
 
-    def own(self, had:Histories)->np.ndarray: # (p, 5) in the order of `OWN`
+    def own(self, histories:Histories)->np.ndarray: # (p, 5) in the order of `OWN`
         "Signals of what somebody had, how often, and how long ago."
-        often = np.log(np.maximum(had.counts, 1))
-        fresh = np.exp2(-had.age_days.astype(np.float64)/self.weights.half_life_days)
-        return np.column_stack([np.ones_like(often), often, fresh, often*fresh, self.items["repeat"][had.items]])
+        often = np.log(np.maximum(histories.counts, 1))
+        fresh = np.exp2(-histories.age_days.astype(np.float64)/self.weights.half_life_days)
+        return np.column_stack([np.ones_like(often), often, fresh, often*fresh, self.items["repeat"][histories.items]])
 
 # %% ../../nbs/models/signals.ipynb #8bc00a59
 def add_signals(
     signals:Signals,
-    scores:np.ndarray, # (m, n_items) float32 of a model; changed in place
-    mean:np.ndarray,   # (m,) of the scores of each user
-    spread:np.ndarray, # (m,) their standard deviation
-    had:Histories,     # of the m users
-)->np.ndarray:         # the same array: log odds
+    scores:np.ndarray,   # (m, n_items) float32 of a model; changed in place
+    mean:np.ndarray,     # (m,) of the scores of each user
+    spread:np.ndarray,   # (m,) their standard deviation
+    histories:Histories, # of the m users
+)->np.ndarray:           # the same array: log odds
     "Make log odds of the scores of a model: taste, popularity, and what each user had."
     scale = signals.weights.weights["taste"]/spread
     scores *= scale[:, None].astype(np.float32)
     scores += signals.of_item
     scores -= (mean*scale)[:, None].astype(np.float32)
-    scores[had.places, had.items] += (signals.own(had) @ signals.weights.vector(OWN)).astype(np.float32)
+    own = signals.own(histories) @ signals.weights.vector(OWN)
+    scores[histories.places, histories.items] += own.astype(np.float32)
     return scores
 
 # %% ../../nbs/models/signals.ipynb #61433258
 def pair_signals(
     signals:Signals,
-    taste:np.ndarray,  # (p,) standard scores of the pairs
-    places:np.ndarray, # (p,) which of the users each pair is of
-    items:np.ndarray,  # (p,) and which item
-    had:Histories,     # of the users
-)->np.ndarray:         # (p, 8) in the order of `SIGNALS`
+    taste:np.ndarray,    # (p,) standard scores of the pairs
+    places:np.ndarray,   # (p,) which of the users each pair is of
+    items:np.ndarray,    # (p,) and which item
+    histories:Histories, # of the users
+)->np.ndarray:           # (p, 8) in the order of `SIGNALS`
     "All signals of some pairs of users and items."
     own, size = np.zeros((len(places), len(OWN))), len(signals.items["popularity"])
-    keys = had.places*size + had.items # ascending
+    keys = histories.places*size + histories.items # ascending
     if len(keys):
         wanted = places*size + items
         spot = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
         is_own = keys[spot] == wanted
-        own[is_own] = signals.own(had)[spot[is_own]]
+        own[is_own] = signals.own(histories)[spot[is_own]]
     return np.column_stack([taste, *(signals.items[name][items] for name in EVERYBODY[1:]), own])

@@ -34,7 +34,7 @@ class LowPass(FactorModel):
         patterns = _right_singular(scaled, **self.parameters)
         self.set_arrays(into=patterns/item_root[:, None], item_factors=patterns*item_root[:, None])
 
-    kept = ("into", "item_factors")
+    array_names = ("into", "item_factors")
 
     def fold_in(self, histories:Histories)->np.ndarray: # (m, f) float32
         "What the user's items have of each pattern."

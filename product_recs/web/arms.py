@@ -41,7 +41,7 @@ class _Beside:
     "A model that answers beside the live one."
     base: ReadyModel    # before anything was added
     model: ReadyModel   # with what the shop told
-    told: Products      # what was added
+    products: Products  # what was added
     changes: Changes|None # None: there is no store
     view: StateView
 
@@ -60,16 +60,17 @@ class _Opener:
         settings, desk = self.settings, self.desk
         bundle = open_bundle(settings.models_dir, version, verify=True)
         base = with_blend(ReadyModel(bundle, settings.index), blend).prepare()
-        told = desk.view.products
-        model, learned = self.extend(base, told), bundle.manifest["data"].get("feedback_until")
-        if desk.store is None: return _Beside(base, model, told, None, StateView(None))
+        products = desk.view.products
+        model, learned = self.extend(base, products), bundle.manifest["data"].get("feedback_until")
+        if desk.store is None: return _Beside(base, model, products, None, StateView(None))
         changes = Changes(desk.store, learned, most=settings.events_in_memory, folds=bundle.users.folds).start()
-        return _Beside(base, model, told, changes, StateView(changes))
+        return _Beside(base, model, products, changes, StateView(changes))
 
     def renewed(self, beside:_Beside)->_Beside: # the same object where nothing is new
         "The model with what the shop told until now."
-        told = self.desk.view.products
-        return beside if told is beside.told else replace(beside, model=self.extend(beside.base, told), told=told)
+        products = self.desk.view.products
+        if products is beside.products: return beside
+        return replace(beside, model=self.extend(beside.base, products), products=products)
 
 # %% ../../nbs/web/arms.ipynb #bfc6acca
 _log = logging.getLogger("product_recs.experiments")
@@ -186,7 +187,7 @@ class ArmDesk:
 
     plan = property(lambda self: self._fleet.plan, doc="What is in force: `book`, `fallen` (arm -> why), `versions`.")
     opened = property(lambda self: [*self.plan.opened.values()], doc="`model`, `view`, ... beside the live one.")
-    stale = property(lambda self: any(one.changes and one.changes.stale for one in self.opened),
+    stale = property(lambda self: any(beside.changes and beside.changes.stale for beside in self.opened),
                      doc="Is there feedback, or may there be, that a view has not read?")
 
     def of(self,
@@ -205,12 +206,13 @@ class ArmDesk:
         with self._lock:
             source, moment = self.file.source, self.now()
             book = source.book or NO_EXPERIMENTS
-            due = [one for one in book.experiments if one.runs(moment) or one.runs(moment + _AHEAD)]
+            due = [experiment for experiment in book.experiments
+                   if experiment.runs(moment) or experiment.runs(moment + _AHEAD)]
             seen = source, self.live.version, _stamp(self.live.models_dir) if due else None, [*map(id, due)]
             again = bool(self.plan.fallen) and time.monotonic() > self._next_try
             if seen == self._seen and not again: return
             self._seen, self._next_try = seen, time.monotonic() + _AGAIN
-            self._fleet.take_up(book, [arm for one in due for arm in one.arms])
+            self._fleet.take_up(book, [arm for experiment in due for arm in experiment.arms])
             self._tell(True)
 
     def renew(self)->None:
@@ -221,7 +223,7 @@ class ArmDesk:
             finally: self._tell(self.plan.opened != before)
 
     def holds(self, revision:int)->bool: # do all models have the products of this revision?
-        return all(beside.told.revision >= revision for beside in self.opened)
+        return all(beside.products.revision >= revision for beside in self.opened)
 
 # %% ../../nbs/web/arms.ipynb #ad63609c
 class ArmWatch:
@@ -260,10 +262,11 @@ def arm_facts(
 )->dict: # error of the file; of each experiment: name, start, end, running, arms
     "What there is to know of the experiments, for whoever may read the model's facts."
     plan, moment = desk.plan, desk.now()
-    iso = lambda at: None if at is None else at.isoformat()
+    iso = lambda bound: None if bound is None else bound.isoformat()
     def facts(arm):
         return {"name": arm.name, "share": arm.share, "differs": arm.says, "model_version": plan.versions.get(arm),
                 "answers_from_live_because": plan.fallen.get(arm)}
-    found = [{"name": one.name, "start": iso(one.start), "end": iso(one.end), "running": one.runs(moment),
-              "arms": [facts(arm) for arm in one.arms]} for one in plan.book.experiments]
-    return {"error": desk.file.source.error if desk.file else None, "experiments": found}
+    experiments = [{"name": experiment.name, "start": iso(experiment.start), "end": iso(experiment.end),
+                    "running": experiment.runs(moment),
+                    "arms": [facts(arm) for arm in experiment.arms]} for experiment in plan.book.experiments]
+    return {"error": desk.file.source.error if desk.file else None, "experiments": experiments}

@@ -57,14 +57,14 @@ class KeptAnswers:
         "The kept answer; ask it whether it `holds`."
         return self._kept.get(question)
 
-    def put(self, question:tuple, kept:Kept)->None:
+    def put(self, question:tuple, answer:Kept)->None:
         "Keep an answer."
-        if not self.size or len(kept.body) > self.most_bytes or sum(map(len, question)) > LONGEST_QUESTION: return
+        if not self.size or len(answer.body) > self.most_bytes or sum(map(len, question)) > LONGEST_QUESTION: return
         self._drop(question) # the newest stands last
-        while len(self._kept) >= self.size or self.bytes + len(kept.body) > self.most_bytes:
+        while len(self._kept) >= self.size or self.bytes + len(answer.body) > self.most_bytes:
             self._drop(next(iter(self._kept)))
-        self._kept[question] = kept
-        self.bytes += len(kept.body)
+        self._kept[question] = answer
+        self.bytes += len(answer.body)
 
     def _drop(self, question:tuple)->None:
         if question in self._kept: self.bytes -= len(self._kept.pop(question).body)

@@ -126,8 +126,8 @@ def _in_words(model:ReadyModel, listed:Recommendations, item:int|str)->str|None:
     "Why an item is in a list without the score for it; None where that is not so."
     if item not in (listed.propensities or {}): return None
     buyers = int(model.popularity[model.bundle.items.row(item)])
-    who = {0: "nobody has", 1: "1 person has"}.get(buyers, f"{buyers:,} people have")
-    return f"shown to learn about it: {who} it so far"
+    clause = {0: "nobody has", 1: "1 person has"}.get(buyers, f"{buyers:,} people have")
+    return f"shown to learn about it: {clause} it so far"
 
 def _place(model:ReadyModel, request:Request, scored:Scored, row:int)->dict:
     "Where an item stands in the list as it goes out, and why, in words."

@@ -33,8 +33,8 @@ def shown_item(
     tables = [bundle.items]
     if bundle.items.folds: tables += [bundle.left_out.items, bundle.excluded_items.ids]
     if bundle.items.folds and len(bundle.cold_items): tables.append(bundle.cold_items.ids) # 0 where the file is gone
-    found = ((table, row) for table in tables if (row := table.row(item)) is not None)
-    return next((table[row] for table, row in found), as_id(bundle.items, item))
+    matches = ((table, row) for table in tables if (row := table.row(item)) is not None)
+    return next((table[row] for table, row in matches), as_id(bundle.items, item))
 
 def item_facts(
     model:ReadyModel,

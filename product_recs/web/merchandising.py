@@ -45,7 +45,7 @@ def rule_states(
 
 def _lines(model:ReadyModel, shown:Recommendations, other:Recommendations)->list[dict]:
     "A list as `PreviewItem`, with the place of each item in the other one."
-    titles, places = model.bundle.item_columns.get("title"), {row: at for at, row in enumerate(other.rows, 1)}
+    titles, places = model.bundle.item_columns.get("title"), {row: place for place, row in enumerate(other.rows, 1)}
     title = lambda row: None if titles is None or titles[row] is None else str(titles[row])
     return [{"rank": rank, "item_id": item, "title": title(row),
              "score": plain(score), "other_rank": places.get(row), "rules": [*(shown.rules or {}).get(item, ())]}
@@ -94,13 +94,13 @@ def _live(live:LiveModel)->ReadyModel|None:
 
 def rules_state(
     desk:RuleDesk,
-    model:ReadyModel|None, # the live one
-    told:Source|None=None, # what was put into the database a moment ago; None: what is in force
-)->dict:                   # as `RulesState`
+    model:ReadyModel|None,       # the live one
+    new_source:Source|None=None, # what was put into the database a moment ago; None: what is in force
+)->dict:                         # as `RulesState`
     "The rules in force, and what is to be said about them."
     sources = desk.sources
-    from_database = told is not None or sources.merchandise.document is not None
-    source = told or sources.in_force()
+    from_database = new_source is not None or sources.merchandise.document is not None
+    source = new_source or sources.in_force()
     book, file = source.book or RuleBook(), str(sources.file.path) if sources.file else None
     fitted = None if model is None else fit_rules(book, model)
     where = "database" if from_database else "file" if file else "none"
@@ -165,6 +165,6 @@ def add_rules(
         request = Request(user, body.n, body.task or DISCOVERY, session, body.filters.to_filters(), state,
                           shelf.available, shelf.unavailable, body.attributes, body.items, place=body.place,
                           diversity=settings.diversity if body.diversity is None else body.diversity)
-        moment = body.at or rules.now()
+        moment = body.moment or rules.now()
         moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
         return await run_in_threadpool(preview, model, request, book, moment)

@@ -164,9 +164,9 @@ def read_verdicts(
     "What the last run of the monitor found; empty where nothing can be read."
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
-        for one in groups.values():
-            datetime.fromisoformat(one["at"])
-            if not all(map(_is_check, one["checks"])): return {}
+        for verdict in groups.values():
+            datetime.fromisoformat(verdict["at"])
+            if not all(map(_is_check, verdict["checks"])): return {}
         json.dumps(groups, ensure_ascii=False, allow_nan=False).encode() # what no answer can hold is refused here
         return groups
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return {}
@@ -182,9 +182,9 @@ def verdict_metrics(
                               labels=["check", "group"])
     moment = GaugeMetricFamily(f"{_NAMESPACE}_monitor_timestamp_seconds", "When the monitor judged last",
                                labels=["group"])
-    for group, one in groups.items():
-        moment.add_metric([group], datetime.fromisoformat(one["at"]).timestamp())
-        for check in one["checks"]:
+    for group, verdict in groups.items():
+        moment.add_metric([group], datetime.fromisoformat(verdict["at"]).timestamp())
+        for check in verdict["checks"]:
             level.add_metric([check["name"], group], _LEVELS.index(check["level"]))
             if isinstance(check.get("value"), (int, float)): value.add_metric([check["name"], group], check["value"])
     return [level, value, moment]

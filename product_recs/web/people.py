@@ -67,8 +67,8 @@ def _trained(model:ReadyModel, row:int|None, left_out:LeftOutHistory, limit:int)
     bundle, ends = model.bundle, model.bundle.manifest["data"].get("ends")
     if row is None: items, counts, age_days = left_out.items, left_out.counts, left_out.age_days
     else:
-        had = bundle.history(row)
-        items, counts, age_days = had.items, had.counts, had.age_days
+        past = bundle.history(row)
+        items, counts, age_days = past.items, past.counts, past.age_days
     ids = [*bundle.items.take(items), *left_out.others]
     counts, age_days = np.append(counts, left_out.other_counts), np.append(age_days, left_out.other_age_days)
 
@@ -112,8 +112,8 @@ def _of_model(model:ReadyModel, user:int|str, wish:datetime|None)->dict:
             "history": [] if row is None else _lines(_trained(model, row, NO_HISTORY, everything)),
             "left_out": _lines(_trained(model, None, left_out, everything)),
             "counted": plain(counted), "attributes": plain(attributes),
-            "computed": {} if row is None else {task: {"model": one.name, "numbers": _numbers(one)}
-                                                for task, one in bundle.models.items()},
+            "computed": {} if row is None else {task: {"model": asked.name, "numbers": _numbers(asked)}
+                                                for task, asked in bundle.models.items()},
             "segment": _segment_of(model, plain(attributes))}
 
 # %% ../../nbs/web/people.ipynb #eb6a1b04
@@ -121,11 +121,12 @@ def _event_line(model:ReadyModel|None, event:StoredEvent)->dict:
     return {"item_id": shown_item(model, event.item_id), "event": event.event, "quantity": event.quantity,
             "happened": plain(event.timestamp), "received": plain(event.received_at)}
 
-def _shown_line(model:ReadyModel|None, one:Impression)->dict:
-    return {"shown": plain(one.at), "request_id": one.request_id, "model_version": one.model_version,
-            "source": one.source, "items": [shown_item(model, item) for item in one.items],
-            "propensities": one.propensities, "rules": one.rules, "task": one.task, "experiment": one.experiment,
-            "arm": one.arm}
+def _shown_line(model:ReadyModel|None, impression:Impression)->dict:
+    return {"shown": plain(impression.shown_at), "request_id": impression.request_id,
+            "model_version": impression.model_version, "source": impression.source,
+            "items": [shown_item(model, item) for item in impression.items],
+            "propensities": impression.propensities, "rules": impression.rules, "task": impression.task,
+            "experiment": impression.experiment, "arm": impression.arm}
 
 def _listed(name:str, lines:Iterator[dict], block:int=200)->Iterator[str]:
     "A list of the document, in pieces of some lines."
@@ -157,7 +158,7 @@ def person_export(
     events = store.events_of(names) if store else ()
     yield from _listed("events", (_event_line(model, event) for event in events))
     impressions = store.impressions_of(names) if store else ()
-    yield from _listed("impressions", (_shown_line(model, one) for one in impressions))
+    yield from _listed("impressions", (_shown_line(model, impression) for impression in impressions))
     yield "}"
 
 # %% ../../nbs/web/people.ipynb #57dc4ad9

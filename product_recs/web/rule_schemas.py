@@ -34,8 +34,8 @@ def preview_body(
         users: Annotated[list[Id] | None, AfterValidator(_one)] = Field(
             None, min_length=1, max_length=1, description="one; absent: a guest")
         document: dict[str, Any] | None = Field(None, description="rules to try; absent: those in force")
-        at: Annotated[datetime | None, BeforeValidator(_text)] = Field(
-            None, description="the moment, ISO 8601, without a zone it is UTC; absent: now")
+        moment: Annotated[datetime | None, BeforeValidator(_text)] = Field(
+            None, alias="at", description="the moment, ISO 8601, without a zone it is UTC; absent: now")
     return PreviewRequest
 
 # %% ../../nbs/web/rule_schemas.ipynb #92821f49
@@ -70,7 +70,7 @@ class PreviewItem(BaseModel):
 class PreviewAnswer(BaseModel):
     "A list without rules, and with them."
     user_id: int | str | None
-    at: str
+    moment: str = Field(alias="at")
     source: str
     model_version: str
     before: list[PreviewItem]

@@ -75,8 +75,8 @@ class WatchedFile:
         else:
             _log.info("%d %s from %s", len(book), self.what, self.path)
             return Source(book, document)
-        kept = f"the {self.what} before stay in force" if self.source.book is not None else f"there are no {self.what}"
-        _log.error("%s; %s", why, kept)
+        state = f"the {self.what} before stay in force" if self.source.book is not None else f"there are no {self.what}"
+        _log.error("%s; %s", why, state)
         return self.source._replace(error=why)
 
 # %% ../../nbs/web/rulebook.ipynb #d819d5d4
@@ -106,14 +106,14 @@ class RuleSources:
 
     def in_force(self)->Source:
         "The rules in force, whatever the moment and the model."
-        told = self.merchandise
-        if told.document is None: return self.file.source if self.file else Source(None, None)
-        if told is not self._read:
-            try: self._told = Source(read_rules(told.document), told.document)
+        merchandise = self.merchandise
+        if merchandise.document is None: return self.file.source if self.file else Source(None, None)
+        if merchandise is not self._read:
+            try: self._told = Source(read_rules(merchandise.document), merchandise.document)
             except RuleError as error:
                 _log.error("rules of the database: %s; the rules before stay in force", error)
                 self._told = self._told._replace(error=str(error))
-            self._read = told
+            self._read = merchandise
         return self._told
 
 # %% ../../nbs/web/rulebook.ipynb #269b6d13
@@ -171,7 +171,7 @@ class RuleDesk:
         *models:ReadyModel, # those that answer
     )->None:
         "Hold no other model in memory."
-        with self._lock: self._fits = tuple(fit for fit in self._fits if any(fit.model is one for one in models))
+        with self._lock: self._fits = tuple(fit for fit in self._fits if any(fit.model is model for model in models))
 
     def _take_up(self, model:ReadyModel)->FittedRules:
         before, seen = self._fits[0].rules.warnings if self._fits else (), self.sources.seen()

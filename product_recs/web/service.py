@@ -59,12 +59,13 @@ class Shown(NamedTuple):
 
     @classmethod
     def of(cls,
-        one:Recommendations,
+        listed:Recommendations,
         task:str=DISCOVERY, # that it answers
         arm:Arm|None=None,  # of the user
     )->"Shown":
         "The facts of a list."
-        return cls(one.source, one.items, one.shortfall is not None, one.propensities, one.rules, task, arm)
+        return cls(listed.source, listed.items, listed.shortfall is not None, listed.propensities, listed.rules, task,
+                   arm)
 
 def _question(explores:bool, scope:dict)->tuple:
     "What tells one request from another: where lists change with the day, also the day."
@@ -83,9 +84,9 @@ class _Preparation:
         self.view.prepare(bundle.manifest["data"].get("feedback_until"), bundle.users.folds) # last: it is good
         return model
 
-    def extend(self, model:ReadyModel, told:Products)->ReadyModel:
+    def extend(self, model:ReadyModel, products:Products)->ReadyModel:
         "The model with what was told and all that its lists need; a `BundleError` where it cannot answer."
-        with_told = extended(model, told.by_key)
+        with_told = extended(model, products.by_key)
         if with_told is not model: with_told.prepare()
         if self.explores(): prepare_exploration(with_told, self.settings.explore_below or None)
         self.rules.rules(with_told)
@@ -121,8 +122,8 @@ class ToldProducts:
 
     def holds(self, revision:int)->bool:
         "Do the models that answer have the products of this revision?"
-        told = self.live.told
-        return told is not None and told.revision >= revision and (not self.arms or self.arms.holds(revision))
+        products = self.live.additions
+        return products is not None and products.revision >= revision and (not self.arms or self.arms.holds(revision))
 
     async def take_up(self, seconds:float=1.0)->bool: # False: the model will have it soon, or there is none
         "Wait until the model of this worker has what the shop told a moment ago."
@@ -151,7 +152,7 @@ class Service:
         self.rules = RuleDesk(RuleSources(settings.rules_file, self.desk.changes, settings.watch_seconds), now)
         preparation = _Preparation(settings, self.desk.view, self.rules, lambda: self.answers.explores)
         self.live = LiveModel(settings.models_dir, preparation.open, settings.watch_seconds,
-                              extend=preparation.extend, told=lambda: self.desk.view.products)
+                              extend=preparation.extend, additions=lambda: self.desk.view.products)
         self.arms = ArmDesk(settings, self.desk, self.live, preparation.extend, now)
         self.watch = ArmWatch(self.arms, settings.watch_seconds)
         self.told = ToldProducts(self.live, self.desk.view, self.metrics, self.arms)
@@ -173,7 +174,7 @@ class Service:
     @property
     def models(self)->list[ReadyModel]:
         "The live model, where there is one, and those of experiments."
-        beside = [one.model for one in self.arms.opened]
+        beside = [opened.model for opened in self.arms.opened]
         return beside if self.live.version is None else [self.live.get(), *beside]
 
     def start(self)->"Service": # itself
@@ -199,7 +200,7 @@ class AnswerDesk:
         service = self.service
         if service.live.version is None: await run_in_threadpool(service.live.look)
         if not feedback: return
-        for view in (service.desk.view, *(one.view for one in service.arms.opened)):
+        for view in (service.desk.view, *(opened.view for opened in service.arms.opened)):
             if view.behind: await view.catch_up()
         await _take_up(service.rules, service.models)
 
@@ -217,12 +218,13 @@ class AnswerDesk:
     def again(self, scope:dict)->Kept|None:
         "The kept answer to this request, where nothing that it depends on has changed."
         service = self.service
-        if (kept := service.kept.get(self._question(scope))) is None: return None
-        served, shelf = self.served(kept.user), service.desk.view.shelf
+        if (answer := service.kept.get(self._question(scope))) is None: return None
+        served, shelf = self.served(answer.user), service.desk.view.shelf
         rules = service.rules.rules(served.model)
-        if kept.facts.arm is not served.arm or not kept.holds(served.model, shelf, served.view.look, rules): return None
+        if answer.facts.arm is not served.arm: return None
+        if not answer.holds(served.model, shelf, served.view.look, rules): return None
         service.metrics.cache(True)
-        return kept
+        return answer
 
     def keep(self, scope:dict, served:Served, request:Request, shelf:Availability,
              recommendations:Recommendations, response:Response)->None:
@@ -257,15 +259,15 @@ class FastPath:
         answers = self.service.answers
         needed = scope.get("api_scope", "read") # None: open to everybody, such as the health checks and the page
         if needed in ("read", None): await answers.catch_up(needed == "read")
-        kept = answers.again(scope) if scope["method"] == "GET" else None
+        answer = answers.again(scope) if scope["method"] == "GET" else None
 
         async def send_on(message):
             if message["type"] == "http.response.start" and answers.stale:
                 message["headers"] = [*message["headers"], (_STALE, b"true")]
             await send(message)
 
-        if kept is None: return await self.app(scope, receive, send_on)
+        if answer is None: return await self.app(scope, receive, send_on)
         scope["route_template"] = "/recommend/{user_id}"
-        await send_on({"type": "http.response.start", "status": 200, "headers": list(kept.headers)})
-        await send({"type": "http.response.body", "body": kept.body})
-        answers.shown(scope, kept.model, kept.user, kept.facts)
+        await send_on({"type": "http.response.start", "status": 200, "headers": list(answer.headers)})
+        await send({"type": "http.response.body", "body": answer.body})
+        answers.shown(scope, answer.model, answer.user, answer.facts)
