@@ -29,7 +29,7 @@ from .core.sql import (case_of, database_errors, file_name, local_name, named, p
 from .core.text import safe_cell_sql, shown_path
 from .data.csvfiles import staged_query
 from .data.database import is_database
-from .data.dates import AmbiguousDates, checked_formats, left_out_days
+from .data.dates import AmbiguousDates, checked_formats, day_spans
 from .data.dialect import Dialect, find_dialect
 from .data.doubts import crowd_note, row_number_note, text_notes
 from .data.exclude import checked_exclusions, suspects, suspects_note, write_excluded
@@ -259,7 +259,7 @@ def _drop_days(con, days:Sequence[str])->int:
     "Take the good rows of some days out; the number of them."
     if not days: return 0
     inside = " OR ".join(f"(timestamp >= TIMESTAMP '{first}' AND timestamp < DATE '{last}' + 1)"
-                         for first, last in left_out_days(days))
+                         for first, last in day_spans(days))
     dropped = [con.execute(f"DELETE FROM {table} WHERE ({inside}){only}").fetchone()[0]
                for table, only in (("plain", ""), ("checked", " AND fault IS NULL"))]
     return sum(dropped)
@@ -278,7 +278,7 @@ def _checked_options(options:dict)->dict:
         raise IngestError(f"decimal={options['decimal']!r} must be ',' or '.', or '' to find it.")
     _checked_names(options)
     checked_exclusions(options["exclude_items"])
-    left_out_days(options["leave_out"])
+    day_spans(options["leave_out"])
     options["leave_out"] = [*options["leave_out"]]
     return options | {"timestamp_format": [*checked_formats(options["timestamp_format"])],
                       "normalise_ids": [*checked_folds(options["normalise_ids"])],

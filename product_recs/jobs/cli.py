@@ -533,12 +533,11 @@ def _run(
 def _decided(name:str, accept:Sequence[str], leave_out:Sequence[str], by:str, reason:str)->str:
     "Record what a person decided of some days."
     from product_recs.jobs.nights import ACCEPT, LEAVE_OUT, decide
-    made = [decision for days, what in ((accept, ACCEPT), (leave_out, LEAVE_OUT)) if days
-            for decision in decide(name, days, what, by, reason)]
+    made = decide(name, {ACCEPT: accept, LEAVE_OUT: leave_out}, by, reason)
     words = {ACCEPT: "is accepted", LEAVE_OUT: "is left out of training and judging"}
     return "\n".join([
-        *(f"{decision.day} {words[decision.what]}, by {decision.by}: {decision.reason}" for decision in made),
-        "The next night goes on; or begin it now, with `product-recs daily` and its parameters"])
+        *(f"{name}: {decision.day} {words[decision.what]}, by {decision.by}: {decision.reason}" for decision in made),
+        f"The next night of {name} goes on; or begin it now, with `product-recs daily` and its parameters"])
 
 @_verb("daily", "daily -f shop.yaml --name shop --batch batch.yaml")
 def _daily(
@@ -562,8 +561,11 @@ def _daily(
 )->str:
     "One night: take in, check, train, judge, publish, list; safe to repeat."
     from pathlib import Path
-    name = name or (Path(file[0]).stem if file else "sample")
-    if accept or leave_out: return _decided(name, accept, leave_out, by, reason)
+    run = name or (Path(file[0]).stem if file else "sample")
+    if accept or leave_out:
+        if dry_run: raise typer.BadParameter("a decision is recorded at once; type it without --dry-run")
+        if not (name or file): raise typer.BadParameter("a decision needs --name: the run whose day it is")
+        return _decided(run, accept, leave_out, by, reason)
     from product_recs.jobs.daily import daily, read_plan # nbconvert: 1 s
     from product_recs.jobs.daily import dry_run as look
     from product_recs.jobs.nightly_page import night_text
@@ -571,7 +573,7 @@ def _daily(
     given = read_parameters(file, [*map(_pair, parameter)]) | ({"gate": gate} if gate else {})
     words = [*_given(file, parameter), *(["--gate", gate] if gate else []), *(["--batch", batch] if batch else [])]
     models_dir = _settings(models_dir=models_dir).models_dir
-    plan = read_plan(given | ({"batch": batch} if batch else {}), name, models_dir, words)
+    plan = read_plan(given | ({"batch": batch} if batch else {}), run, models_dir, words)
     if dry_run: return "\n".join(look(plan, force))
     try: night = daily(plan, force=force, take_over=take_over, progress=not quiet)
     except Busy as error:

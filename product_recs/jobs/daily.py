@@ -23,7 +23,7 @@ from ..core.credentials import by_reference, masked_parameters
 from ..core.documents import read_yaml
 from ..core.errors import BundleError, IngestError, ProductRecsError
 from ..core.files import locked
-from ..core.paths import project_root, resolve_path
+from ..core.paths import project_root, resolve_path, run_folder
 from ..core.settings import Settings
 from ..core.text import counted, plain_words, visible
 from ..data.ledger import open_ledger
@@ -101,8 +101,7 @@ def read_plan(
         value = asked.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise JobError(f"{key}={value!r}: a number of 0 or more")
-    if not name or Path(name).name != name or name.startswith("."):
-        raise JobError(f"--name {name!r}: letters, digits, '-' and '_', no folders")
+    run_folder(name) # a path is refused
     rest = {key: value for key, value in given.items() if key not in own}
     return Plan(name, rest, models_dir, words=tuple(words), **asked)
 

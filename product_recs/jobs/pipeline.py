@@ -29,7 +29,7 @@ from ..core.credentials import STARS, by_reference, is_reference, masked, masked
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write, write_metrics
 from ..core.parameters import ParameterError, typed
-from ..core.paths import project_root, resolve_path
+from ..core.paths import project_root, resolve_path, run_folder
 from ..core.text import counted
 from ..evaluation.metrics import METRIC_NAMES, says_worse
 from .lean import lean_copy, without_definitions
@@ -267,11 +267,6 @@ def _clear(reports:Path, steps:Sequence[str]):
     if (reports/"metrics.json").exists():
         atomic_write(reports/"metrics.json", json.dumps(others, indent=2, sort_keys=True) + "\n")
 
-def _check_name(name:str):
-    "Refuse the name of a run that is a path."
-    if Path(name).name != name or name.startswith("."):
-        raise JobError(f"--name {name!r}: letters, digits, '-' and '_', no folders")
-
 # %% ../../nbs/jobs/pipeline.ipynb #a0d3cfa4
 def run(
     parameters:dict|None=None,    # name -> value; each reaches the notebooks that declare it
@@ -281,12 +276,12 @@ def run(
     publish_it:bool|str="auto",   # True: go live in any case; "auto": unless somebody should look first; False: never
     given:Sequence[str]|None=None,# -f and -p words that stand for the parameters, masked; None: one -p each
 )->RunResult:
-    """Execute 01 to 05 and publish the model if all went well and nothing speaks against it; raises `JobError` where it
-    cannot start."""
+    """Execute 01 to 05 and publish the model if all went well and nothing speaks against it; raises
+    `ProductRecsError` where it cannot start."""
     tracking_of() # where MLflow is asked for and not there, that is said now
     root, started = project_root(), datetime.now()
     name = name or f"{started:%Y%m%d-%H%M%S}"
-    _check_name(name)
+    run_folder(name) # a path is refused
     parameters = parameters or {}
     shown, declared = masked_parameters(parameters), declared_parameters(root/"nbs")
     assign(shown, declared)
@@ -352,10 +347,10 @@ def tune(
     progress:bool=True,
     given:Sequence[str]=(),    # -f and -p words that a run would need, masked
 )->RunResult:
-    "Compare weightings and search parameters, going on with an earlier search; raises `JobError` like `run`."
+    "Compare weightings and search parameters, going on with an earlier search; raises `ProductRecsError` like `run`."
     tracking_of()
     root, started = project_root(), datetime.now()
-    _check_name(name)
+    run_folder(name) # a path is refused
     parameters, reports = parameters or {}, resolve_path("reports")/name
     declared = declared_parameters(root/"nbs", tuple(dict.fromkeys((*STEPS, *TUNE_STEPS))))
     shown = masked_parameters(parameters)
