@@ -174,9 +174,8 @@ def _take_in(work:_Work)->dict:
         says += f", {more:,} more than in the night {last.name}"
     if out := section.get("rows_left_out"): says += f"; {counted(out, 'row')} of days that a person left out"
     same = last and last.facts.get("data") == facts["data"] and live_version(work.models) is not None
-    if same and not work.force:
-        says = f"Nothing new since the night {last.name} ({told_age(last.started)})."
-        return done | {"says": says, "ends": "nothing new"}
+    facts["nothing_new"] = bool(same and not work.force)
+    if facts["nothing_new"]: says = f"Nothing new since the night {last.name} ({told_age(last.started)})"
     return done | {"says": says + "."}
 
 # %% ../../nbs/jobs/daily.ipynb #65b74afa
@@ -238,6 +237,11 @@ def _recommend(work:_Work)->dict:
     return done | {"says": f"Lists of {counted(section['users'], 'user')}, with {share:.0%} of the catalogue."}
 
 # %% ../../nbs/jobs/daily.ipynb #25a62c4f
+def _live_stamp(models:Path)->int|None: # None: no model is live
+    "Changes whenever a model goes live, also one that was live before."
+    try: return (models/"current").stat().st_mtime_ns
+    except OSError: return None
+
 def _verdict(work:_Work)->dict|None:
     "What the gate has said of tonight's model, and is carried out; None where it must look (again)."
     version = work.night.facts["version"]
@@ -246,12 +250,15 @@ def _verdict(work:_Work)->dict|None:
         return {"verdict": judgement["verdict"], "reasons": judgement["reasons"],
                 "headline": f"{judgement['verdict'].capitalize()}, before the night was interrupted."}
     if live: return {"verdict": "promoted", "reasons": [], "headline": "It is live already: somebody published it."}
+    if judgement and work.night.facts.get("live_at", 0) not in (0, _live_stamp(work.models)):
+        reason = "It was promoted, and another model has been made live since."
+        return {"verdict": "needs a person", "reasons": [reason], "headline": f"Needs a person: {reason}"}
     return None
 
 def _judge(work:_Work)->dict:
     facts, done = work.night.facts, {"state": DONE}
     if "live_before" not in facts:
-        facts["live_before"] = live_version(work.models)
+        facts |= {"live_before": live_version(work.models), "live_at": _live_stamp(work.models)}
         work.night.save()
     if (section := _verdict(work)) is None:
         given = {"challenger": facts["version"], "run": work.plan.name, "models_dir": str(work.models)}
@@ -274,8 +281,9 @@ def _lists_of(plan:Plan)->str:
     return plan.batch.get("out") or f"data/batch/{plan.name}-{kind}"
 
 def _watch(work:_Work)->dict:
-    if not _has_store(): return {"state": SKIPPED, "says": "There is no store of feedback."}
-    given = {"run": work.plan.name, "models_dir": str(work.models), "parts": "staleness,outcome"}
+    if live_version(work.models) is None: return {"state": SKIPPED, "says": "No model is live."}
+    parts = "staleness,outcome" if _has_store() else "staleness"
+    given = {"run": work.plan.name, "models_dir": str(work.models), "parts": parts}
     if work.plan.batch is not None: given["batch"] = _lists_of(work.plan)
     done, section = _part(work, "monitor", given | dict(work.plan.monitor), "outcome")
     return done | {"says": section["headline"], "level": section["verdict"]} if section else done
@@ -309,17 +317,22 @@ _STEPS:Mapping[str, Callable] = MappingProxyType({
     "clean": _tidy})
 _NOTEBOOKS = (*STEPS, *_JOBS)
 
+_EVERY_NIGHT = ("outcome", "clean")
+
 def _go(work:_Work)->str: # status: promoted | held | needs a person | nothing new | stopped | failed
     "Do what is not done, step by step."
+    night, ends = work.night, ""
     for name, step in _STEPS.items():
-        if work.night.is_done(name): continue
-        work.night.begin(name)
+        if night.facts.get("nothing_new") and not work.force: ends = "nothing new"
+        if night.is_done(name) or (ends and name not in _EVERY_NIGHT): continue
+        night.begin(name)
         started, work.notes = time.perf_counter(), []
         done = step(work)
-        ends = done.pop("ends", "")
-        work.night.end(name, **done, seconds=round(time.perf_counter() - started, 1), notes=work.notes)
-        if ends: return ends
-    return work.night.facts["verdict"]
+        ended = done.pop("ends", "")
+        night.end(name, **done, seconds=round(time.perf_counter() - started, 1), notes=work.notes)
+        if ended == "failed" and ends != "stopped": return ended # of data that cannot be true a person hears first
+        ends = ends or ended
+    return ends or night.facts["verdict"]
 
 def exit_code(
     night:Night,
@@ -329,8 +342,8 @@ def exit_code(
     by_status = {"failed": 1, "": 1, "stopped": EXIT_CODES[STOP], "held": EXIT_CODES[STOP],
                  "needs a person": EXIT_CODES[LOOK]}
     if night.status in by_status: return by_status[night.status]
-    levels = [step.get("level", FINE) for step in night.steps.values()]
-    return EXIT_CODES[LOOK if waits else max(levels, key=LEVELS.index, default=FINE)]
+    levels = [LOOK if waits else FINE, *(step.get("level", FINE) for step in night.steps.values())]
+    return EXIT_CODES[max(levels, key=LEVELS.index)]
 
 # %% ../../nbs/jobs/daily.ipynb #363d474d
 def _plan_key(plan:Plan)->str:
@@ -444,7 +457,8 @@ def dry_run(
     if decided:
         said.append("Decided: " + "; ".join(
             f"{decision.day}: {decision.what}, {decision.by}" for decision in decided.values()))
-    said.append(f"Steps: {', '.join(left)}{'' if force else '; it ends after the first where nothing is new'}")
+    alone = f"; where nothing is new, 01_ingest, {' and '.join(_EVERY_NIGHT)} alone"
+    said.append(f"Steps: {', '.join(left)}{'' if force else alone}")
     gone = surplus(plan, nights, going_on)
     return [*said, f"Deletes: {', '.join(map(str, gone)) if gone else 'nothing'}"]
 
