@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -504,11 +505,13 @@ def ingest(
 DEFAULT_SOURCE, DEFAULT_PRODUCTS = "data/interactions.csv", "data/products.csv"
 SAMPLES = (DEFAULT_SOURCE, "data/complete_journey/interactions.csv") # logs that are nobody's shop
 
-def _has_new_files(ledger:Ledger, source)->bool:
-    "Does the source have files that the ledger does not know?"
-    try: files = find_files(source)
-    except IngestError: return False # the files are gone: what was read of them stays
-    return not {shown_path(file) for file in files} <= {file["file"] for file in ledger.files}
+def _has_other_files(ledger:Ledger, role:str, source)->bool: # role: interactions, products or users
+    "Does a table have files that were not read, or no longer all of those that were?"
+    files = set()
+    for entry in [source] if isinstance(source, (str, Path)) else source:
+        with suppress(IngestError): files |= {shown_path(file) for file in find_files(entry)}
+    # where all of them are gone, what was read of them stays
+    return bool(files) and files != {file["file"] for file in ledger.files if file["role"] == role}
 
 def _unchanged(ledger:Ledger, given:dict)->bool:
     "Does the ledger belong to these parameters and to the files as they are now? A database may always have changed."
@@ -519,7 +522,8 @@ def _unchanged(ledger:Ledger, given:dict)->bool:
         path = resolve_path(local_name(file["file"]))
         if is_database(file["file"]) or not path.exists(): continue
         if (path.stat().st_size, path.stat().st_mtime_ns) != (file["bytes"], file["changed"]): return False
-    return not ("source" in given and _has_new_files(ledger, given["source"]))
+    return not any(_has_other_files(ledger, role, given[name]) for name, role in
+                   (("source", "interactions"), ("products", "products"), ("users", "users")) if name in given)
 
 def _as_recorded(parameters:dict)->dict:
     "Parameters in the form that a ledger has them."

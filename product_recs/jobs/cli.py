@@ -811,8 +811,8 @@ def _monitor(
                                       "all")]="all",
     since:Annotated[str, typer.Option(metavar="DAY", help="first day to judge (default: what the live model has not "
                                       "learned, or the last seven days)")]="",
-    accept:Annotated[list[str], typer.Option(metavar="DAY", help="a day that is right, however it looks; may be "
-                                             "repeated")]=(),
+    accept:Annotated[list[str], typer.Option(metavar="DAY", help="a day that is right, however it looks; "
+                                             "2026-11-27 or 2026-11-27/2026-11-28; may be repeated")]=(),
     textfile:Annotated[str, typer.Option(metavar="PATH", help="also write the verdicts for the textfile collector of "
                                          "Prometheus; ends in .prom")]="",
     as_json:AsJson=False,
@@ -823,6 +823,8 @@ def _monitor(
 )->str:
     "Look whether new data are sound, what customers see is fresh, and what was shown works."
     from product_recs.bundle.files import live_version, read_manifest # numpy and scipy
+    from product_recs.core.parameters import typed
+    from product_recs.data.dates import day_spans
     from product_recs.jobs.checks import EXIT_CODES, Check, check_lines
     from product_recs.jobs.monitor import as_day, chosen_parts
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
@@ -830,7 +832,8 @@ def _monitor(
     asked = {"models_dir": str(models_dir), "parts": parts, "since": since, "accepted": list(accept),
              "textfile": textfile, "run": name} | read_parameters(file, [*map(_pair, parameter)])
     chosen_parts(asked["parts"]) # a mistake is said before anything is looked at
-    for day in [*asked["accepted"], *filter(None, [asked["since"]])]: as_day("day", str(day))
+    day_spans(typed("accepted", asked["accepted"], []), "--accept")
+    if asked["since"]: as_day("--since", str(asked["since"]))
     if not asked["run"]:
         live = live_version(resolve_path(models_dir))
         asked["run"] = (live and read_manifest(resolve_path(models_dir)/live)["data"].get("run")) or "sample"

@@ -175,13 +175,17 @@ def _take_in(work:_Work)->dict:
     if out := section.get("rows_left_out"): says += f"; {counted(out, 'row')} of days that a person left out"
     same = last and last.facts.get("data") == facts["data"] and live_version(work.models) is not None
     facts["nothing_new"] = bool(same and not work.force)
-    if facts["nothing_new"]: says = f"Nothing new since the night {last.name} ({told_age(last.started)})"
+    if facts["nothing_new"]:
+        from product_recs.jobs.monitor import renew_verdict # late for its cost: pandas and matplotlib
+        renew_verdict(work.models, "input", datetime.now(timezone.utc))
+        says = f"Nothing new since the night {last.name} ({told_age(last.started)})"
     return done | {"says": says + "."}
 
 # %% ../../nbs/jobs/daily.ipynb #65b74afa
 def _look(work:_Work)->dict:
     days = list(decisions_of(work.plan.name))
-    given = {"run": work.plan.name, "models_dir": str(work.models), "parts": "input", "accepted": days}
+    given = {"run": work.plan.name, "models_dir": str(work.models), "parts": "input", "accepted": days,
+             "scheduled": True}
     done, section = _part(work, "monitor", given | dict(work.plan.monitor), "input")
     if not section: return done
     done |= {"says": section["headline"], "level": section["verdict"]}
@@ -282,8 +286,8 @@ def _lists_of(plan:Plan)->str:
 
 def _watch(work:_Work)->dict:
     if live_version(work.models) is None: return {"state": SKIPPED, "says": "No model is live."}
-    parts = "staleness,outcome" if _has_store() else "staleness"
-    given = {"run": work.plan.name, "models_dir": str(work.models), "parts": parts}
+    parts = "staleness,serving,outcome" if _has_store() else "staleness"
+    given = {"run": work.plan.name, "models_dir": str(work.models), "parts": parts, "scheduled": True}
     if work.plan.batch is not None: given["batch"] = _lists_of(work.plan)
     done, section = _part(work, "monitor", given | dict(work.plan.monitor), "outcome")
     return done | {"says": section["headline"], "level": section["verdict"]} if section else done
@@ -470,7 +474,7 @@ def _with_feedback(plan:Plan)->Plan:
     return Plan(**{part.name: getattr(plan, part.name) for part in fields(Plan)} | {"parameters": given})
 
 _SET_BY_NIGHT = MappingProxyType({ # of each job
-    "monitor": ("run", "models_dir", "report_dir", "parts", "accepted"),
+    "monitor": ("run", "models_dir", "report_dir", "parts", "accepted", "scheduled"),
     "gate": ("challenger", "run", "models_dir", "report_dir", "dry_run"),
     "diff": ("old", "new", "models_dir", "report_dir"), "batch": ("models_dir", "report_dir"),
     "clean": ("models_dir", "report_dir")})

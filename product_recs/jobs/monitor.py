@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MonitorError', 'chosen_parts', 'as_day', 'first_new_day', 'InputReport', 'look_at_input', 'Limits',
-           'unlearned_events', 'staleness_checks', 'store_to_look_at', 'keep_verdicts', 'write_textfile',
-           'verdict_words', 'day_levels', 'stopped_days', 'volume_picture', 'mix_picture', 'share_picture']
+           'unlearned_events', 'staleness_checks', 'store_to_look_at', 'keep_verdicts', 'renew_verdict',
+           'write_textfile', 'verdict_words', 'day_levels', 'stopped_days', 'volume_picture', 'mix_picture',
+           'share_picture']
 
 # %% ../../nbs/jobs/monitor.ipynb #8230d540
 import json
@@ -32,6 +33,7 @@ from ..core.plots import GREY, PALETTE, Picture, compact, drawing, points
 from ..core.settings import Settings
 from ..core.sql import parquet, timestamp
 from ..core.text import counted, plot_label, visible
+from ..data.dates import day_spans
 from ..data.ledger import open_ledger
 from ..feedback.connection import store_url
 from ..feedback.records import EVENTS, to_micros
@@ -65,11 +67,6 @@ def as_day(
     try: return datetime.fromisoformat(text).date()
     except (TypeError, ValueError): raise MonitorError(f"{name}={text!r}: must be a day, such as 2026-03-05") from None
 
-def _as_days(name:str, text:str)->list[date]:
-    "A day, or the days of a range with a slash."
-    first, last = (as_day(name, part) for part in (str(text).split("/", 1)*2)[:2])
-    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
-
 def first_new_day(
     log:Path,     # interactions.parquet of the run
     data:Mapping, # of the live model's manifest; empty where there is none
@@ -101,17 +98,18 @@ def look_at_input(
     until:str="",         # ISO moment, UTC, up to which the log is complete; "": as the log itself says
     reference:int=56,     # days before
     period:str="auto",    # day | week | auto
-    accepted:Collection[str]=(), # ISO days that are right, however they look
+    accepted:Collection[str]=(), # ISO days, or ranges with a slash, that are right, however they look
     accepted_attributes:Collection[str]=(), # of the products, that are gone on purpose
 )->InputReport:
-    "Judge the new days of a run; raises `DriftError` where its log is missing."
+    "Judge the new days of a run; raises `DriftError` where its log is missing, `IngestError` for what is no day."
     live, log = live_version(models), folder/"interactions.parquet"
     try: data = read_manifest(models/live)["data"] if live else {}
     except BundleError: data = {}
     lost = []
     if data.get("run") == folder.name and (models/live/"items.parquet").exists():
         lost = attribute_checks(folder/"products.parquet", models/live/"items.parquet", accepted_attributes)
-    accepted = {day for text in accepted for day in _as_days("accepted", text)}
+    accepted = {first + timedelta(days=number) for first, last in day_spans(accepted, "accepted")
+                for number in range((last - first).days + 1)}
     first = as_day("since", since) if since else first_new_day(log, data, folder.name)
     complete = datetime.fromisoformat(until) if until else _complete_until(folder)
     if complete is not None and complete.tzinfo: complete = complete.astimezone(timezone.utc).replace(tzinfo=None)
@@ -221,16 +219,31 @@ def keep_verdicts(
     checks:Sequence[Check],
     groups:Sequence[str],   # that were judged; one without a check is kept as such
     now:datetime,           # with a zone
-)->dict[str, dict]:         # group -> `at` and `checks`, of all groups
+    scheduled:bool=False,   # a scheduler does this every day: where it stops, somebody must hear of it
+)->dict[str, dict]:         # group -> `at`, `checks`, and `scheduled` where a scheduler ever judged; of all groups
     "Put verdicts into the file that the service reads."
     models.mkdir(parents=True, exist_ok=True)
+    moment = now.isoformat(timespec="seconds")
     with locked(models/f".{VERDICTS}.lock"):
         verdicts = read_verdicts(models/VERDICTS)
-        verdicts |= {group: {"at": now.isoformat(timespec="seconds"),
-                             "checks": as_records([check for check in checks if check.group == group])}
-                     for group in groups}
+        for group in groups:
+            last = moment if scheduled else verdicts.get(group, {}).get("scheduled")
+            verdicts[group] = {"at": moment, "checks": as_records([check for check in checks if check.group == group])}
+            if last: verdicts[group]["scheduled"] = last
         atomic_write(models/VERDICTS, json.dumps({"groups": verdicts}, indent=1) + "\n")
     return verdicts
+
+def renew_verdict(
+    models:Path, # folder of the bundles
+    group:str,   # whose data are those that were judged last
+    now:datetime,# with a zone
+)->None:
+    "Note that what a scheduler let judge before still holds, where there is such a verdict."
+    with locked(models/f".{VERDICTS}.lock"):
+        verdicts = read_verdicts(models/VERDICTS)
+        if "scheduled" not in verdicts.get(group, {}): return
+        verdicts[group] |= dict.fromkeys(("at", "scheduled"), now.isoformat(timespec="seconds"))
+        atomic_write(models/VERDICTS, json.dumps({"groups": verdicts}, indent=1) + "\n")
 
 def write_textfile(
     path:Path,              # ends in .prom, or the collector does not read it
