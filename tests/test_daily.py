@@ -254,7 +254,8 @@ def kernels_of(process):
 def test_step_that_fails_outside_of_a_notebook_fails_the_night(copy):
     "The monitor says what nobody understands."
     write_log(copy, log_until("2026-06-24"))
-    plant(copy, "monitor", 'run = ""\nmodels_dir = ""\nreport_dir = ""\nparts = ""\naccepted = []\nscheduled = False', "1/0")
+    declared = 'run = ""\nmodels_dir = ""\nreport_dir = ""\nparts = ""\naccepted = []\nscheduled = False'
+    plant(copy, "monitor", declared, "1/0")
     done = run_night(copy)
     assert (
         done.returncode == 1 and "ZeroDivisionError" in done.stdout and "failed in the step Input checks" in done.stdout

@@ -242,7 +242,7 @@ def day_spans(
     given:Iterable[str], # ISO dates, or ranges such as 2026-11-27/2026-11-28 with both ends
     name:str="leave_out",# of the parameter or option, for the message
 )->list[tuple[date, date]]: # first and last day of each
-    "The days that a parameter names; raises `IngestError` for what is none, and for a range that ends before it begins."
+    "The days that a parameter names; raises `IngestError` for what is none, and for a range with no day in it."
     if isinstance(given, str) or not isinstance(given, Iterable):
         example = given if isinstance(given, str) else "2026-11-27"
         raise IngestError(f"{name} must be a list of days, such as [{example!r}].")

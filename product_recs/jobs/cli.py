@@ -331,13 +331,17 @@ def _plan(
     share:Annotated[float, typer.Option(min=0.001, max=1, help="of the users who are in the experiment")]=1.0,
     window:Window=7.0,
     power:Annotated[float, typer.Option(min=0.1, max=0.999, help="probability to find it")]=0.8,
+    models_dir:ModelsDir=None,
 )->str:
     "Say how many users and days an experiment needs."
     from product_recs.jobs.experiment import Metric, baseline_of, plan_sentences # pandas and SQLAlchemy
     measured, variance, head = Metric.of(metric), None, []
     if baseline is None:
+        from product_recs.bundle.files import live_folds
         from product_recs.feedback.store import Store
-        with Store(_settings().database_url) as store: history = baseline_of(store, measured, window)
+        settings = _settings(models_dir=models_dir)
+        folds = live_folds(resolve_path(settings.models_dir))
+        with Store(settings.database_url) as store: history = baseline_of(store, measured, window, folds=folds)
         baseline, users, variance = history.mean, users or history.daily, history.variance if measured.each else None
         head = [f"From the feedback store: {history.users:,} users in four weeks, {history.daily:,.0f} new ones a day."]
     elif measured.each: variance = baseline # as of a Poisson number, the least that it can be
@@ -375,23 +379,22 @@ def _assign(
     moment_text:Annotated[str|None, typer.Option(
         "--at", metavar="MOMENT", help="such as 2026-03-01 (default: now)")]=None,
     as_json:AsJson=False,
+    models_dir:ModelsDir=None,
 )->str:
     "Say who is in which arm, as the service does."
     from datetime import datetime, timezone
 
     from product_recs.answer.experiments import experiment_lines, experiments_of # numpy and scipy
-    from product_recs.bundle.files import live_version, read_manifest
+    from product_recs.bundle.files import live_folds
     from product_recs.core.documents import read_moment
-    settings = _settings()
+    settings = _settings(models_dir=models_dir)
     if not (file := file or settings.experiments_file):
         raise ProductRecsError("there are no experiments: name their file with --file, or set "
                                "PRODUCT_RECS_EXPERIMENTS_FILE")
     book, moment = experiments_of(file), read_moment("assign", "--at", moment_text, False) or datetime.now(timezone.utc)
     if not users: return "\n".join(line for entry in book.experiments for line in experiment_lines(entry, moment))
-    folder = resolve_path(settings.models_dir)
-    live = live_version(folder) # by its rules several spellings may be one user
-    rules = read_manifest(folder/live)["parameters"].get("ingest", {}) if live else {}
-    arms = {user: book.arm_of(user, moment, tuple(rules.get("normalise_ids") or ())) for user in users}
+    folds = live_folds(resolve_path(settings.models_dir)) # by its rules several spellings may be one user
+    arms = {user: book.arm_of(user, moment, folds) for user in users}
     if as_json:
         return json.dumps([{"user_id": user, "experiment": arm and arm.experiment, "arm": arm and arm.name}
                            for user, arm in arms.items()])

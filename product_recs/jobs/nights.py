@@ -235,7 +235,8 @@ def _decided_days(days:Mapping[str, Sequence[str]])->dict[str, str]: # ISO day -
         spans = day_spans(names, _OPTIONS[what])
         if sum((last - first).days + 1 for first, last in spans) > 400:
             raise ProductRecsError("that is more than a year; a source that is wrong for so long is better mended")
-        for day in [first + timedelta(days=number) for first, last in spans for number in range((last - first).days + 1)]:
+        for day in (first + timedelta(days=number) for first, last in spans
+                    for number in range((last - first).days + 1)):
             if decided.setdefault(day.isoformat(), what) != what:
                 raise ProductRecsError(f"{day}: named by --accept and by --leave-out; only one of them can hold")
     return decided
@@ -246,8 +247,8 @@ def decide(
     by:str,                             # who decides
     reason:str,
 )->list[Decision]:
-    """Record decisions, all of them or none; raises `ProductRecsError` where nobody says who decides, or why, for what is
-    no day, and where the run has no data of which anything could be decided."""
+    """Record decisions, all of them or none; raises `ProductRecsError` where nobody says who decides, or why, for what
+    is no day, and where there is no run of that name."""
     signature, decided, path = _signed_by(by, reason), _decided_days(days), _decisions_file(run)
     if not path.parent.is_dir():
         runs = sorted(ledger.parent.name for ledger in path.parent.parent.glob("[!.]*/ledger.json"))

@@ -160,7 +160,7 @@ def _is_check(check:dict)->bool:
 
 def read_verdicts(
     path:Path|None, # the file; None: there is none
-)->dict[str, dict]: # group of checks -> `at`, ISO-8601, `checks`, each with name, level, says, remedy and value; `scheduled`, ISO-8601
+)->dict[str, dict]: # group of checks -> `at` and maybe `scheduled`, ISO-8601; `checks`: name, level, says, value ...
     "What the last run of the monitor found; empty where nothing can be read."
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
