@@ -185,6 +185,12 @@ def _settings(**given)->Settings:
     "The settings of the environment, overridden by the options that were given."
     return Settings(**{name: value for name, value in given.items() if value is not None})
 
+def _parameters_of(usual:dict, file:Sequence[str], parameter:Sequence[str], **options)->dict:
+    "Parameters of a job: the usual ones, overridden by the files and by -p, and these by the options that were given."
+    given = {name: value for name, value in options.items()
+             if value is not None and value is not False and value != []}
+    return usual | read_parameters(file, [*map(_pair, parameter)]) | given
+
 # %% ../../nbs/jobs/cli.ipynb #657b5eb7
 def _named(bundle, rows:Sequence[int], **further:Sequence)->str:
     "Items as a table of text: place, id, title, category, and the given numbers or texts."
@@ -296,13 +302,11 @@ def _batch(
 )->str:
     "Write the lists of all users, items like each item, or who should hear of an item."
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    given = {"users": users, "query": query, "out": out, "table": table, "n": n, "task": task, "filters": filters,
-             "place": place, "diversity": diversity, "audience": list(audience) or None, "owners": owners or None,
-             "fresh": fresh or None, "kind": "similar" if items else None,
-             "experiments": "settings" if experiments else None}
-    asked = read_parameters(file, [*map(_pair, parameter)])
-    asked |= {name: value for name, value in given.items() if value is not None}
-    asked.setdefault("models_dir", str(_settings(models_dir=models_dir).models_dir))
+    asked = _parameters_of(
+        {"models_dir": str(_settings().models_dir)}, file, parameter, users=users, query=query, out=out, table=table,
+        n=n, task=task, filters=filters, place=place, diversity=diversity, audience=list(audience), owners=owners,
+        fresh=fresh, kind="similar" if items else None, experiments="settings" if experiments else None,
+        models_dir=models_dir)
     kind = "audience" if asked.get("audience") else asked.get("kind", "lists")
     asked.setdefault("out", f"data/batch/{kind}")
     said, page = run_job("batch", asked, resolve_path("reports")/"batch", progress=not quiet)
@@ -354,17 +358,16 @@ def _report(
     file:ExperimentsFile=None,
     metric:Annotated[list[str], typer.Option(metavar="METRIC", help="'users: purchase' or 'events: purchase'; may be "
                                              "repeated, the first one counts most")]=(),
-    window:Window=7.0,
+    window:Annotated[float|None, typer.Option("--window", min=0.01, metavar="DAYS", help="that each user has after "
+                                              "their first list (default: 7)")]=None,
     parameter:Pairs=(),
     quiet:Quiet=False,
     models_dir:ModelsDir=None,
 )->str:
     "Compare the arms of an experiment, at any time; exit code 4 where nothing may be concluded."
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    asked = {"name": name, "window_days": window, "models_dir": str(_settings(models_dir=models_dir).models_dir)}
-    if file: asked["experiments"] = file
-    if metric: asked["metrics"] = list(metric)
-    asked |= read_parameters((), [*map(_pair, parameter)])
+    asked = _parameters_of({"models_dir": str(_settings().models_dir)}, (), parameter, name=name or None,
+                           window_days=window, experiments=file, metrics=list(metric), models_dir=models_dir)
     said, page = run_job("experiment", asked, resolve_path("reports")/"experiment", progress=not quiet)
     text = "\n".join([*said["sentences"], "", f"The page: {page}"])
     if not said["exit_code"]: return text
@@ -653,10 +656,10 @@ def _data(
 @_verb("diff", "diff --old current --new 20260101T120000-0a1b2c3d")
 def _diff(
     new:Annotated[str, typer.Option(metavar="VERSION", help="what may go live (default: the newest that is not)")]="",
-    old:Annotated[str, typer.Option(metavar="VERSION", help="what answers today (default: the live one)")]="current",
-    task:Annotated[Literal["discovery", "next_purchase"], typer.Option(
-        help="new items, or what the user most likely takes next")]="discovery",
-    n:HowMany=10,
+    old:Annotated[str, typer.Option(metavar="VERSION", help="what answers today (default: the live one)")]="",
+    task:Annotated[Literal["discovery", "next_purchase"]|None, typer.Option(
+        help="new items, or what the user most likely takes next (default: discovery)")]=None,
+    n:Annotated[int|None, typer.Option("-n", help="how many items (default: 10)")]=None,
     parameter:Pairs=(),
     file:Files=(),
     quiet:Quiet=False,
@@ -664,10 +667,9 @@ def _diff(
 )->str:
     "Show how the lists of two models differ, for a merchandiser."
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    models_dir = str(_settings(models_dir=models_dir).models_dir)
-    asked = {"old": old, "new": new, "task": task, "n": n, "models_dir": models_dir}
-    said, page = run_job("diff", asked | read_parameters(file, [*map(_pair, parameter)]),
-                         resolve_path("reports")/"diff", progress=not quiet)
+    asked = _parameters_of({"models_dir": str(_settings().models_dir)}, file, parameter, old=old or None,
+                           new=new or None, task=task, n=n, models_dir=models_dir)
+    said, page = run_job("diff", asked, resolve_path("reports")/"diff", progress=not quiet)
     return "\n".join([*said["sentences"], "", f"The page: {page}"])
 
 # %% ../../nbs/jobs/cli.ipynb #566d3faf
@@ -776,7 +778,7 @@ def _serve(
 def _gate(
     challenger:Annotated[str, typer.Option(metavar="VERSION", help="what may go live (default: the newest version that "
                                            "nobody has judged)")]="",
-    champion:Annotated[str, typer.Option(metavar="VERSION", help="what it meets (default: the live one)")]="current",
+    champion:Annotated[str, typer.Option(metavar="VERSION", help="what it meets (default: the live one)")]="",
     criteria:Annotated[str, typer.Option(metavar="YAML", help="thresholds and golden users (default: those of "
                                          "examples/gate.yaml, without golden users)")]="",
     name:Annotated[str, typer.Option(
@@ -791,9 +793,10 @@ def _gate(
     from product_recs.bundle.versions import contestants # numpy and scipy
     from product_recs.jobs.criteria import read_criteria
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    models_dir = str(_settings(models_dir=models_dir).models_dir)
-    asked = {"challenger": challenger, "champion": champion, "criteria": criteria, "run": name, "dry_run": dry_run,
-             "models_dir": models_dir} | read_parameters(file, [*map(_pair, parameter)])
+    usual = {"challenger": "", "champion": "current", "criteria": "", "models_dir": str(_settings().models_dir)}
+    asked = _parameters_of(usual, file, parameter, challenger=challenger or None, champion=champion or None,
+                           criteria=criteria or None, run=name or None, dry_run=dry_run, models_dir=models_dir)
+    models_dir = asked["models_dir"]
     # a mistake is said before anything is fitted
     read_criteria(asked["criteria"])
     asked["challenger"], _ = contestants(resolve_path(models_dir), asked["challenger"], asked["champion"])
@@ -811,7 +814,7 @@ def _monitor(
     name:Annotated[str, typer.Option(help="name of the run whose log is looked at (default: that of the live "
                                      "model)")]="",
     parts:Annotated[str, typer.Option(metavar="PARTS", help="input, staleness, serving, outcome, comma separated; or "
-                                      "all")]="all",
+                                      "all (default)")]="",
     since:Annotated[str, typer.Option(metavar="DAY", help="first day to judge (default: what the live model has not "
                                       "learned, or the last seven days)")]="",
     accept:Annotated[list[str], typer.Option(metavar="DAY", help="a day that is right, however it looks; "
@@ -831,9 +834,10 @@ def _monitor(
     from product_recs.jobs.checks import EXIT_CODES, Check, check_lines
     from product_recs.jobs.monitor import as_day, chosen_parts
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    models_dir = _settings(models_dir=models_dir).models_dir
-    asked = {"models_dir": str(models_dir), "parts": parts, "since": since, "accepted": list(accept),
-             "textfile": textfile, "run": name} | read_parameters(file, [*map(_pair, parameter)])
+    usual = {"models_dir": str(_settings().models_dir), "parts": "all", "since": "", "accepted": [], "run": ""}
+    asked = _parameters_of(usual, file, parameter, parts=parts or None, since=since or None, accepted=list(accept),
+                           textfile=textfile or None, run=name or None, models_dir=models_dir)
+    models_dir = asked["models_dir"]
     chosen_parts(asked["parts"]) # a mistake is said before anything is looked at
     day_spans(typed("accepted", asked["accepted"], []), "--accept")
     if asked["since"]: as_day("--since", str(asked["since"]))
@@ -854,7 +858,8 @@ def _clean(
                                                  "PRODUCT_RECS_KEEP_MODELS)")]=None,
     impression_days:Annotated[int|None, typer.Option(min=0, help="days for which impressions are kept; 0: all "
                                                      "(default: 90, or PRODUCT_RECS_IMPRESSION_DAYS)")]=None,
-    report_days:Annotated[float, typer.Option(min=0, help="days for which reports are kept; 0: all")]=90.0,
+    report_days:Annotated[float|None, typer.Option(min=0, help="days for which reports are kept; 0: all (default: "
+                                                   "90)")]=None,
     dry_run:Annotated[bool, typer.Option("--dry-run", help="list what would go, and delete nothing")]=False,
     parameter:Pairs=(),
     file:Files=(),
@@ -863,11 +868,12 @@ def _clean(
 )->str:
     "Delete old impressions, models and reports, and what killed runs left; nothing that is live or in use."
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    settings = _settings(models_dir=models_dir, keep_models=keep_models, impression_days=impression_days)
-    asked = {"models_dir": str(settings.models_dir), "keep_models": settings.keep_models, "report_days": report_days,
-             "impression_days": settings.impression_days, "dry_run": dry_run}
-    said, page = run_job("clean", asked | read_parameters(file, [*map(_pair, parameter)]),
-                         resolve_path("reports")/"clean", progress=not quiet)
+    settings = _settings()
+    usual = {"models_dir": str(settings.models_dir), "keep_models": settings.keep_models,
+             "impression_days": settings.impression_days}
+    asked = _parameters_of(usual, file, parameter, models_dir=models_dir, keep_models=keep_models,
+                           impression_days=impression_days, report_days=report_days, dry_run=dry_run)
+    said, page = run_job("clean", asked, resolve_path("reports")/"clean", progress=not quiet)
     gone = [name for kind in ("models", "reports", "batches", "leftovers") for name in said[f"{kind}_deleted"]]
     lines = [said["headline"], *(f"- {name}" for name in gone), "", f"The page: {page}"]
     if not said["trouble"]: return "\n".join(lines)
