@@ -63,16 +63,18 @@ def _join_pairs(words:Sequence[str])->Iterator[str]:
             yield "=".join(pair)
             del rest[:2]
 
-_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity", "--out") # have a value
+_OF_IDS = ("recommend",), ("similar",), ("export",), ("experiment", "assign") # verbs whose words are ids
+_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity", "--out", "--file", "-f", "--at") # have a value
 
-def _id_last(words:Sequence[str])->list[str]:
-    "A command line in which the id of one of these verbs may be a negative number: it is no option then."
+def _ids_last(words:Sequence[str])->list[str]:
+    "A command line in which an id of one of these verbs may be a negative number: it is no option then."
     words = list(words)
-    if words[:1] not in (["recommend"], ["similar"], ["export"]) or "--" in words: return words
-    for place in range(1, len(words)):
-        if re.fullmatch(r"-\d+", words[place]) and words[place - 1] not in _WITH_VALUE:
-            return [*words[:place], *words[place + 1:], "--", words[place]]
-    return words
+    verb = next((verb for verb in _OF_IDS if tuple(words[:len(verb)]) == verb), None)
+    if verb is None or "--" in words: return words
+    ids = [place for place in range(len(verb), len(words))
+           if re.fullmatch(r"-\d+", words[place]) and words[place - 1] not in _WITH_VALUE]
+    others = [word for place, word in enumerate(words) if place not in ids]
+    return [*others, "--", *(words[place] for place in ids)] if ids else words
 
 def _each_source(words:Sequence[str])->list[str]:
     "A command line in which `init --source A B` has become `--source A --source B`: a shell writes patterns out so."
@@ -673,24 +675,17 @@ def _diff(
     return "\n".join([*said["sentences"], "", f"The page: {page}"])
 
 # %% ../../nbs/jobs/cli.ipynb #566d3faf
-def _publishing(version:str, models_dir)->str:
-    "The command that publishes a version which something speaks against."
-    from product_recs.bundle.versions import SAY_WHO # numpy and scipy
-    folder_option = [] if resolve_path(models_dir) == resolve_path("models") else ["--models-dir", str(models_dir)]
-    return shlex.join(["product-recs", "publish", version, *SAY_WHO, *folder_option])
-
 def _remedies(facts:Sequence[dict], models_dir)->dict[str, list]:
     "Version -> what somebody can do about a model that waits, as its run printed it."
+    from product_recs.core.files import metrics_of
+    from product_recs.jobs.outcome import folder_words, publish_command
     remedies = {}
     for model in facts:
         if not model.get("needs_a_person"): continue
-        said = {}
-        with contextlib.suppress(OSError, ValueError): # its reports may have been deleted
-            metrics = json.loads((resolve_path("reports")/model["run"]/"metrics.json").read_text(encoding="utf-8"))
-            said = metrics.get("run", {})
+        said = metrics_of(resolve_path("reports")/model["run"]).get("run", {}) # its reports may have been deleted
         if said.get("version") != model["version"]: said = {} # a later run of that name
         if model["gate"]: said = {} # the gate's word counts, and the run was before it
-        publishing = "publish it all the same", _publishing(model["version"], models_dir)
+        publishing = "publish it all the same", publish_command(model["version"], folder_words(models_dir))
         remedies[model["version"]] = said.get("remedies") or [publishing]
     return remedies
 
@@ -792,6 +787,7 @@ def _gate(
     "Make a new model live if it is not worse than the live one and breaks nothing."
     from product_recs.bundle.versions import contestants # numpy and scipy
     from product_recs.jobs.criteria import read_criteria
+    from product_recs.jobs.outcome import folder_words, publish_command
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
     usual = {"challenger": "", "champion": "current", "criteria": "", "models_dir": str(_settings().models_dir)}
     asked = _parameters_of(usual, file, parameter, challenger=challenger or None, champion=champion or None,
@@ -804,7 +800,7 @@ def _gate(
     text = "\n".join([said["headline"], *(f"- {reason}" for reason in said["reasons"]), "", f"The page: {page}"])
     if not said["exit_code"]: return text
     print(text, flush=True)
-    command = _publishing(said["challenger"], models_dir)
+    command = publish_command(said["challenger"], folder_words(models_dir))
     print(f"product-recs: to publish it all the same: {command}", file=sys.stderr)
     raise typer.Exit(said["exit_code"])
 
@@ -1079,7 +1075,7 @@ def main(
     "The command `product-recs`."
     for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
-    words = _id_last(_each_source([*_join_pairs(sys.argv[1:] if arguments is None else arguments)]))
+    words = _ids_last(_each_source([*_join_pairs(sys.argv[1:] if arguments is None else arguments)]))
     try:
         result = app(words, prog_name="product-recs", standalone_mode=False)
         if result == 130: raise KeyboardInterrupt # which Typer has caught

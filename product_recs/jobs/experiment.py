@@ -198,7 +198,7 @@ def evaluate_trial(
     return Trial(name, control, users, lifts, experiment_checks(users, shares), alpha, window_days, until)
 
 # %% ../../nbs/jobs/experiment.ipynb #84c447e3
-def _percent(value:float, low:float, high:float)->str:
+def _lift_text(value:float, low:float, high:float)->str:
     if not np.isfinite(value): return "nothing to compare"
     if not np.isfinite(low + high): return f"{value:+.1%}, without bounds"
     return f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
@@ -215,7 +215,7 @@ def comparison_sentence(
         return (f"It is too early to say anything of {name} and {metric}: of {LEAST_USERS} users in each arm whose "
                 f"{trial.window_days:g} days are over there are {users:,}.")
     last, decided = table.iloc[-1], table.found[table.found.fillna(0) != 0]
-    lift = _percent(last.lift, last.low, last.high)
+    lift = _lift_text(last.lift, last.low, last.high)
     if not len(decided): return f"No difference of {name} to `{trial.control}` is found in {metric}: {lift} so far."
     word = "better" if decided.iloc[0] > 0 else "worse"
     day = f"first on {decided.index[0]:%d %B %Y}, and that may be said although it is looked at every day"

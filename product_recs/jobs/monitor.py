@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MonitorError', 'chosen_parts', 'as_day', 'first_new_day', 'InputReport', 'look_at_input', 'Limits',
-           'unlearned_events', 'staleness_checks', 'store_to_look_at', 'keep_verdicts', 'renew_verdict',
-           'write_textfile', 'verdict_words', 'day_levels', 'stopped_days', 'volume_picture', 'mix_picture',
-           'share_picture']
+           'staleness_checks', 'store_to_look_at', 'keep_verdicts', 'renew_verdict', 'write_textfile', 'verdict_words',
+           'day_levels', 'stopped_days', 'volume_picture', 'mix_picture', 'share_picture']
 
 # %% ../../nbs/jobs/monitor.ipynb #8230d540
 import json
@@ -22,11 +21,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.ticker import FuncFormatter
-from sqlalchemy import func, select
 
 from ..bundle.files import live_version, read_manifest
 from ..core.errors import BundleError, ProductRecsError
-from ..core.events import INSTRUCTIONS
 from ..core.credentials import resolve
 from ..core.files import atomic_write, locked
 from ..core.plots import GREY, PALETTE, Picture, compact, drawing, points
@@ -36,7 +33,7 @@ from ..core.text import counted, plot_label, visible
 from ..data.dates import day_spans
 from ..data.ledger import open_ledger
 from ..feedback.connection import store_url
-from ..feedback.records import EVENTS, to_micros
+from ..feedback.records import count_events
 from ..feedback.store import Store
 from .checks import FINE, LOOK, STOP, Check, as_records, by_urgency, headline, worst
 from .drift import (DayFigures, Finding, NoTimes, attribute_checks, day_figures, input_checks,
@@ -148,15 +145,6 @@ def _aged(name:str, what:str, moment:str, now:datetime, most:float, remedy:str)-
     return Check(name, level, f"{what} {said} ago ({moment[:10]}); up to {most:g} is fine.",
                  remedy if level != FINE else "", "staleness", days, 0.0, most)
 
-def unlearned_events(
-    store:Store,     # opened
-    until:str|None,  # ISO-8601 UTC; feedback until then was learned; None: none was
-)->int:
-    "How many interactions the store has that the model does not know."
-    query = select(func.count()).select_from(EVENTS).where(EVENTS.c.event.not_in(INSTRUCTIONS))
-    if until: query = query.where(EVENTS.c.received_at > to_micros(_in_utc(until)))
-    with store.transaction("count_events") as connection: return connection.execute(query).scalar_one()
-
 # %% ../../nbs/jobs/monitor.ipynb #eccce2fe
 def _batch_check(path:Path, live:str, now:datetime, most:float)->list[Check]:
     "The lists of the last batch; none where there was no batch."
@@ -194,7 +182,7 @@ def staleness_checks(
         checks.append(_aged("age of what it learned", "The last event that it learned was", last, now, limits.data_days,
                             "Do the files of the shop still come?"))
     if store is not None:
-        n = unlearned_events(store, data.get("feedback_until"))
+        with store.transaction("count_events") as connection: n = count_events(connection, data.get("feedback_until"))
         level = STOP if n > 3*limits.unlearned else LOOK if n > limits.unlearned else FINE
         checks.append(Check("events not learned", level, f"{counted(n, 'event')} of the feedback store came after the "
                             f"training; up to {limits.unlearned:,} is fine.", train if level != FINE else "",
