@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'BatchError', 'Question', 'read_filters', 'Roll', 'stage_roll', 'list_table', 'ArmLists', 'armed_table',
-           'similar_table', 'audience_table', 'item_row', 'Batch', 'write_batch', 'open_for_batch', 'experiments_file',
+           'similar_table', 'audience_table', 'item_row', 'Batch', 'write_batch', 'experiments_file', 'open_for_batch',
            'open_arms', 'batch_sentences']
 
 # %% ../../nbs/jobs/batch.ipynb #318aa7b2
@@ -904,6 +904,18 @@ def _made(recommender:Recommender, question:Question, goal, work:_Work, users, q
     return Batch(manifest, goal.shown, examples)
 
 
+# %% ../../nbs/jobs/batch.ipynb #bf619412
+def experiments_file(
+    given:str,     # file of experiments, settings: that of the service, or "": one model for everybody
+    of_service:str|Path, # the file of the settings; "": there is none
+)->str|Path:       # "": one model for everybody
+    "The file by whose arms lists are made; raises `BatchError` where that of the service is asked for and not set."
+    if given != "settings": return given
+    if not str(of_service or ""):
+        raise BatchError("experiments: set PRODUCT_RECS_EXPERIMENTS_FILE, or name the file: -p experiments "
+                         "experiments.yaml")
+    return of_service
+
 # %% ../../nbs/jobs/batch.ipynb #61b3dba7
 @contextmanager
 def open_for_batch(
@@ -928,17 +940,6 @@ def open_for_batch(
 def _rehearse(recommender:Recommender, question:Question, task:str|None)->None:
     "Ask for a guest, so that a model without such a column or task is found before the batch; raises what it says."
     recommender.recommend(None, 1, task or question.task, **question.more)
-
-def experiments_file(
-    given:str,     # file of experiments, settings: that of the service, or "": one model for everybody
-    of_service:str|Path, # the file of the settings; "": there is none
-)->str|Path:       # "": one model for everybody
-    "The file by whose arms lists are made; raises `BatchError` where that of the service is asked for and not set."
-    if given != "settings": return given
-    if not str(of_service or ""):
-        raise BatchError("experiments: set PRODUCT_RECS_EXPERIMENTS_FILE, or name the file: -p experiments "
-                         "experiments.yaml")
-    return of_service
 
 @contextmanager
 def open_arms(

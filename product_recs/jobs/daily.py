@@ -23,8 +23,8 @@ from ..bundle.versions import SAY_WHO
 from ..core.credentials import by_reference, masked_parameters
 from ..core.documents import read_yaml
 from ..core.errors import BundleError, IngestError, ProductRecsError
-from ..core.files import locked, metrics_of
-from ..core.paths import project_root, resolve_path, run_folder
+from ..core.files import locked, metrics_of, run_folder
+from ..core.paths import project_root, resolve_path
 from ..core.settings import Settings
 from ..core.text import counted, plain_words, visible
 from ..data.ledger import open_ledger

@@ -34,7 +34,7 @@ from ..ingest import DEFAULT_SOURCE, ingest
 from .checks import FINE, LOOK, STOP, Check, worst
 from .init import own_names, sampled
 from .machine import Machine
-from ..models.all import all_models, named
+from ..models.all import all_models, named, names_of
 from ..models.als import ALS_DEFAULTS, fit_als
 
 # %% ../../nbs/jobs/forecast.ipynb #95d33178
@@ -247,9 +247,8 @@ def parameter_checks(
     "Would a run take these parameters, and is there a model of each name?"
     group = "a run on these data"
     try:
-        # late: papermill, nbconvert and what trains take a second
+        # late: papermill and nbconvert take a second
         from product_recs.jobs.pipeline import assign, declared_parameters
-        from product_recs.train import names_of
         given = assign(masked_parameters(dict(parameters)), declared_parameters(project_root()/"nbs"))
         singles, names = all_models(), []
         for step, parameter, words in _MODEL_NAMES:

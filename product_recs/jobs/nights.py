@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TextIO
 
 from ..core.errors import ProductRecsError
-from ..core.files import atomic_write, locked
-from ..core.paths import resolve_path, run_folder
+from ..core.files import atomic_write, locked, run_folder
+from ..core.paths import resolve_path
 from ..core.text import counted
 from ..data.dates import day_spans
 

@@ -27,9 +27,9 @@ from ..bundle.files import list_versions, live_version, publish, read_manifest, 
 from ..bundle.versions import OtherLive, hold_back, live_of_another_run
 from ..core.credentials import STARS, by_reference, is_reference, masked, masked_parameters, password_note
 from ..core.errors import ProductRecsError
-from ..core.files import atomic_write, metrics_of, write_metrics
+from ..core.files import atomic_write, metrics_of, run_folder, write_metrics
 from ..core.parameters import ParameterError, typed
-from ..core.paths import project_root, resolve_path, run_folder
+from ..core.paths import project_root, resolve_path
 from ..core.text import counted
 from ..evaluation.metrics import METRIC_NAMES, says_worse
 from .lean import lean_copy, without_definitions
