@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +30,7 @@ from .core.sql import (case_of, database_errors, file_name, local_name, named, p
 from .core.text import safe_cell_sql, shown_path
 from .data.csvfiles import staged_query
 from .data.database import is_database
-from .data.dates import AmbiguousDates, checked_formats, left_out_days
+from .data.dates import AmbiguousDates, checked_formats, day_spans
 from .data.dialect import Dialect, find_dialect
 from .data.doubts import crowd_note, row_number_note, text_notes
 from .data.exclude import checked_exclusions, suspects, suspects_note, write_excluded
@@ -259,7 +260,7 @@ def _drop_days(con, days:Sequence[str])->int:
     "Take the good rows of some days out; the number of them."
     if not days: return 0
     inside = " OR ".join(f"(timestamp >= TIMESTAMP '{first}' AND timestamp < DATE '{last}' + 1)"
-                         for first, last in left_out_days(days))
+                         for first, last in day_spans(days))
     dropped = [con.execute(f"DELETE FROM {table} WHERE ({inside}){only}").fetchone()[0]
                for table, only in (("plain", ""), ("checked", " AND fault IS NULL"))]
     return sum(dropped)
@@ -278,7 +279,7 @@ def _checked_options(options:dict)->dict:
         raise IngestError(f"decimal={options['decimal']!r} must be ',' or '.', or '' to find it.")
     _checked_names(options)
     checked_exclusions(options["exclude_items"])
-    left_out_days(options["leave_out"])
+    day_spans(options["leave_out"])
     options["leave_out"] = [*options["leave_out"]]
     return options | {"timestamp_format": [*checked_formats(options["timestamp_format"])],
                       "normalise_ids": [*checked_folds(options["normalise_ids"])],
@@ -504,11 +505,13 @@ def ingest(
 DEFAULT_SOURCE, DEFAULT_PRODUCTS = "data/interactions.csv", "data/products.csv"
 SAMPLES = (DEFAULT_SOURCE, "data/complete_journey/interactions.csv") # logs that are nobody's shop
 
-def _has_new_files(ledger:Ledger, source)->bool:
-    "Does the source have files that the ledger does not know?"
-    try: files = find_files(source)
-    except IngestError: return False # the files are gone: what was read of them stays
-    return not {shown_path(file) for file in files} <= {file["file"] for file in ledger.files}
+def _has_other_files(ledger:Ledger, role:str, source)->bool: # role: interactions, products or users
+    "Does a table have files that were not read, or no longer all of those that were?"
+    files = set()
+    for entry in [source] if isinstance(source, (str, Path)) else source:
+        with suppress(IngestError): files |= {shown_path(file) for file in find_files(entry)}
+    # where all of them are gone, what was read of them stays
+    return bool(files) and files != {file["file"] for file in ledger.files if file["role"] == role}
 
 def _unchanged(ledger:Ledger, given:dict)->bool:
     "Does the ledger belong to these parameters and to the files as they are now? A database may always have changed."
@@ -519,7 +522,8 @@ def _unchanged(ledger:Ledger, given:dict)->bool:
         path = resolve_path(local_name(file["file"]))
         if is_database(file["file"]) or not path.exists(): continue
         if (path.stat().st_size, path.stat().st_mtime_ns) != (file["bytes"], file["changed"]): return False
-    return not ("source" in given and _has_new_files(ledger, given["source"]))
+    return not any(_has_other_files(ledger, role, given[name]) for name, role in
+                   (("source", "interactions"), ("products", "products"), ("users", "users")) if name in given)
 
 def _as_recorded(parameters:dict)->dict:
     "Parameters in the form that a ledger has them."

@@ -66,7 +66,7 @@ def test_first_night_trains_publishes_and_writes_lists(first):
         ["outcome", "diff"],
     )
     assert [*states] == [*before, "gate", *after, "batch", "clean"]
-    assert {step for step, state in states.items() if state != "done"} == {"outcome", "diff"}
+    assert {step for step, state in states.items() if state != "done"} == {"diff"}
     assert live_version(root / "models") == night.facts["version"]
     outcome = result(root)
     assert outcome["verdict"] == "promoted" and outcome["rest"] == [] and len(outcome["rows"]) == 5 * 359
@@ -84,7 +84,21 @@ def test_a_second_start_finds_nothing_new(copy):
     assert done.returncode == 0 and "Nothing new since the night" in flat(done)
     assert {**result(copy), "status": 0, "states": 0, "live is tonight's": 0} == {
         **before, "status": 0, "states": 0, "live is tonight's": 0}  # fmt: skip
-    assert len(list_versions(copy / "models")) == 1 and latest(copy).status == "nothing new"
+    night = latest(copy)
+    assert len(list_versions(copy / "models")) == 1 and night.status == "nothing new"
+    assert [*night.steps] == ["01_ingest", "outcome", "clean"]  # what customers see, and what is too old
+
+
+def test_a_feed_that_has_stopped_is_told(copy):
+    "Its days are long over, and nothing new comes: each night says so, by its exit code, too."
+    done = run_night(copy, "-p", "monitor", "{max_data_days: 7}")
+    assert done.returncode == 4 and "Nothing new since the night" in flat(done), done.stdout + done.stderr
+    assert "Somebody should look at the outcome." in flat(done) and "The last event that it learned was" in flat(done)
+    verdicts = json.loads((copy / "models/monitor.json").read_text())["groups"]
+    assert {group for group, verdict in verdicts.items() if "scheduled" in verdict} == {"input", "staleness"}
+    assert verdicts["input"]["at"] >= latest(copy).started[:19]  # the verdict on the data still holds
+    page = (copy / "reports/daily/shop/index.html").read_text()
+    assert 'class="outcome tone-wait"' in page
 
 
 def test_dry_run_says_what_would_be_and_touches_nothing(copy):
@@ -99,7 +113,7 @@ def test_dry_run_says_what_would_be_and_touches_nothing(copy):
     assert files_of(copy) == before
     wrong = run_night(copy, "--dry-run", "-p", "factor=3")
     assert wrong.returncode == 1 and "no notebook has a parameter 'factor'" in wrong.stderr
-    for job, name in (("monitor", "parts"), ("monitor", "accepted"), ("gate", "dry_run")):  # would pass a broken day
+    for job, name in (("monitor", "parts"), ("monitor", "scheduled"), ("gate", "dry_run")):  # would pass a broken day
         asked = ("-f", "shop.yaml", "--name", "shop", "--dry-run", "-p", f"{job}={{{name}: []}}")
         wrong = call(copy, "product-recs", "daily", *asked)
         assert wrong.returncode == 1 and f"{job}: '{name}' is set by the night itself" in wrong.stderr, wrong.stderr
@@ -117,7 +131,7 @@ def test_bad_day_stops_until_a_person_decides(copy, monkeypatch):
         assert "2026-06-24 cannot be trusted" in flat(done) and "2026-06-23" not in done.stdout
         assert live_version(copy / "models") == live and len(list_versions(copy / "models")) == 1
     night = latest(copy)
-    assert night.steps["input"]["state"] == "stopped" and "03_train" not in night.steps
+    assert [*night.steps] == ["01_ingest", "input", "outcome", "clean"] and night.steps["input"]["state"] == "stopped"
     page = (copy / "reports/daily/shop/index.html").read_text()
     commands = [words for _, words in night.facts["next"]]
     assert all(words in done.stdout and words in page for words in commands)
@@ -182,6 +196,8 @@ def test_events_of_the_service_are_trained_on_the_next_night(first, copy, tmp_pa
         night = latest(copy)
         assert night.facts["new"] == len(day) and night.steps["clean"]["state"] == "done"
         assert night.steps["outcome"]["state"] == night.steps["diff"]["state"] == "done"
+        judged = json.loads((night.folder / "outcome/metrics.json").read_text())["monitor"]
+        assert judged["parts"] == ["staleness", "serving", "outcome"]
         version = live_version(copy / "models")
         assert version == night.facts["version"]
         assert read_manifest(copy / "models" / version)["data"]["last_timestamp"] >= "2026-06-23"
@@ -238,7 +254,8 @@ def kernels_of(process):
 def test_step_that_fails_outside_of_a_notebook_fails_the_night(copy):
     "The monitor says what nobody understands."
     write_log(copy, log_until("2026-06-24"))
-    plant(copy, "monitor", 'run = ""\nmodels_dir = ""\nreport_dir = ""\nparts = ""\naccepted = []', "1/0")
+    declared = 'run = ""\nmodels_dir = ""\nreport_dir = ""\nparts = ""\naccepted = []\nscheduled = False'
+    plant(copy, "monitor", declared, "1/0")
     done = run_night(copy)
     assert (
         done.returncode == 1 and "ZeroDivisionError" in done.stdout and "failed in the step Input checks" in done.stdout

@@ -250,7 +250,7 @@ def test_the_dashboard_and_the_alerts_ask_for_what_there_is(service, tmp_path):
     )
     # what `product-recs monitor` has judged stands beside the models, of which this application has none
     groups = keep_verdicts(
-        tmp_path, [Check("events", "fine", "As ever.", group="input")], ["input"], datetime.now(timezone.utc)
+        tmp_path, [Check("events", "fine", "As ever.", group="input")], ["input"], datetime.now(timezone.utc), True
     )
     judged = [line.rsplit(" ", 1)[0] for line in verdict_text(groups).splitlines() if not line.startswith("#")]
     metrics = [*service.numbers(), *judged]

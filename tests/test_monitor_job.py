@@ -12,10 +12,11 @@ import pytest
 from support import Server, call, fresh_project, only_the_jobs, publish_board, train
 
 from product_recs.bundle.files import live_version
+from product_recs.core.errors import IngestError
 from product_recs.feedback.records import NewEvent
 from product_recs.feedback.store import Store
 from product_recs.jobs.checks import Check
-from product_recs.jobs.monitor import Limits, MonitorError, keep_verdicts, look_at_input, staleness_checks
+from product_recs.jobs.monitor import Limits, keep_verdicts, look_at_input, staleness_checks
 from product_recs.web.monitor import VERDICTS, read_verdicts
 from product_recs.web.security import add_key
 
@@ -92,7 +93,12 @@ def test_a_broken_day_ends_the_command_with_4_and_names_the_day(shop, log):
     accepted = call(shop, "product-recs", *arguments, "--accept", "2026-06-25", "--json")
     said = json.loads(accepted.stdout)
     assert accepted.returncode == 0 and said["verdict"] == "fine" and "2026-06-25" not in said["days"]
-    assert 'group="input"} 2.0' not in prom.read_text()
+    assert 'group="input"} 2.0' not in prom.read_text() and "monitor_timestamp_seconds{" not in prom.read_text()
+    # days as the report prints them for weeks, and by a scheduler, of whose silence an alert speaks
+    week = ("--accept", "2026-06-24/2026-06-26", "-p", "scheduled", "true")
+    accepted = call(shop, "product-recs", *arguments, *week)
+    assert accepted.returncode == 0 and "2026-06-25" not in accepted.stdout, accepted.stdout + accepted.stderr
+    assert 'product_recs_monitor_timestamp_seconds{group="input"}' in prom.read_text()
 
 
 def test_users_that_were_mixed_up_and_an_empty_feed_of_products(shop, log):
@@ -139,7 +145,8 @@ def test_a_missing_feed_is_seen_where_somebody_says_up_to_when(shop, log):
 def test_mistakes_are_said_before_anything_runs(shop):
     for arguments, words in (
         (("--parts", "inputs"), "must be all, or some of input, staleness"),
-        (("--accept", "monday"), "must be a day, such as"),
+        (("--accept", "monday"), "--accept: 'monday' is no day"),
+        (("--accept", "2026-11-29/2026-11-23"), "is no day and no range of days"),  # it ends before it begins
         (("--since", "2026-13-01"), "must be a day, such as"),
     ):
         done = call(shop, "product-recs", "monitor", *arguments)
@@ -147,8 +154,9 @@ def test_mistakes_are_said_before_anything_runs(shop):
     done = call(shop, "product-recs", "monitor", "--name", "nobody", "--parts", "input", "--quiet")
     assert done.returncode == 1 and "Run 01_ingest first" in done.stderr
     assert call(shop, "product-recs", "monitor", "--no-such-option").returncode == 2
-    with pytest.raises(MonitorError):
-        look_at_input(shop / "data/processed/sample", shop / "models", accepted=["yesterday"])
+    for wrong in ("yesterday", "2026-11-29/2026-11-23"):
+        with pytest.raises(IngestError, match="accepted"):
+            look_at_input(shop / "data/processed/sample", shop / "models", accepted=[wrong])
 
 
 def test_what_is_stale_is_told_beside_its_limit(shop, tmp_path):

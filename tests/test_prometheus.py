@@ -258,7 +258,7 @@ def test_an_old_model(watched):
 def test_what_the_monitor_found(watched):
     then = datetime.now(timezone.utc) - timedelta(days=3)
     odd = [Check("events", "stop", "No event.", group="input", value=0), Check("hours", "look", "Odd.", group="input")]
-    keep_verdicts(watched.models, odd, ["input"], then)
+    keep_verdicts(watched.models, odd, ["input"], then, scheduled=True)
     alerts = watched.prometheus.fires("MonitorStop", "MonitorLook", "MonitorSilent")
     assert alerts["MonitorStop"]["summary"] == "events (input): going on would do harm"
     assert alerts["MonitorSilent"]["summary"].startswith("The monitor has not judged input for 3d 0h")
@@ -266,7 +266,7 @@ def test_what_the_monitor_found(watched):
     assert 'product_recs_check_level{check="events",group="input"} 2.0' in text
     promtool("check", "metrics", text=text)
     keep_verdicts(
-        watched.models, [replace(check, level="fine") for check in odd], ["input"], datetime.now(timezone.utc)
+        watched.models, [replace(check, level="fine") for check in odd], ["input"], datetime.now(timezone.utc), True
     )
     watched.prometheus.is_silent("MonitorStop", "MonitorLook", "MonitorSilent")
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_EXPERIMENTS', 'ALIASES', 'ExperimentError', 'Arm', 'position', 'Experiment', 'ExperimentBook', 'read_experiments',
-           'experiments_of', 'registry_aliases', 'names_aliases', 'resolve_version', 'versions_in_use', 'with_blend',
+           'experiments_of', 'aliases_of_arms', 'names_aliases', 'resolve_version', 'versions_in_use', 'with_blend',
            'heeded', 'experiment_lines']
 
 # %% ../../nbs/answer/experiments.ipynb #db33550c
@@ -236,7 +236,7 @@ def experiments_of(
 # %% ../../nbs/answer/experiments.ipynb #5791a0f8
 ALIASES = "aliases.json" # in the folder of models: alias of the registry -> version
 
-def registry_aliases(
+def aliases_of_arms(
     book:ExperimentBook,
 )->list[str]: # such as models:/product-recs@challenger
     "The aliases of the registry that arms name, each once."
@@ -247,7 +247,7 @@ def names_aliases(
     file:str|Path, # of experiments; empty: there is none
 )->bool:
     "Does the file name an alias of the registry? One that cannot be read names none; the service says why."
-    try: return bool(registry_aliases(experiments_of(file)))
+    try: return bool(aliases_of_arms(experiments_of(file)))
     except ProductRecsError: return False
 
 def _resolved(models_dir:Path)->Mapping:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'valid_version', 'write_bundle', 'read_manifest', 'verify_files', 'Hold', 'hold', 'in_use',
            'current_version', 'live_version', 'previous_versions', 'publish', 'annotate', 'list_versions', 'version_of',
-           'remove_bundle', 'remove_unused']
+           'remove_bundle', 'remove_unused', 'folds_of', 'live_folds']
 
 # %% ../../nbs/bundle/files.ipynb #9f294ba1
 import fcntl
@@ -384,3 +384,20 @@ def remove_unused(
     del alone
     shutil.rmtree(aside)
     return True
+
+# %% ../../nbs/bundle/files.ipynb #42772df7
+def folds_of(
+    manifest:Mapping, # of a bundle
+)->tuple[str, ...]:   # of `core.ids.FOLDS`
+    "In what spellings of one id may differ, by the rules of the ingest."
+    rules = manifest["parameters"].get("ingest")
+    given = rules.get("normalise_ids") if isinstance(rules, Mapping) else None
+    return tuple(given) if isinstance(given, list) else () # anything else is found with the other rules
+
+def live_folds(
+    models_dir:Path,
+)->tuple[str, ...]: # none where no model is live, or the live one cannot be read
+    "In what spellings of one id may differ for those who ask the live model."
+    if (live := live_version(models_dir)) is None: return ()
+    try: return folds_of(read_manifest(Path(models_dir)/live))
+    except (BundleError, OSError): return ()

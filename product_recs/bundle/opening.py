@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .cold import NO_COLD, ColdTable
-from .files import current_version, hold, valid_version, verify_files
+from .files import current_version, folds_of, hold, valid_version, verify_files
 from .ready import Bundle
 from ..core.columns import told_columns
 from ..core.errors import BundleError, ProductRecsError
@@ -77,7 +77,7 @@ def open_bundle(
     path = models_dir/valid_version(version)
     held = hold(path)
     manifest = verify_files(path, hashes=verify)
-    folds = _folds(manifest)
+    folds = folds_of(manifest)
     (users, user_columns), (items, item_columns) = (_table(path/f"{name}s.parquet", f"{name}_id", folds)
                                                     for name in ("user", "item"))
     snapshot = _snapshot(path, user_columns, item_columns, (len(users), len(items)))
@@ -91,10 +91,4 @@ def open_bundle(
 def _cold(path:Path, name:str, manifest:dict)->ColdTable:
     "A table of items or users without a row; empty where the bundle has no such file."
     file, key = f"{name}.parquet", f"{name.split('_')[1][:-1]}_id"
-    return ColdTable(path/file, key, _folds(manifest)) if file in manifest["files"] else NO_COLD
-
-def _folds(manifest:dict)->tuple[str, ...]:
-    "In what spellings of one id may differ, by the rules of the ingest."
-    rules = manifest["parameters"].get("ingest")
-    given = rules.get("normalise_ids") if isinstance(rules, dict) else None
-    return tuple(given) if isinstance(given, list) else () # anything else is found with the other rules
+    return ColdTable(path/file, key, folds_of(manifest)) if file in manifest["files"] else NO_COLD

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['visible', 'decimals', 'shown_value', 'shown_path', 'plain_words', 'counted', 'with_article', 'with_interval',
-           'is_ordered', 'natural_order', 'ShownTable', 'shown_table', 'plot_label', 'safe_cell', 'read_cell',
-           'safe_cell_sql', 'csv_text']
+           'share_text', 'is_ordered', 'natural_order', 'ShownTable', 'shown_table', 'plot_label', 'safe_cell',
+           'read_cell', 'safe_cell_sql', 'csv_text']
 
 # %% ../../nbs/core/text.ipynb #b3434184
 import csv
@@ -98,6 +98,13 @@ def with_interval(
     "A figure with its interval in brackets, which no line break parts."
     figure, *ends = (f"{number:{sign}.{places}f}" for number in (value, low, high))
     return f"{figure} ({ends[0]}\u00a0to\u00a0{ends[1]})"
+
+def share_text(
+    share:float, # 0 to 1
+)->str:
+    "A share in percent, with a decimal place where it is small; one that rounds to nothing is not shown as nothing."
+    if 0 < share < 0.001: return "under 0.1%"
+    return f"{share:.1%}" if 0 < share < 0.095 else f"{share:.0%}"
 
 # %% ../../nbs/core/text.ipynb #af8adcac
 _AMOUNT = r"[-+]?[$€£]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?\s?[km]?"

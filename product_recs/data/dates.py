@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAY_FIRST', 'MONTH_FIRST', 'EXCEL', 'ISO', 'parse_time', 'shape_sql', 'formats_of', 'checked_formats', 'english_sql',
-           'read_dates', 'Dates', 'AmbiguousDates', 'find_dates', 'left_out_days']
+           'read_dates', 'Dates', 'AmbiguousDates', 'find_dates', 'day_spans']
 
 # %% ../../nbs/data/dates.ipynb #77424a11
 import re
@@ -238,20 +238,21 @@ def find_dates(
                              f"{reading['line']} can be nothing else.")
 
 # %% ../../nbs/data/dates.ipynb #3b016bd5
-def left_out_days(
+def day_spans(
     given:Iterable[str], # ISO dates, or ranges such as 2026-11-27/2026-11-28 with both ends
+    name:str="leave_out",# of the parameter or option, for the message
 )->list[tuple[date, date]]: # first and last day of each
-    "The days that `leave_out` names; raises `IngestError` for what is none."
+    "The days that a parameter names; raises `IngestError` for what is none, and for a range with no day in it."
     if isinstance(given, str) or not isinstance(given, Iterable):
         example = given if isinstance(given, str) else "2026-11-27"
-        raise IngestError(f"leave_out must be a list of days, such as [{example!r}].")
+        raise IngestError(f"{name} must be a list of days, such as [{example!r}].")
     spans = []
     for period in given:
         first, mark, last = str(period).partition("/")
         try: span = date.fromisoformat(first), date.fromisoformat(last if mark else first)
         except ValueError: span = None
         if span is None or span[0] > span[1]:
-            raise IngestError(f"leave_out: {str(period)!r} is no day and no range of days. Say 2026-11-27, or "
+            raise IngestError(f"{name}: {str(period)!r} is no day and no range of days. Say 2026-11-27, or "
                               "2026-11-27/2026-11-28.")
         spans.append(span)
     return spans

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METADATA', 'CLOCK', 'EVENTS', 'DENIED', 'FORGOTTEN', 'AVAILABILITY', 'IMPRESSIONS', 'PRODUCTS', 'RULES', 'stored_key',
-           'NewEvent', 'StoredEvent', 'Impression', 'to_micros', 'from_micros']
+           'NewEvent', 'StoredEvent', 'Impression', 'to_micros', 'from_micros', 'count_events']
 
 # %% ../../nbs/feedback/records.ipynb #8deec92c
 import math
@@ -13,10 +13,11 @@ import uuid
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Double, Index, Integer, MetaData, Table, Text
+from sqlalchemy import (JSON, BigInteger, Boolean, Column, Connection, Double, Index, Integer, MetaData, Table, Text,
+                        func, select)
 
 from ..core.errors import FeedbackError
-from ..core.events import EventRules, refusal
+from ..core.events import INSTRUCTIONS, EventRules, refusal
 from ..core.ids import IdError, id_key, key_or_none
 
 # %% ../../nbs/feedback/records.ipynb #87ce90ee
@@ -146,3 +147,13 @@ def from_micros(
 )->datetime:    # UTC
     "The moment behind the number."
     return _EPOCH + timedelta(microseconds=micros)
+
+# %% ../../nbs/feedback/records.ipynb #8ad99662
+def count_events(
+    connection:Connection,        # of a store
+    since:datetime|str|None=None, # received after that; UTC where it has no zone; None: all
+)->int:
+    "How many interactions a store has."
+    query = select(func.count()).select_from(EVENTS).where(EVENTS.c.event.not_in(INSTRUCTIONS))
+    if since: query = query.where(EVENTS.c.received_at > to_micros(since))
+    return connection.execute(query).scalar_one()

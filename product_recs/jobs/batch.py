@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'BatchError', 'Question', 'read_filters', 'Roll', 'stage_roll', 'list_table', 'ArmLists', 'armed_table',
-           'similar_table', 'audience_table', 'item_row', 'Batch', 'write_batch', 'open_for_batch', 'open_arms',
-           'batch_sentences']
+           'similar_table', 'audience_table', 'item_row', 'Batch', 'write_batch', 'experiments_file', 'open_for_batch',
+           'open_arms', 'batch_sentences']
 
 # %% ../../nbs/jobs/batch.ipynb #318aa7b2
 import csv
@@ -903,6 +903,18 @@ def _made(recommender:Recommender, question:Question, goal, work:_Work, users, q
     shutil.rmtree(work.folder, ignore_errors=True)
     return Batch(manifest, goal.shown, examples)
 
+
+# %% ../../nbs/jobs/batch.ipynb #bf619412
+def experiments_file(
+    given:str,     # file of experiments, settings: that of the service, or "": one model for everybody
+    of_service:str|Path, # the file of the settings; "": there is none
+)->str|Path:       # "": one model for everybody
+    "The file by whose arms lists are made; raises `BatchError` where that of the service is asked for and not set."
+    if given != "settings": return given
+    if not str(of_service or ""):
+        raise BatchError("experiments: set PRODUCT_RECS_EXPERIMENTS_FILE, or name the file: -p experiments "
+                         "experiments.yaml")
+    return of_service
 
 # %% ../../nbs/jobs/batch.ipynb #61b3dba7
 @contextmanager

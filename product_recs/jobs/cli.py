@@ -63,16 +63,18 @@ def _join_pairs(words:Sequence[str])->Iterator[str]:
             yield "=".join(pair)
             del rest[:2]
 
-_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity", "--out") # have a value
+_OF_IDS = ("recommend",), ("similar",), ("export",), ("experiment", "assign") # verbs whose words are ids
+_WITH_VALUE = ("-n", "--task", "--models-dir", "--place", "--diversity", "--out", "--file", "-f", "--at") # have a value
 
-def _id_last(words:Sequence[str])->list[str]:
-    "A command line in which the id of one of these verbs may be a negative number: it is no option then."
+def _ids_last(words:Sequence[str])->list[str]:
+    "A command line in which an id of one of these verbs may be a negative number: it is no option then."
     words = list(words)
-    if words[:1] not in (["recommend"], ["similar"], ["export"]) or "--" in words: return words
-    for place in range(1, len(words)):
-        if re.fullmatch(r"-\d+", words[place]) and words[place - 1] not in _WITH_VALUE:
-            return [*words[:place], *words[place + 1:], "--", words[place]]
-    return words
+    verb = next((verb for verb in _OF_IDS if tuple(words[:len(verb)]) == verb), None)
+    if verb is None or "--" in words: return words
+    ids = [place for place in range(len(verb), len(words))
+           if re.fullmatch(r"-\d+", words[place]) and words[place - 1] not in _WITH_VALUE]
+    others = [word for place, word in enumerate(words) if place not in ids]
+    return [*others, "--", *(words[place] for place in ids)] if ids else words
 
 def _each_source(words:Sequence[str])->list[str]:
     "A command line in which `init --source A B` has become `--source A --source B`: a shell writes patterns out so."
@@ -185,6 +187,12 @@ def _settings(**given)->Settings:
     "The settings of the environment, overridden by the options that were given."
     return Settings(**{name: value for name, value in given.items() if value is not None})
 
+def _parameters_of(usual:dict, file:Sequence[str], parameter:Sequence[str], **options)->dict:
+    "Parameters of a job: the usual ones, overridden by the files and by -p, and these by the options that were given."
+    given = {name: value for name, value in options.items()
+             if value is not None and value is not False and value != []}
+    return usual | read_parameters(file, [*map(_pair, parameter)]) | given
+
 # %% ../../nbs/jobs/cli.ipynb #657b5eb7
 def _named(bundle, rows:Sequence[int], **further:Sequence)->str:
     "Items as a table of text: place, id, title, category, and the given numbers or texts."
@@ -296,13 +304,11 @@ def _batch(
 )->str:
     "Write the lists of all users, items like each item, or who should hear of an item."
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    given = {"users": users, "query": query, "out": out, "table": table, "n": n, "task": task, "filters": filters,
-             "place": place, "diversity": diversity, "audience": list(audience) or None, "owners": owners or None,
-             "fresh": fresh or None, "kind": "similar" if items else None,
-             "experiments": "settings" if experiments else None}
-    asked = read_parameters(file, [*map(_pair, parameter)])
-    asked |= {name: value for name, value in given.items() if value is not None}
-    asked.setdefault("models_dir", str(_settings(models_dir=models_dir).models_dir))
+    asked = _parameters_of(
+        {"models_dir": str(_settings().models_dir)}, file, parameter, users=users, query=query, out=out, table=table,
+        n=n, task=task, filters=filters, place=place, diversity=diversity, audience=list(audience), owners=owners,
+        fresh=fresh, kind="similar" if items else None, experiments="settings" if experiments else None,
+        models_dir=models_dir)
     kind = "audience" if asked.get("audience") else asked.get("kind", "lists")
     asked.setdefault("out", f"data/batch/{kind}")
     said, page = run_job("batch", asked, resolve_path("reports")/"batch", progress=not quiet)
@@ -331,13 +337,17 @@ def _plan(
     share:Annotated[float, typer.Option(min=0.001, max=1, help="of the users who are in the experiment")]=1.0,
     window:Window=7.0,
     power:Annotated[float, typer.Option(min=0.1, max=0.999, help="probability to find it")]=0.8,
+    models_dir:ModelsDir=None,
 )->str:
     "Say how many users and days an experiment needs."
     from product_recs.jobs.experiment import Metric, baseline_of, plan_sentences # pandas and SQLAlchemy
     measured, variance, head = Metric.of(metric), None, []
     if baseline is None:
+        from product_recs.bundle.files import live_folds
         from product_recs.feedback.store import Store
-        with Store(_settings().database_url) as store: history = baseline_of(store, measured, window)
+        settings = _settings(models_dir=models_dir)
+        folds = live_folds(resolve_path(settings.models_dir))
+        with Store(settings.database_url) as store: history = baseline_of(store, measured, window, folds=folds)
         baseline, users, variance = history.mean, users or history.daily, history.variance if measured.each else None
         head = [f"From the feedback store: {history.users:,} users in four weeks, {history.daily:,.0f} new ones a day."]
     elif measured.each: variance = baseline # as of a Poisson number, the least that it can be
@@ -350,17 +360,16 @@ def _report(
     file:ExperimentsFile=None,
     metric:Annotated[list[str], typer.Option(metavar="METRIC", help="'users: purchase' or 'events: purchase'; may be "
                                              "repeated, the first one counts most")]=(),
-    window:Window=7.0,
+    window:Annotated[float|None, typer.Option("--window", min=0.01, metavar="DAYS", help="that each user has after "
+                                              "their first list (default: 7)")]=None,
     parameter:Pairs=(),
     quiet:Quiet=False,
     models_dir:ModelsDir=None,
 )->str:
     "Compare the arms of an experiment, at any time; exit code 4 where nothing may be concluded."
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    asked = {"name": name, "window_days": window, "models_dir": str(_settings(models_dir=models_dir).models_dir)}
-    if file: asked["experiments"] = file
-    if metric: asked["metrics"] = list(metric)
-    asked |= read_parameters((), [*map(_pair, parameter)])
+    asked = _parameters_of({"models_dir": str(_settings().models_dir)}, (), parameter, name=name or None,
+                           window_days=window, experiments=file, metrics=list(metric), models_dir=models_dir)
     said, page = run_job("experiment", asked, resolve_path("reports")/"experiment", progress=not quiet)
     text = "\n".join([*said["sentences"], "", f"The page: {page}"])
     if not said["exit_code"]: return text
@@ -375,23 +384,22 @@ def _assign(
     moment_text:Annotated[str|None, typer.Option(
         "--at", metavar="MOMENT", help="such as 2026-03-01 (default: now)")]=None,
     as_json:AsJson=False,
+    models_dir:ModelsDir=None,
 )->str:
     "Say who is in which arm, as the service does."
     from datetime import datetime, timezone
 
     from product_recs.answer.experiments import experiment_lines, experiments_of # numpy and scipy
-    from product_recs.bundle.files import live_version, read_manifest
+    from product_recs.bundle.files import live_folds
     from product_recs.core.documents import read_moment
-    settings = _settings()
+    settings = _settings(models_dir=models_dir)
     if not (file := file or settings.experiments_file):
         raise ProductRecsError("there are no experiments: name their file with --file, or set "
                                "PRODUCT_RECS_EXPERIMENTS_FILE")
     book, moment = experiments_of(file), read_moment("assign", "--at", moment_text, False) or datetime.now(timezone.utc)
     if not users: return "\n".join(line for entry in book.experiments for line in experiment_lines(entry, moment))
-    folder = resolve_path(settings.models_dir)
-    live = live_version(folder) # by its rules several spellings may be one user
-    rules = read_manifest(folder/live)["parameters"].get("ingest", {}) if live else {}
-    arms = {user: book.arm_of(user, moment, tuple(rules.get("normalise_ids") or ())) for user in users}
+    folds = live_folds(resolve_path(settings.models_dir)) # by its rules several spellings may be one user
+    arms = {user: book.arm_of(user, moment, folds) for user in users}
     if as_json:
         return json.dumps([{"user_id": user, "experiment": arm and arm.experiment, "arm": arm and arm.name}
                            for user, arm in arms.items()])
@@ -533,12 +541,11 @@ def _run(
 def _decided(name:str, accept:Sequence[str], leave_out:Sequence[str], by:str, reason:str)->str:
     "Record what a person decided of some days."
     from product_recs.jobs.nights import ACCEPT, LEAVE_OUT, decide
-    made = [decision for days, what in ((accept, ACCEPT), (leave_out, LEAVE_OUT)) if days
-            for decision in decide(name, days, what, by, reason)]
+    made = decide(name, {ACCEPT: accept, LEAVE_OUT: leave_out}, by, reason)
     words = {ACCEPT: "is accepted", LEAVE_OUT: "is left out of training and judging"}
     return "\n".join([
-        *(f"{decision.day} {words[decision.what]}, by {decision.by}: {decision.reason}" for decision in made),
-        "The next night goes on; or begin it now, with `product-recs daily` and its parameters"])
+        *(f"{name}: {decision.day} {words[decision.what]}, by {decision.by}: {decision.reason}" for decision in made),
+        f"The next night of {name} goes on; or begin it now, with `product-recs daily` and its parameters"])
 
 @_verb("daily", "daily -f shop.yaml --name shop --batch batch.yaml")
 def _daily(
@@ -562,8 +569,11 @@ def _daily(
 )->str:
     "One night: take in, check, train, judge, publish, list; safe to repeat."
     from pathlib import Path
-    name = name or (Path(file[0]).stem if file else "sample")
-    if accept or leave_out: return _decided(name, accept, leave_out, by, reason)
+    run = name or (Path(file[0]).stem if file else "sample")
+    if accept or leave_out:
+        if dry_run: raise typer.BadParameter("a decision is recorded at once; type it without --dry-run")
+        if not (name or file): raise typer.BadParameter("a decision needs --name: the run whose day it is")
+        return _decided(run, accept, leave_out, by, reason)
     from product_recs.jobs.daily import daily, read_plan # nbconvert: 1 s
     from product_recs.jobs.daily import dry_run as look
     from product_recs.jobs.nightly_page import night_text
@@ -571,7 +581,7 @@ def _daily(
     given = read_parameters(file, [*map(_pair, parameter)]) | ({"gate": gate} if gate else {})
     words = [*_given(file, parameter), *(["--gate", gate] if gate else []), *(["--batch", batch] if batch else [])]
     models_dir = _settings(models_dir=models_dir).models_dir
-    plan = read_plan(given | ({"batch": batch} if batch else {}), name, models_dir, words)
+    plan = read_plan(given | ({"batch": batch} if batch else {}), run, models_dir, words)
     if dry_run: return "\n".join(look(plan, force))
     try: night = daily(plan, force=force, take_over=take_over, progress=not quiet)
     except Busy as error:
@@ -648,10 +658,10 @@ def _data(
 @_verb("diff", "diff --old current --new 20260101T120000-0a1b2c3d")
 def _diff(
     new:Annotated[str, typer.Option(metavar="VERSION", help="what may go live (default: the newest that is not)")]="",
-    old:Annotated[str, typer.Option(metavar="VERSION", help="what answers today (default: the live one)")]="current",
-    task:Annotated[Literal["discovery", "next_purchase"], typer.Option(
-        help="new items, or what the user most likely takes next")]="discovery",
-    n:HowMany=10,
+    old:Annotated[str, typer.Option(metavar="VERSION", help="what answers today (default: the live one)")]="",
+    task:Annotated[Literal["discovery", "next_purchase"]|None, typer.Option(
+        help="new items, or what the user most likely takes next (default: discovery)")]=None,
+    n:Annotated[int|None, typer.Option("-n", help="how many items (default: 10)")]=None,
     parameter:Pairs=(),
     file:Files=(),
     quiet:Quiet=False,
@@ -659,31 +669,23 @@ def _diff(
 )->str:
     "Show how the lists of two models differ, for a merchandiser."
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    models_dir = str(_settings(models_dir=models_dir).models_dir)
-    asked = {"old": old, "new": new, "task": task, "n": n, "models_dir": models_dir}
-    said, page = run_job("diff", asked | read_parameters(file, [*map(_pair, parameter)]),
-                         resolve_path("reports")/"diff", progress=not quiet)
+    asked = _parameters_of({"models_dir": str(_settings().models_dir)}, file, parameter, old=old or None,
+                           new=new or None, task=task, n=n, models_dir=models_dir)
+    said, page = run_job("diff", asked, resolve_path("reports")/"diff", progress=not quiet)
     return "\n".join([*said["sentences"], "", f"The page: {page}"])
 
 # %% ../../nbs/jobs/cli.ipynb #566d3faf
-def _publishing(version:str, models_dir)->str:
-    "The command that publishes a version which something speaks against."
-    from product_recs.bundle.versions import SAY_WHO # numpy and scipy
-    folder_option = [] if resolve_path(models_dir) == resolve_path("models") else ["--models-dir", str(models_dir)]
-    return shlex.join(["product-recs", "publish", version, *SAY_WHO, *folder_option])
-
 def _remedies(facts:Sequence[dict], models_dir)->dict[str, list]:
     "Version -> what somebody can do about a model that waits, as its run printed it."
+    from product_recs.core.files import metrics_of
+    from product_recs.jobs.outcome import folder_words, publish_command
     remedies = {}
     for model in facts:
         if not model.get("needs_a_person"): continue
-        said = {}
-        with contextlib.suppress(OSError, ValueError): # its reports may have been deleted
-            metrics = json.loads((resolve_path("reports")/model["run"]/"metrics.json").read_text(encoding="utf-8"))
-            said = metrics.get("run", {})
+        said = metrics_of(resolve_path("reports")/model["run"]).get("run", {}) # its reports may have been deleted
         if said.get("version") != model["version"]: said = {} # a later run of that name
         if model["gate"]: said = {} # the gate's word counts, and the run was before it
-        publishing = "publish it all the same", _publishing(model["version"], models_dir)
+        publishing = "publish it all the same", publish_command(model["version"], folder_words(models_dir))
         remedies[model["version"]] = said.get("remedies") or [publishing]
     return remedies
 
@@ -771,7 +773,7 @@ def _serve(
 def _gate(
     challenger:Annotated[str, typer.Option(metavar="VERSION", help="what may go live (default: the newest version that "
                                            "nobody has judged)")]="",
-    champion:Annotated[str, typer.Option(metavar="VERSION", help="what it meets (default: the live one)")]="current",
+    champion:Annotated[str, typer.Option(metavar="VERSION", help="what it meets (default: the live one)")]="",
     criteria:Annotated[str, typer.Option(metavar="YAML", help="thresholds and golden users (default: those of "
                                          "examples/gate.yaml, without golden users)")]="",
     name:Annotated[str, typer.Option(
@@ -785,10 +787,12 @@ def _gate(
     "Make a new model live if it is not worse than the live one and breaks nothing."
     from product_recs.bundle.versions import contestants # numpy and scipy
     from product_recs.jobs.criteria import read_criteria
+    from product_recs.jobs.outcome import folder_words, publish_command
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    models_dir = str(_settings(models_dir=models_dir).models_dir)
-    asked = {"challenger": challenger, "champion": champion, "criteria": criteria, "run": name, "dry_run": dry_run,
-             "models_dir": models_dir} | read_parameters(file, [*map(_pair, parameter)])
+    usual = {"challenger": "", "champion": "current", "criteria": "", "models_dir": str(_settings().models_dir)}
+    asked = _parameters_of(usual, file, parameter, challenger=challenger or None, champion=champion or None,
+                           criteria=criteria or None, run=name or None, dry_run=dry_run, models_dir=models_dir)
+    models_dir = asked["models_dir"]
     # a mistake is said before anything is fitted
     read_criteria(asked["criteria"])
     asked["challenger"], _ = contestants(resolve_path(models_dir), asked["challenger"], asked["champion"])
@@ -796,7 +800,7 @@ def _gate(
     text = "\n".join([said["headline"], *(f"- {reason}" for reason in said["reasons"]), "", f"The page: {page}"])
     if not said["exit_code"]: return text
     print(text, flush=True)
-    command = _publishing(said["challenger"], models_dir)
+    command = publish_command(said["challenger"], folder_words(models_dir))
     print(f"product-recs: to publish it all the same: {command}", file=sys.stderr)
     raise typer.Exit(said["exit_code"])
 
@@ -806,11 +810,11 @@ def _monitor(
     name:Annotated[str, typer.Option(help="name of the run whose log is looked at (default: that of the live "
                                      "model)")]="",
     parts:Annotated[str, typer.Option(metavar="PARTS", help="input, staleness, serving, outcome, comma separated; or "
-                                      "all")]="all",
+                                      "all (default)")]="",
     since:Annotated[str, typer.Option(metavar="DAY", help="first day to judge (default: what the live model has not "
                                       "learned, or the last seven days)")]="",
-    accept:Annotated[list[str], typer.Option(metavar="DAY", help="a day that is right, however it looks; may be "
-                                             "repeated")]=(),
+    accept:Annotated[list[str], typer.Option(metavar="DAY", help="a day that is right, however it looks; "
+                                             "2026-11-27 or 2026-11-27/2026-11-28; may be repeated")]=(),
     textfile:Annotated[str, typer.Option(metavar="PATH", help="also write the verdicts for the textfile collector of "
                                          "Prometheus; ends in .prom")]="",
     as_json:AsJson=False,
@@ -821,14 +825,18 @@ def _monitor(
 )->str:
     "Look whether new data are sound, what customers see is fresh, and what was shown works."
     from product_recs.bundle.files import live_version, read_manifest # numpy and scipy
+    from product_recs.core.parameters import typed
+    from product_recs.data.dates import day_spans
     from product_recs.jobs.checks import EXIT_CODES, Check, check_lines
     from product_recs.jobs.monitor import as_day, chosen_parts
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    models_dir = _settings(models_dir=models_dir).models_dir
-    asked = {"models_dir": str(models_dir), "parts": parts, "since": since, "accepted": list(accept),
-             "textfile": textfile, "run": name} | read_parameters(file, [*map(_pair, parameter)])
+    usual = {"models_dir": str(_settings().models_dir), "parts": "all", "since": "", "accepted": [], "run": ""}
+    asked = _parameters_of(usual, file, parameter, parts=parts or None, since=since or None, accepted=list(accept),
+                           textfile=textfile or None, run=name or None, models_dir=models_dir)
+    models_dir = asked["models_dir"]
     chosen_parts(asked["parts"]) # a mistake is said before anything is looked at
-    for day in [*asked["accepted"], *filter(None, [asked["since"]])]: as_day("day", str(day))
+    day_spans(typed("accepted", asked["accepted"], []), "--accept")
+    if asked["since"]: as_day("--since", str(asked["since"]))
     if not asked["run"]:
         live = live_version(resolve_path(models_dir))
         asked["run"] = (live and read_manifest(resolve_path(models_dir)/live)["data"].get("run")) or "sample"
@@ -846,7 +854,8 @@ def _clean(
                                                  "PRODUCT_RECS_KEEP_MODELS)")]=None,
     impression_days:Annotated[int|None, typer.Option(min=0, help="days for which impressions are kept; 0: all "
                                                      "(default: 90, or PRODUCT_RECS_IMPRESSION_DAYS)")]=None,
-    report_days:Annotated[float, typer.Option(min=0, help="days for which reports are kept; 0: all")]=90.0,
+    report_days:Annotated[float|None, typer.Option(min=0, help="days for which reports are kept; 0: all (default: "
+                                                   "90)")]=None,
     dry_run:Annotated[bool, typer.Option("--dry-run", help="list what would go, and delete nothing")]=False,
     parameter:Pairs=(),
     file:Files=(),
@@ -855,11 +864,12 @@ def _clean(
 )->str:
     "Delete old impressions, models and reports, and what killed runs left; nothing that is live or in use."
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
-    settings = _settings(models_dir=models_dir, keep_models=keep_models, impression_days=impression_days)
-    asked = {"models_dir": str(settings.models_dir), "keep_models": settings.keep_models, "report_days": report_days,
-             "impression_days": settings.impression_days, "dry_run": dry_run}
-    said, page = run_job("clean", asked | read_parameters(file, [*map(_pair, parameter)]),
-                         resolve_path("reports")/"clean", progress=not quiet)
+    settings = _settings()
+    usual = {"models_dir": str(settings.models_dir), "keep_models": settings.keep_models,
+             "impression_days": settings.impression_days}
+    asked = _parameters_of(usual, file, parameter, models_dir=models_dir, keep_models=keep_models,
+                           impression_days=impression_days, report_days=report_days, dry_run=dry_run)
+    said, page = run_job("clean", asked, resolve_path("reports")/"clean", progress=not quiet)
     gone = [name for kind in ("models", "reports", "batches", "leftovers") for name in said[f"{kind}_deleted"]]
     lines = [said["headline"], *(f"- {name}" for name in gone), "", f"The page: {page}"]
     if not said["trouble"]: return "\n".join(lines)
@@ -1065,7 +1075,7 @@ def main(
     "The command `product-recs`."
     for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
-    words = _id_last(_each_source([*_join_pairs(sys.argv[1:] if arguments is None else arguments)]))
+    words = _ids_last(_each_source([*_join_pairs(sys.argv[1:] if arguments is None else arguments)]))
     try:
         result = app(words, prog_name="product-recs", standalone_mode=False)
         if result == 130: raise KeyboardInterrupt # which Typer has caught

@@ -320,7 +320,7 @@ def doctor(
     "Look at everything that a run or a service stands on."
     root, models = project_root(), resolve_path(settings.models_dir)
     of_store, moments = store_checks(settings.database_url)
-    for version in list_versions(models)[:1]:
+    for version in list_versions(models)[-1:]:
         try: made = datetime.fromisoformat(read_manifest(models/version)["created_at"])
         except (ProductRecsError, ValueError, KeyError): continue
         moments["the newest model"] = made.timestamp()

@@ -23,7 +23,7 @@ from scipy import stats
 from ..core.columns import Columns
 from ..core.errors import ProductRecsError
 from ..core.sql import named, parquet, quoted, temporary_database
-from ..core.text import counted, visible
+from ..core.text import counted, share_text, visible
 from .checks import FINE, LOOK, STOP, Check
 
 # %% ../../nbs/jobs/drift.ipynb #cb5d1c8c
@@ -455,8 +455,8 @@ def _mix(figures:DayFigures, name:str, place:int, days:np.ndarray, rng)->tuple[S
     label = lambda column: (f"{unit if mix.labels[column] != 'all others' else ''}"
                             f"{visible(str(mix.labels[column]))[:40]}")
     whole = f" of the {name.removeprefix('shapes of ')}" if name.startswith("shapes") else " of the events"
-    names = ", ".join(f"{label(column)} {'has ' if not rank else ''}{_percent(shares[column])}{'' if rank else whole} "
-                      f"(usually {_percent(usual[column])})" for rank, column in enumerate(most))
+    names = ", ".join(f"{label(column)} {'' if rank else 'has '}{share_text(shares[column])}{'' if rank else whole} "
+                      f"(usually {share_text(usual[column])})" for rank, column in enumerate(most))
     return surprise, names
 
 def _share(figures:DayFigures, name:str, place:int, days:np.ndarray, rng)->tuple[Surprise, float]|None:
@@ -487,11 +487,9 @@ def holm(
     corrected[order] = np.minimum(1, np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1)))
     return corrected
 
-def _percent(share:float)->str: return f"{share:.1%}" if 0 < share < 0.095 else f"{share:.0%}"
-
 def _spoken(surprise:Surprise, whole:bool)->dict[str, str]:
     "The numbers of a sentence, counts or shares."
-    shown = "{:,.0f}".format if whole else _percent
+    shown = "{:,.0f}".format if whole else share_text
     low, high = shown(surprise.low), shown(surprise.high)
     usual = f"{low} to {high} is usual" if surprise.high else "none is usual"
     return {"value": shown(surprise.value), "low": low, "high": high, "usual": usual}
@@ -524,7 +522,8 @@ def judge_day(
         for name in figures.mixes:
             if pair := _mix(figures, name, place, days, rng): surprises[name] = pair[0], {"names": pair[1]}
         for name in figures.shares:
-            if pair := _share(figures, name, place, days, rng): surprises[name] = pair[0], {"chance": _percent(pair[1])}
+            if pair := _share(figures, name, place, days, rng):
+                surprises[name] = pair[0], {"chance": share_text(pair[1])}
     corrected, findings = holm([surprise.probability for surprise, _ in surprises.values()]), []
     for (name, (surprise, more)), probability in zip(surprises.items(), corrected):
         figure = _figure(name)

@@ -16,7 +16,6 @@ from datetime import datetime, timedelta, timezone
 
 import numpy as np
 import pandas as pd
-from sqlalchemy import bindparam, text
 
 from ..core.errors import ProductRecsError
 from ..core.text import counted
@@ -26,34 +25,24 @@ from .checks import FINE, LOOK, STOP, Check
 from .lift import (Group, all_looks, always_valid_p, compare, one_look, ratio_p,
                                     ratio_p_of_all_looks, users_needed)
 from .offpolicy import OffPolicy, self_normalised
+from .shown import store_tables
 
 # %% ../../nbs/jobs/experiment.ipynb #ad75555f
 class NoOutcome(ProductRecsError):
     "Nothing can be said of an experiment; the message says why."
 
-_ITEMS = {"sqlite": "json_each(i.items) AS item", "postgresql": "json_array_elements_text(i.items) AS item(value)"}
+_ENTERED = """
+SELECT user_id, arm, model_version, min(moment) AS first, count(*) AS lists FROM impressions WHERE user_id IS NOT NULL
+GROUP BY ALL ORDER BY user_id, first, arm, model_version"""
 
-def _which(experiment:str)->str:
-    "The condition of the lists that count."
-    own = " AND i.experiment = :experiment" if experiment else ""
-    return f"i.user_id IS NOT NULL AND i.at >= :since AND i.at < :until{own}"
-
-def _entered_sql(experiment:str)->str:
-    "For each user, arm and version: first list, and how many."
-    return ("SELECT i.user_id, i.arm, i.model_version, min(i.at) AS first, count(*) AS lists FROM impressions i "
-            f"WHERE {_which(experiment)} GROUP BY i.user_id, i.arm, i.model_version")
-
-def _followed_sql(experiment:str, backend:str)->str:
-    "Each event on an item that the user had been shown before, in the days that they have."
-    which = _which(experiment)
-    return ("WITH entered AS (SELECT i.user_id, min(i.at) AS first FROM impressions i "
-            f"WHERE {which} GROUP BY i.user_id), "
-            "shown AS (SELECT i.user_id, item.value AS item_id, min(i.at) AS at FROM impressions i, "
-            f"{_ITEMS[backend]} WHERE {which} GROUP BY i.user_id, item.value) "
-            "SELECT e.user_id, e.event, count(*) AS number FROM events e "
-            "JOIN entered u ON u.user_id = e.user_id "
-            "JOIN shown s ON s.user_id = e.user_id AND s.item_id = e.item_id "
-            "WHERE e.at >= s.at AND e.at < u.first + :window AND e.event IN :events GROUP BY e.user_id, e.event")
+# each event on an item that the user had been shown before, in the days that they have
+_FOLLOWED = """
+WITH entered AS (SELECT user_id, min(moment) AS first FROM impressions WHERE user_id IS NOT NULL GROUP BY user_id),
+     shown AS (SELECT user_id, item_id, min(moment) AS moment
+               FROM (SELECT user_id, moment, unnest(items) AS item_id FROM impressions)
+               SEMI JOIN (SELECT DISTINCT user_id, item_id FROM events) USING (user_id, item_id) GROUP BY ALL)
+SELECT user_id, event, count(*) FROM events JOIN entered USING (user_id) JOIN shown USING (user_id, item_id)
+WHERE events.moment > shown.moment AND events.moment <= entered.first + {window} GROUP BY ALL"""
 
 # %% ../../nbs/jobs/experiment.ipynb #c9a1edcf
 @dataclass(frozen=True)
@@ -83,26 +72,24 @@ def user_outcomes(
     window_days:float=7.0,    # that each user has
     since:datetime|None=None, # lists from then on; None: all
     until:datetime|None=None, # lists before it; None: now
+    folds:Sequence[str]=(),   # in what spellings of one id may differ: those of the live model's run
 )->pd.DataFrame: # user (index); arm, first, lists, versions (lists of each), crossed, over; one column a metric
     "Each user with what became of them; raises `NoOutcome` where nobody was shown anything."
     until, since = until or datetime.now(timezone.utc), since or datetime(1970, 1, 1, tzinfo=timezone.utc)
-    given = {"since": to_micros(since), "until": to_micros(until), "window": round(window_days*86_400e6)}
-    if experiment: given["experiment"] = experiment
-    events = bindparam("events", sorted({metric.event for metric in metrics}), expanding=True)
-    backend = store.url.get_backend_name()
-    with store.transaction("read outcomes") as connection:
-        entered = pd.DataFrame(connection.execute(text(_entered_sql(experiment)), given).mappings().all())
-        followed = connection.execute(text(_followed_sql(experiment, backend)).bindparams(events), given).all()
+    window, names = round(window_days*86_400e6), sorted({metric.event for metric in metrics})
+    with store_tables(store, to_micros(since), to_micros(until), names, folds=folds, window=window,
+                      experiment=experiment) as database:
+        entered = database.execute(_ENTERED).df()
+        followed = database.execute(_FOLLOWED.format(window=window)).fetchall()
     if entered.empty: raise NoOutcome(f"{store.shown}: nobody was shown a list of experiment {experiment!r}"
                                       if experiment else f"{store.shown}: nobody was shown a list in that time")
-    entered = entered.sort_values(["user_id", "first"])
     by_user = entered.groupby("user_id")
     users = by_user.agg(arm=("arm", "first"), first=("first", "first"), lists=("lists", "sum"),
                         crossed=("arm", "nunique"))
     versions = entered.groupby(["user_id", "model_version"]).lists.sum()
     users["versions"] = versions.reset_index(1).groupby(level=0).apply(lambda rows: dict(rows.to_numpy().tolist()))
     users["crossed"] = users.crossed > 1
-    users["over"] = pd.to_datetime(users["first"] + given["window"], unit="us", utc=True)
+    users["over"] = pd.to_datetime(users["first"] + window, unit="us", utc=True)
     users["first"] = pd.to_datetime(users["first"], unit="us", utc=True)
     counts = {(user, event): number for user, event, number in followed}
     for metric in metrics:
@@ -211,7 +198,7 @@ def evaluate_trial(
     return Trial(name, control, users, lifts, experiment_checks(users, shares), alpha, window_days, until)
 
 # %% ../../nbs/jobs/experiment.ipynb #84c447e3
-def _percent(value:float, low:float, high:float)->str:
+def _lift_text(value:float, low:float, high:float)->str:
     if not np.isfinite(value): return "nothing to compare"
     if not np.isfinite(low + high): return f"{value:+.1%}, without bounds"
     return f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
@@ -228,7 +215,7 @@ def comparison_sentence(
         return (f"It is too early to say anything of {name} and {metric}: of {LEAST_USERS} users in each arm whose "
                 f"{trial.window_days:g} days are over there are {users:,}.")
     last, decided = table.iloc[-1], table.found[table.found.fillna(0) != 0]
-    lift = _percent(last.lift, last.low, last.high)
+    lift = _lift_text(last.lift, last.low, last.high)
     if not len(decided): return f"No difference of {name} to `{trial.control}` is found in {metric}: {lift} so far."
     word = "better" if decided.iloc[0] > 0 else "worse"
     day = f"first on {decided.index[0]:%d %B %Y}, and that may be said although it is looked at every day"
@@ -248,7 +235,15 @@ def trial_sentences(
     return said
 
 # %% ../../nbs/jobs/experiment.ipynb #134183e9
-_PAIRS = {"sqlite": "json_each(i.propensities) AS pair", "postgresql": "json_each_text(i.propensities) AS pair"}
+# a draw holds for a user and a day
+_DRAWN = """
+WITH drawn AS (SELECT user_id, pair.key AS item_id, pair.value AS propensity, min(moment) AS moment
+               FROM (SELECT user_id, moment, unnest(map_entries(propensities)) AS pair FROM impressions
+                     WHERE user_id IS NOT NULL) GROUP BY user_id, item_id, propensity, moment//{day})
+SELECT user_id, item_id, propensity, drawn.moment AS "at", EXISTS (
+    SELECT 1 FROM events WHERE events.user_id = drawn.user_id AND events.item_id = drawn.item_id
+    AND events.moment > drawn.moment AND events.moment <= drawn.moment + {window})::INT AS outcome
+FROM drawn ORDER BY drawn.moment, user_id, item_id, propensity"""
 
 def explored_places(
     store:Store,              # opened
@@ -256,22 +251,15 @@ def explored_places(
     window_days:float=7.0,    # after the list
     since:datetime|None=None, # lists from then on; None: all
     until:datetime|None=None, # lists before it; None: now, less the window
-)->pd.DataFrame: # user_id, item_id (keys), propensity, outcome (0 or 1), at
+    folds:Sequence[str]=(),   # in what spellings of one id may differ: those of the live model's run
+)->pd.DataFrame: # user_id, item_id (keys), propensity, at, outcome (0 or 1)
     "Each explored place of a user and a day."
     window = timedelta(days=window_days)
     until, since = until or datetime.now(timezone.utc) - window, since or datetime(1970, 1, 1, tzinfo=timezone.utc)
-    pairs = _PAIRS[store.url.get_backend_name()]
-    query = ("WITH drawn AS (SELECT i.user_id, pair.key AS item_id, "
-             "CAST(pair.value AS DOUBLE PRECISION) AS propensity, "
-             f"min(i.at) AS at FROM impressions i, {pairs} WHERE i.user_id IS NOT NULL AND i.propensities IS NOT NULL "
-             "AND i.at >= :since AND i.at < :until GROUP BY i.user_id, pair.key, pair.value, i.at/86400000000) "
-             "SELECT d.user_id, d.item_id, d.propensity, d.at, CASE WHEN EXISTS (SELECT 1 FROM events e WHERE "
-             "e.user_id = d.user_id AND e.item_id = d.item_id AND e.at >= d.at AND e.at < d.at + :window AND "
-             "e.event IN :events) THEN 1 ELSE 0 END AS outcome FROM drawn d ORDER BY d.at, d.user_id, d.item_id")
-    given = {"since": to_micros(since), "until": to_micros(until), "window": round(window_days*86_400e6)}
-    with store.transaction("read explored places") as connection:
-        rows = connection.execute(text(query).bindparams(bindparam("events", [*events], expanding=True)), given).all()
-    places = pd.DataFrame(rows, columns=["user_id", "item_id", "propensity", "at", "outcome"])
+    span = round(window_days*86_400e6)
+    with store_tables(store, to_micros(since), to_micros(until), events, folds=folds, window=span,
+                      explored=True) as database:
+        places = database.execute(_DRAWN.format(day=86_400_000_000, window=span)).df()
     return places.assign(at=pd.to_datetime(places["at"], unit="us", utc=True))
 
 def value_of_choice(
@@ -298,11 +286,12 @@ def baseline_of(
     window_days:float=7.0,
     days:float=28.0,          # how far to look back
     until:datetime|None=None, # None: now
+    folds:Sequence[str]=(),   # in what spellings of one id may differ: those of the live model's run
 )->Baseline:
     "The figures that a plan begins with; raises `NoOutcome` where nobody was shown anything, or nobody did that."
     until = until or datetime.now(timezone.utc)
     begin = until - timedelta(days=days + window_days)
-    users = user_outcomes(store, "", [metric], window_days, begin, until)
+    users = user_outcomes(store, "", [metric], window_days, begin, until, folds)
     users = users[users.over <= until]
     group = Group.of(users[metric.name])
     if not len(users) or not group.mean:

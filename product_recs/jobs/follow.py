@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..answer.experiments import ALIASES, experiments_of, names_aliases, registry_aliases
+from ..answer.experiments import ALIASES, aliases_of_arms, experiments_of, names_aliases
 from ..bundle.files import list_versions, live_version, publish
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write
@@ -122,7 +122,7 @@ class AliasKeeper:
     def look(self)->str|None: # the versions that have been fetched; None: no alias has moved
         "Fetch what the aliases name; raises `TrackingError` or `BundleError`, and then nothing has changed."
         numbers = {}
-        for alias in registry_aliases(experiments_of(self.file)):
+        for alias in aliases_of_arms(experiments_of(self.file)):
             name, short = alias_of(alias)
             with connected(Tracking(self.tracking.uri, self.tracking.artifacts, name)) as client:
                 registry = Registry(client, Tracking(self.tracking.uri, self.tracking.artifacts, name))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LINES', 'DataSize', 'grown', 'measure_data', 'solver_seconds', 'StepForecast', 'forecast_steps', 'bundle_megabytes',
-           'disk_megabytes', 'run_checks', 'data_checks']
+           'disk_megabytes', 'run_checks', 'parameter_checks', 'data_checks']
 
 # %% ../../nbs/jobs/forecast.ipynb #b142b218
 import gzip
@@ -22,17 +22,19 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from ..core.columns import Columns
-from ..core.credentials import resolve
+from ..core.credentials import masked_parameters, resolve
 from ..core.errors import IngestError, ProductRecsError
 from ..core.kernels import compiled
+from ..core.paths import project_root
 from ..core.sql import parquet
 from ..data.csvfiles import staged_query
 from ..data.database import fetch_query, is_database
 from ..data.sources import file_format, find_files
 from ..ingest import DEFAULT_SOURCE, ingest
-from .checks import FINE, LOOK, STOP, Check
+from .checks import FINE, LOOK, STOP, Check, worst
 from .init import own_names, sampled
 from .machine import Machine
+from ..models.all import all_models, named, names_of
 from ..models.als import ALS_DEFAULTS, fit_als
 
 # %% ../../nbs/jobs/forecast.ipynb #95d33178
@@ -236,14 +238,39 @@ def run_checks(
 
 
 # %% ../../nbs/jobs/forecast.ipynb #d619cb8b
+_MODEL_NAMES = (("03_train", "model", ("auto",)), ("03_train", "next_model", ("auto", "none")),
+                ("03_train", "candidates", ("all",)), ("04_evaluate", "models", ("all",))) # and what is no name there
+
+def parameter_checks(
+    parameters:Mapping, # of a run
+)->list[Check]:
+    "Would a run take these parameters, and is there a model of each name?"
+    group = "a run on these data"
+    try:
+        # late: papermill and nbconvert take a second
+        from product_recs.jobs.pipeline import assign, declared_parameters
+        given = assign(masked_parameters(dict(parameters)), declared_parameters(project_root()/"nbs"))
+        singles, names = all_models(), []
+        for step, parameter, words in _MODEL_NAMES:
+            value = given[step].get(parameter, words[0])
+            several = names_of(value) if words == ("all",) else [value]
+            names += [name for name in several if name not in words]
+        for name in names: named(name, singles)
+    except ProductRecsError as error:
+        return [Check("parameters", STOP, f"{error}.".replace("..", "."), "correct the file, or the -p", group)]
+    return [Check("parameters", FINE, f"A run takes all {len(parameters):,} of them.", "", group)]
+
 def data_checks(
     parameters:Mapping, # of a run
     here:Machine,
 )->tuple[list[Check], float]: # MB of disk that a run takes
-    "Measure the data of a run and foretell what it takes."
+    "Look at the parameters of a run, measure its data and foretell what it takes."
+    checks = parameter_checks(parameters)
+    if worst(checks) == STOP: return checks, 0.0
     factors = int(parameters.get("factors", ALS_DEFAULTS["factors"]))
     try: size = measure_data(parameters)
     except ProductRecsError as error:
-        return [Check("data", STOP, str(error), "product-recs init proposes parameters", "a run on these data")], 0.0
+        checks.append(Check("data", STOP, str(error), "product-recs init proposes parameters", "a run on these data"))
+        return checks, 0.0
     steps = forecast_steps(size, parameters, solver_seconds(size, factors))
-    return run_checks(size, steps, here, compiled("_als") is not None), disk_megabytes(size, factors)
+    return checks + run_checks(size, steps, here, compiled("_als") is not None), disk_megabytes(size, factors)

@@ -23,17 +23,43 @@ def _read(path:Path)->str:
     try: return path.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError): return ""
 
+# %% ../../nbs/jobs/machine.ipynb #352d0273
+def _groups(root:Path, tree:str, controller:str)->list[Path]: # existing folders; "": the second version
+    "The control groups of this process, of the innermost to the root of the tree."
+    mount = root/"sys/fs/cgroup"/tree
+    lines = (line.split(":", 2) for line in _read(root/"proc/self/cgroup").splitlines() if line.count(":") > 1)
+    path = next((path for _, names, path in lines if controller in names.split(",")), "/")
+    inner = mount/path.strip("/")
+    inside = [mount] if ".." in inner.parts else [folder for folder in (inner, *inner.parents)
+                                                 if folder == mount or mount in folder.parents]
+    return [folder for folder in inside if folder.is_dir()]
+
+def _number(path:Path)->int|None: # None: there is none, or no limit
+    text = _read(path)
+    return int(text) if text.isdigit() and int(text) < 1 << 60 else None
+
+def _left(group:Path, most:str, used:str, cached:str)->float: # bytes
+    "What a group leaves of its memory. Files that were read count as used, and give way when a process needs the room."
+    if (limit := _number(group/most)) is None: return float("inf")
+    files = re.search(rf"^{cached} (\d+)", _read(group/"memory.stat"), re.MULTILINE)
+    return limit - (_number(group/used) or 0) + int(files[1] if files else 0)
+
+def _quota(quota:str, period:str)->float: # processors
+    return int(quota)/int(period) if quota.isdigit() and period.isdigit() and int(period) else float("inf")
+
+# %% ../../nbs/jobs/machine.ipynb #27361d42
 def machine(
     root:Path=Path("/"), # of the file system: /proc and /sys below it
 )->Machine:
     "The processors and the memory that a process may use here."
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = _read(root/"sys/fs/cgroup/cpu.max").partition(" ")
-    allowed = int(quota)/int(period) if quota.isdigit() and period.isdigit() else float(cpus)
     free = re.search(r"MemAvailable:\s*(\d+)", _read(root/"proc/meminfo"))
     megabytes = int(free[1])*1024/1e6 if free else float("inf")
-    most, used = _read(root/"sys/fs/cgroup/memory.max"), _read(root/"sys/fs/cgroup/memory.current")
-    # files that were read count as used, and give way when a process needs the room
-    cached = re.search(r"^inactive_file (\d+)", _read(root/"sys/fs/cgroup/memory.stat"), re.MULTILINE)
-    left = (int(most) - int(used or 0) + int(cached[1] if cached else 0))/1e6 if most.isdigit() else float("inf")
+    first, second = _groups(root, "memory", "memory"), _groups(root, "", "")
+    left = min([*(_left(group, "memory.max", "memory.current", "inactive_file") for group in second),
+                *(_left(group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                  for group in first)], default=float("inf"))/1e6
+    allowed = min([*(_quota(*_read(group/"cpu.max").partition(" ")[::2]) for group in second),
+                   *(_quota(_read(group/"cpu.cfs_quota_us"), _read(group/"cpu.cfs_period_us"))
+                     for group in _groups(root, "cpu", "cpu"))], default=float("inf"))
     return Machine(min(cpus, allowed), min(megabytes, left), left < megabytes or allowed < cpus)

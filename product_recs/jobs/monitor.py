@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'MonitorError', 'chosen_parts', 'as_day', 'first_new_day', 'InputReport', 'look_at_input', 'Limits',
-           'unlearned_events', 'staleness_checks', 'store_to_look_at', 'keep_verdicts', 'write_textfile',
-           'verdict_words', 'day_levels', 'stopped_days', 'volume_picture', 'mix_picture', 'share_picture']
+           'staleness_checks', 'store_to_look_at', 'keep_verdicts', 'renew_verdict', 'write_textfile', 'verdict_words',
+           'day_levels', 'stopped_days', 'volume_picture', 'mix_picture', 'share_picture']
 
 # %% ../../nbs/jobs/monitor.ipynb #8230d540
 import json
@@ -21,20 +21,19 @@ import numpy as np
 import pandas as pd
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.ticker import FuncFormatter
-from sqlalchemy import func, select
 
 from ..bundle.files import live_version, read_manifest
 from ..core.errors import BundleError, ProductRecsError
-from ..core.events import INSTRUCTIONS
 from ..core.credentials import resolve
 from ..core.files import atomic_write, locked
 from ..core.plots import GREY, PALETTE, Picture, compact, drawing, points
 from ..core.settings import Settings
 from ..core.sql import parquet, timestamp
 from ..core.text import counted, plot_label, visible
+from ..data.dates import day_spans
 from ..data.ledger import open_ledger
 from ..feedback.connection import store_url
-from ..feedback.records import EVENTS, to_micros
+from ..feedback.records import count_events
 from ..feedback.store import Store
 from .checks import FINE, LOOK, STOP, Check, as_records, by_urgency, headline, worst
 from .drift import (DayFigures, Finding, NoTimes, attribute_checks, day_figures, input_checks,
@@ -64,11 +63,6 @@ def as_day(
     "A day; raises `MonitorError` for what is none."
     try: return datetime.fromisoformat(text).date()
     except (TypeError, ValueError): raise MonitorError(f"{name}={text!r}: must be a day, such as 2026-03-05") from None
-
-def _as_days(name:str, text:str)->list[date]:
-    "A day, or the days of a range with a slash."
-    first, last = (as_day(name, part) for part in (str(text).split("/", 1)*2)[:2])
-    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
 
 def first_new_day(
     log:Path,     # interactions.parquet of the run
@@ -101,17 +95,18 @@ def look_at_input(
     until:str="",         # ISO moment, UTC, up to which the log is complete; "": as the log itself says
     reference:int=56,     # days before
     period:str="auto",    # day | week | auto
-    accepted:Collection[str]=(), # ISO days that are right, however they look
+    accepted:Collection[str]=(), # ISO days, or ranges with a slash, that are right, however they look
     accepted_attributes:Collection[str]=(), # of the products, that are gone on purpose
 )->InputReport:
-    "Judge the new days of a run; raises `DriftError` where its log is missing."
+    "Judge the new days of a run; raises `DriftError` where its log is missing, `IngestError` for what is no day."
     live, log = live_version(models), folder/"interactions.parquet"
     try: data = read_manifest(models/live)["data"] if live else {}
     except BundleError: data = {}
     lost = []
     if data.get("run") == folder.name and (models/live/"items.parquet").exists():
         lost = attribute_checks(folder/"products.parquet", models/live/"items.parquet", accepted_attributes)
-    accepted = {day for text in accepted for day in _as_days("accepted", text)}
+    accepted = {first + timedelta(days=number) for first, last in day_spans(accepted, "accepted")
+                for number in range((last - first).days + 1)}
     first = as_day("since", since) if since else first_new_day(log, data, folder.name)
     complete = datetime.fromisoformat(until) if until else _complete_until(folder)
     if complete is not None and complete.tzinfo: complete = complete.astimezone(timezone.utc).replace(tzinfo=None)
@@ -150,15 +145,6 @@ def _aged(name:str, what:str, moment:str, now:datetime, most:float, remedy:str)-
     return Check(name, level, f"{what} {said} ago ({moment[:10]}); up to {most:g} is fine.",
                  remedy if level != FINE else "", "staleness", days, 0.0, most)
 
-def unlearned_events(
-    store:Store,     # opened
-    until:str|None,  # ISO-8601 UTC; feedback until then was learned; None: none was
-)->int:
-    "How many interactions the store has that the model does not know."
-    query = select(func.count()).select_from(EVENTS).where(EVENTS.c.event.not_in(INSTRUCTIONS))
-    if until: query = query.where(EVENTS.c.received_at > to_micros(_in_utc(until)))
-    with store.transaction("count_events") as connection: return connection.execute(query).scalar_one()
-
 # %% ../../nbs/jobs/monitor.ipynb #eccce2fe
 def _batch_check(path:Path, live:str, now:datetime, most:float)->list[Check]:
     "The lists of the last batch; none where there was no batch."
@@ -196,7 +182,7 @@ def staleness_checks(
         checks.append(_aged("age of what it learned", "The last event that it learned was", last, now, limits.data_days,
                             "Do the files of the shop still come?"))
     if store is not None:
-        n = unlearned_events(store, data.get("feedback_until"))
+        with store.transaction("count_events") as connection: n = count_events(connection, data.get("feedback_until"))
         level = STOP if n > 3*limits.unlearned else LOOK if n > limits.unlearned else FINE
         checks.append(Check("events not learned", level, f"{counted(n, 'event')} of the feedback store came after the "
                             f"training; up to {limits.unlearned:,} is fine.", train if level != FINE else "",
@@ -221,16 +207,31 @@ def keep_verdicts(
     checks:Sequence[Check],
     groups:Sequence[str],   # that were judged; one without a check is kept as such
     now:datetime,           # with a zone
-)->dict[str, dict]:         # group -> `at` and `checks`, of all groups
+    scheduled:bool=False,   # a scheduler does this every day: where it stops, somebody must hear of it
+)->dict[str, dict]:         # group -> `at`, `checks`, and `scheduled` where a scheduler ever judged; of all groups
     "Put verdicts into the file that the service reads."
     models.mkdir(parents=True, exist_ok=True)
+    moment = now.isoformat(timespec="seconds")
     with locked(models/f".{VERDICTS}.lock"):
         verdicts = read_verdicts(models/VERDICTS)
-        verdicts |= {group: {"at": now.isoformat(timespec="seconds"),
-                             "checks": as_records([check for check in checks if check.group == group])}
-                     for group in groups}
+        for group in groups:
+            last = moment if scheduled else verdicts.get(group, {}).get("scheduled")
+            verdicts[group] = {"at": moment, "checks": as_records([check for check in checks if check.group == group])}
+            if last: verdicts[group]["scheduled"] = last
         atomic_write(models/VERDICTS, json.dumps({"groups": verdicts}, indent=1) + "\n")
     return verdicts
+
+def renew_verdict(
+    models:Path, # folder of the bundles
+    group:str,   # whose data are those that were judged last
+    now:datetime,# with a zone
+)->None:
+    "Note that what a scheduler let judge before still holds, where there is such a verdict."
+    with locked(models/f".{VERDICTS}.lock"):
+        verdicts = read_verdicts(models/VERDICTS)
+        if "scheduled" not in verdicts.get(group, {}): return
+        verdicts[group] |= dict.fromkeys(("at", "scheduled"), now.isoformat(timespec="seconds"))
+        atomic_write(models/VERDICTS, json.dumps({"groups": verdicts}, indent=1) + "\n")
 
 def write_textfile(
     path:Path,              # ends in .prom, or the collector does not read it

@@ -29,7 +29,7 @@ NIGHT_STEPS = {name: STEP_NAMES[name] for name in ("01_ingest",)} | {"input": "I
 def _look_at(night:Night)->str:
     "Which checks a person should look at, though the night went on."
     names = [NIGHT_STEPS[step].lower() for step, entry in night.steps.items()
-             if entry.get("level") in (LOOK, STOP) and step in ("input", "outcome") and entry["state"] == DONE]
+             if entry.get("level") in (LOOK, STOP) and step != "gate" and entry["state"] == DONE] # the gate has its own
     return f" Somebody should look at the {' and the '.join(names)}." if names else ""
 
 def night_headline(

@@ -15,7 +15,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import TextIO
 
 from ..core.errors import ProductRecsError
-from ..core.files import atomic_write, locked
+from ..core.files import atomic_write, locked, run_folder
 from ..core.paths import resolve_path
 from ..core.text import counted
-from ..data.dates import left_out_days
+from ..data.dates import day_spans
 
 # %% ../../nbs/jobs/nights.ipynb #42df7b41
 class Busy(ProductRecsError):
@@ -184,6 +184,7 @@ def nights_of(
 
 # %% ../../nbs/jobs/nights.ipynb #ad54a1c3
 ACCEPT, LEAVE_OUT = "accept", "leave out"
+_OPTIONS = {ACCEPT: "--accept", LEAVE_OUT: "--leave-out"}
 
 @dataclass(frozen=True)
 class Decision:
@@ -194,7 +195,7 @@ class Decision:
     reason: str
     moment: str # UTC, ISO
 
-def _decisions_file(run:str)->Path: return resolve_path("data/processed")/run/"decisions.json"
+def _decisions_file(run:str)->Path: return run_folder(run)/"decisions.json"
 
 def decisions_of(
     run:str, # name
@@ -216,27 +217,44 @@ def days_of(
     return [day for day, decision in decisions.items() if decision.what == what]
 
 # %% ../../nbs/jobs/nights.ipynb #eceea920
-def decide(
-    run:str,             # name
-    days:Sequence[str],  # ISO dates, or ranges with a slash
-    what:str,            # ACCEPT or LEAVE_OUT
-    by:str,              # who decides
-    reason:str,
-)->list[Decision]:
-    "Record a decision; raises `ProductRecsError` where nobody says who decides, or why."
-    if what not in (ACCEPT, LEAVE_OUT): raise ProductRecsError(f"{what!r}: say {ACCEPT!r} or {LEAVE_OUT!r}")
+def _signed_by(by:str, reason:str)->list[str]:
+    "Name and reason of whoever decides; raises `ProductRecsError` where one is missing or too long."
     given = {"--by": " ".join(by.split()), "--reason": " ".join(reason.split())}
     if missing := [name for name, text in given.items() if text in ("", "NAME", "TEXT")]:
         raise ProductRecsError(f"say who decides and why, which is recorded: --by NAME --reason TEXT "
                                f"({' and '.join(missing)} missing)")
     if long := [name for name, text in given.items() if len(text) > 500]:
         raise ProductRecsError(f"{long[0]}: at most 500 characters")
-    spans = left_out_days(days)
-    if sum((last - first).days + 1 for first, last in spans) > 400:
-        raise ProductRecsError("that is more than a year; a source that is wrong for so long is better mended")
-    made = [Decision((first + timedelta(days=number)).isoformat(), what, *given.values(), utc_now())
-            for first, last in spans for number in range((last - first).days + 1)]
-    path = _decisions_file(run)
+    return [*given.values()]
+
+def _decided_days(days:Mapping[str, Sequence[str]])->dict[str, str]: # ISO day -> what
+    "Each day that is decided of, with what; raises `ProductRecsError` for what is no day, or is decided both ways."
+    decided = {}
+    for what, names in days.items():
+        if what not in _OPTIONS: raise ProductRecsError(f"{what!r}: say {ACCEPT!r} or {LEAVE_OUT!r}")
+        spans = day_spans(names, _OPTIONS[what])
+        if sum((last - first).days + 1 for first, last in spans) > 400:
+            raise ProductRecsError("that is more than a year; a source that is wrong for so long is better mended")
+        for day in (first + timedelta(days=number) for first, last in spans
+                    for number in range((last - first).days + 1)):
+            if decided.setdefault(day.isoformat(), what) != what:
+                raise ProductRecsError(f"{day}: named by --accept and by --leave-out; only one of them can hold")
+    return decided
+
+def decide(
+    run:str,                            # name
+    days:Mapping[str, Sequence[str]],   # ACCEPT or LEAVE_OUT -> ISO dates, or ranges with a slash
+    by:str,                             # who decides
+    reason:str,
+)->list[Decision]:
+    """Record decisions, all of them or none; raises `ProductRecsError` where nobody says who decides, or why, for what
+    is no day, and where there is no run of that name."""
+    signature, decided, path = _signed_by(by, reason), _decided_days(days), _decisions_file(run)
+    if not path.parent.is_dir():
+        runs = sorted(ledger.parent.name for ledger in path.parent.parent.glob("[!.]*/ledger.json"))
+        raise ProductRecsError(f"--name {run!r}: there is no run of this name in {path.parent.parent}"
+                               + (f"; there are {', '.join(runs)}" if runs else ""))
+    made = [Decision(day, what, *signature, utc_now()) for day, what in decided.items()]
     with locked(path.parent.with_name(f".{run}.lock")): # as the ingest, which replaces the folder
         before = json.loads(path.read_text(encoding="utf-8"))["decisions"] if decisions_of(run) else []
         records = [{"at" if key == "moment" else key: value for key, value in asdict(decision).items()}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEP_NAMES', 'SIMPLE', 'dropped', 'excluded_items', 'step_notes', 'Standing', 'standings', 'parameter_words',
-           'typed_command', 'user_command', 'Outcome', 'command_lines', 'outcome_text']
+           'typed_command', 'folder_words', 'publish_command', 'user_command', 'Outcome', 'command_lines',
+           'outcome_text']
 
 # %% ../../nbs/jobs/outcome.ipynb #d65cf86d
 import json
@@ -15,9 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..bundle.versions import SAY_WHO
 from ..core.columns import DISCOVERY
+from ..core.paths import resolve_path
 from ..core.sql import parquet
-from ..core.text import counted, visible
+from ..core.text import counted, share_text, visible
 from ..evaluation.metrics import METRIC_NAMES
 
 # %% ../../nbs/jobs/outcome.ipynb #63e964e8
@@ -34,7 +37,7 @@ def dropped(
     read, said = ingest["rows_read"], []
     if rejected := ingest.get("rows_rejected", 0):
         reasons = ", ".join(f"{count:,} {visible(reason)}" for reason, count in ingest.get("reasons", {}).items())
-        said.append(f"{rejected:,} of {counted(read, 'row')} rejected ({_percent(rejected/read)}): {reasons}")
+        said.append(f"{rejected:,} of {counted(read, 'row')} rejected ({share_text(rejected/read)}): {reasons}")
     if back := ingest.get("rows_returned", 0):
         said.append(f"{counted(back, 'row')} taken out: returns, and what they took back")
     if skipped := ingest.get("rows_skipped", 0): said.append(f"{counted(skipped, 'row')} left out by skip_rows")
@@ -51,8 +54,6 @@ def dropped(
         reasons = "; ".join(f"{count:,} {visible(reason)}" for reason, count in excluded.items())
         said.append(f"{counted(sum(excluded.values()), 'item')} excluded: {reasons}")
     return said or [f"Nothing: all {counted(read, 'row')} kept" if read > 1 else "Nothing: the row is kept"]
-
-def _percent(share:float)->str: return "under 0.1 %" if 0 < share < 0.001 else f"{100*share:.1f} %"
 
 def excluded_items(
     processed:Path, # folder of the run in data/processed
@@ -159,6 +160,19 @@ def typed_command(
 )->str:
     "Words as a person types them in a shell."
     return shlex.join(words)
+
+def folder_words(
+    models_dir:str|Path,
+)->list[str]: # words of a command
+    "The option that names the folder of the models; none for the usual one."
+    return [] if resolve_path(models_dir) == resolve_path("models") else ["--models-dir", str(models_dir)]
+
+def publish_command(
+    version:str,
+    options:Sequence[str]=(), # such as --models-dir
+)->str:
+    "The command by which a person publishes a model that something speaks against."
+    return typed_command(["product-recs", "publish", version, *SAY_WHO, *options])
 
 def user_command(
     user:int|str,              # id

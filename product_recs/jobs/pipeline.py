@@ -24,17 +24,17 @@ from typing import TextIO
 import nbformat
 
 from ..bundle.files import list_versions, live_version, publish, read_manifest, remove_bundle
-from ..bundle.versions import SAY_WHO, OtherLive, hold_back, live_of_another_run
+from ..bundle.versions import OtherLive, hold_back, live_of_another_run
 from ..core.credentials import STARS, by_reference, is_reference, masked, masked_parameters, password_note
 from ..core.errors import ProductRecsError
-from ..core.files import atomic_write, write_metrics
+from ..core.files import atomic_write, metrics_of, run_folder, write_metrics
 from ..core.parameters import ParameterError, typed
 from ..core.paths import project_root, resolve_path
 from ..core.text import counted
 from ..evaluation.metrics import METRIC_NAMES, says_worse
 from .lean import lean_copy, without_definitions
-from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, parameter_words, standings,
-                                       step_notes, typed_command, user_command)
+from .outcome import (STEP_NAMES, Outcome, dropped, excluded_items, folder_words, parameter_words,
+                                       publish_command, standings, step_notes, typed_command, user_command)
 from .registry import keep_live, keep_run, keep_verdicts
 from .reports import to_html, write_index
 from .tracking import run_record, tracking_of
@@ -192,8 +192,7 @@ class RunResult:
         best = _run_words(self, "popularity" if auto else "auto")
         asked = [("serve the best sellers" if auto else "let the models compete", typed_command(best))] if self.worse \
             else [("publish without this question the next time", typed_command([*_run_words(self), "--publish"]))]
-        publishing = ["product-recs", "publish", self.version, *SAY_WHO, *self.folder_option]
-        return [("publish it all the same", typed_command(publishing)), *asked]
+        return [("publish it all the same", publish_command(self.version, self.folder_option)), *asked]
 
 def _run_words(result:RunResult, model:str="")->list[str]:
     "The words that repeat a run, with another model where one is named."
@@ -220,7 +219,7 @@ def skip_reason(
     reports:Path, # folder of the run, with the metrics of the steps before
 )->str|None:      # a sentence
     "Why a step has nothing to do; None where it has."
-    how = _metrics(reports).get("02_features", {}).get("judged", {})
+    how = metrics_of(reports).get("02_features", {}).get("judged", {})
     if step == "04_evaluate" and how.get("by") == "nothing": return how["note"]
 
 def _worse(metrics:dict)->list[str]:
@@ -234,11 +233,6 @@ def _unjudged(steps:Sequence[Step])->list[str]:
     "A note where nobody could judge."
     skipped = any(step.name == "04_evaluate" and step.status == "skipped" for step in steps)
     return ["Nobody knows whether this model is better than popularity: the evaluation was skipped."]*skipped
-
-def _metrics(reports:Path)->dict:
-    "Content of metrics.json; empty before the first step has written it."
-    path = reports/"metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 # %% ../../nbs/jobs/pipeline.ipynb #d59ff5cb
 def claim(
@@ -263,14 +257,9 @@ def _clear(reports:Path, steps:Sequence[str]):
     "Remove what an earlier run of these steps left."
     for step in (*steps, "index"):
         for kind in ("html", "ipynb"): (reports/f"{step}.{kind}").unlink(missing_ok=True)
-    others = {name: section for name, section in _metrics(reports).items() if name not in (*steps, "run")}
+    others = {name: section for name, section in metrics_of(reports).items() if name not in (*steps, "run")}
     if (reports/"metrics.json").exists():
         atomic_write(reports/"metrics.json", json.dumps(others, indent=2, sort_keys=True) + "\n")
-
-def _check_name(name:str):
-    "Refuse the name of a run that is a path."
-    if Path(name).name != name or name.startswith("."):
-        raise JobError(f"--name {name!r}: letters, digits, '-' and '_', no folders")
 
 # %% ../../nbs/jobs/pipeline.ipynb #a0d3cfa4
 def run(
@@ -281,19 +270,19 @@ def run(
     publish_it:bool|str="auto",   # True: go live in any case; "auto": unless somebody should look first; False: never
     given:Sequence[str]|None=None,# -f and -p words that stand for the parameters, masked; None: one -p each
 )->RunResult:
-    """Execute 01 to 05 and publish the model if all went well and nothing speaks against it; raises `JobError` where it
-    cannot start."""
+    """Execute 01 to 05 and publish the model if all went well and nothing speaks against it; raises
+    `ProductRecsError` where it cannot start."""
     tracking_of() # where MLflow is asked for and not there, that is said now
     root, started = project_root(), datetime.now()
     name = name or f"{started:%Y%m%d-%H%M%S}"
-    _check_name(name)
+    run_folder(name) # a path is refused
     parameters = parameters or {}
     shown, declared = masked_parameters(parameters), declared_parameters(root/"nbs")
     assign(shown, declared)
     models, reports = resolve_path(models_dir), resolve_path("reports")/name
     result = RunResult(name, reports, [Step(step) for step in STEPS], None, {}, _notes(parameters), [],
                        given=parameter_words(shown) if given is None else list(given),
-                       folder_option=[] if models == resolve_path("models") else ["--models-dir", str(models_dir)])
+                       folder_option=folder_words(models_dir))
     with claim(reports), by_reference(parameters) as references, warm_kernels(reports/".kernel.lock"):
         _clear(reports, STEPS)
         per_step = assign(references, declared)
@@ -306,7 +295,7 @@ def run(
                        "publish_bundle": False, "version": result.version or ""}
                 own = {key: value for key, value in own.items() if key in declared[step]}
                 result.steps[number] = run_step(step, per_step[step] | own, reports, root, progress)
-                result.version = result.version or _metrics(reports).get("03_train", {}).get("version")
+                result.version = result.version or metrics_of(reports).get("03_train", {}).get("version")
                 if step == "04_evaluate" and (result.steps[number].error or "").startswith("NothingToJudge"):
                     result.steps[number].status = "skipped"
                 if result.failed: break
@@ -320,7 +309,7 @@ def _go_live(result:RunResult, models:Path, publish_it:bool|str)->None:
     "Publish the model of a run that went well, or note in it why it waits."
     if publish_it is False: return # the gate will judge it
     path = models/result.version
-    result.worse = _worse(_metrics(result.reports))
+    result.worse = _worse(metrics_of(result.reports))
     result.other = live_of_another_run(models, read_manifest(path)["data"])
     if result.held_back and publish_it is not True: hold_back(path, result.held_back)
     else:
@@ -329,7 +318,7 @@ def _go_live(result:RunResult, models:Path, publish_it:bool|str)->None:
 
 def _end(result:RunResult, models:Path, shown:dict, started:datetime)->None:
     "Remove the model of a run that did not end well, and say what became of the run."
-    result.metrics = _metrics(result.reports)
+    result.metrics = metrics_of(result.reports)
     if result.status == "failed":
         if result.version and result.version in list_versions(models): remove_bundle(models, result.version)
         result.version = None
@@ -343,7 +332,6 @@ def _keep(result:RunResult, kind:str, steps:Sequence[str], models:Path)->list[st
     if result.held_back: record.tags["needs_a_person"] = " ".join(result.held_back)
     return keep_run(record, models/result.version if result.version else None, result.published)
 
-
 # %% ../../nbs/jobs/pipeline.ipynb #2b039eca
 def tune(
     parameters:dict|None=None, # name -> value; each reaches the notebooks that declare it
@@ -352,10 +340,10 @@ def tune(
     progress:bool=True,
     given:Sequence[str]=(),    # -f and -p words that a run would need, masked
 )->RunResult:
-    "Compare weightings and search parameters, going on with an earlier search; raises `JobError` like `run`."
+    "Compare weightings and search parameters, going on with an earlier search; raises `ProductRecsError` like `run`."
     tracking_of()
     root, started = project_root(), datetime.now()
-    _check_name(name)
+    run_folder(name) # a path is refused
     parameters, reports = parameters or {}, resolve_path("reports")/name
     declared = declared_parameters(root/"nbs", tuple(dict.fromkeys((*STEPS, *TUNE_STEPS))))
     shown = masked_parameters(parameters)
@@ -373,7 +361,7 @@ def tune(
                 result.steps[number] = run_step(step, per_step[step] | own, reports, root, progress)
                 if result.failed: break
         finally:
-            result.metrics = _metrics(reports)
+            result.metrics = metrics_of(reports)
             _summarise(result, shown, started, "tuning")
     result.notes += _keep(result, "tune", TUNE_STEPS, resolve_path(models_dir))
     return result
@@ -404,7 +392,7 @@ def run_part(
         done = run_step(step, typed_ones | own, reports, root, progress, above, lean)
     if done.status == "failed" or step not in _KEPT: return done, []
     # it changes what is known of models, and what is live, so MLflow hears of it
-    record, now = run_record(step, step, _metrics(reports), reports, (step,)), live_version(models)
+    record, now = run_record(step, step, metrics_of(reports), reports, (step,)), live_version(models)
     moved = keep_live(models, now) if now and now != before else []
     return done, [*keep_run(record), *moved, *keep_verdicts(models)]
 
@@ -418,7 +406,7 @@ def run_job(
     done, notes = run_part(step, parameters, reports, progress)
     if done.status == "failed": raise JobError(f"{step} failed: {done.error}\nReport: {reports/(done.html or '')}")
     for note in notes: print(f"product-recs: note: {note}", file=sys.stderr)
-    return _metrics(reports).get(step, {}), reports/done.html
+    return metrics_of(reports).get(step, {}), reports/done.html
 
 # %% ../../nbs/jobs/pipeline.ipynb #5500952e
 def _headline(result:RunResult, seconds:float, what:str)->str:
@@ -480,7 +468,7 @@ def _summarise(result:RunResult, parameters:dict, started:datetime, section:str=
         "needs_a_person": result.held_back, "remedies": result.remedies, "headline": result.outcome.headline,
         "steps": {step.name: {"status": step.status, "seconds": round(step.seconds, 1), "error": step.error}
                   for step in result.steps}})
-    result.metrics = metrics = _metrics(result.reports)
+    result.metrics = metrics = metrics_of(result.reports)
     ledger, features = metrics.get("01_ingest", {}), metrics.get("02_features", {})
     facts = [("rows read", ledger.get("rows_read")), ("rows kept", ledger.get("rows_kept")),
              ("users", features.get("users")), ("items", features.get("items"))]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAMPION', 'CHALLENGER', 'PARAMS', 'tags_of', 'Registered', 'Registry', 'register', 'set_tags', 'promote', 'pull',
-           'keep_run', 'keep_live', 'keep_verdicts', 'registry_table']
+           'keep_run', 'keep_live', 'keep_verdicts', 'versions_by_alias', 'registry_table']
 
 # %% ../../nbs/jobs/registry.ipynb #046ff1b3
 import shutil
@@ -297,6 +297,13 @@ def keep_verdicts(
             if version.version in here: set_tags(registry, version, tags_of(read_manifest(folder/version.version)))
         return ""
     return _kept(bring, "")
+
+def versions_by_alias()->dict[str, str]: # alias -> version of a bundle; empty where there is no registry
+    "What the aliases of the registry name; raises `TrackingError` where it cannot be asked."
+    if (tracking := tracking_of()) is None: return {}
+    with connected(tracking) as client:
+        known = Registry(client, tracking).versions()
+        return {alias: entry.version for entry in known for alias in entry.aliases if entry.version}
 
 # %% ../../nbs/jobs/registry.ipynb #f5200d67
 def registry_table(

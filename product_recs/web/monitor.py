@@ -160,12 +160,12 @@ def _is_check(check:dict)->bool:
 
 def read_verdicts(
     path:Path|None, # the file; None: there is none
-)->dict[str, dict]: # group of checks -> `at`, ISO-8601, and `checks`, each with name, level, says, remedy and value
+)->dict[str, dict]: # group of checks -> `at` and maybe `scheduled`, ISO-8601; `checks`: name, level, says, value ...
     "What the last run of the monitor found; empty where nothing can be read."
     try:
         groups = json.loads(path.read_text(encoding="utf-8"))["groups"]
         for verdict in groups.values():
-            datetime.fromisoformat(verdict["at"])
+            for moment in (verdict["at"], verdict.get("scheduled", verdict["at"])): datetime.fromisoformat(moment)
             if not all(map(_is_check, verdict["checks"])): return {}
         json.dumps(groups, ensure_ascii=False, allow_nan=False).encode() # what no answer can hold is refused here
         return groups
@@ -180,10 +180,11 @@ def verdict_metrics(
                               labels=["check", "group"])
     value = GaugeMetricFamily(f"{_NAMESPACE}_check_value", "What the monitor measured, in the unit of the check",
                               labels=["check", "group"])
-    moment = GaugeMetricFamily(f"{_NAMESPACE}_monitor_timestamp_seconds", "When the monitor judged last",
+    moment = GaugeMetricFamily(f"{_NAMESPACE}_monitor_timestamp_seconds", "When a scheduler let the monitor judge last",
                                labels=["group"])
     for group, verdict in groups.items():
-        moment.add_metric([group], datetime.fromisoformat(verdict["at"]).timestamp())
+        if "scheduled" in verdict:
+            moment.add_metric([group], datetime.fromisoformat(verdict["scheduled"]).timestamp())
         for check in verdict["checks"]:
             level.add_metric([check["name"], group], _LEVELS.index(check["level"]))
             if isinstance(check.get("value"), (int, float)): value.add_metric([check["name"], group], check["value"])
