@@ -14,7 +14,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index daily-kills quarter clean
+.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index bench-experiments daily-kills quarter clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -121,9 +121,13 @@ bench-scale: .venv/.kernels
 daily-kills: .venv/.kernels
 	@$(BIN)/python benchmarks/daily_kills.py $(OPTIONS)
 
-# a quarter of nights with eight planted faults, and a page about it (half an hour); OPTIONS="--days 30"
+# a quarter of nights with eight planted faults, and a page about it (an hour); OPTIONS="--days 30"
 quarter: .venv/.kernels data
 	@$(BIN)/python benchmarks/quarter.py $(OPTIONS)
+
+# do the intervals of an experiment keep their promise? simulated ones, looked at daily (some seconds); OPTIONS="--runs 500"
+bench-experiments: .venv/.kernels
+	@$(BIN)/python benchmarks/experiments.py $(OPTIONS)
 
 # lists for a million users beside the bare search (some minutes); OPTIONS="--users 100000 1000000 --items 50000"
 bench-batch: .venv/.kernels

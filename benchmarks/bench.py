@@ -237,6 +237,8 @@ MORE = {
     "cold-citeulike": "articles that nobody has, beside published figures",
     "cold-groceries": "groceries with few or no buyers, and new households",
     "cold-cost": "what placing new products costs: training, lists, requests",
+    "experiments": "experiments: how often the report is wrong when it is read every day",
+    "quarter": "a quarter of nights, with faults that were planted",
 }
 
 

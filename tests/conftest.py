@@ -1,9 +1,16 @@
 """Fixtures that several test files share; plain helpers are in support.py."""
 
+import os
 from pathlib import Path
 
 import pytest
 from support import CHROMIUM, build_wheel, new_database, start_postgres
+
+# tests delete rows and models, so settings of whoever starts them go before the first one; the command of
+# PRODUCT_RECS_SERVE is for the tests themselves
+for name in [name for name in os.environ if name.startswith(("PRODUCT_RECS_", "MLFLOW_"))]:
+    if name != "PRODUCT_RECS_SERVE":
+        del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import psutil
-from support import BIN, ROOT, fresh_project, only_the_jobs
+from support import BIN, ROOT, bare_environment, fresh_project, only_the_jobs
 
 from product_recs.bundle.files import live_version, previous_versions, read_manifest
 from product_recs.jobs.nights import nights_of
@@ -19,8 +19,8 @@ from product_recs.jobs.nights import nights_of
 QUICK = {
     "source": "log.csv", "products": "data/products.csv", "model": "popularity", "next_model": "none",
     "models": "popularity", "cold": "no", "bootstrap": 50, "diversity": [], "half_life_days": 0,
-    "monitor": {"max_data_days": 10_000},  # the sample's days are over
 }  # fmt: skip
+BESIDE = {"monitor": {"max_data_days": 10_000}}  # the sample's days are over
 KERNEL = {"name": "python3", "display_name": "python3", "language": "python"}
 
 def plant(root: Path, name: str, parameters: str, *code: str) -> None:
@@ -37,11 +37,12 @@ def plant(root: Path, name: str, parameters: str, *code: str) -> None:
 
 
 def shop(folder: Path, until: str = "2026-06-23", **more) -> Path:
-    "A project whose log ends before a day; its file of parameters is shop.yaml."
+    "A project whose log ends before a day; shop.yaml is for a run too, night.yaml has what only a night takes."
     root = fresh_project(folder)
     only_the_jobs(root)
     write_log(root, log_until(until))
-    (root / "shop.yaml").write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in (QUICK | more).items()))
+    for name, parameters in (("shop.yaml", QUICK | more), ("night.yaml", BESIDE)):
+        (root / name).write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in parameters.items()))
     (root / "gate.yaml").write_text("bootstrap: 100\nsample: 30\nmin_users: 5\n")
     (root / "batch.yaml").write_text("out: data/batch/mail\nn: 5\n")
     return root
@@ -63,12 +64,12 @@ def write_log(root: Path, log: pd.DataFrame) -> None:
 
 
 def environment(root: Path, store: str = "", **more: str) -> dict:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PRODUCT_RECS_", "MLFLOW_"))}
-    return inherited | {"PRODUCT_RECS_ROOT": str(root), "PRODUCT_RECS_DATABASE_URL": store} | more
+    return bare_environment(PRODUCT_RECS_ROOT=str(root), PRODUCT_RECS_DATABASE_URL=store, **more)
 
 
 def command(*more: str) -> list[str]:
-    return [str(BIN / "product-recs"), "daily", "-f", "shop.yaml", "--name", "shop", "--quiet", *more]
+    words = ["daily", "-f", "shop.yaml", "-f", "night.yaml", "--name", "shop", "--quiet"]
+    return [str(BIN / "product-recs"), *words, *more]
 
 
 NIGHT = ("--gate", "gate.yaml", "--batch", "batch.yaml")

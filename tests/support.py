@@ -55,6 +55,12 @@ def fresh_project(folder: Path) -> Path:
     return folder
 
 
+def bare_environment(**more: str) -> dict[str, str]:
+    """The environment without the settings of whoever starts this: their store, models and registry are not reached by
+    what a test, a page or a measurement types."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("PRODUCT_RECS_", "MLFLOW_"))} | more
+
+
 def call(root: Path, *command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         [str(BIN / command[0]), *command[1:]],
@@ -77,6 +83,7 @@ def build_wheel(folder: Path, **environment) -> Path:
     for name in ("data/interactions.csv", "data/products.csv", "examples/gate.yaml"):
         (source / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, source / name)
+    shutil.copytree(ROOT / "examples/daily", source / "examples/daily")
     shutil.copytree(ROOT / "nbs", source / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     shutil.copytree(
         ROOT / "product_recs", source / "product_recs", ignore=shutil.ignore_patterns("__pycache__", "*.so")

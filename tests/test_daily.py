@@ -15,6 +15,8 @@ import time
 import pandas as pd
 import psutil
 import pytest
+import yaml
+from commands import words_of, wrong_with
 from nightly import (
     NIGHT, command, day_of, environment, family, kill_at, latest, log_until, plant, result, run_night, shop, shuffled,
     wait_for, write_log,
@@ -301,10 +303,16 @@ def test_killed_at_three_moments_ends_as_if_nothing_had_been(copy, tmp_path):
     undisturbed, started = shutil.copytree(copy, tmp_path / "undisturbed"), time.monotonic()
     assert run_night(undisturbed).returncode == 0
     lasts, expected, draw = time.monotonic() - started, result(undisturbed), random.Random(7)
+    killed, resumable = 0, False
     for part in range(3):
-        kill_at(copy, lasts * (part + draw.random()) / 3 * 0.9)
+        if kill_at(copy, lasts * (part + draw.random()) / 3 * 0.9):
+            killed += 1
+            resumable |= latest(copy).status == "" and latest(copy).is_done("01_ingest")
+    assert killed, "no kill came while a night was at work"
     done = run_night(copy)
     assert done.returncode == 0, done.stdout + done.stderr
+    nights = nights_of(copy / "reports/daily/shop")
+    assert not resumable or max(night.starts for night in nights) > 1, "a night began anew after a kill"
     outcome = result(copy)
     if "Nothing new" in flat(done):  # the last kill came after the end
         outcome |= {name: expected[name] for name in ("status", "states", "live is tonight's")}
@@ -312,29 +320,51 @@ def test_killed_at_three_moments_ends_as_if_nothing_had_been(copy, tmp_path):
     assert not [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(copy)]
 
 
-def test_examples_of_schedulers_are_sound(tmp_path):
-    "By the programs that read them, where they are here."
-    folder = ROOT / "examples" / "daily"
-    validate = pytest.importorskip("kubernetes_validate")
-    import yaml
+EXAMPLES = ROOT / "examples" / "daily"
 
-    documents = [document for document in yaml.safe_load_all((folder / "cronjob.yaml").read_text()) if document]
-    for document in documents:
-        validate.validate(document, "1.31", strict=True)
+
+def test_the_commands_of_the_schedulers_are_the_same_and_would_run(tmp_path):
+    "One command in three forms, with options that it has."
+    [line] = re.findall(r"(?m)^[\d*].*$", (EXAMPLES / "crontab").read_text())
+    assert re.match(r"\d+ \d+ \* \* \* cd /srv/shop && product-recs ", line), line
+    [unit] = re.findall(r"(?m)^ExecStart=(.+)$", (EXAMPLES / "product-recs-daily.service").read_text())
+    assert unit.startswith("/srv/shop/.venv/bin/product-recs ")
+    container = kubernetes_container()
+    nights = [words_of(line.split("&& ")[1]), words_of(unit), container["command"][1:]]
+    assert container["command"][0] == "product-recs" and nights[0] == nights[1] == nights[2], nights
+    assert nights[0][0] == "daily" and not wrong_with(nights[0]), wrong_with(nights[0])
+
+
+def kubernetes_container():
+    documents = [document for document in yaml.safe_load_all((EXAMPLES / "cronjob.yaml").read_text()) if document]
     [job] = [document for document in documents if document["kind"] == "CronJob"]
     assert job["spec"]["concurrencyPolicy"] == "Forbid" and job["spec"]["jobTemplate"]["spec"]["backoffLimit"] == 0
     [container] = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    assert container["resources"]["limits"]["memory"] and container["command"][:2] == ["product-recs", "daily"]
-    lines = re.findall(r"(?m)^\d.*$", (folder / "crontab").read_text())
-    assert len(lines) == 1 and re.fullmatch(r"\d+ \d+ \* \* \* .*product-recs daily .*", lines[0])
-    analyze = shutil.which("systemd-analyze")
-    if analyze is None:
+    return container
+
+
+def test_the_job_of_kubernetes_is_valid_and_stands_on_the_image_of_a_workspace():
+    container = kubernetes_container()
+    assert container["resources"]["limits"]["memory"]
+    dockerfile = (ROOT / "product_recs/jobs/workspace/Dockerfile").read_text()
+    [folder] = re.findall(r"(?m)^WORKDIR (\S+)$", dockerfile)
+    assert re.search(r"(?m)^FROM base AS jobs$", dockerfile) and "workingDir" not in container
+    # what is copied into the image is not hidden by a volume, and what a night writes survives it
+    mounts = {mount["mountPath"]: mount["subPath"] for mount in container["volumeMounts"]}
+    assert mounts == {f"{folder}/{name}": name for name in ("data", "models", "reports")}
+    validate = pytest.importorskip("kubernetes_validate")
+    for document in yaml.safe_load_all((EXAMPLES / "cronjob.yaml").read_text()):
+        validate.validate(document, "1.31", strict=True)
+
+
+def test_systemd_takes_the_units(tmp_path):
+    if (analyze := shutil.which("systemd-analyze")) is None:
         pytest.skip("there is no systemd-analyze")
     program = tmp_path / "product-recs"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     for name in ("product-recs-daily.service", "product-recs-daily.timer"):
-        text = (folder / name).read_text()
+        text = (EXAMPLES / name).read_text()
         (tmp_path / name).write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={program}", text))
     checked = subprocess.run([analyze, "verify", "--man=no", *map(str, tmp_path.glob("product-recs-daily.*"))],
                              capture_output=True, text=True)  # fmt: skip

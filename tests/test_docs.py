@@ -1,18 +1,19 @@
 "The documentation: what its pages say exists, the reference is whole, and links lead somewhere."
 
 import json
+import posixpath
 import re
 import shlex
 import sys
+from collections import Counter
 
 import nbformat
 import pytest
-import typer
+from commands import commands, parameters, verbs, wrong_with
 from support import ROOT
 
 from product_recs.api import create_app
 from product_recs.core.settings import Settings
-from product_recs.jobs.cli import app
 from product_recs.jobs.pipeline import STEPS, step_notebook
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -22,50 +23,47 @@ import docs_api  # noqa: E402
 import docs_reference  # noqa: E402
 import make_docs  # noqa: E402
 
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+WORKSPACE = ROOT / "product_recs/jobs/workspace/README.md"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", WORKSPACE,
+                *(page for folder in ("docs", "examples") for page in (ROOT / folder).rglob("*.md"))])  # fmt: skip
 PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-
-
-def commands(text):
-    "The commands of `product-recs` in the fences of a page, without what follows a pipe or a comment."
-    for fence in re.findall(r"^```(?:sh|console)\n(.*?)^```$", text, re.M | re.S):
-        for line in fence.splitlines():
-            if match := re.search(r"(?:^|[/\s])product-recs (\S.*)", line.removeprefix("$ ")):
-                if not line.startswith(("docker", " ", "  ")):
-                    words = shlex.split(match.group(1), comments=True)
-                    yield words[: next((place for place, word in enumerate(words) if word in ("|", "&", ">")), None)]
-
-
-def parameters():
-    "Names of the parameters of all jobs."
-    names = set()
-    for path in (ROOT / "nbs").rglob("*.ipynb"):
-        for cell in nbformat.read(path, as_version=4).cells:
-            if "parameters" in cell.metadata.get("tags", []):
-                names |= set(re.findall(r"^(\w+)\s*=", cell.source, re.M))
-    return names
 
 
 @PAGE
 def test_commands_of_a_page_exist(page):
-    known = parameters()
-    for words in commands(page.read_text()):
-        command = typer.main.get_command(app)
-        while words and hasattr(command, "commands"):
-            assert words[0] in command.commands, f"{page.name}: product-recs {words[0]}"
-            command, words = command.commands[words[0]], words[1:]
-        options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
-        for place, word in enumerate(words):
-            if re.fullmatch(r"--?[a-z][a-z-]*", word):
-                assert word in options, f"{page.name}: {command.name} {word}"
-            if word == "-p":
-                assert words[place + 1] in known, f"{page.name}: -p {words[place + 1]}"
+    for words, whole in commands(page.read_text()):
+        assert not (wrong := wrong_with(words, whole)), f"{page.name}: product-recs {shlex.join(words)}: {wrong}"
+
+
+def test_commands_of_the_notebooks_exist():
+    for path in (ROOT / "nbs").rglob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for words, whole in commands(cell.source) if cell.cell_type == "markdown" else ():
+                assert not wrong_with(words, whole), f"{path.name}: product-recs {shlex.join(words)}"
+
+
+def test_a_command_that_nobody_could_type_is_noticed():
+    page = """`product-recs dayly` and `product-recs publish`; `product-recs run -p factor 3`
+
+    product-recs daily --criteria gate.yaml
+
+```sh
+product-recs recommend 1 -n five   # a comment
+docker run shop product-recs batch --file
+product-recs publish
+docker build -t product-recs .
+```
+"""
+    assert [wrong_with(*command).split(":")[0] for command in commands(page)] == [
+        "recommend", "batch", "publish", "daily", "product-recs dayly", "", "-p factor"]  # fmt: skip
+    assert all(not wrong_with(words, whole) for words, whole in commands("`product-recs init a --source b.csv c.csv`"))
 
 
 @PAGE
 def test_settings_and_routes_of_a_page_exist(page, tmp_path):
     text = page.read_text()
-    settings = {f"PRODUCT_RECS_{name.upper()}" for name in Settings.model_fields} | {"PRODUCT_RECS_ROOT"}
+    settings = {f"PRODUCT_RECS_{name.upper()}" for name in Settings.model_fields}
+    settings |= {"PRODUCT_RECS_ROOT", "PRODUCT_RECS_SERVE"}  # where the project is, and what tests ask
     assert set(re.findall(r"PRODUCT_RECS_[A-Z_]+[A-Z]", text)) <= settings
     served = create_app(Settings(auth="off", database_url="", models_dir=tmp_path)).openapi()["paths"]
     for method, path in re.findall(r"`(GET|POST|PUT|DELETE) (/[^\s`?]*)", text):
@@ -110,8 +108,8 @@ def test_the_reference_is_whole(tmp_path):
     for path, methods in served["paths"].items():
         assert all(f"### {method.upper()} {path}\n" in pages["http"] for method in methods)
     assert all(f"### {name}\n" in pages["http"] for name in served["components"]["schemas"])
-    verbs = typer.main.get_command(app).commands
-    assert all(f"## product-recs {name}\n" in pages["command"] for name in verbs) and "batch" in verbs
+    names = verbs().commands
+    assert all(f"## product-recs {name}\n" in pages["command"] for name in names) and "batch" in names
     shown = set(re.findall(r"product_recs_\w+", pages["prometheus"]))
     asked = set(re.findall(r"product_recs_\w+", (ROOT / "ops" / "alerts.yml").read_text()))
     assert {re.sub("_bucket$", "", name) for name in asked} <= shown
@@ -165,6 +163,19 @@ def test_every_notebook_is_a_page_without_hidden_cells_or_directives(tmp_path):
         overview = (tmp_path / room / "overview.md").read_text()
         assert all(f"({path.name})" in overview for path in notebooks if path.parent == room)
     assert all(f"({path.name})" in guides for path in (ROOT / "docs" / "how-to").glob("*.md"))
+
+
+def test_every_page_stands_in_one_table_of_contents(tmp_path):
+    "Sphinx ends the build at a page that no table of contents names."
+    pages = {path.relative_to(tmp_path).with_suffix("").as_posix() for path in make_docs.assemble(tmp_path).written
+             if path.suffix in (".md", ".ipynb")}  # fmt: skip
+    named = Counter()
+    for path in tmp_path.rglob("*.md"):
+        folder = path.parent.relative_to(tmp_path).as_posix()
+        for block in re.findall(r"^```\{toctree\}\n((?::[^\n]*\n)*)(.*?)^```$", path.read_text(), re.M | re.S):
+            entries = [re.sub(r"^.* <(.+)>$", r"\1", line) for line in block[1].splitlines() if line]
+            named.update(posixpath.normpath(posixpath.join(folder, entry)) for entry in entries)
+    assert {*named} == pages - {"index"} and max(named.values()) == 1, {*named} ^ pages
 
 
 def test_the_readme_is_a_screen_and_a_half():

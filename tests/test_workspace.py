@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import exports
 import pytest
 import yaml
+from commands import wrong_with
 from support import ROOT, only_the_jobs
 
 from product_recs.core.paths import MARKER
@@ -78,7 +80,8 @@ def test_the_wheel_holds_the_notebooks_that_run_and_none_of_their_outputs(wheel)
     assert not {"nbs/06_api.ipynb", "nbs/models/als.ipynb", "nbs/jobs/cli.ipynb"} & {*notebooks}, (
         "a change would be lost"
     )
-    assert {"Dockerfile", "compose.yaml", "requirements.txt", "examples/gate.yaml", "data/interactions.csv"} <= {*files}
+    assert {"Dockerfile", "compose.yaml", "requirements.txt", "data/interactions.csv"} <= {*files}
+    assert {"examples/gate.yaml", "examples/daily/crontab", "examples/daily/cronjob.yaml"} <= {*files}
     for name, notebook in notebooks.items():
         assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"]), name
         assert any("parameters" in cell["metadata"].get("tags", []) for cell in notebook["cells"]), name
@@ -216,16 +219,31 @@ def test_what_containers_and_workflows_name_is_in_the_workspace(package, wheel, 
         assert list(shop.glob(sources)) and f"!{sources}" in ignored, sources
     compose = yaml.safe_load((shop / "compose.yaml").read_text())
     assert {*compose["services"]} == {"api", "train", "postgres"} and compose["name"] == "tea"
-    targets = re.findall(r"^FROM \S+ AS (\S+)$", (shop / "Dockerfile").read_text(), re.MULTILINE)
+    dockerfile = (shop / "Dockerfile").read_text()
+    targets = re.findall(r"^FROM \S+ AS (\S+)$", dockerfile, re.MULTILINE)
     assert {service["build"]["target"] for service in compose["services"].values() if "build" in service} < {*targets}
-    verbs = typed(package, tmp_path, "--help")
-    steps = 0
+    started = [json.loads(words) for words in re.findall(r"^CMD (.+)$", dockerfile, re.MULTILINE)]
+    started += [[re.sub(r"\$\{\w+:-(.+)\}", r"\1", word) for word in service["command"]]
+                for service in compose["services"].values() if "command" in service]  # fmt: skip
     for path in shop.glob(".github/workflows/*.yml"):
         workflow = yaml.safe_load(path.read_text())
-        for step in (step for job in workflow["jobs"].values() for step in job["steps"] if "run" in step):
-            words = step["run"].split()
-            steps += 1
-            assert words[:2] == ["pip", "install"] or words[0] == "product-recs" and f"\n  {words[1]} " in verbs, words
-    assert steps >= 5
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        started += [shlex.split(step["run"]) for step in steps if "run" in step]
+    rest = [words for words in started if words[0] != "product-recs"]
+    assert len(started) - len(rest) >= 7
+    for words in started:
+        assert words in rest or not wrong_with(words[1:]), (words, wrong_with(words[1:]))
+    decision = ["xargs", "product-recs", "<<<", "$DECISION"]
+    assert all(words[:2] == ["pip", "install"] or words == decision for words in rest), rest
+
+    # what a night leaves is kept whatever its exit code, and comes back before the next one
+    steps = yaml.safe_load((shop / ".github/workflows/train.yml").read_text())["jobs"]["shop"]["steps"]
+    place = {step.get("uses", step.get("run")).split("@")[0]: number for number, step in enumerate(steps)}
+    restored, saved = (steps[place[f"actions/cache/{what}"]] for what in ("restore", "save"))
+    assert saved["if"] == "always()" and saved["with"]["path"] == restored["with"]["path"]
+    assert saved["with"]["path"].split() == ["models", "data/processed", "reports/daily"]
+    [night] = [number for command, number in place.items() if "daily" in command]
+    assert place["actions/cache/restore"] < night < place["actions/cache/save"]
+    assert all(step["if"] == "always()" for step in steps if step.get("uses", "").startswith("actions/upload"))
     [copy] = shop.glob("wheels/*.whl")
     assert copy.read_bytes() == wheel.read_bytes(), "it was installed from a file, and no index may have it"

@@ -3,7 +3,7 @@
 A page asks for a project by a comment:
 
 - `<!-- project: sample -->`: a copy of a folder with a live model of the committed sample;
-- `<!-- project: served -->`: the same, and what five weeks of an experiment left in its feedback store;
+- `<!-- project: served -->`: the same, and what six weeks of an experiment left in its feedback store;
 - `<!-- project: nights -->`: a log that gets a file a day, and parameters of a nightly job; no model yet;
 - `<!-- project: shop -->`: the exports of a generated shop, no model yet.
 
@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import numpy as np  # noqa: E402
 from exports import american  # noqa: E402
-from support import fresh_project  # noqa: E402
+from support import bare_environment, fresh_project  # noqa: E402
 
 from product_recs.answer.experiments import experiments_of  # noqa: E402
 from product_recs.bundle.files import live_version  # noqa: E402
@@ -57,11 +57,10 @@ class Terminal:
 
     def __init__(self, folder: Path):
         self.folder, self.port, self.background, self.code = folder, free_port(), [], 0
-        self.environment = os.environ | {
-            "PRODUCT_RECS_ROOT": str(folder),
-            "COLUMNS": "100",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
+        # what is typed deletes rows and models: a store or a registry of whoever starts this must not be reached
+        self.environment = bare_environment(
+            PRODUCT_RECS_ROOT=str(folder), COLUMNS="100", PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        )
 
     def type(self, command: str, may_fail: bool = False) -> str:
         "What a command prints; raises SystemExit where it fails and may not."
@@ -130,8 +129,8 @@ EXPERIMENT = """experiments:
 """
 
 
-def fill_store(folder: Path, days: int = 35, users: int = 3000) -> None:
-    "Five weeks in which customers saw their list once and one in ten bought; of the arm `varied`, one in five."
+def fill_store(folder: Path, days: int = 42, users: int = 3000) -> None:
+    "Six weeks in which customers saw their list once and one in ten bought; of the arm `varied`, one in five."
     book, rng = experiments_of(folder / "experiments.yaml"), np.random.default_rng(1)
     start = datetime.now(timezone.utc).replace(microsecond=0) - timedelta(days=days)
     shown, events, version = [], [], live_version(folder / "models")
@@ -158,7 +157,9 @@ model: ALS
 next_model: none
 cold: "no"
 bootstrap: 50
-monitor: {max_data_days: 100000}
+"""
+BESIDE = """gate: gate.yaml                   # thresholds and golden users
+monitor: {max_data_days: 100000}  # the sample ended long ago
 """
 
 
@@ -178,6 +179,7 @@ def fill_log(folder: Path) -> None:
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([head, *day_rows])
     (folder / "shop.yaml").write_text(NIGHTLY, encoding="utf-8")
+    (folder / "night.yaml").write_text(BESIDE, encoding="utf-8")
     (folder / "gate.yaml").write_text("min_users: 5\n", encoding="utf-8")  # the sample is small
 
 

@@ -4,7 +4,6 @@ The result is examples/exports/README.md. Each export gets a project of its own 
 what is printed is what a stranger sees in the first hour. Run it with `make exports`; it takes some minutes.
 """
 
-import os
 import re
 import shlex
 import subprocess
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from exports import EXPORTS, USERS  # noqa: E402
-from support import fresh_project  # noqa: E402
+from support import bare_environment, fresh_project  # noqa: E402
 
 HEAD = """# Many exports, many first hours
 
@@ -34,7 +33,7 @@ def typed(folder: Path, words: list[str]) -> tuple[str, int]:
     done = subprocess.run(
         command,
         cwd=folder,
-        env=os.environ | {"PRODUCT_RECS_ROOT": str(folder), "COLUMNS": "110"},
+        env=bare_environment(PRODUCT_RECS_ROOT=str(folder), COLUMNS="110"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

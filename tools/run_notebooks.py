@@ -19,6 +19,9 @@ from product_recs.jobs.reports import joined_streams
 
 root = Path(__file__).resolve().parent.parent
 os.environ["IN_TEST"] = "1"
+# notebooks write and delete: a store or a registry of whoever starts this must not be reached
+for name in [name for name in os.environ if name.startswith(("PRODUCT_RECS_", "MLFLOW_"))]:
+    del os.environ[name]
 
 
 def fresh_copy(folder: Path) -> Path:

@@ -70,5 +70,5 @@ class Settings(BaseSettings):
     impression_days: int = Field(90, ge=0,
         description="days for which impressions are kept; `product-recs clean` deletes older ones; 0: all are kept")
     keep_models: int = Field(5, ge=0,
-        description="newest models that `product-recs clean` leaves, beside those in use; 0: all are kept")
+        description="newest models that `product-recs clean` leaves, the live one among them; 0: all are kept")
     experiments_file: str = Field("", description="experiments.yaml, which is watched; relative to the project root")
