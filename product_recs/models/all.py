@@ -22,22 +22,23 @@ from .content_neighbours import ContentNeighbours
 from .hybrid import Hybrid
 from .interface import Model, recipe
 from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
-from .spectral import LowPass
+from .spectral import ChebyCF, LowPass
 
 # %% ../../nbs/models/all.ipynb #1a872c2b
 KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, ItemCosine, ItemBM25, ItemGraph,
-                                          LowPass, EASE, BPR, WeightedALS, ScaledALS, ALS, ContentNeighbours, Hybrid,
-                                          HabitBlend, ScoreBlend)}
+                                          LowPass, ChebyCF, EASE, BPR, WeightedALS, ScaledALS, ALS, ContentNeighbours,
+                                          Hybrid, HabitBlend, ScoreBlend)}
 
 def all_models(
     als:Mapping|None=None,   # parameters of `fit_als`, for ALS and its kin; None: the defaults
     half_life_days:float=30, # of recent popularity
-    seed:int=0,              # of low-pass and BPR
+    seed:int=0,              # of low-pass, ChebyCF and BPR
 )->list[Model]:              # not fitted yet
     "Every model that learns from a snapshot alone, the baselines first and ALS last."
     als = dict(als or {})
     return [Popularity(), RecentPopularity(half_life_days), BuyAgain(), ItemCosine(), ItemBM25(), ItemGraph(),
-            LowPass(seed=seed), EASE(), BPR(seed=seed), ScaledALS.like(als), WeightedALS(**als), ALS(**als)]
+            LowPass(seed=seed), ChebyCF(seed=seed), EASE(), BPR(seed=seed), ScaledALS.like(als), WeightedALS(**als),
+            ALS(**als)]
 
 def from_recipe(
     given:Mapping, # of `recipe`
