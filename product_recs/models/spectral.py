@@ -6,6 +6,7 @@
 __all__ = ['scaled_pairs', 'right_singular', 'LowPass', 'plateau', 'chebyshev_tail', 'ChebyCF']
 
 # %% ../../nbs/models/spectral.ipynb #3e498ed8
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.sparse import csr_matrix, diags
 
 from ..data.snapshots import Histories, Snapshot
 from .factors import FactorModel
-from .interface import Contributions, Model
+from .interface import Contributions, Model, top_of
 
 # %% ../../nbs/models/spectral.ipynb #c1db9262
 def scaled_pairs(
@@ -141,19 +142,45 @@ class _Filtering(Model):
         scaled = scaled_pairs(self.snapshot)
         return scaled, csr_matrix(scaled.T)
 
-    def filtered(self,
+    def walked(self,
         signals:csr_matrix, # (m, n_items) float32
     )->np.ndarray:          # (m, n_items) float32
-        "Signals on the items after the filter: the polynomial by sparse products, the patterns exactly."
+        "The polynomial of signals, by sparse products."
         scaled, turned = self._graph
-        walked = (signals @ turned) @ scaled
-        scores = np.asarray((walked*self.tail[0]).todense())
-        if len(self.tail) > 1: walked = np.asarray(walked.todense())
+        reached = (signals @ turned) @ scaled
+        scores = np.asarray((reached*self.tail[0]).todense())
+        if len(self.tail) > 1: reached = np.asarray(reached.todense())
         for coefficient in self.tail[1:]:
-            walked = (turned @ (scaled @ walked.T)).T
-            scores += coefficient*walked
-        scores += (np.asarray(signals @ self.patterns)*self.gains) @ self.patterns.T
+            reached = (turned @ (scaled @ reached.T)).T
+            scores += coefficient*reached
         return scores
+
+    def strengths(self, signals:csr_matrix)->np.ndarray: # (m, f) float32
+        "What the signals have of each pattern, times what it counts."
+        return np.asarray(signals @ self.patterns)*self.gains
+
+    def filtered(self, signals:csr_matrix)->np.ndarray: # (m, n_items) float32
+        "Signals on the items after the filter."
+        return self.walked(signals) + self.strengths(signals) @ self.patterns.T
+
+# %% ../../nbs/models/spectral.ipynb #8f433074
+def _listed(
+    scores:np.ndarray, # (m, n_items) float32, rounded; overwritten
+    exact:Callable,    # place of the user, rows of items -> their scores, float64
+    n:int,
+    forbidden:csr_matrix|tuple|None, closed:np.ndarray|None, candidates:np.ndarray, # as `top_of` has them
+)->tuple[np.ndarray, np.ndarray]: # items (m, n) int32, scores (m, n) float32
+    "The lists that exact scores give."
+    least = top_of(scores, n, forbidden, closed, candidates)[1].min(axis=1, initial=np.inf) # forbidden is -inf now
+    items, best = np.full((len(scores), n), -1, np.int32), np.full((len(scores), n), -np.inf, np.float32)
+    for user, own in enumerate(scores):
+        open_ = own > -np.inf
+        rounding = 1e-5*np.abs(own[open_]).max(initial=0)
+        near = np.flatnonzero(open_ & (own >= least[user] - rounding))
+        again = np.float32(exact(user, near))
+        order = np.lexsort((near, -again))[:n]
+        items[user, :len(order)], best[user, :len(order)] = near[order], again[order]
+    return items, best
 
 # %% ../../nbs/models/spectral.ipynb #e2634e12
 class ChebyCF(_Filtering):
@@ -172,8 +199,8 @@ class ChebyCF(_Filtering):
         if factors < 0 or order < 1 or passes < 1:
             raise ValueError(f"factors must be 0 or more, order and passes 1 or more, not {factors}, {order}, {passes}")
         if not flatness > 0 or not np.isfinite([flatness, ideal, item_power]).all() or ideal < 0:
-            raise ValueError(f"flatness must be above 0, ideal 0 or more and item_power finite, not {flatness}, {ideal} "
-                             f"and {item_power}")
+            raise ValueError(f"flatness must be above 0, ideal 0 or more and item_power finite, not {flatness}, "
+                             f"{ideal} and {item_power}")
         super().__init__(factors=factors, order=order, flatness=flatness, ideal=ideal, item_power=item_power,
                          passes=passes, seed=seed)
 
@@ -187,11 +214,19 @@ class ChebyCF(_Filtering):
         scores *= self._balance
         return scores
 
+    def top(self, representations, n, forbidden=None, closed=None, threads=1):
+        "From all scores; those close to the last place are computed again."
+        walks, strengths = self.walked(representations), self.strengths(representations)
+        def exact(user, rows):
+            named = np.einsum("if,f->i", self.patterns[rows], strengths[user], dtype=np.float64)
+            return (walks[user, rows] + named)*self._balance[rows]
+        scores = (walks + strengths @ self.patterns.T)*self._balance
+        return _listed(scores, exact, n, forbidden, closed, self.candidates)
+
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "What the filter lets through from each past item to this one."
-        known = self.candidates[history.items]
         parts = self._towards(item)[history.items].astype(np.float64)/self._balance[history.items]
-        parts = np.where(known, parts*self._balance[item], 0)
+        parts = np.where(self.candidates[history.items], parts*self._balance[item], 0)
         return Contributions(float(parts.sum()), history.items, parts, {})
 
     def similarities(self, item:int)->np.ndarray:
