@@ -46,6 +46,7 @@ from product_recs.core.errors import ProductRecsError
 from product_recs.core.ids import IdTable
 from product_recs.core.kernels import one_blas_thread
 from product_recs.data.snapshots import Snapshot
+from product_recs.data.tasks import hold_out
 from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval
 from product_recs.inference import recommend_many
 from product_recs.models.all import fit_sharing
@@ -53,9 +54,9 @@ from product_recs.models.als import ALS, WeightedALS
 from product_recs.models.baselines import Popularity
 from product_recs.models.blend import ScoreBlend
 from product_recs.models.bpr import BPR
-from product_recs.models.interface import Model, top_lists
+from product_recs.models.interface import Model, size_of, top_lists, with_parts
 from product_recs.models.item_item import EASE, ItemBM25, ItemCosine, ItemGraph
-from product_recs.models.spectral import LowPass
+from product_recs.models.spectral import ChebyCF, LowPass
 
 K = 20
 # Recall@20, NDCG@20 as published for the split of the LightGCN paper of Gowalla (29,858 users, 40,981 items, 1,027,370
@@ -73,6 +74,9 @@ PUBLISHED = [
     ("GF-CF", 0.1849, 0.1518, BARS),
     ("UltraGCN", 0.1862, 0.1580, BARS),
     ("SimpleX", 0.1872, 0.1557, BARS),
+    ("PGSP", 0.1917, 0.1606, "Liu and others, WWW 2023"),
+    ("BSPM", 0.1921, 0.1597, "Choi and others, SIGIR 2023"),
+    ("ChebyCF", 0.1941, 0.1616, "Kim and others, SIGIR 2025, and README of ChebyCF"),
 ]
 GOWALLA = (29_858, 40_981, 810_128, 217_242)
 
@@ -102,23 +106,6 @@ def read(folder: Path) -> tuple[csr_matrix, csr_matrix]:
         return csr_matrix((np.ones(len(pairs), np.float32), places), shape=(len(users), len(items)))
 
     return matrix(train), matrix(test)
-
-
-def hold_out(train: csr_matrix, tilt: float = 0.0, share: float = 0.1, seed: int = 0) -> tuple[csr_matrix, csr_matrix]:
-    """Part `share` of each user's items, drawn by `seed` with chances popularity^tilt: what is left, and what is held
-    out."""
-    size = np.diff(train.indptr)
-    user = np.repeat(np.arange(train.shape[0]), size)
-    chance = np.bincount(train.indices, minlength=train.shape[1])[train.indices].astype(float) ** tilt
-    order = np.lexsort(
-        (np.random.default_rng(seed).exponential(size=train.nnz) / chance, user)
-    )  # the first of a race: drawn without replacement
-    place = np.empty(train.nnz, np.int64)
-    place[order] = np.arange(train.nnz) - np.repeat(train.indptr[:-1], size)
-    held = place < np.round(size * share)[user]
-    return tuple(
-        csr_matrix((train.data[part], (user[part], train.indices[part])), shape=train.shape) for part in (~held, held)
-    )
 
 
 def snapshot_of(train: csr_matrix) -> Snapshot:
@@ -151,7 +138,10 @@ def all_models(options: argparse.Namespace) -> dict:
     graph = dict(zip(("from_power", "user_power", "to_power"), options.graph), neighbours=options.neighbours)
     weighted, walks = WeightedALS(**als | own), ItemGraph(**graph)
     low = dict(factors=options.patterns, seed=options.seed)
-    smooth, ease = LowPass(**low), EASE(options.ease_regularization, options.ease_max_size)
+    spectrum = dict(zip(("flatness", "ideal", "item_power"), options.chebycf)) | dict(
+        factors=options.chebycf_patterns, seed=options.seed
+    )
+    whole, smooth, ease = ChebyCF(**spectrum), LowPass(**low), EASE(options.ease_regularization, options.ease_max_size)
     return {
         "popularity": (Popularity(), {}),
         "cosine": (ItemCosine(100), {"neighbours": 100}),
@@ -161,8 +151,13 @@ def all_models(options: argparse.Namespace) -> dict:
         "als": (ALS(**als), als),
         "weighted-als": (weighted, als | own),
         "low-pass": (smooth, low),
+        "chebycf": (whole, spectrum),
         "ease": (ease, {"regularization": options.ease_regularization}),
         "blend": (ScoreBlend([weighted, walks, smooth], options.blend), {"weights": list(options.blend)}),
+        "blend-chebycf": (
+            ScoreBlend([weighted, whole, walks], options.blend_chebycf),
+            {"weights": list(options.blend_chebycf)},
+        ),
         "blend-ease": (
             ScoreBlend([weighted, walks, smooth, ease], options.blend_ease),
             {"weights": list(options.blend_ease)},
@@ -216,6 +211,9 @@ def serve(model: Model, targets: csr_matrix) -> dict:
     return {
         "recall": hits.metric("recall", K).mean(), "ndcg": hits.metric("ndcg", K).mean(), "other lists": other,
         "p50": float(np.median(times)), "p99": float(np.quantile(times, 0.99)),
+        "megabytes": size_of(model) / 1e6, "user_bytes": sum(
+            part.user_factors[:1].nbytes for part in with_parts(model) if hasattr(part, "user_factors")
+        ),
     }  # fmt: skip
 
 
@@ -275,7 +273,8 @@ def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: 
     lines += ["", *(f"- {command}" for command in dict.fromkeys(f"{r['measured']}: {r['command']}" for r in results))]
     answered = [
         f"| {r['model']} | {r['served']['recall']:.4f} | {r['served']['ndcg']:.4f} | {r['served']['p50']:.2f} | "
-        f"{r['served']['p99']:.2f} |"
+        f"{r['served']['p99']:.2f} | {r['served'].get('megabytes', float('nan')):.0f} | "
+        f"{r['served'].get('user_bytes', '')} |".replace("nan", "")
         for r in results
         if r.get("served")
     ]
@@ -285,8 +284,8 @@ def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: 
             "Served: the same models written as bundles, opened, and asked by `recommend_many` for all users, and by "
             "`Recommender.recommend` for 500 of them, one at a time with one BLAS thread. The lists are the same.",
             "",
-            "| bundle of | Recall@20 | NDCG@20 | p50 of an answer, ms | p99, ms |",
-            "|---|---|---|---|---|",
+            "| bundle of | Recall@20 | NDCG@20 | p50 of an answer, ms | p99, ms | model, MB | of it a user, bytes |",
+            "|---|---|---|---|---|---|---|",
             *answered,
         ]
     half = max((high - low) / 2 for r in results for low, high in zip(r["low"], r["high"]))
@@ -301,7 +300,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--models",
-        default="popularity,cosine,bm25,graph,als,weighted-als,low-pass,blend",
+        default="popularity,cosine,bm25,graph,als,weighted-als,low-pass,chebycf,blend,blend-chebycf",
         help="by commas; also bpr, ease and blend-ease (default: %(default)s)",
     )
     parser.add_argument(
@@ -331,6 +330,19 @@ def main() -> None:
         "--blend", type=numbers(3), default=(0.45, 0.40, 0.15), help="weights of weighted ALS, item graph and low-pass"
     )
     parser.add_argument(
+        "--chebycf",
+        type=numbers(3),
+        default=(1.5, 0.2, 0.4),
+        help="flatness,ideal,item_power of ChebyCF (default: 1.5,0.2,0.4)",
+    )
+    parser.add_argument("--chebycf-patterns", type=int, default=512, help="of ChebyCF")
+    parser.add_argument(
+        "--blend-chebycf",
+        type=numbers(3),
+        default=(0.5, 0.3, 0.2),
+        help="weights of weighted ALS, ChebyCF and item graph",
+    )
+    parser.add_argument(
         "--blend-ease", type=numbers(4), default=(0.40, 0.11, 0.17, 0.32), help="the same, with EASE as the fourth"
     )
     parser.add_argument("--ease-regularization", type=float, default=300.0)
@@ -346,7 +358,7 @@ def main() -> None:
     train, targets = read(options.folder)
     shape = (*train.shape, train.nnz, targets.nnz)
     if options.validate:
-        train, targets = hold_out(train, options.tilt)
+        train, targets = hold_out(train, tilt=options.tilt)
     judged_by = (
         f"a tenth of train, held out{f', tilt {options.tilt}' if options.tilt else ''}" if options.validate else "test"
     )

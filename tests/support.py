@@ -36,7 +36,7 @@ from product_recs.models.content_neighbours import ContentNeighbours
 from product_recs.models.hybrid import Hybrid
 from product_recs.models.item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from product_recs.models.signals import OWN, SIGNALS, BlendWeights
-from product_recs.models.spectral import LowPass
+from product_recs.models.spectral import ChebyCF, LowPass
 from product_recs.web.problems import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -527,6 +527,8 @@ def every_model() -> dict:
     models = {model.name: model for model in all_models(SMALL, half_life_days=20)}
     models |= {
         "low-pass": LowPass(12),
+        "ChebyCF": ChebyCF(12),
+        "ChebyCF by a polynomial": ChebyCF(0, order=8, item_power=0.5),
         "BPR": BPR(8, iterations=15),
         "EASE": EASE(40),
         "few cosines": ItemCosine(**FEW),

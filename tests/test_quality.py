@@ -38,10 +38,12 @@ def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
     done = run(
         folder,
         "--models",
-        "popularity,cosine,graph,weighted-als,low-pass,blend,ease,blend-ease",
+        "popularity,cosine,graph,weighted-als,low-pass,chebycf,blend,blend-chebycf,ease,blend-ease",
         "--factors",
         "4",
         "--patterns",
+        "2",
+        "--chebycf-patterns",
         "2",
         "--regularization",
         "1",
@@ -56,6 +58,8 @@ def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
         "item graph",
         "weighted ALS",
         "low-pass",
+        "ChebyCF",
+        "0.5 weighted ALS + 0.3 ChebyCF + 0.2 item graph",
         "EASE",
         "0.45 weighted ALS + 0.4 item graph + 0.15 low-pass",
         "0.4 weighted ALS + 0.11 item graph + 0.17 low-pass + 0.32 EASE",
@@ -90,13 +94,14 @@ def test_mistakes_are_named(tmp_path, options, message):
 
 def test_a_bundle_of_a_model_answers_the_same_lists(folder):
     out = folder / "served"
-    models = ["--models", "graph,weighted-als,blend", "--factors", "4", "--patterns", "2"]
+    models = ["--models", "graph,weighted-als,chebycf", "--factors", "4", "--chebycf-patterns", "2"]
     done = run(folder, *models, "--served", "--out", out)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / f"quality-{folder.name}.json").read_text())
     assert len(results) == 3
     for result in results:
         served = result["served"]
+        assert served["megabytes"] > 0 and (served["user_bytes"] > 0) == ("ALS" in result["model"])
         assert served["other lists"] == 0 and 0 < served["p50"] <= served["p99"]
         assert abs(served["recall"] - result["recall"]) < 1e-9 and abs(served["ndcg"] - result["ndcg"]) < 1e-9
     assert "Served:" in done.stdout
