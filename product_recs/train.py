@@ -32,7 +32,7 @@ from .evaluation.metrics import Comparison, compared, paired_bootstrap, says_wor
 from .features import ensure_features
 from .ingest import SAMPLES, open_ledger
 from .models.all import all_models, fit_sharing, named
-from .models.als import ALS, ALS_DEFAULTS, check_als, fit_als
+from .models.als import ALS, check_als, chosen, completed, fit_als
 from .models.blend import HabitBlend
 from .models.blend_weights import learn_weights
 from .models.factors import FactorModel
@@ -64,7 +64,8 @@ def with_parameters(
         raise TrainError(f"model_parameters: {model.name} has no parameter {unknown[0]!r}; there are "
                          f"{', '.join(known) or 'none'}")
     values = {name: typed(f"model_parameters[{name!r}]", value, known[name]) for name, value in given.items()}
-    try: return type(model)(**model.parameters | values)
+    kept = chosen(model.parameters) if isinstance(model, ALS) else model.parameters
+    try: return type(model)(**kept | values)
     except (ValueError, TypeError) as error: raise TrainError(f"model_parameters of {model.name}: {error}") from None
 
 # %% ../nbs/03_train.ipynb #88303b94
@@ -217,7 +218,7 @@ def _checked(publish_it:bool|str, index:str, model:str, next_model:str, content:
     check_index(index)
     if content not in CONTENT: raise TrainError(f"content={content!r}: must be none, auto or always")
     als = {name: value for name, value in als.items() if value != fit_als.__kwdefaults__.get(name)} # what differs
-    als = check_als(features.all.confidence, **ALS_DEFAULTS | als)
+    als = check_als(features.all.confidence, **completed(als))
     singles = all_models(als)
     for name, special in ((model, ("auto",)), (next_model, ("auto", "none"))): # before a competition, too
         if name.strip().lower() == "all": raise TrainError(f"{name!r} is no model; name one, or auto")
