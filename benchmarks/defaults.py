@@ -213,7 +213,8 @@ def usual(family: str) -> dict[str, dict]:
     "Points with a name: what a package has without being asked."
     kinds = {"ALS": ALS, "weighted ALS": WeightedALS, "scaled ALS": ScaledALS} if family == "als" else {}
     kinds = kinds or {"default": FAMILIES[family]}
-    return {name: settings(kind()) for name, kind in kinds.items()} | (NAMED if family == "als" else {})
+    points = {name: settings(kind()) for name, kind in kinds.items()} | (NAMED if family == "als" else {})
+    return {name: json.loads(key_of("", family, point))[2] for name, point in points.items()}
 
 
 def settings(model: Model) -> dict:
@@ -238,6 +239,8 @@ def points_of(family: str, points: int) -> Iterator[dict]:
 
 
 def key_of(log: str, family: str, point: Mapping) -> str:
+    plain = {"solver": "auto", "unobserved_weight": 1.0, "nu": 0.0, "user_power": 0.0, "item_power": 0.0}
+    point = {name: value for name, value in point.items() if value != plain.get(name, ...)}
     return json.dumps([log, family, point], sort_keys=True)
 
 
@@ -257,7 +260,9 @@ class Search:
 
     def __init__(self, file: Path, logs: list[Log], minutes: float):
         self.file, self.logs, self.until = file, logs, time.monotonic() + 60 * minutes
-        self.judged = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.judged = {}
+        for key, figures in (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}).items():
+            self.judged[key_of(*json.loads(key))] = figures
 
     @property
     def over(self) -> bool:
