@@ -17,7 +17,7 @@ from .core.paths import resolve_path
 from .data.tasks import Task
 from .evaluation.metrics import category_diversity, find_hits, paired_bootstrap
 from .models.all import from_recipe
-from .models.als import ALS_DEFAULTS
+from .models.als import ALS_DEFAULTS, completed
 from .models.interface import Model, top_lists
 
 # %% ../nbs/04_evaluate.ipynb #939406a4
@@ -40,7 +40,7 @@ def judged_bundle(
     version = version or (version_of(folder, fingerprint) if fingerprint else current_version(folder)) or ""
     if not version: return {}, dict(ALS_DEFAULTS), ""
     manifest = read_manifest(folder/version)
-    return served_models(manifest), ALS_DEFAULTS | manifest["parameters"].get("als", {}), version
+    return served_models(manifest), completed(manifest["parameters"].get("als", {})), version
 
 # %% ../nbs/04_evaluate.ipynb #f1ea817a
 def _unlike(items:np.ndarray, likeness:Likeness)->float:

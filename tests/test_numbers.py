@@ -22,7 +22,7 @@ from product_recs.core.events import Event
 from product_recs.core.parameters import ParameterError, declared_defaults, typed, typed_parameters
 from product_recs.features import build_features
 from product_recs.jobs.weights import weigh
-from product_recs.models.als import PLAIN_OBJECTIVE, fit_als
+from product_recs.models.als import PLAIN_DEFAULTS, PLAIN_OBJECTIVE, completed, fit_als
 from product_recs.models.foldin import Solver
 from product_recs.train import train_bundle
 
@@ -148,9 +148,9 @@ def test_training_at_the_ends_of_each_parameter(tmp_path, solver, parameters):
     except TrainError as error:
         assert next(iter(parameters)) in str(error), error
         return
-    objective = {name: parameters.get(name, usual) for name, usual in PLAIN_OBJECTIVE.items()}
-    alpha, regularization = parameters.get("alpha", 1.0), parameters.get("regularization", 20.0)
-    fold_in_solver = Solver(model.item_factors, regularization, alpha, **objective)
+    used = completed(parameters | {"solver": solver})
+    objective = {name: used[name] for name in PLAIN_OBJECTIVE}
+    fold_in_solver = Solver(model.item_factors, used["regularization"], used["alpha"], **objective)
     assert np.isfinite([fold_in_solver.solve(row.indices, row.data) for row in features.all.confidence]).all()
     assert (
         np.isfinite(model.user_factors).all()
@@ -190,11 +190,15 @@ def test_a_wrong_number_of_the_features_is_named(tmp_path, name):
         "unobserved_weight",
         "nu",
         "cg_steps",
+        "user_power",
+        "item_power",
     ],
 )
 def test_a_wrong_number_of_the_training_is_named(tmp_path, name):
     confidence = features_of_log(log_of(1, 40, 3), tmp_path).all.confidence
     for value in [*WRONG, "3"]:
+        if value is None and name in PLAIN_DEFAULTS:
+            continue  # not given
         with pytest.raises(TrainError, match=name):
             fit_als(confidence, **{name: value}, progress=False)
 

@@ -43,7 +43,7 @@ from ..evaluation.competition import USUAL_BLEND, Fits, crossed_figures
 from ..evaluation.metrics import Comparison, bootstrap_means, compared, interval, paired_bootstrap
 from .weights import FEATURE_NAMES, PLAIN, Lab, alpha_for, distinct, user_ndcg, weigh, weightings
 from ..models.all import all_models
-from ..models.als import ALS, ALS_DEFAULTS, chosen_solver
+from ..models.als import ALS, ALS_DEFAULTS, PLAIN_DEFAULTS, chosen_solver
 from ..models.baselines import BuyAgain, Popularity
 from ..models.blend import HabitBlend
 from ..models.foldin import fold_in
@@ -55,7 +55,7 @@ from ..train import Choice
 SPACE = {"factors": (8, 256), "strength": (0.1, 100.0), "lambda": (0.01, 300.0)} # all on log scales
 ALS_NAMES = ("factors", "regularization", "alpha", "iterations")
 IMPLICIT_DEFAULTS = {"factors": 100, "regularization": 0.01, "alpha": 1.0, "iterations": 15}
-PROJECT_DEFAULTS = {name: ALS_DEFAULTS[name] for name in ALS_NAMES}
+PROJECT_DEFAULTS = {name: (ALS_DEFAULTS | PLAIN_DEFAULTS)[name] for name in ALS_NAMES}
 
 def power_of_two(
     number:float, # above 0

@@ -28,7 +28,7 @@ from ..data.artifact import Features
 from ..data.snapshots import Snapshot
 from ..data.tasks import PERIODS, Task, how_judged, make_task, past_and_future
 from ..evaluation.metrics import bootstrap_means, find_hits, interval, paired_bootstrap
-from ..models.als import ALS, ALS_DEFAULTS
+from ..models.als import ALS, PLAIN_DEFAULTS
 from ..models.interface import Model, top_lists
 from ..models.weighting import EVENT_WEIGHTS, LEAST, checked_event_weights, weighted, worth_sql
 
@@ -244,7 +244,7 @@ def compare_weightings(
     tasks:Sequence[str]|None=None,              # None: all that the log can be judged by
     strengths:Sequence[float]=(0.25, 1, 4, 16), # mean weight of an observed pair, ascending
     seeds:Sequence[int]=(0, 1),              # of ALS
-    factors:int=32, regularization:float=ALS_DEFAULTS["regularization"], iterations:int=10, # of ALS
+    factors:int=32, regularization:float=PLAIN_DEFAULTS["regularization"], iterations:int=10, # of ALS
     max_users:int=1000,                      # judge a sample of so many; 0: all
     cut_off:int=10,
     bootstrap:int=1000,                      # resamples
