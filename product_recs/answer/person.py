@@ -137,8 +137,18 @@ def _with_news(bundle:Bundle, row:int|None, history:Histories, news:Sequence[Eve
     places = np.searchsorted(merged, [bundle.items.row(event.item_id) for event in news])
     np.add.at(counts, places, 1)
     age_days[places] = 0
+    positions = np.zeros(len(merged), np.int32)
+    np.maximum.at(positions, places, _positions(news)) # of what came twice, the later one
     return Histories(np.array([0, len(merged)]), merged, confidence, counts, age_days,
-                     np.array([-1 if row is None else row]), (dict(attributes),) if attributes else None)
+                     np.array([-1 if row is None else row]), (dict(attributes),) if attributes else None,
+                     positions if len(news) else None)
+
+def _positions(news:Sequence[Event])->np.ndarray: # (n,) int32
+    "The order of events, from 1; those of one moment share a position."
+    times = [event.timestamp for event in news]
+    later = [number > 0 and (time is None or time != before) for number, (time, before) in
+             enumerate(zip(times, [None, *times]))]
+    return 1 + np.cumsum(later, dtype=np.int32)
 
 def _placed(merged:np.ndarray, items:np.ndarray, values:np.ndarray)->np.ndarray:
     "Values of some of the merged items, 0 for the others."

@@ -60,7 +60,7 @@ class ItemItem(Model):
 
     def fold_in(self, histories:Histories)->csr_matrix: # (m, n_items) float32
         "What each of the user's items counts: its confidence."
-        return _matrix_for(self.similarity, histories, histories.confidence)
+        return _matrix_for(self.similarity, histories, histories.weighted(histories.confidence))
 
     @cached_property
     def below(self)->np.ndarray: # (n_items,) float32, from -1e-12 to 0
@@ -197,7 +197,7 @@ class ItemGraph(StoredItemItem):
 
     def fold_in(self, histories:Histories)->csr_matrix:
         "Each item counts one."
-        return _matrix_for(self.similarity, histories, np.ones(len(histories.items), np.float32))
+        return _matrix_for(self.similarity, histories, histories.weighted())
 
 # %% ../../nbs/models/item_item.ipynb #d87965e5
 class _Regression(Model):
@@ -375,7 +375,7 @@ class EASE(_Regression):
         known = self.candidates[histories.items]
         items = self._place[histories.items[known]]
         indptr = np.concatenate([[0], np.cumsum(known)])[histories.indptr].astype(np.int32)
-        return csr_of((len(histories), len(self.regressions.columns)), indptr, items, np.ones(len(items), np.float32))
+        return csr_of((len(histories), len(self.regressions.columns)), indptr, items, histories.weighted()[known])
 
     def fold_in(self, histories:Histories)->Regressed:
         "The user's items among the candidates, and what the regressions make of them."
@@ -396,10 +396,10 @@ class EASE(_Regression):
         return scores
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
-        "The weight of each past item towards this one."
-        items = history.items[self.candidates[history.items]]
-        parts = np.zeros(len(items))
-        if self.candidates[item]: parts += self.regressions.toward(self._place[items], self._place[item])
+        "The weight of each past item towards this one, times what it counts."
+        known = self.candidates[history.items]
+        items, parts = history.items[known], history.weighted()[known].astype(np.float64)
+        parts *= self.regressions.toward(self._place[items], self._place[item]) if self.candidates[item] else 0
         return Contributions(float(parts.sum()), items, parts, {})
 
     def similarities(self, item:int)->np.ndarray:

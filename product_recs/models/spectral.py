@@ -38,13 +38,14 @@ class LowPass(FactorModel):
 
     def fold_in(self, histories:Histories)->np.ndarray: # (m, f) float32
         "What the user's items have of each pattern."
-        return histories.matrix(np.ones(len(histories.items), np.float32), len(self.candidates)) @ self.into
+        return histories.matrix(histories.weighted(), len(self.candidates)) @ self.into
 
     def users(self, rows:np.ndarray)->np.ndarray: return self.fold_in(self.snapshot.histories(rows))
 
     def pulls(self, history:Histories, factors:np.ndarray)->tuple[np.ndarray, dict[str, float]]:
         "What each past item has of the patterns of these factors."
-        return self.into[history.items].astype(np.float64) @ np.asarray(factors, np.float64), {}
+        pulled = self.into[history.items].astype(np.float64) @ np.asarray(factors, np.float64)
+        return history.weighted(pulled), {}
 
 # %% ../../nbs/models/spectral.ipynb #babfa939
 def _right_singular(matrix:csr_matrix, factors:int, passes:int, seed:int)->np.ndarray:
