@@ -72,7 +72,8 @@ class BPR(FactorModel):
         sold = self.popularity.astype(np.float32)
         return sold @ self.item_factors / max(float(sold.sum()), 1.0)
 
-    def _means(self, indptr:np.ndarray, items:np.ndarray, weights:np.ndarray|None=None)->np.ndarray: # (m, f + 1) float32
+    def _means(self, indptr:np.ndarray, items:np.ndarray,
+               weights:np.ndarray|None=None)->np.ndarray: # (m, f + 1) float32
         "Vectors of users with these items, one user after the other."
         means, counts = mean_factors(indptr, items, self.item_factors, self.candidates, weights)
         means -= self.average

@@ -56,11 +56,12 @@ def _best(rows:np.ndarray, scores:np.ndarray, n:int)->tuple[np.ndarray, np.ndarr
 # %% ../../nbs/models/item_item.ipynb #da0dc0a6
 class ItemItem(Model):
     "Sum of what the user's items say of others; `_fit` sets `similarity`, (n_items, n_items): row i, what item i says."
-    name, dense = "item-item", True
+    name, dense, by_confidence = "item-item", True, True
 
     def fold_in(self, histories:Histories)->csr_matrix: # (m, n_items) float32
-        "What each of the user's items counts: its confidence."
-        return _matrix_for(self.similarity, histories, histories.weighted(histories.confidence))
+        "What each of the user's items counts: its confidence, or one."
+        counts = histories.weighted(histories.confidence if self.by_confidence else None)
+        return _matrix_for(self.similarity, histories, counts)
 
     @cached_property
     def below(self)->np.ndarray: # (n_items,) float32, from -1e-12 to 0
@@ -172,7 +173,7 @@ class ItemBM25(StoredItemItem):
 # %% ../../nbs/models/item_item.ipynb #938d03e2
 class ItemGraph(StoredItemItem):
     "Walks of three steps, user to item to user to item, with busy places held back by powers."
-    name = "item graph"
+    name, by_confidence = "item graph", False # each item counts one
 
     def __init__(self,
         neighbours:int=300,     # first items kept per last item, itself included
@@ -194,10 +195,6 @@ class ItemGraph(StoredItemItem):
         ends = popularity**(given["from_power"] - given["to_power"])
         walks.data = (walks.data*ends[walks.indices]).astype(np.float32)
         self.similarity = walks
-
-    def fold_in(self, histories:Histories)->csr_matrix:
-        "Each item counts one."
-        return _matrix_for(self.similarity, histories, histories.weighted())
 
 # %% ../../nbs/models/item_item.ipynb #d87965e5
 class _Regression(Model):
