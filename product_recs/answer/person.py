@@ -144,11 +144,14 @@ def _with_news(bundle:Bundle, row:int|None, history:Histories, news:Sequence[Eve
                      positions if len(news) else None)
 
 def _positions(news:Sequence[Event])->np.ndarray: # (n,) int32
-    "The order of events, from 1; those of one moment share a position."
-    times = [event.timestamp for event in news]
-    later = [number > 0 and (time is None or time != before) for number, (time, before) in
-             enumerate(zip(times, [None, *times]))]
-    return 1 + np.cumsum(later, dtype=np.int32)
+    "The order of events, from 1: by their times, those of one moment together; what has no time is of now, and last."
+    positions, now = np.zeros(len(news), np.int32), datetime.max.replace(tzinfo=timezone.utc)
+    times = [event.timestamp or now for event in news]
+    position, before = 0, None
+    for number in sorted(range(len(news)), key=times.__getitem__): # of equal times as they are given
+        position += times[number] != before or times[number] is now
+        positions[number], before = position, times[number]
+    return positions
 
 def _placed(merged:np.ndarray, items:np.ndarray, values:np.ndarray)->np.ndarray:
     "Values of some of the merged items, 0 for the others."
