@@ -9,12 +9,13 @@
 # make bench   training, ranking, ingest, serving and all models beside their peers, and a page about it: benchmarks/results/README.md (35 minutes)
 # make bench QUICK=1   the same with small sizes, in some minutes; the page goes to build/bench
 # make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
+# make bench-sequence DATA=folder   what comes next, on a public log of sequences, beside published figures
 # make bench-cold DATA=folder   products without buyers, people without a past: the groceries, and a public log beside published figures
 
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index daily-kills quarter clean
+.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-sequence bench-cold bench-ingest bench-index daily-kills quarter clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -171,6 +172,11 @@ bench-index: .venv/.kernels .venv-bench/.ready
 bench-quality: .venv/.kernels
 	@test -n "$(DATA)" || { echo "name the folder with train.parquet and test.parquet: make bench-quality DATA=folder" >&2; exit 2; }
 	@$(BIN)/python benchmarks/quality.py "$(DATA)" $(OPTIONS)
+
+# the order of the histories; OPTIONS="--served" also asks a running service with each history as a session
+bench-sequence: .venv/.kernels
+	@test -n "$(DATA)" || { echo "name the folder with interactions.parquet: make bench-sequence DATA=folder" >&2; exit 2; }
+	@$(BIN)/python benchmarks/sequence.py "$(DATA)" $(OPTIONS)
 
 # few or no buyers, no past: the sample of groceries, and with DATA a folder of a cold protocol (files: head of benchmarks/cold.py);
 # VECTORS=file.npy adds a dense column to its titles; OPTIONS="--quick" searches no parameters

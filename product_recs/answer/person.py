@@ -128,6 +128,7 @@ def person_now(
     users = asked.fold_in(history) if changed else None if row is None else asked.users(np.array([row]))
     return Person(users if users is not None and asked.knows(users)[0] else None, history, **more)
 
+# %% ../../nbs/answer/person.ipynb #cb828e5c
 def _with_news(bundle:Bundle, row:int|None, history:Histories, news:Sequence[Event], extra:LeftOutHistory,
                attributes:Mapping)->Histories:
     "A history with what came since, or what was left out of the training; what is new happened today."

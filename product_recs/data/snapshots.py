@@ -67,8 +67,8 @@ class Histories:
         "Some of the pairs."
         if len(pairs) == len(self.items): return self
         values = {name: getattr(self, name) for name in _OF_PAIRS}
-        kept = {name: None if value is None else value[pairs] for name, value in values.items()}
-        return replace(self, indptr=np.searchsorted(pairs, self.indptr), **kept)
+        rest = {name: None if value is None else value[pairs] for name, value in values.items()}
+        return replace(self, indptr=np.searchsorted(pairs, self.indptr), **rest)
 
 _OF_PAIRS = ("items", "confidence", "counts", "age_days", "positions", "weights")
 _NONE = np.empty(0, np.float32)

@@ -93,6 +93,15 @@ def _read(name:str)->tuple[list[str], list[float], bool, bool]:
         raise ProductRecsError(f"model {name!r}: a weight must be above 0; or leave the model out")
     return [part for _, part in read], weights, on_top["content"], on_top["habits"]
 
+def _matching(name:str, known:Sequence[str], others:Sequence[str]=())->str:
+    "The name that is meant; the message for another one tells these, and the nearest."
+    by_lower = {each.lower(): each for each in known}
+    if isinstance(name, str) and name.lower() in by_lower: return by_lower[name.lower()]
+    near = difflib.get_close_matches(str(name).lower(), by_lower, 1)
+    meant = f"; did you mean {by_lower[near[0]]!r}?" if near else "."
+    raise ProductRecsError(f"models: there is no model {name!r}{meant} There are: {', '.join([*others, *known])}")
+
+# %% ../../nbs/models/all.ipynb #f2d42959
 _ORDER = re.compile(r"(.+?)\s*\((?:step\s+(\S+))?(?:\s+and\s+)?(?:half-life\s+(\S+)\s+days?)?\)", re.IGNORECASE)
 
 def _ordered(word:str, known:Mapping[str, Model])->Model:
@@ -109,14 +118,6 @@ def _ordered(word:str, known:Mapping[str, Model])->Model:
         raise ProductRecsError(f"model {word!r}: write '{model.name} (step 0.7)', '{model.name} (half-life 30 days)' "
                                "or both with 'and'; the step is above 0 and below 1")
     return ordered
-
-def _matching(name:str, known:Sequence[str], others:Sequence[str]=())->str:
-    "The name that is meant; the message for another one tells these, and the nearest."
-    by_lower = {each.lower(): each for each in known}
-    if isinstance(name, str) and name.lower() in by_lower: return by_lower[name.lower()]
-    near = difflib.get_close_matches(str(name).lower(), by_lower, 1)
-    meant = f"; did you mean {by_lower[near[0]]!r}?" if near else "."
-    raise ProductRecsError(f"models: there is no model {name!r}{meant} There are: {', '.join([*others, *known])}")
 
 def named(
     name:str,                # such as "EASE", "weighted ALS + item graph", "0.7 ALS + 0.3 EASE + habits"
