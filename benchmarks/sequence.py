@@ -133,9 +133,9 @@ STEPS = {"step_decay": (0.7, 0.5, 0.85)}
 FAMILIES = {
     "item graph": (
         ItemGraph,
-        {"from_power": (0.3, 0.5, 0.1), "to_power": (0.2, 0.1, 0.3), "user_power": (0.5, 0.75, 0.25)},
+        {"from_power": (0.3, 0.5, 0.1), "to_power": (0.3, 0.2, 0.1), "user_power": (0.25, 0.5, 0.75)},
     ),
-    "ALS": (ALS, {"regularization": (30.0, 10.0, 100.0), "alpha": (33.0, 10.0), "factors": (256,), "iterations": (8,)}),
+    "ALS": (ALS, {"regularization": (30.0, 100.0), "alpha": (33.0,), "factors": (256,), "iterations": (8,)}),
     "transitions": (
         Transitions,
         {
