@@ -10,12 +10,13 @@
 # make bench QUICK=1   the same with small sizes, in some minutes; the page goes to build/bench
 # make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
 # make bench-defaults   which parameters do well on logs of many shapes, chosen on validation (DATA="folder folder" adds public logs)
+# make bench-sequence DATA=folder   what comes next, on a public log of sequences, beside published figures
 # make bench-cold DATA=folder   products without buyers, people without a past: the groceries, and a public log beside published figures
 
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index bench-experiments daily-kills quarter bench-defaults clean
+.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index bench-experiments daily-kills quarter bench-defaults bench-sequence clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -180,6 +181,11 @@ bench-quality: .venv/.kernels
 # one parameter set for logs of many shapes; goes on where it ended; OPTIONS="--minutes 60 --families als,bm25 --write"
 bench-defaults: .venv/.kernels data
 	@$(BIN)/python benchmarks/defaults.py $(DATA) $(OPTIONS)
+
+# the order of the histories; OPTIONS="--served" also asks a running service with each history as a session
+bench-sequence: .venv/.kernels
+	@test -n "$(DATA)" || { echo "name the folder with interactions.parquet: make bench-sequence DATA=folder" >&2; exit 2; }
+	@$(BIN)/python benchmarks/sequence.py "$(DATA)" $(OPTIONS)
 
 # few or no buyers, no past: the sample of groceries, and with DATA a folder of a cold protocol (files: head of benchmarks/cold.py);
 # VECTORS=file.npy adds a dense column to its titles; OPTIONS="--quick" searches no parameters

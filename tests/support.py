@@ -35,6 +35,7 @@ from product_recs.models.bpr import BPR
 from product_recs.models.content_neighbours import ContentNeighbours
 from product_recs.models.hybrid import Hybrid
 from product_recs.models.item_item import EASE, ItemBM25, ItemCosine, ItemGraph
+from product_recs.models.order import OrderWeighted
 from product_recs.models.signals import OWN, SIGNALS, BlendWeights
 from product_recs.models.spectral import ChebyCF, LowPass
 from product_recs.web.problems import Problem
@@ -543,6 +544,22 @@ def every_model() -> dict:
         for part in (als, graph, models["blend"], models["popularity"]):
             models[f"{part.name} + habits, {task}"] = HabitBlend(part, task, weights(task))
     return models
+
+
+def ordered_models() -> dict:
+    "Every family by the order of the histories, alone and inside of what is made of others."
+    models = every_model() | {"content neighbours": ContentNeighbours(), "ALS + content": Hybrid(ALS(**SMALL))}
+    plain = [name for name in models if "habits" not in name and "few" not in name]
+    ordered = {f"{name}, by order": OrderWeighted(models[name], 0.8, 90) for name in plain}
+    ordered["by step alone"] = OrderWeighted(models["transitions"], 0.5)
+    ordered["by age alone"] = OrderWeighted(models["ALS"], half_life_days=40)
+    als, following = OrderWeighted(models["weighted ALS"], 0.7), OrderWeighted(models["transitions"], 0.6)
+    ordered["blend of ordered"] = ScoreBlend([als, following, models["item graph"]], [0.5, 0.3, 0.2])
+    ordered["ordered + content"] = Hybrid(als)
+    ordered["ordered blend + content"] = Hybrid(ordered["blend of ordered"], profile=1)
+    for part in (als, ordered["blend of ordered"]):
+        ordered[f"{part.name} + habits"] = HabitBlend(part, NEXT_PURCHASE, weights(NEXT_PURCHASE))
+    return ordered
 
 
 def described_models() -> dict:

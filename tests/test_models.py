@@ -2,10 +2,11 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from support import described_models, every_model, random_log
+from support import described_models, every_model, ordered_models, random_log
 
 from product_recs.data.snapshots import NOBODY, Histories
 from product_recs.models.all import from_recipe
@@ -14,11 +15,13 @@ from product_recs.models.hybrid import Hybrid
 from product_recs.models.interface import recipe
 from product_recs.models.interface import similar, size_of
 from product_recs.models.item_item import EASE
+from product_recs.models.order import OrderWeighted, order_weights
 from product_recs.search.top_n import top_n
 
 USERS, ITEMS, N = 220, 150, 10
-MODELS = every_model() | described_models()
-ASKED = [*MODELS, "EASE by users"]
+MODELS = every_model() | described_models() | ordered_models()
+WIDE = {"EASE by users": EASE(40), "EASE by users, by order": OrderWeighted(EASE(40), 0.8, 90)}
+ASKED = [*MODELS, *WIDE]
 every = pytest.mark.parametrize("name", ASKED)
 
 
@@ -44,8 +47,7 @@ def fitted(logs):
 
     def of(name):
         if name not in made:
-            wide = name == "EASE by users"
-            made[name] = frozen((EASE(40) if wide else MODELS[name]).fit(logs["wide" if wide else "tall"]))
+            made[name] = frozen((MODELS | WIDE)[name].fit(logs["wide" if name in WIDE else "tall"]))
         return made[name]
 
     return of
@@ -79,6 +81,8 @@ def told_of(model, representations) -> np.ndarray | bool:
     "Whether the users file says something about each of them; only a hybrid listens, alone or under habits."
     if isinstance(model, HabitBlend):
         return told_of(model.parts[0], representations.taste)
+    if isinstance(model, OrderWeighted):
+        return told_of(model.parts[0], representations)
     return np.diff(representations.about.indptr) > 0 if isinstance(model, Hybrid) else False
 
 
@@ -229,7 +233,7 @@ def test_stored_and_mapped_it_gives_the_same_lists(fitted, name, tmp_path):
 
 @every
 def test_a_fit_leaves_the_recipe_and_earlier_fits_as_they_are(fitted, logs, name):
-    made = EASE(40) if name == "EASE by users" else MODELS[name]
+    made = (MODELS | WIDE)[name]
     before, rows = json.dumps(recipe(made)), np.arange(30)
     first = made.fit(logs["tall"])
     lists, scores = first.top(first.users(rows), N), first.scores(first.users(rows))
@@ -262,7 +266,7 @@ def test_eight_threads_get_what_one_gets(fitted, name):
 
 @every
 def test_the_recipe_is_json_and_makes_the_same_model(name):
-    made = EASE(40) if name == "EASE by users" else MODELS[name]
+    made = (MODELS | WIDE)[name]
     text = json.dumps(recipe(made), allow_nan=False)
     again = from_recipe(json.loads(text))
     assert type(again) is type(made) and json.dumps(recipe(again)) == text
@@ -301,3 +305,26 @@ def test_moments_are_those_of_the_scores_over_the_candidates(fitted, name):
     assert np.allclose(mean, known.mean(axis=1), atol=1e-5 * size(scores)[:, 0])
     flat = known.std(axis=1) < 1e-6
     assert np.allclose(spread[~flat], known.std(axis=1)[~flat], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in ASKED if name.endswith(", by order")])
+def test_the_order_counts_and_needs_no_fit_of_its_own(fitted, name):
+    ordered = fitted(name)
+    part, rows = ordered.parts[0], users_of(ordered)
+    histories = ordered.snapshot.histories(rows)
+    weights = order_weights(histories, 0.8, 90)
+    by_hand = part.fold_in(replace(histories, weights=weights))
+    scores = ordered.scores(ordered.users(rows))
+    assert np.array_equal(scores, part.scores(by_hand)) and not ordered.to_arrays()
+    undated = replace(histories, age_days=0 * histories.age_days)
+    same = part.scores(part.fold_in(undated))
+    assert np.array_equal(ordered.scores(ordered.fold_in(undated)), same)
+    assert np.array_equal(scores, same) == (not part.personal)
+    busy = int(np.argmax(np.diff(histories.indptr)))
+    history, last = one_of(histories, busy), histories.indptr[busy + 1] - histories.indptr[busy] - 1
+    came = replace(history, age_days=0 * history.age_days, positions=np.arange(last + 1, dtype=np.int32))
+    dated = replace(history, age_days=np.arange(last, -1, -1).astype(np.float32))  # the same order, written as ages
+    step = OrderWeighted(part, 0.8).fit(ordered.snapshot)
+    assert np.allclose(step.scores(step.fold_in(came)), step.scores(step.fold_in(dated)), atol=1e-5) or (
+        "buy again" in name  # which looks at the ages beside the weights
+    )

@@ -128,6 +128,7 @@ def person_now(
     users = asked.fold_in(history) if changed else None if row is None else asked.users(np.array([row]))
     return Person(users if users is not None and asked.knows(users)[0] else None, history, **more)
 
+# %% ../../nbs/answer/person.ipynb #cb828e5c
 def _with_news(bundle:Bundle, row:int|None, history:Histories, news:Sequence[Event], extra:LeftOutHistory,
                attributes:Mapping)->Histories:
     "A history with what came since, or what was left out of the training; what is new happened today."
@@ -137,8 +138,21 @@ def _with_news(bundle:Bundle, row:int|None, history:Histories, news:Sequence[Eve
     places = np.searchsorted(merged, [bundle.items.row(event.item_id) for event in news])
     np.add.at(counts, places, 1)
     age_days[places] = 0
+    positions = np.zeros(len(merged), np.int32)
+    np.maximum.at(positions, places, _positions(news)) # of what came twice, the later one
     return Histories(np.array([0, len(merged)]), merged, confidence, counts, age_days,
-                     np.array([-1 if row is None else row]), (dict(attributes),) if attributes else None)
+                     np.array([-1 if row is None else row]), (dict(attributes),) if attributes else None,
+                     positions if len(news) else None)
+
+def _positions(news:Sequence[Event])->np.ndarray: # (n,) int32
+    "The order of events, from 1: by their times, those of one moment together; what has no time is of now, and last."
+    positions, now = np.zeros(len(news), np.int32), datetime.max.replace(tzinfo=timezone.utc)
+    times = [event.timestamp or now for event in news]
+    position, before = 0, None
+    for number in sorted(range(len(news)), key=times.__getitem__): # of equal times as they are given
+        position += times[number] != before or times[number] is now
+        positions[number], before = position, times[number]
+    return positions
 
 def _placed(merged:np.ndarray, items:np.ndarray, values:np.ndarray)->np.ndarray:
     "Values of some of the merged items, 0 for the others."

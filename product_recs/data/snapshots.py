@@ -7,7 +7,7 @@ __all__ = ['NOBODY', 'csr_of', 'Histories', 'Snapshot']
 
 # %% ../../nbs/data/snapshots.ipynb #38c20e97
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -37,6 +37,8 @@ class Histories:
     age_days: np.ndarray   # (p,) float32, days since the last one
     rows: np.ndarray|None=None # (m,) rows of the users in the snapshot, -1: not there; None: nobody is
     about: tuple|None=None # (m,) column of the users file -> value, told of each besides; None: nothing
+    positions: np.ndarray|None=None # (p,) int32, order of what came after the snapshot, from 1; 0: before; None: all is
+    weights: np.ndarray|None=None # (p,) float32, positive, by which each pair counts more or less; None: all alike
 
     def __len__(self)->int: return len(self.indptr) - 1
 
@@ -52,6 +54,23 @@ class Histories:
         "Values of the pairs as a matrix, without a copy."
         return csr_of((len(self), n_items), self.indptr, self.items, values)
 
+    def weighted(self,
+        values:np.ndarray|None=None, # (p,) float32 that an item counts; None: 1
+    )->np.ndarray:                   # (p,) float32
+        "What each pair counts, by its weight."
+        if values is None: values = np.ones(len(self.items), np.float32)
+        return values if self.weights is None else values*self.weights
+
+    def chosen(self,
+        pairs:np.ndarray, # places of the pairs that stay, ascending
+    )->"Histories":       # of the same users
+        "Some of the pairs."
+        if len(pairs) == len(self.items): return self
+        values = {name: getattr(self, name) for name in _OF_PAIRS}
+        rest = {name: None if value is None else value[pairs] for name, value in values.items()}
+        return replace(self, indptr=np.searchsorted(pairs, self.indptr), **rest)
+
+_OF_PAIRS = ("items", "confidence", "counts", "age_days", "positions", "weights")
 _NONE = np.empty(0, np.float32)
 NOBODY = Histories(np.zeros(2, np.int64), np.empty(0, np.int32), _NONE, _NONE, _NONE) # of one user, who had nothing
 

@@ -106,7 +106,8 @@ class BuyAgain(Model):
     def _ranks(self, histories:Histories)->np.ndarray: # (p,) 1: the least of the user's own
         "Rank of each pair among those of its user."
         # worst first within each user, so that the place in the sorted row is the score
-        order = np.lexsort((-histories.items, self.popularity[histories.items], -histories.age_days, histories.counts,
+        often = histories.weighted(histories.counts)
+        order = np.lexsort((-histories.items, self.popularity[histories.items], -histories.age_days, often,
                             histories.places))
         ranks = np.empty(len(order), np.float32)
         ranks[order] = np.arange(len(order)) - histories.indptr[histories.places[order]] + 1

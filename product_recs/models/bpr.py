@@ -22,12 +22,14 @@ def mean_factors(
     items:np.ndarray,        # (p,) rows of items
     item_factors:np.ndarray, # (n_items, f) float32
     known:np.ndarray,        # (n_items,) bool, the others do not count
-)->tuple[np.ndarray, np.ndarray]: # (m, f) float32, zeros where there are none; (m,) how many there are
+    weights:np.ndarray|None=None, # (p,) float32 of the pairs; None: all alike
+)->tuple[np.ndarray, np.ndarray]: # (m, f) float32, zeros where there are none; (m,) sums of their weights
     "Mean of the factors of each user's items."
     shape, weight = (len(indptr) - 1, len(known)), known[items].astype(np.float32)
+    if weights is not None: weight *= weights
     counts = np.bincount(np.repeat(np.arange(shape[0]), np.diff(indptr)), weight, shape[0])
     means = csr_of(shape, indptr, items, weight) @ item_factors
-    means /= np.maximum(counts, 1)[:, None]
+    means /= np.where(counts > 0, counts, 1)[:, None]
     return means, counts
 
 # %% ../../nbs/models/bpr.ipynb #bb98e137
@@ -70,9 +72,10 @@ class BPR(FactorModel):
         sold = self.popularity.astype(np.float32)
         return sold @ self.item_factors / max(float(sold.sum()), 1.0)
 
-    def _means(self, indptr:np.ndarray, items:np.ndarray)->np.ndarray: # (m, f + 1) float32
+    def _means(self, indptr:np.ndarray, items:np.ndarray,
+               weights:np.ndarray|None=None)->np.ndarray: # (m, f + 1) float32
         "Vectors of users with these items, one user after the other."
-        means, counts = mean_factors(indptr, items, self.item_factors, self.candidates)
+        means, counts = mean_factors(indptr, items, self.item_factors, self.candidates, weights)
         means -= self.average
         means[:, -1] = 1 # the item's bias counts once
         means[counts == 0] = 0
@@ -80,11 +83,11 @@ class BPR(FactorModel):
 
     def fold_in(self, histories:Histories)->np.ndarray: # (m, f + 1) float32
         "Mean of each user's items, less the average; zeros where the user had no candidate."
-        return self._means(histories.indptr, histories.items)
+        return self._means(histories.indptr, histories.items, histories.weights)
 
     def pulls(self, history:Histories, factors:np.ndarray)->tuple[np.ndarray, dict[str, float]]:
         "What each past item adds, and the bias of this one, the last of the factors."
         items, factors = history.items, np.asarray(factors, np.float64)
-        known = self.candidates[items]
+        known = history.weighted(self.candidates[items].astype(np.float64))
         alike = (self.item_factors[items].astype(np.float64) - self.average)[:, :-1] @ factors[:-1]
-        return alike*known/max(known.sum(), 1), {"bias": float(factors[-1]) if known.any() else 0.0}
+        return alike*known/(known.sum() or 1), {"bias": float(factors[-1]) if known.any() else 0.0}

@@ -49,14 +49,15 @@ class ContentNeighbours(Model):
 
     def scores(self, representations:Histories)->np.ndarray:
         "Sums of cosines with the user's items."
-        ones = representations.matrix(np.ones(len(representations.items), np.float32), len(self.candidates))
+        each = representations.matrix(representations.weighted(), len(self.candidates))
         different = np.unique(representations.items)
-        profiles = self.matrix.rows(different).summed(ones[:, different].T.toarray())
+        profiles = self.matrix.rows(different).summed(each[:, different].T.toarray())
         return np.ascontiguousarray(self.matrix.times(profiles).T, np.float32)
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "The cosine with each past item."
-        parts = self.matrix.rows(history.items).times(self.matrix.vector(item)).astype(np.float64)
+        alike = self.matrix.rows(history.items).times(self.matrix.vector(item))
+        parts = history.weighted(alike).astype(np.float64)
         return Contributions(float(parts.sum()), history.items, parts, {})
 
     def similarities(self, item:int)->np.ndarray:

@@ -7,7 +7,6 @@ __all__ = ['HYBRID_DEFAULTS', 'HybridUsers', 'Hybrid', 'beginning', 'ScoreParts'
 
 # %% ../../nbs/models/hybrid.ipynb #cf32f102
 from copy import copy
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,11 +126,7 @@ def _users_of(
 
 def _of_part(histories:Histories, own:int)->Histories:
     "Histories without the items that came after the training."
-    pairs = np.flatnonzero(histories.items < own)
-    if len(pairs) == len(histories.items): return histories
-    return replace(histories, indptr=np.searchsorted(pairs, histories.indptr), items=histories.items[pairs],
-                   confidence=histories.confidence[pairs], counts=histories.counts[pairs],
-                   age_days=histories.age_days[pairs])
+    return histories.chosen(np.flatnonzero(histories.items < own))
 
 def _about(learned:Learned, histories:Histories)->csr_matrix: # (m, values)
     "What the users file, or the request, tells of each user."
@@ -149,8 +144,8 @@ def _about(learned:Learned, histories:Histories)->csr_matrix: # (m, values)
 def _profiles(model:Hybrid, histories:Histories)->tuple[np.ndarray, np.ndarray, np.ndarray]: # (features, m), (m,), (m,)
     "Sums of the descriptions of the users' items; mean and spread of their cosines with the sample."
     different, place = np.unique(histories.items, return_inverse=True)
-    ones = csr_of((len(histories), len(different)), histories.indptr, place, np.ones(len(place), np.float32))
-    profiles = model.rows.of(different).summed(ones.T.tocsr().toarray()) if len(different) else (
+    each = csr_of((len(histories), len(different)), histories.indptr, place, histories.weighted())
+    profiles = model.rows.of(different).summed(each.T.tocsr().toarray()) if len(different) else (
         np.zeros((len(model.learned.content), len(histories)), np.float32))
     usual = model.learned.sample.times(profiles)
     if not len(usual): return profiles, np.zeros(len(histories)), np.ones(len(histories))
@@ -269,7 +264,7 @@ def _contributions_of(
     content = evidence*(own*new + share*((1 - new)*weight + new))
     if content:
         _, middle, width = _profiles(model, history)
-        common = rows.of(history.items).times(rows.of(np.array([item])).vector(0))
+        common = history.weighted(rows.of(history.items).times(rows.of(np.array([item])).vector(0)))
         added += content*common/width[0]
         add("average_content", -content*middle[0]/width[0])
     start = beginning(model, users.about, model.parameters["attributes"])[0, item]

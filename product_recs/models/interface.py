@@ -9,7 +9,6 @@ __all__ = ['Learner', 'top_of', 'knows_items', 'Contributions', 'moments_of', 'M
 # %% ../../nbs/models/interface.ipynb #7abbaf17
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -230,7 +229,7 @@ class Widened(Model):
         return self.parts[0].moments(representations, scores[:, :self.own])
 
     def top(self, representations, n, forbidden=None, closed=None, threads=1):
-        if isinstance(forbidden, tuple): forbidden = _pairs_below(*forbidden, self.own)[:2]
+        if isinstance(forbidden, tuple): forbidden = _pairs_below(*forbidden, self.own)
         elif forbidden is not None: forbidden = csr_matrix(forbidden)[:, :self.own]
         if closed is not None: closed = closed[closed < self.own]
         return self.parts[0].top(representations, n, forbidden, closed, threads)
@@ -245,18 +244,14 @@ class Widened(Model):
     def work(self)->int: return self.parts[0].work
 
 # %% ../../nbs/models/interface.ipynb #dc5746a9
-def _pairs_below(indptr:np.ndarray, items:np.ndarray, own:int)->tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The pairs of some users with items before a row: where each user starts, the items, and which pairs they were."
+def _pairs_below(indptr:np.ndarray, items:np.ndarray, own:int)->tuple[np.ndarray, np.ndarray]:
+    "The pairs of some users with items before a row: where each user starts, and the items."
     pairs = np.flatnonzero(items < own)
-    if len(pairs) == len(items): return indptr, items, pairs
-    return np.searchsorted(pairs, indptr), items[pairs], pairs
+    return (indptr, items) if len(pairs) == len(items) else (np.searchsorted(pairs, indptr), items[pairs])
 
 def _without(histories:Histories, own:int)->Histories:
     "Histories without the items from a row on."
-    indptr, items, pairs = _pairs_below(histories.indptr, histories.items, own)
-    if len(pairs) == len(histories.items): return histories
-    values = (getattr(histories, name)[pairs] for name in ("confidence", "counts", "age_days"))
-    return replace(histories, indptr=indptr, items=items, **dict(zip(("confidence", "counts", "age_days"), values)))
+    return histories.chosen(np.flatnonzero(histories.items < own))
 
 # %% ../../nbs/models/interface.ipynb #648df4f2
 def size_of(

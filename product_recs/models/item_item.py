@@ -56,11 +56,12 @@ def _best(rows:np.ndarray, scores:np.ndarray, n:int)->tuple[np.ndarray, np.ndarr
 # %% ../../nbs/models/item_item.ipynb #da0dc0a6
 class ItemItem(Model):
     "Sum of what the user's items say of others; `_fit` sets `similarity`, (n_items, n_items): row i, what item i says."
-    name, dense = "item-item", True
+    name, dense, by_confidence = "item-item", True, True
 
     def fold_in(self, histories:Histories)->csr_matrix: # (m, n_items) float32
-        "What each of the user's items counts: its confidence."
-        return _matrix_for(self.similarity, histories, histories.confidence)
+        "What each of the user's items counts: its confidence, or one."
+        counts = histories.weighted(histories.confidence if self.by_confidence else None)
+        return _matrix_for(self.similarity, histories, counts)
 
     @cached_property
     def below(self)->np.ndarray: # (n_items,) float32, from -1e-12 to 0
@@ -172,7 +173,7 @@ class ItemBM25(StoredItemItem):
 # %% ../../nbs/models/item_item.ipynb #938d03e2
 class ItemGraph(StoredItemItem):
     "Walks of three steps, user to item to user to item, with busy places held back by powers."
-    name = "item graph"
+    name, by_confidence = "item graph", False # each item counts one
 
     def __init__(self,
         neighbours:int=300,     # first items kept per last item, itself included
@@ -194,10 +195,6 @@ class ItemGraph(StoredItemItem):
         ends = popularity**(given["from_power"] - given["to_power"])
         walks.data = (walks.data*ends[walks.indices]).astype(np.float32)
         self.similarity = walks
-
-    def fold_in(self, histories:Histories)->csr_matrix:
-        "Each item counts one."
-        return _matrix_for(self.similarity, histories, np.ones(len(histories.items), np.float32))
 
 # %% ../../nbs/models/item_item.ipynb #d87965e5
 class _Regression(Model):
@@ -375,7 +372,7 @@ class EASE(_Regression):
         known = self.candidates[histories.items]
         items = self._place[histories.items[known]]
         indptr = np.concatenate([[0], np.cumsum(known)])[histories.indptr].astype(np.int32)
-        return csr_of((len(histories), len(self.regressions.columns)), indptr, items, np.ones(len(items), np.float32))
+        return csr_of((len(histories), len(self.regressions.columns)), indptr, items, histories.weighted()[known])
 
     def fold_in(self, histories:Histories)->Regressed:
         "The user's items among the candidates, and what the regressions make of them."
@@ -396,10 +393,10 @@ class EASE(_Regression):
         return scores
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
-        "The weight of each past item towards this one."
-        items = history.items[self.candidates[history.items]]
-        parts = np.zeros(len(items))
-        if self.candidates[item]: parts += self.regressions.toward(self._place[items], self._place[item])
+        "The weight of each past item towards this one, times what it counts."
+        known = self.candidates[history.items]
+        items, parts = history.items[known], history.weighted()[known].astype(np.float64)
+        parts *= self.regressions.toward(self._place[items], self._place[item]) if self.candidates[item] else 0
         return Contributions(float(parts.sum()), items, parts, {})
 
     def similarities(self, item:int)->np.ndarray:

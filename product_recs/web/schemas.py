@@ -138,7 +138,7 @@ def recommend_body(
         n: StrictInt = Field(default_n, ge=1, le=max_n)
         task: Task | None = Field(None, description="null: discovery, or what the user's experiment says")
         events: list[SessionEvent] = Field([], max_length=min(max_batch, 200),
-                                           description="of this session; with `users`, they count for each of them")
+                                           description="of this session, oldest first; with `users`, of each of them")
         attributes: _Words = Field(
             {},
             description="what is known of the guest, column of the users file -> value, such as "
