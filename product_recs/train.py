@@ -277,9 +277,9 @@ def _tuned_singles(singles:list[Model], model:str, next_model:str, given:Mapping
     own = with_own_parameters(singles, parameters_by_model(given, singles, model))
     if not next_given: return own, own
     if next_model == "none" or (next_model == "auto" != model):
-        why = "there is no model for the next purchase" if next_model == "none" else f"it is {model} + habits"
+        why = "there is no model for the next purchase" if next_model == "none" else f"that is {model} + habits"
         raise TrainError(f"next_model_parameters={dict(next_given)!r}: are of no use with next_model={next_model!r} "
-                         f"and model={model!r}, for {why}; name the model in next_model, or give them in model_parameters")
+                         f"and model={model!r}: {why}; name it in next_model, or give them in model_parameters")
     label = "next_model_parameters"
     return own, with_own_parameters(own, parameters_by_model(next_given, own, next_model, label), label)
 
