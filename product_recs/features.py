@@ -559,9 +559,10 @@ def earlier_windows(
 )->list[Features]: # `train` and `validation` are those of the window; the latest first
     "The windows before the validation period, made where they are not there yet; raises `FeatureError` like a build."
     moments, folder = window_moments(features.split, most), features.path/"windows"
+    log, interactions = features.interactions/"interactions.parquet", features.interactions
     missing = [place for place in range(len(moments)) if not (folder/str(place + 1)).exists()]
+    if missing and not log.exists(): return []
     if missing:
-        log, interactions = features.interactions/"interactions.parquet", features.interactions
         folder.mkdir(exist_ok=True)
         with (tempfile.TemporaryDirectory(dir=folder) as spill,
               database_errors(FeatureError, str(log), f"{log}: no windows could be made", memory_limit),

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,14 @@ from .bundle.versions import OtherLive, hold_back, live_of_another_run
 from .core.columns import DISCOVERY, NEXT_PURCHASE
 from .core.errors import EvaluateError, ProductRecsError, TrainError
 from .core.files import locked
-from .core.parameters import typed
+from .core.parameters import number, typed
 from .core.paths import resolve_path
 from .data.artifact import Features
 from .data.tasks import how_judged, make_task, past_and_future
 from .evaluation.competition import (Competition, Fits, compete, user_figures,
                                                  worse_than_popularity)
 from .evaluation.metrics import Comparison, compared, paired_bootstrap, says_worse
-from .features import ensure_features
+from .features import WINDOWS, earlier_windows, ensure_features
 from .ingest import SAMPLES, open_ledger
 from .models.all import all_models, fit_sharing, named
 from .models.als import ALS, ALS_DEFAULTS, check_als, fit_als
@@ -118,10 +119,12 @@ class Choice:
         seed:int=0,
         progress:bool=True,
         next_singles:Sequence[Model]|None=None, # likewise, for the next purchase; None: the same
+        windows:int=1,           # validation periods that a competition looks at, the last one and those before it
     ):
         self.features, self.singles, self.candidates, self.seed = features, list(singles), candidates, seed
         self.next_singles = self.singles if next_singles is None else list(next_singles)
         self.progress, self.fits, self.competitions = progress, Fits(features.train), {}
+        self.windows = number("windows", windows, 1, 100, whole=True, error=TrainError)
         self.how = how_judged(features.split)
         self.notes = [self.how["note"]] if self.how["by"] == "user" else [] # by nothing: the choice says it
 
@@ -152,8 +155,14 @@ class Choice:
         if everybody: entrants = [model for model in singles if model.name != "BPR"]
         else: entrants = [named(name, singles, task) for name in names_of(self.candidates)]
         self.competitions[task] = compete(self.features, entrants, task, combine=everybody, seed=self.seed,
-                                          fits=self.fits, progress=self.progress)
+                                          fits=self.fits, windows=[window for window, _ in self.earlier],
+                                          window_fits=[fits for _, fits in self.earlier], progress=self.progress)
         return self.competitions[task].winner
+
+    @cached_property
+    def earlier(self)->list[tuple[Features, Fits]]:
+        "The windows before the validation period, and what is fitted on them."
+        return [(window, Fits(window.train)) for window in earlier_windows(self.features, self.windows - 1)]
 
 def names_of(
     candidates:str|Sequence[str], # names, in a list or with commas between them
@@ -296,6 +305,7 @@ def train_bundle(
     model_parameters:Mapping|None=None,   # of the model that `model` names, or of each by its name
     next_model_parameters:Mapping|None=None, # likewise, of the next purchase alone
     candidates:str|Sequence[str]="all",   # who competes: all, or names
+    windows:int=WINDOWS,                  # validation periods that a competition looks at, where the log has them
     progress:bool=True,
     **als,                        # parameters of `fit_als`, for ALS and weighted ALS
 )->tuple[str, Trained]:           # version, and what it holds
@@ -304,7 +314,7 @@ def train_bundle(
     seed, models_dir = als["seed"], resolve_path(models_dir)
     singles, next_singles = _tuned_singles(all_models(als, seed=seed), model, next_model, model_parameters or {},
                                            next_model_parameters or {})
-    choice = Choice(features, singles, candidates, seed, progress, next_singles)
+    choice = Choice(features, singles, candidates, seed, progress, next_singles, windows)
     recipes = choose_models(choice, model, next_model, content)
     for single in (*singles, *next_singles):
         if isinstance(single, ALS): single.progress = progress
