@@ -36,7 +36,7 @@ from .weights import FEATURE_NAMES, PLAIN, Lab, distinct, weigh, weightings
 from ..models.all import all_models, fit_sharing, named
 from ..models.als import ALS, ALS_DEFAULTS
 from ..models.baselines import BuyAgain, Popularity
-from ..models.interface import Model, with_parts
+from ..models.interface import Model, recipe, with_parts
 from ..models.spaces import Options, model_at, point_of, reads_confidence, space_of
 from ..train import Choice, names_of, parameters_by_model, with_own_parameters
 
@@ -231,6 +231,7 @@ class Judge:
     "Judges places of a problem; `search` calls it."
     def __init__(self, problem:Problem, entrants:Sequence[Entrant]):
         self.problem, self.entrants = problem, {entrant.model.name: entrant for entrant in entrants}
+        self.known = {} # of one search: a rung need not judge again what a lower one has judged
 
     def __call__(self, name:str, point:dict, rung:int, origin:str="")->float:
         "NDCG of a place by a rung, the mean over its windows; raises what the model raises."
@@ -240,9 +241,16 @@ class Judge:
         if share < 1 and "iterations" in model.parameters:
             fewer = max(3, round(max(share, _SHARES[-1])*model.parameters["iterations"]))
             model = type(model)(**model.parameters | {"iterations": min(fewer, model.parameters["iterations"])})
-        weighting = point.get("weighting", problem.own)
-        return float(np.mean([user_figures(model.fit(window.part(weighting, share)), window.task,
-                                           k=problem.cut_off).mean() for window in problem.windows[:windows]]))
+        values = (self._by_window(model, point.get("weighting", problem.own), share, place) for place in range(windows))
+        return float(np.mean([*values]))
+
+    def _by_window(self, model:Model, weighting:str, share:float, place:int)->float:
+        key = json.dumps([recipe(model), weighting, share, place], sort_keys=True)
+        if key not in self.known:
+            window = self.problem.windows[place]
+            fitted = model.fit(window.part(weighting, share))
+            self.known[key] = user_figures(fitted, window.task, k=self.problem.cut_off).mean()
+        return self.known[key]
 
 def search_tasks(
     file:str|Path,                      # SQLite
