@@ -302,6 +302,7 @@ def _by_window(judged:dict[str, _Entry], winner:_Entry, grounds:Sequence[_Ground
                      "lead": -behind.difference if behind.high < 0 else None})
     return rows
 
+# %% ../../nbs/evaluation/competition.ipynb #c1eb6c6e
 def _sentence(competition:Competition)->str:
     table, facts = competition.table, competition.facts
     first, won = table.iloc[0], table[table.model == competition.winner.name].iloc[0]

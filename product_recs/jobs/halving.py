@@ -160,6 +160,7 @@ def _drawn(contender:Contender, own:Sequence[Look], rungs:int, seed:int)->dict|N
                  for name, where in space.items()}
         if key_of(point) not in taken: return point
 
+# %% ../../nbs/jobs/halving.ipynb #447e5dcc
 def next_look(
     contender:Contender,
     looks:Sequence[Look],   # of all so far
@@ -299,6 +300,7 @@ def search(
                and not any(look.contender == each.name and not look.fits for look in record.looks)]
     return Search(record.looks, earlier, made, minutes, budget_minutes, max_trials, ended, untried)
 
+# %% ../../nbs/jobs/halving.ipynb #ed5676fb
 def _looked(record:Record, judge:Callable, contender:Contender, point:dict, rung:int, origin:str,
             clock:Callable)->Look:
     "Judge a place and keep the look; what cannot be fitted is worth nothing."

@@ -191,6 +191,7 @@ def entrants_of(
     else: chosen = [part.name for name in names_of(candidates) for part in with_parts(named(name, used))]
     return [_entrant(problem, each, defaults[each.name], lab, limits) for each in used if each.name in chosen]
 
+# %% ../../nbs/jobs/tune.ipynb #4728a72f
 def _entrant(problem:Problem, model:Model, default:Model, lab:Lab|None, limits:Mapping[str, int])->Entrant:
     "A model with its starts and its space."
     starts = {"the project's defaults": (default, problem.own)}
