@@ -260,6 +260,7 @@ def compete(
              "seconds": round(perf_counter() - started, 1)}
     return Competition(task, table, winner.model, left_out, facts)
 
+# %% ../../nbs/evaluation/competition.ipynb #7aed92dd
 _IN_REACH, _WINDOW_USERS = 0.8, 100
 
 def _earlier_grounds(windows:Sequence[Features], window_fits:Sequence[Fits], settings:tuple)->list[_Ground]:
