@@ -96,7 +96,8 @@ def build_wheel(folder: Path, **environment) -> Path:
 
 
 QUICK = (
-    "max_trials: 4\nmax_factors: 16\nmax_iterations: 10\nhalf_lives: [30]\nstrengths: [1]\nseeds: [0]\nlab_factors: "
+    "max_trials: 8\ncandidates: [popularity, EASE, item graph]\nmax_factors: 16\nmax_iterations: 10\n"
+    "half_lives: [30]\nstrengths: [1]\nseeds: [0]\nlab_factors: "
     "8\nlab_iterations: 3\nmax_users: 100\ntest_seeds: [0]\nbootstrap: 100\n"
 )
 

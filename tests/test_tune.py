@@ -17,17 +17,10 @@ from support import QUICK, call, fresh_project, only_the_jobs
 from product_recs.bundle.opening import open_bundle
 from product_recs.features import build_features, ensure_features
 from product_recs.ingest import ingest
-from product_recs.jobs.tune import (
-    as_trial,
-    choose_candidates,
-    finished,
-    open_study,
-    past_searches,
-    pose,
-    search,
-    search_tasks,
-    starting_points,
-)
+from product_recs.jobs.halving import Record, past_searches
+from product_recs.jobs.tune import choose_candidates, entrants_of, pose, search_tasks
+from product_recs.jobs.weights import FEATURE_NAMES
+from product_recs.models.interface import with_parts
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +45,7 @@ def tuned(tmp_path_factory):
             line + "\n"
             for line in QUICK.splitlines()
             if line.split(":")[0]
-            in ("max_trials", "max_factors", "max_iterations", "max_users", "test_seeds", "bootstrap")
+            in ("max_trials", "candidates", "max_factors", "max_iterations", "max_users", "test_seeds", "bootstrap")
         )
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -70,26 +63,24 @@ def tuned(tmp_path_factory):
 def test_a_second_call_goes_on(tuned):
     _, ((out, first), (_, second)) = tuned
     a, b = (metrics["tune"]["tasks"]["discovery"] for metrics in (first, second))
-    assert (a["earlier_trials"], a["trials"], b["earlier_trials"], b["trials"]) == (0, 4, 4, 8) and a["study"] == b[
-        "study"
-    ]
+    assert (a["earlier_trials"], a["trials"], b["earlier_trials"], b["trials"]) == (0, 8, 8, 16)
+    assert a["study"] == b["study"]
     assert [metrics["tune"]["parameters"]["budget_minutes"] for metrics in (first, second)] == [3, 4]
-    assert (
-        b["validation_ndcg"] >= a["validation_ndcg"] >= max(a["starting_points"].values())
-        and len(a["starting_points"]) >= 2
-    )
+    starts = [value for origin, value in a["starting_points"].items() if origin.startswith("EASE: ")]
+    assert b["validation_ndcg"]["EASE"] >= a["validation_ndcg"]["EASE"] >= max(starts)
     assert a["sentence"] in out and "best_discovery.yaml" in out
-    assert a["ended"]["sentence"] in out and a["ended"]["by"] == "trials" and a["ended"]["trials"] == 4
-    assert [entry["trials"] for entry in b["history"]] == [4, 4] and a["history"] == b["history"][:1]
+    assert a["ended"]["sentence"] in out and a["ended"]["by"] == "trials" and a["ended"]["trials"] == 8
+    assert [entry["trials"] for entry in b["history"]] == [8, 8] and a["history"] == b["history"][:1]
     assert all(edge["sentence"] in out for edge in a["edges"])
+    assert sum(row["trials"] for row in b["budget"]) == 16 and len(b["competition"]["windows"]) > 1
 
 
 def test_the_winner_meets_what_a_shop_has_already(tuned):
     _, ((_, first), _) = tuned
     task = first["tune"]["tasks"]["discovery"]
     names = [row["name"] for row in task["test"]]
-    assert names[0] == "tuned" and {"popularity", "buy again", *task["roles"]} <= set(names) and len(task["roles"]) == 1
-    assert [row["name"] for row in task["validation"]] == names == sorted(names, key=names.index)
+    assert names[0] == f"tuned {task['competition']['winner']}"
+    assert {"popularity", "buy again", *task["roles"]} <= set(names) and len(task["roles"]) == 1
     assert {row["model"] for row in task["figures"]} == set(names)
     values = [row["test"] for row in task["figures"]]
     assert values == sorted(values, reverse=True)
@@ -104,6 +95,40 @@ def test_the_winner_meets_what_a_shop_has_already(tuned):
     assert f"Discovery: tuning {worth}: " in task["sentence"] and served["name"] in task["sentence"]
 
 
+def test_the_answer_runs_and_the_reports_stay(tuned):
+    root, (_, (_, metrics)) = tuned
+    best = yaml.safe_load((root / "data/processed/sample/best_discovery.yaml").read_text())
+    task = metrics["tune"]["tasks"]["discovery"]
+    assert best == task["best"] == yaml.safe_load((root / "reports/sample/best_discovery.yaml").read_text())
+    (root / "yours.yaml").write_text("model: ALS\nfactors: 3\nbootstrap: 100\nmodels: [popularity, ALS]\n")
+    files = ("-f", "yours.yaml", "-f", "data/processed/sample/best_discovery.yaml")
+    done = call(root, "product-recs", "run", "--name", "sample", *files, "--quiet")
+    assert done.returncode == 0, done.stderr
+    bundle = open_bundle(root / "models")
+    served, features = bundle.model("discovery"), bundle.manifest["parameters"]["features"]
+    assert served.name == best["model"] == task["competition"]["winner"]
+    singles = {part.name: part.parameters for part in with_parts(served) if not part.parts}
+    assert best["model_parameters"] and all(
+        singles[name] | given == singles[name] for name, given in best["model_parameters"].items()
+    )
+    assert all(features[name] == value for name, value in best.items() if name in FEATURE_NAMES)
+    page = (root / "reports/sample/index.html").read_text()
+    assert "tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/weights.html").exists()
+    assert (root / "data/processed/sample/tune.db").exists()
+
+
+def test_a_wrong_value_of_the_file_is_named(tuned):
+    root, _ = tuned
+    for text, word in (
+        ("model: EASE + item graph\nmodel_parameters: {EASE: {regularization: much}}\n", "must be a number"),
+        ("model: EASE + item graph\nmodel_parameters: {EASE: {factors: 8}}\n", "regularization, max_size"),
+        ("model: EASE + item graph\nmodel_parameters: {ALS: {factors: 8}}\n", "leave it out"),
+    ):
+        (root / "wrong.yaml").write_text(text)
+        done = call(root, "product-recs", "run", "--name", "wrong", "-f", "wrong.yaml", "--quiet")
+        assert done.returncode == 1 and "model_parameters" in done.stderr and word in done.stderr, done.stderr
+
+
 class Clock:
     "A clock on which each look takes a while."
 
@@ -115,140 +140,71 @@ class Clock:
         return self.seconds
 
 
-def test_the_minutes_are_used(tmp_path, problem_of):
-    "Twice the time is twice the trials; no number of trials ends a search early, and tasks share what is left."
-    problem, *first = problem_of(ensure_features("sample"))
-    made = {}
-    for minutes in (2, 4):
-        clock = Clock(3)
-        done = search(tmp_path / f"{minutes}.db", problem, *first, budget_minutes=minutes, progress=False, clock=clock)
-        longest = max(trial.user_attrs["seconds"] for trial in finished(done.study)) + 5 * clock.step
-        assert done.ended == "time" and minutes * 60 <= clock.seconds <= minutes * 60 + longest
-        assert (
-            done.made
-            == len(finished(done.study))
-            == past_searches(tmp_path / f"{minutes}.db", "discovery")[0]["trials"]
-        )
-        made[minutes] = done.made
-    assert 1.5 * made[2] < made[4] < 3 * made[2]
-    clock, tasks = Clock(3), dict.fromkeys(("one", "two", "three"), problem)
-    shared = search_tasks(
-        tmp_path / "tasks.db",
-        tasks,
-        *(dict.fromkeys(tasks, each) for each in first),
-        budget_minutes=6,
-        progress=False,
-        clock=clock,
-    )
-    assert all(each.ended == "time" for each in shared.values()) and 360 <= clock.seconds <= 360 + longest + 30
-
-
-def test_the_answer_runs_and_the_reports_stay(tuned):
-    root, (_, (_, metrics)) = tuned
-    best = yaml.safe_load((root / "data/processed/sample/best_discovery.yaml").read_text())
-    assert (
-        best
-        == metrics["tune"]["tasks"]["discovery"]["best"]
-        == yaml.safe_load((root / "reports/sample/best_discovery.yaml").read_text())
-    )
-    (root / "yours.yaml").write_text("model: ALS\nfactors: 3\nbootstrap: 100\nmodels: [popularity, ALS]\n")
-    done = call(
-        root,
-        "product-recs",
-        "run",
-        "--name",
-        "sample",
-        "-f",
-        "yours.yaml",
-        "-f",
-        "data/processed/sample/best_discovery.yaml",
-        "--quiet",
-    )
-    assert done.returncode == 0, done.stderr
-    bundle = open_bundle(root / "models")
-    taken = bundle.manifest["parameters"]["features"] | bundle.model("discovery").parameters
-    assert taken | best == taken
-    judged = json.loads((root / "reports/sample/metrics.json").read_text())["04_evaluate"]["table"]
-    # those that were named, what is served for the next purchase, and the simple ones beside it
-    assert {row["model"] for row in judged} == {"popularity", "buy again", "ALS", "ALS + habits"}
-    page = (root / "reports/sample/index.html").read_text()
-    assert "tune.html" in page and "04_evaluate.html" in page and (root / "reports/sample/weights.html").exists()
-    assert (root / "data/processed/sample/tune.db").exists()
-
-
 @pytest.fixture(scope="module")
 def problem_of():
     def make(features, **options):
         candidates = choose_candidates(features, "discovery", top=1)
-        problem = pose(features, "discovery", candidates, max_factors=16, max_iterations=10, max_users=100, **options)
-        points = starting_points(features, "discovery")
-        return (
-            problem,
-            {name: as_trial(features, problem, point) for name, point in points.items()},
-            {name: point["iterations"] for name, point in points.items()},
-        )
+        problem = pose(features, "discovery", candidates, max_users=100, windows=1, **options)
+        entrants = entrants_of(problem, candidates="EASE, item graph, ALS", max_factors=16, max_iterations=10)
+        return {"discovery": problem}, {"discovery": entrants}
 
     return make
 
 
-def test_kill_9_leaves_a_study_that_goes_on(tmp_path, problem_of):
-    "Killed twice and more in the middle of its work, the sequence of trials is still the one of an undisturbed search."
-    root, rng = fresh_project(tmp_path), random.Random(0)
-    features = build_features(ingested(root), root / "features")
-    script = """
+def test_the_minutes_are_used(tmp_path, problem_of):
+    "Twice the time is about twice the trials; tasks share what is left."
+    problems, entrants = problem_of(ensure_features("sample"))
+    made = {}
+    for minutes in (2, 4):
+        clock = Clock(2)
+        done = search_tasks(
+            tmp_path / f"{minutes}.db", problems, entrants, budget_minutes=minutes, progress=False, clock=clock
+        )["discovery"]
+        assert done.ended == "time" and minutes * 60 - 12 <= clock.seconds <= minutes * 60 + 12
+        assert done.made == len(done.looks) == past_searches(tmp_path / f"{minutes}.db", "discovery")[0]["trials"]
+        made[minutes] = done.made
+    assert 1.5 * made[2] < made[4] < 3 * made[2]
+
+
+SCRIPT = """
 import sys
 from product_recs.data.artifact import open_features
 from product_recs.jobs.tune import *
 features = open_features(sys.argv[1])
-problem = pose(
-    features,
-    "discovery",
-    choose_candidates(features, "discovery", top=1),
-    max_factors=16,
-    max_iterations=10,
-    max_users=100,
-)
-points = starting_points(features, "discovery")
-search(
-    sys.argv[2],
-    problem,
-    {name: as_trial(features, problem, point) for name, point in points.items()},
-    {name: point["iterations"] for name, point in points.items()},
-    max_trials=1000,
-    progress=False,
-)
+candidates = choose_candidates(features, "discovery", top=1)
+problem = pose(features, "discovery", candidates, max_users=100, windows=1)
+entrants = entrants_of(problem, candidates="EASE, item graph, ALS", max_factors=16, max_iterations=10)
+search_tasks(sys.argv[2], {"discovery": problem}, {"discovery": entrants}, max_trials=1000, progress=False)
 """
-    killed_in_a_trial, kills = 0, 0
-    while (
-        kills < 2 or not killed_in_a_trial
-    ):  # a trial takes some hundredths of a second, so a kill may come just after it
-        assert kills < 20, "the kills never hit a trial that was being made"
+
+
+def test_kill_9_loses_the_look_in_hand_alone(tmp_path, problem_of):
+    "Killed in the middle of its work, a search has every look that it had told, and goes on after them."
+    root, rng = fresh_project(tmp_path), random.Random(0)
+    features = build_features(ingested(root), root / "features")
+    for _ in range(2):
         before = count(root / "tune.db")
         process = subprocess.Popen(
-            [sys.executable, "-c", script, str(root / "features"), str(root / "tune.db")],
+            [sys.executable, "-c", SCRIPT, str(root / "features"), str(root / "tune.db")],
             env=os.environ | {"PRODUCT_RECS_ROOT": str(root)},
         )
-        end = time.monotonic() + 90
-        while (
-            count(root / "tune.db") < before + 2 or not count(root / "tune.db", "RUNNING")
-        ) and time.monotonic() < end:
+        end = time.monotonic() + 120
+        while count(root / "tune.db") < before + 3 and time.monotonic() < end:
             assert process.poll() is None
         time.sleep(rng.random() * 0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
-        killed_in_a_trial += count(root / "tune.db", "RUNNING") > 0
-    problem, *first = problem_of(features)
-    before = len(finished(open_study(root / "tune.db", problem)))
-    last = search(root / "tune.db", problem, *first, max_trials=2, progress=False)
-    study = last.study
-    known = past_searches(root / "tune.db", "discovery")
-    assert [entry["ended"] for entry in known] == ["interrupted"] * (len(known) - 1) + ["trials"]
-    assert last.earlier == before and len(finished(study)) == before + 2 and not count(root / "tune.db", "RUNNING")
-    whole = search(root / "whole.db", problem, *first, max_trials=before + 2, progress=False).study
-    assert [(trial.params, trial.value) for trial in finished(study)] == [
-        (trial.params, trial.value) for trial in finished(whole)
-    ]
+    problems, entrants = problem_of(features)
+    known = count(root / "tune.db")
+    last = search_tasks(root / "tune.db", problems, entrants, max_trials=2, progress=False)["discovery"]
+    assert known >= 6 and last.earlier == known and len(last.looks) == known + 2 == count(root / "tune.db")
+    places = [(look.contender, str(look.point), look.rung) for look in last.looks]
+    assert len(set(places)) == len(places)  # nothing is judged twice
+    history = past_searches(root / "tune.db", "discovery")
+    assert [entry["ended"] for entry in history] == ["interrupted", "interrupted", "trials"]
+    contenders = [entrant.contender for entrant in entrants["discovery"]]
+    again = Record(root / "tune.db", problems["discovery"].name, contenders, 1)
+    assert again.looks == last.looks
 
 
 def ingested(root):
@@ -256,14 +212,13 @@ def ingested(root):
     return root / "run"
 
 
-def count(file, *states):
-    "Trials in the file, by state; 0 before there is one."
+def count(file):
+    "Looks in the file; 0 before there is one."
     try:
         with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as database:
-            rows = database.execute("SELECT state FROM trials").fetchall()
+            return database.execute("SELECT count(*) FROM trials").fetchone()[0]
     except sqlite3.OperationalError:
         return 0
-    return sum(state in (states or ("COMPLETE", "PRUNED")) for (state,) in rows)
 
 
 def test_other_data_and_other_rules_have_studies_of_their_own(tmp_path, problem_of):
@@ -272,27 +227,29 @@ def test_other_data_and_other_rules_have_studies_of_their_own(tmp_path, problem_
     log = (root / "data/interactions.csv").read_text().splitlines()
     (root / "data/interactions.csv").write_text("\n".join(log[:-1]) + "\n")
     other = build_features(ingested(root), root / "other")
+
+    def name_of(data, **options):
+        return problem_of(data, **options)[0]["discovery"].name
+
     names = {
-        problem_of(features)[0].study_name,
-        problem_of(other)[0].study_name,
-        problem_of(features, cut_off=5)[0].study_name,
-        problem_of(features, seed=1)[0].study_name,
-        problem_of(build_features(root / "run", root / "other", min_item_users=3))[0].study_name,
+        name_of(features),
+        name_of(other),
+        name_of(features, cut_off=5),
+        name_of(features, seed=1),
+        name_of(build_features(root / "run", root / "fewer", min_item_users=3)),
     }
     assert len(names) == 5
     for data in (features, other):
-        search(root / "tune.db", *problem_of(data), max_trials=2, progress=False)
-    assert sorted(optuna.get_all_study_names(f"sqlite:///{root / 'tune.db'}")) == sorted(
-        {problem_of(data)[0].study_name for data in (features, other)}
-    )
+        search_tasks(root / "tune.db", *problem_of(data), max_trials=2, progress=False)
+    studies = optuna.get_all_study_names(f"sqlite:///{root / 'tune.db'}")
+    assert {name_of(data) for data in (features, other)} <= set(studies) and len(studies) == 8
 
 
 def test_two_searches_in_one_file_are_refused(tmp_path, problem_of):
     import fcntl
 
-    features = ensure_features("sample")
-    open_study(tmp_path / "tune.db", problem_of(features)[0])
+    problems, entrants = problem_of(ensure_features("sample"))
     with open(tmp_path / ".tune.db.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(Exception, match="another search is going on"):
-            search(tmp_path / "tune.db", *problem_of(features), progress=False)
+            search_tasks(tmp_path / "tune.db", problems, entrants, progress=False)

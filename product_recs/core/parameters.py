@@ -40,6 +40,8 @@ def number(
 # texts that may also be a list of texts
 LIST_TOO = ("source", "models", "candidates", "products", "users", "timestamp_format", "normalise_ids")
 
+# names with values that may also be names of models with such names
+_BY_MODEL = ("model_parameters", "next_model_parameters")
 _MAPPING_TOO = ("filters",) # texts that may also be names with values of any shape; they become JSON
 
 def _read(text:str):
@@ -91,6 +93,8 @@ def _names(value, name:str, default:dict)->dict|None:
     like = next(iter(default.values()), "")
     def entry_of(key, entry): # one text may be several: names of a column, patterns of rows
         label = f"{name}[{key!r}]"
+        if name in _BY_MODEL and isinstance(entry, Mapping):
+            return {inner: typed(f"{label}[{inner!r}]", value, like) for inner, value in entry.items()}
         return [typed(label, part, like) for part in entry] if like == "" and isinstance(entry, (list, tuple)) else (
             typed(label, entry, like))
     return {key: entry_of(key, entry) for key, entry in value.items()}

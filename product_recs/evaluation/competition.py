@@ -19,13 +19,13 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..core.columns import DISCOVERY
-from ..core.errors import EvaluateError, ProductRecsError
+from ..core.errors import EvaluateError, NothingToJudge, ProductRecsError
 from ..core.kernels import one_blas_thread
 from ..data.artifact import Features
 from ..data.snapshots import Snapshot
 from ..data.tasks import BY_USER, Task, make_task, past_and_future
-from .metrics import (METRIC_NAMES, Comparison, bootstrap_means, find_hits, interval,
-                                             paired_bootstrap)
+from .metrics import (METRIC_NAMES, Comparison, find_hits, interval, paired_bootstrap,
+                                             paired_over_windows, window_means)
 from ..models.all import all_models, fit_sharing
 from ..models.baselines import BuyAgain, Popularity
 from ..models.blend import HabitBlend, ScoreBlend
@@ -121,15 +121,20 @@ def usual_candidates(
 
 class _Entry(NamedTuple):
     "A candidate that was judged."
-    model: Model        # not fitted; a blend with habits has its weights
-    fitted: Model
-    figures: np.ndarray # (n,) of the users
+    model: Model              # not fitted; a blend with habits has its weights
+    fitted: Model             # before the validation period
+    figures: list[np.ndarray] # (n_w,) of the users of each window, the validation period first
+
+    @property
+    def value(self)->float:
+        "The mean over the windows."
+        return float(np.mean([window.mean() for window in self.figures]))
 
 def _best_form(model:Model, snapshot:Snapshot, judged:dict[str, _Entry])->Iterator[Model]:
     "The forms of a model by the order; when they are judged, only the best stays beside the model itself."
     forms = order_forms(model, snapshot)
     yield from forms
-    value = lambda name: judged[name].figures.mean()
+    value = lambda name: judged[name].value
     names = [form.name for form in forms if form.name in judged]
     best = max([model.name, *names], key=value)
     for name in names:
@@ -143,7 +148,7 @@ def _entrants(candidates:Sequence[Model], combine:bool, judged:dict[str, _Entry]
     if not combine: return
     def ranked(fits): # recipes, best first
         entries = [entry for entry in judged.values() if fits(entry.model)]
-        return [entry.model for entry in sorted(entries, key=lambda entry: -entry.figures.mean())]
+        return [entry.model for entry in sorted(entries, key=lambda entry: -entry.value)]
     plain = lambda model: model.personal and not model.parts and not isinstance(model, BuyAgain)
     singles = ranked(plain)
     tried = singles[:3] + [model for model in singles[3:] if isinstance(model, Transitions)] # it is made for the order
@@ -177,9 +182,9 @@ class _Ground:
                                    seed=self.seed).fit(part.snapshot)
             model = HabitBlend(model.parts[0], self.task.name, fitted.weights)
             self.fits.seconds[_key(model)] = perf_counter() - started
-            return _Entry(model, fitted, figures)
+            return _Entry(model, fitted, [figures])
         fitted = self.fits.fit(model)
-        return _Entry(model, fitted, user_figures(fitted, self.task, self.metric, self.k))
+        return _Entry(model, fitted, [user_figures(fitted, self.task, self.metric, self.k)])
 
 def refusal(
     model:Model,
@@ -212,11 +217,14 @@ class Competition:
     "Who competed, how it ended, and what it costs."
     task: str
     # model, value, low, high, difference, difference_low, difference_high (to the best), eligible, work, ms, megabytes,
-    # fit_seconds; best first
+    # fit_seconds, by_window (value in each, the validation period first; alone where the others did not matter); best
+    # first
     table: pd.DataFrame
     winner: Model             # not fitted; a blend with habits has its weights
     left_out: dict[str, str]  # name -> why it could not compete
-    facts: dict               # split, users, seed, metric, k, give_up, seconds
+    # split, users, seed, metric, k, give_up, seconds, windows: from, until, users, best, lead of the best where the
+    # winner is significantly worse
+    facts: dict
 
     @property
     def sentence(self)->str:
@@ -225,7 +233,8 @@ class Competition:
 
     def to_json(self)->dict:
         "As it stands in a manifest."
-        columns = ["model", "value", "low", "high", "difference_low", "difference_high", "eligible", "work"]
+        columns = ["model", "value", "low", "high", "difference_low", "difference_high", "eligible", "work",
+                   "by_window"]
         records = [{name: round(value, 6) if isinstance(value, float) else value for name, value in row.items()}
                    for row in self.table[columns].to_dict("records")]
         return {"winner": self.winner.name, "sentence": self.sentence, "table": records, "left_out": self.left_out,
@@ -245,11 +254,14 @@ def compete(
     bootstrap:int=1000,          # resamples
     seed:int=0,                  # of the sample, the halves and the bootstrap
     fits:Fits|None=None,         # what is fitted on `features.train` already; what is new is added
+    windows:Sequence[Features]=(), # before the validation period, of `earlier_windows`
+    window_fits:Sequence[Fits]=(), # likewise, on their `train`; empty: nothing is fitted yet
     progress:bool=True,
 )->Competition:
     """Fit the candidates before the validation period, judge them by it and choose one; raises `EvaluateError` where
     there is no such period, or no candidate can be fitted."""
-    started, ground = perf_counter(), _Ground(features, task, metric, k, max_users, seed, fits)
+    started, settings = perf_counter(), (task, metric, k, max_users, seed)
+    ground, earlier = _Ground(features, *settings, fits), _earlier_grounds(windows, window_fits, settings)
     candidates = [model for model in candidates if model.tasks is None or task in model.tasks]
     names = [model.name for model in candidates]
     if len(set(names)) < len(names): raise EvaluateError(f"candidates need names of their own: {', '.join(names)}")
@@ -263,32 +275,69 @@ def compete(
                 left_out[model.name] = str(error) or type(error).__name__
             bar.update()
         bar.total = bar.n # fewer forms and blends where fewer models were found
+        best = max((entry.value for entry in judged.values()), default=0)
+        for name in [name for name, entry in judged.items() if earlier and entry.value >= _IN_REACH*best]:
+            bar.set_postfix_str(f"{name}, {len(earlier)} earlier windows")
+            try: judged[name].figures.extend(window.judge(judged[name].model).figures[0] for window in earlier)
+            except (ProductRecsError, ValueError, MemoryError) as error:
+                left_out[name] = str(error) or type(error).__name__
+                del judged[name]
         bar.set_postfix_str("")
     if not judged:
         raise EvaluateError(f"{task}: no candidate could be fitted: "
                             + ("; ".join(left_out.values()) or "none is made for this task"))
     table = _standing(judged, ground, give_up, bootstrap)
     eligible = table[table.eligible].sort_values(["work", "value"], ascending=[True, False], kind="stable")
+    winner = judged[eligible.model.iloc[0]]
     facts = {"split": ground.split, "users": len(ground.task.rows), "seed": seed, "metric": metric, "k": k,
-             "give_up": give_up, "seconds": round(perf_counter() - started, 1)}
-    return Competition(task, table, judged[eligible.model.iloc[0]].model, left_out, facts)
+             "give_up": give_up, "windows": _by_window(judged, winner, [ground, *earlier], bootstrap),
+             "seconds": round(perf_counter() - started, 1)}
+    return Competition(task, table, winner.model, left_out, facts)
+
+# %% ../../nbs/evaluation/competition.ipynb #7aed92dd
+_IN_REACH, _WINDOW_USERS = 0.8, 100
+
+def _earlier_grounds(windows:Sequence[Features], window_fits:Sequence[Fits], settings:tuple)->list[_Ground]:
+    "The earlier windows in which enough users can be judged."
+    grounds = []
+    for place, window in enumerate(windows):
+        try: ground = _Ground(window, *settings, window_fits[place] if window_fits else None)
+        except NothingToJudge: continue
+        if len(ground.task.rows) >= _WINDOW_USERS: grounds.append(ground)
+    return grounds
 
 # %% ../../nbs/evaluation/competition.ipynb #2b9924ab
 def _standing(judged:dict[str, _Entry], ground:_Ground, give_up:float, bootstrap:int)->pd.DataFrame:
     "The table of a competition, best first."
-    entries = sorted(judged.values(), key=lambda entry: -entry.figures.mean())
-    best, rows = entries[0].figures, []
-    for model, fitted, figures in entries:
-        low, high = interval(bootstrap_means(figures, bootstrap, ground.seed))
-        behind = paired_bootstrap(figures, best, bootstrap, ground.seed)
-        eligible = behind.high >= 0 and figures.mean() >= (1 - give_up)*best.mean()
-        rows.append({"model": model.name, "value": float(figures.mean()), "low": float(low), "high": float(high),
+    windows = max(len(entry.figures) for entry in judged.values())
+    entries = sorted(judged.values(), key=lambda entry: (-len(entry.figures), -entry.value))
+    best, rows = entries[0], []
+    for entry in entries:
+        model, fitted, figures = entry
+        low, high = interval(window_means(figures, bootstrap, ground.seed))
+        behind = paired_over_windows(figures, best.figures[:len(figures)], bootstrap, ground.seed)
+        eligible = behind.high >= 0 and entry.value >= (1 - give_up)*best.value and len(figures) == windows
+        rows.append({"model": model.name, "value": entry.value, "low": float(low), "high": float(high),
                      "difference": behind.difference, "difference_low": behind.low, "difference_high": behind.high,
                      "eligible": bool(eligible), "work": int(fitted.work),
                      "ms": answer_ms(fitted, ground.task.rows), "megabytes": size_of(fitted)/1e6,
-                     "fit_seconds": ground.fits.spent(model)})
+                     "fit_seconds": ground.fits.spent(model),
+                     "by_window": [round(float(window.mean()), 6) for window in figures]})
     return pd.DataFrame(rows)
 
+def _by_window(judged:dict[str, _Entry], winner:_Entry, grounds:Sequence[_Ground], bootstrap:int)->list[dict]:
+    "What each window says of the winner."
+    rows = []
+    for place, ground in enumerate(grounds):
+        entries = [entry for entry in judged.values() if len(entry.figures) > place]
+        best = max(entries, key=lambda entry: entry.figures[place].mean())
+        behind = paired_bootstrap(winner.figures[place], best.figures[place], bootstrap, ground.seed)
+        until = ground.features.split.get("test_from")
+        rows.append({"from": ground.split, "until": until, "users": len(ground.task.rows), "best": best.model.name,
+                     "lead": -behind.difference if behind.high < 0 else None})
+    return rows
+
+# %% ../../nbs/evaluation/competition.ipynb #c1eb6c6e
 def _sentence(competition:Competition)->str:
     table, facts = competition.table, competition.facts
     first, won = table.iloc[0], table[table.model == competition.winner.name].iloc[0]
@@ -305,8 +354,19 @@ def _sentence(competition:Competition)->str:
         second = table.iloc[1]
         clear = "clearly" if second.difference_high < 0 else "not significantly"
         says += f", {clear} ahead of {second.model} with {second.value:.4f}"
+    says += _of_windows(competition)
     return (f"{says}. It takes {won.megabytes:,.1f} MB, {won.ms:.1f} ms an answer and {won.fit_seconds:,.1f} s to "
             f"fit{fitted}.")
+
+def _of_windows(competition:Competition)->str:
+    "How many windows there were, and whether one of them has another winner."
+    windows, won = competition.facts["windows"], competition.winner.name
+    if len(windows) < 2: return ""
+    says = f". The figures are means of {len(windows)} windows, the first from {windows[-1]['from'][:10]} on"
+    against = [f"from {window['from'][:10]} to {window['until'][:10]} {window['best']} is better by "
+               f"{window['lead']:.4f}" for window in windows if window["lead"] is not None]
+    return says + (f". The windows disagree: {', '.join(against)} than {won}, significantly" if against else
+                   "; in none of them is another model significantly better")
 
 # %% ../../nbs/evaluation/competition.ipynb #e60ec9c8
 def worse_than_popularity(
@@ -323,6 +383,6 @@ def worse_than_popularity(
 )->Comparison|None:      # of the model with popularity; None: it is not significantly worse
     "Is a model worse than the best sellers on the validation period? Raises `EvaluateError` where there is none."
     ground = _Ground(features, task, metric, k, max_users, seed, fits)
-    figures = (ground.judge(contender).figures for contender in (model, Popularity()))
+    figures = (ground.judge(contender).figures[0] for contender in (model, Popularity()))
     against = paired_bootstrap(*figures, bootstrap, seed)
     return against if against.high < 0 else None

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['METRICS', 'METRIC_NAMES', 'Hits', 'find_hits', 'recall', 'recall_capped', 'precision', 'hit_rate', 'ndcg',
            'average_precision', 'reciprocal_rank', 'exposure', 'coverage', 'gini', 'novelty', 'category_diversity',
-           'cosine_diversity', 'bootstrap_means', 'interval', 'Comparison', 'paired_bootstrap', 'compared',
-           'says_worse']
+           'cosine_diversity', 'bootstrap_means', 'interval', 'Comparison', 'paired_bootstrap', 'window_means',
+           'paired_over_windows', 'compared', 'says_worse']
 
 # %% ../../nbs/evaluation/metrics.ipynb #dc1305b2
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -288,6 +288,31 @@ def paired_bootstrap(
     low, high = interval(means, level)
     return Comparison(float((a - b).mean()), float(low), float(high),
                       float((means > 0).mean() + (means == 0).mean()/2), len(a))
+
+# %% ../../nbs/evaluation/metrics.ipynb #e759fba5
+def window_means(
+    values:Sequence[np.ndarray], # one (n_w,) a window, by user
+    resamples:int=1000,
+    seed:int=0,
+)->np.ndarray:                   # (resamples,)
+    "Mean over the windows of the mean of each resample of their users; raises `ValueError` without users."
+    if not len(values): raise ValueError("no window to draw from")
+    return np.mean([bootstrap_means(window, resamples, seed + place) for place, window in enumerate(values)], axis=0)
+
+def paired_over_windows(
+    a:Sequence[np.ndarray], # one (n_w,) a window: metric of one model, by user
+    b:Sequence[np.ndarray], # of the other, the same windows and users
+    resamples:int=1000,
+    seed:int=0,
+)->Comparison:              # users: of all windows
+    "Compare two models on the same users of the same windows; raises `ValueError` where they are not the same."
+    shapes = [[np.shape(window) for window in windows] for windows in (a, b)]
+    if shapes[0] != shapes[1]: raise ValueError(f"both need the same users: {shapes[0]} and {shapes[1]}")
+    differences = [np.asarray(one_a, np.float64) - one_b for one_a, one_b in zip(a, b)]
+    means = window_means(differences, resamples, seed)
+    low, high = interval(means)
+    return Comparison(float(np.mean([window.mean() for window in differences])), float(low), float(high),
+                      float((means > 0).mean() + (means == 0).mean()/2), sum(map(len, differences)))
 
 # %% ../../nbs/evaluation/metrics.ipynb #da288a9d
 def compared(

@@ -150,7 +150,8 @@ def _verb(
 )->Callable:
     "Decorator: a verb of the command."
     given = {"epilog": f"example: product-recs {example}", "context_settings": _PLAIN["context_settings"]}
-    return lambda function: group.command(name, short_help=function.__doc__, **given)(function)
+    first_paragraph = lambda function: function.__doc__.partition("\n\n")[0]
+    return lambda function: group.command(name, short_help=first_paragraph(function), **given)(function)
 
 def _show_version(wanted:bool)->None:
     from product_recs import __version__
@@ -366,7 +367,10 @@ def _report(
     quiet:Quiet=False,
     models_dir:ModelsDir=None,
 )->str:
-    "Compare the arms of an experiment, at any time; exit code 4 where nothing may be concluded."
+    """Compare the arms of an experiment, at any time.
+
+    The exit code is 0 where all is well, 3 where a person should look at the arms first, 4 where nothing may be
+    concluded."""
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
     asked = _parameters_of({"models_dir": str(_settings().models_dir)}, (), parameter, name=name or None,
                            window_days=window, experiments=file, metrics=list(metric), models_dir=models_dir)
@@ -514,7 +518,9 @@ def _run(
     list_parameters:Annotated[bool, typer.Option("--list-parameters",
                                                  help="print every parameter with its default, and stop")]=False,
 )->str:
-    "Run notebooks 01 to 05 and publish the model, unless a person should look first."
+    """Run notebooks 01 to 05 and publish the model, unless a person should look first.
+
+    The exit code is 0 where it is live, 3 where it waits for a person, 1 where a step failed."""
     from dataclasses import replace
     from product_recs.jobs.outcome import outcome_text
     from product_recs.jobs.pipeline import STEPS, JobError, declared_parameters, run # nbconvert: 1 s
@@ -567,7 +573,10 @@ def _daily(
     quiet:Quiet=False,
     models_dir:ModelsDir=None,
 )->str:
-    "One night: take in, check, train, judge, publish, list; safe to repeat."
+    """One night: take in, check, train, judge, publish, list; safe to repeat.
+
+    The exit code is 0 where all is well, 1 where a step failed or a parameter is wrong, 3 where a person should look,
+    4 where the data were stopped or the model was held, 5 where another night of the name is at work."""
     from pathlib import Path
     run = name or (Path(file[0]).stem if file else "sample")
     if accept or leave_out:
@@ -784,7 +793,9 @@ def _gate(
     quiet:Quiet=False,
     models_dir:ModelsDir=None,
 )->str:
-    "Make a new model live if it is not worse than the live one and breaks nothing."
+    """Make a new model live if it is not worse than the live one and breaks nothing.
+
+    The exit code is 0 where it goes live, 3 where it needs a person, 4 where it is held."""
     from product_recs.bundle.versions import contestants # numpy and scipy
     from product_recs.jobs.criteria import read_criteria
     from product_recs.jobs.outcome import folder_words, publish_command
@@ -823,7 +834,9 @@ def _monitor(
     quiet:Quiet=False,
     models_dir:ModelsDir=None,
 )->str:
-    "Look whether new data are sound, what customers see is fresh, and what was shown works."
+    """Look whether new data are sound, what customers see is fresh, and what was shown works.
+
+    The exit code is 0 where all is fine, 3 where somebody should look, 4 where going on would do harm."""
     from product_recs.bundle.files import live_version, read_manifest # numpy and scipy
     from product_recs.core.parameters import typed
     from product_recs.data.dates import day_spans
@@ -862,7 +875,9 @@ def _clean(
     quiet:Quiet=False,
     models_dir:ModelsDir=None,
 )->str:
-    "Delete old impressions, models and reports, and what killed runs left; nothing that is live or in use."
+    """Delete old impressions, models and reports, and what killed runs left; nothing that is live or in use.
+
+    The exit code is 3 where something could not be deleted."""
     from product_recs.jobs.pipeline import run_job # nbconvert: 1 s
     settings = _settings()
     usual = {"models_dir": str(settings.models_dir), "keep_models": settings.keep_models,
@@ -1071,7 +1086,7 @@ def _lines_of(error:Exception)->list[str]|None: # None: it is none of those that
 
 def main(
     arguments:Sequence[str]|None=None, # default: of the process
-)->int: # 0 done, 1 an error, 2 wrong usage, 3 a model needs a person, 4 it was held, 5 busy, 130 interrupted
+)->int: # 0 done, 1 an error, 2 wrong usage, 3 a person should look, 4 stopped or held, 5 busy, 130 interrupted
     "The command `product-recs`."
     for stream in (sys.stdout, sys.stderr): # the terminal's encoding may have no letter for a title
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")

@@ -336,7 +336,7 @@ def _keep(result:RunResult, kind:str, steps:Sequence[str], models:Path)->list[st
 def tune(
     parameters:dict|None=None, # name -> value; each reaches the notebooks that declare it
     name:str="sample",         # of the run: data/processed/<name>, where the study lies, and reports/<name>
-    models_dir:str|Path="models", # where the bundle lies that the tuned ALS is compared with
+    models_dir:str|Path="models", # where the bundle lies that the tuned model is compared with
     progress:bool=True,
     given:Sequence[str]=(),    # -f and -p words that a run would need, masked
 )->RunResult:

@@ -331,10 +331,11 @@ _INDEX = """<!DOCTYPE html>
 <div class="wide"><table><thead><tr><th>model</th><th class="words">what it is</th><th>
   {{- one.metric }}, test (95 % interval)</th><th>
   {{- one.metric }}, validation</th></tr></thead><tbody>
-{% for row in one.figures %}<tr{% if row.model == 'tuned' %} class="served"{% endif %}><td>{{ row.model }}</td>
+{% for row in one.figures %}<tr{% if row.model.startswith('tuned') %} class="served"{% endif %}><td>{{ row.model }}</td>
 <td class="words">{{ row.what }}</td>
 <td>{{ '%.4f' | format(row.test) }} <small>({{ '%.4f' | format(row.test_low) }} to {{ '%.4f' |
-  format(row.test_high) }})</small></td><td>{{ '%.4f' | format(row.validation) }}</td></tr>{% endfor %}</tbody></table>
+  format(row.test_high) }})</small></td><td>{% if row.validation is not none %}{{
+  '%.4f' | format(row.validation) }}{% endif %}</td></tr>{% endfor %}</tbody></table>
 </div>{% if one.history | length > 1 %}<p><small>{{ one.history | length }} searches so far; <a href="tune.html">the
   report</a> lists them.</small></p>{% endif %}{% endfor %}
 <h2>Steps</h2>

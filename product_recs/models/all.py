@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from ..core.columns import NEXT_PURCHASE
 from ..core.errors import ProductRecsError
 from ..data.snapshots import Snapshot
-from .als import ALS, ScaledALS, WeightedALS
+from .als import ALS, ScaledALS, WeightedALS, chosen
 from .baselines import BuyAgain, Popularity, RecentPopularity
 from .blend import HabitBlend, ScoreBlend
 from .bpr import BPR
@@ -22,22 +22,25 @@ from .content_neighbours import ContentNeighbours
 from .hybrid import Hybrid
 from .interface import Model, recipe
 from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
-from .spectral import LowPass
+from .order import OrderWeighted
+from .spectral import ChebyCF, LowPass
+from .transitions import Transitions
 
 # %% ../../nbs/models/all.ipynb #1a872c2b
 KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, ItemCosine, ItemBM25, ItemGraph,
-                                          LowPass, EASE, BPR, WeightedALS, ScaledALS, ALS, ContentNeighbours, Hybrid,
-                                          HabitBlend, ScoreBlend)}
+                                          Transitions, LowPass, ChebyCF, EASE, BPR, WeightedALS, ScaledALS, ALS,
+                                          ContentNeighbours, Hybrid, OrderWeighted, HabitBlend, ScoreBlend)}
 
 def all_models(
     als:Mapping|None=None,   # parameters of `fit_als`, for ALS and its kin; None: the defaults
     half_life_days:float=30, # of recent popularity
-    seed:int=0,              # of low-pass and BPR
+    seed:int=0,              # of low-pass, ChebyCF and BPR
 )->list[Model]:              # not fitted yet
     "Every model that learns from a snapshot alone, the baselines first and ALS last."
-    als = dict(als or {})
+    als = chosen(als or {})
     return [Popularity(), RecentPopularity(half_life_days), BuyAgain(), ItemCosine(), ItemBM25(), ItemGraph(),
-            LowPass(seed=seed), EASE(), BPR(seed=seed), ScaledALS.like(als), WeightedALS(**als), ALS(**als)]
+            Transitions(), LowPass(seed=seed), ChebyCF(seed=seed), EASE(), BPR(seed=seed), ScaledALS.like(als),
+            WeightedALS(**als), ALS(**als)]
 
 def from_recipe(
     given:Mapping, # of `recipe`
@@ -48,7 +51,7 @@ def from_recipe(
         raise ProductRecsError(f"there is no model of kind {given.get('kind')!r}; there are {', '.join(KINDS)}")
     if parts is None: parts = [from_recipe(part) for part in given.get("parts", ())]
     try:
-        if kind in (HabitBlend, Hybrid): return kind(*parts, **given["parameters"])
+        if kind in (HabitBlend, Hybrid, OrderWeighted): return kind(*parts, **given["parameters"])
         return ScoreBlend(parts, **given["parameters"]) if kind is ScoreBlend else kind(**given["parameters"])
     except (TypeError, ValueError, KeyError) as error:
         raise ProductRecsError(f"model {given['kind']}: {error}") from None
@@ -98,6 +101,24 @@ def _matching(name:str, known:Sequence[str], others:Sequence[str]=())->str:
     meant = f"; did you mean {by_lower[near[0]]!r}?" if near else "."
     raise ProductRecsError(f"models: there is no model {name!r}{meant} There are: {', '.join([*others, *known])}")
 
+# %% ../../nbs/models/all.ipynb #f2d42959
+_ORDER = re.compile(r"(.+?)\s*\((?:step\s+(\S+))?(?:\s+and\s+)?(?:half-life\s+(\S+)\s+days?)?\)", re.IGNORECASE)
+
+def _ordered(word:str, known:Mapping[str, Model])->Model:
+    "The model of one name, by the order of the histories where that is asked for."
+    asked = _ORDER.fullmatch(word)
+    name, step, half_life = asked.groups() if asked else (word, None, None)
+    model = known[_matching(name, known)]
+    if not asked: return model
+    try: decays = {"step_decay": float(step or 1), "half_life_days": float(half_life or 0)}
+    except ValueError: decays = {}
+    try: ordered = OrderWeighted(model, **decays)
+    except ValueError as error: raise ProductRecsError(f"model {word!r}: {error}") from None
+    if ordered.name == model.name:
+        raise ProductRecsError(f"model {word!r}: write '{model.name} (step 0.7)', '{model.name} (half-life 30 days)' "
+                               "or both with 'and'; the step is above 0 and below 1")
+    return ordered
+
 def named(
     name:str,                # such as "EASE", "weighted ALS + item graph", "0.7 ALS + 0.3 EASE + habits"
     models:Sequence[Model],  # that there are, of `all_models`
@@ -106,13 +127,14 @@ def named(
     "The model of a name; raises `ProductRecsError`, which says what is wrong with it."
     asked, weights, content, habits = _read(name)
     known = {model.name: model for model in (*models, ContentNeighbours())}
-    names = [_matching(part, known) for part in asked]
+    parts = [_ordered(part, known) for part in asked]
+    names = [part.name for part in parts]
     if twice := sorted({part for part in names if names.count(part) > 1}):
         raise ProductRecsError(f"model {name!r}: {twice[0]} is in it twice; once, with a larger weight, is the same")
-    model, total = known[names[0]], sum(weights)
+    model, total = parts[0], sum(weights)
     if len(names) > 1:
         shares = None if len(set(weights)) == 1 else [weight/total for weight in weights]
-        model = ScoreBlend([known[part] for part in names], shares)
+        model = ScoreBlend(parts, shares)
     if content: model = Hybrid(model)
     return HabitBlend(model, task) if habits else model
 

@@ -292,14 +292,14 @@ class ALS(FactorModel):
 
     def fold_in(self, histories:Histories)->np.ndarray: # (m, f) float32
         "Solve the users against the items as they are."
-        weighed = self.weighed(histories.indptr, histories.items, histories.confidence)
+        weighed = histories.weighted(self.weighed(histories.indptr, histories.items, histories.confidence))
         if len(histories) == 1: return self.solver.solve(histories.items, weighed)[None]
         return _all_solved(self.solver, histories.matrix(weighed, len(self.candidates)))
 
     def pulls(self, history:Histories, factors:np.ndarray)->tuple[np.ndarray, dict[str, float]]:
         "What each past item pulls the user towards these factors."
         items, solver = history.items, self.solver
-        data = self.weighed(history.indptr, items, history.confidence).astype(np.float64)
+        data = history.weighted(self.weighed(history.indptr, items, history.confidence)).astype(np.float64)
         toward = apply_inverse(solver, items, data, np.asarray(factors, np.float64))
         return solver.alpha*data*(self.item_factors[items].astype(np.float64) @ toward), {}
 

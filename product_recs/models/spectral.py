@@ -80,13 +80,14 @@ class LowPass(FactorModel):
 
     def fold_in(self, histories:Histories)->np.ndarray: # (m, f) float32
         "What the user's items have of each pattern."
-        return histories.matrix(np.ones(len(histories.items), np.float32), len(self.candidates)) @ self.into
+        return histories.matrix(histories.weighted(), len(self.candidates)) @ self.into
 
     def users(self, rows:np.ndarray)->np.ndarray: return self.fold_in(self.snapshot.histories(rows))
 
     def pulls(self, history:Histories, factors:np.ndarray)->tuple[np.ndarray, dict[str, float]]:
         "What each past item has of the patterns of these factors."
-        return self.into[history.items].astype(np.float64) @ np.asarray(factors, np.float64), {}
+        pulled = self.into[history.items].astype(np.float64) @ np.asarray(factors, np.float64)
+        return history.weighted(pulled), {}
 
 # %% ../../nbs/models/spectral.ipynb #1a672f7c
 def plateau(
@@ -206,7 +207,8 @@ class ChebyCF(_Filtering):
 
     def fold_in(self, histories:Histories)->csr_matrix: # (m, n_items) float32
         "What the user has, each item divided by a power of its users."
-        return csr_matrix(histories.matrix(1/self._balance[histories.items], len(self.candidates)))
+        weights = histories.weighted(1/self._balance[histories.items])
+        return csr_matrix(histories.matrix(weights, len(self.candidates)))
 
     def scores(self, representations:csr_matrix)->np.ndarray:
         "The filtered items, with the power of their users again."
@@ -225,7 +227,7 @@ class ChebyCF(_Filtering):
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
         "What the filter lets through from each past item to this one."
-        parts = self._towards(item)[history.items].astype(np.float64)/self._balance[history.items]
+        parts = history.weighted(self._towards(item)[history.items].astype(np.float64)/self._balance[history.items])
         parts = np.where(self.candidates[history.items], parts*self._balance[item], 0)
         return Contributions(float(parts.sum()), history.items, parts, {})
 
