@@ -355,6 +355,7 @@ def _plan(
     return "\n".join([*head, *plan_sentences(measured, baseline, users, list(lift), arms, metrics, share, window, power,
                                              variance=variance)])
 
+# %% ../../nbs/jobs/cli.ipynb #91ba093d
 @_verb("report", "experiment report varied-lists --metric 'users: purchase'", experiment)
 def _report(
     name:Annotated[str, typer.Argument(help="of the experiment (default: the only one of the file)")]="",

@@ -207,8 +207,8 @@ class ChebyCF(_Filtering):
 
     def fold_in(self, histories:Histories)->csr_matrix: # (m, n_items) float32
         "What the user has, each item divided by a power of its users."
-        weights = histories.weighted(1/self._balance[histories.items])
-        return csr_matrix(histories.matrix(weights, len(self.candidates)))
+        counted = histories.weighted(1/self._balance[histories.items])
+        return csr_matrix(histories.matrix(counted, len(self.candidates)))
 
     def scores(self, representations:csr_matrix)->np.ndarray:
         "The filtered items, with the power of their users again."
@@ -237,8 +237,7 @@ class ChebyCF(_Filtering):
         return np.where(alike > 0, alike, np.float32(-np.inf))
 
     def _towards(self, item:int)->np.ndarray: # (n_items,) float32; the filter is symmetric
-        place = csr_matrix((np.ones(1, np.float32), ([0], [item])), (1, len(self.candidates)))
-        return self.filtered(place)[0]
+        return self.filtered(csr_matrix((np.ones(1, np.float32), ([0], [item])), (1, len(self.candidates))))[0]
 
     @property
     def work(self)->int:
