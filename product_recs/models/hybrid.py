@@ -7,7 +7,6 @@ __all__ = ['HYBRID_DEFAULTS', 'HybridUsers', 'Hybrid', 'beginning', 'ScoreParts'
 
 # %% ../../nbs/models/hybrid.ipynb #cf32f102
 from copy import copy
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,9 +128,7 @@ def _of_part(histories:Histories, own:int)->Histories:
     "Histories without the items that came after the training."
     pairs = np.flatnonzero(histories.items < own)
     if len(pairs) == len(histories.items): return histories
-    return replace(histories, indptr=np.searchsorted(pairs, histories.indptr), items=histories.items[pairs],
-                   confidence=histories.confidence[pairs], counts=histories.counts[pairs],
-                   age_days=histories.age_days[pairs])
+    return histories.some(np.searchsorted(pairs, histories.indptr), pairs)
 
 def _about(learned:Learned, histories:Histories)->csr_matrix: # (m, values)
     "What the users file, or the request, tells of each user."

@@ -9,7 +9,6 @@ __all__ = ['Learner', 'top_of', 'knows_items', 'Contributions', 'moments_of', 'M
 # %% ../../nbs/models/interface.ipynb #7abbaf17
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -255,8 +254,7 @@ def _without(histories:Histories, own:int)->Histories:
     "Histories without the items from a row on."
     indptr, items, pairs = _pairs_below(histories.indptr, histories.items, own)
     if len(pairs) == len(histories.items): return histories
-    values = (getattr(histories, name)[pairs] for name in ("confidence", "counts", "age_days"))
-    return replace(histories, indptr=indptr, items=items, **dict(zip(("confidence", "counts", "age_days"), values)))
+    return histories.some(indptr, pairs)
 
 # %% ../../nbs/models/interface.ipynb #648df4f2
 def size_of(
