@@ -35,6 +35,7 @@ from .core.vectors import VECTOR
 from .data.arrays import load_csr, save_array, save_csr
 from .data.artifact import SNAPSHOTS, Features, open_features
 from .data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
+from .data.snapshots import PAIR_VALUES
 from .data.tasks import how_judged
 from .ingest import ensure_ingested
 from .models.weighting import (BM25, EVENT_WEIGHTS, LEAST, QUANTITY, WEIGHTING, checked_event_weights,
@@ -218,16 +219,19 @@ def _counts(chosen:np.ndarray|None, starts:np.ndarray, rows:int)->np.ndarray:
     return np.diff(borders).astype(np.float32)
 
 def _snapshot(log:_Log, starts:np.ndarray, end:int, moment:int, half_life:float)->dict[str, np.ndarray]:
-    "Sum of the worth, number of rows and age in days at `moment` of each pair, of the periods before `end`."
+    "Sum of the worth, number of rows, age and span in days at `moment` of each pair, of the periods before `end`."
     worth, time = log.worth, log.time
     known = log.period < end if end <= TEST else None
     when = np.where(time == UNTIMED, moment, time) if (time == UNTIMED).any() else time # a row without a time has age 0
     # what is not known yet is taken out below
     if half_life: worth = worth * np.exp2(np.minimum(when - moment, 0) / (half_life * 86_400e6))
+    first = when if known is None else np.where(known, when, moment)
     if known is not None: worth, when = worth * known, np.where(known, when, UNTIMED)
+    last = np.maximum.reduceat(when, starts)
+    span = (last - np.minimum.reduceat(first, starts)) / 86_400e6 # below zero where no row is known: none is written
     return {"confidence": np.maximum(np.add.reduceat(worth, starts), LEAST).astype(np.float32),
             "counts": _counts(known, starts, len(time)),
-            "age_days": ((moment - np.maximum.reduceat(when, starts)) / 86_400e6).astype(np.float32)}
+            "age_days": ((moment - last) / 86_400e6).astype(np.float32), "span_days": span.astype(np.float32)}
 
 # %% ../nbs/02_features.ipynb #a6ee8874
 def _pair_end(user:np.ndarray, item:np.ndarray, row:int, step:int=1024)->int:
@@ -412,11 +416,10 @@ def _left_out(database, pairs:dict[str, np.ndarray], rows:dict[str, np.ndarray],
     items = np.unique(pairs["item"][column < 0])
     column = np.where(column < 0, known + np.searchsorted(items, pairs["item"]), column)
     order = np.lexsort((column, user))
-    values = ("confidence", "counts", "age_days")
     pairs = {"user": user[order].astype(np.int32), "item": column[order].astype(np.int32),
-             **{name: pairs[name][order] for name in values}}
+             **{name: pairs[name][order] for name in PAIR_VALUES}}
     shape = len(users), known + len(items)
-    matrices = (_csr(pairs, name, shape) for name in values)
+    matrices = (_csr(pairs, name, shape) for name in PAIR_VALUES)
     return LeftOut(known, IdTable(ids["user"][users]), IdTable(ids["item"][items]), *matrices)
 
 # %% ../nbs/02_features.ipynb #2ba59bb4
@@ -453,7 +456,7 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
             sums = _csr(_numbered(known, rows), "confidence", shape)
             if name == "all" and parameters["weighting"] == "bm25": mean_total = mean_user_total(sums)
             save_csr(folder, f"{name}_confidence", weighted(sums, parameters["weighting"]))
-            for value in ("counts", "age_days"): save_array(folder/f"{name}_{value}.npy", known[value])
+            for value in PAIR_VALUES[1:]: save_array(folder/f"{name}_{value}.npy", known[value])
         _write_targets(folder, pairs, rows, shape)
     return shape, mean_total, split
 
@@ -534,7 +537,7 @@ def _write_window(database, folder:Path, features:Features, since:str, until:str
         known = _numbered({value: column[enough] for value, column in every.items()}, rows)
         sums = _csr(known, "confidence", shape)
         save_csr(folder, "train_confidence", weighted(sums, parameters["weighting"]))
-        for value in ("counts", "age_days"): save_array(folder/f"train_{value}.npy", known[value])
+        for value in PAIR_VALUES[1:]: save_array(folder/f"train_{value}.npy", known[value])
         counted = lambda part, starts: {"counts": _counts(part.period == VALIDATION, starts, len(part.time))}
         targets = _numbered(pairs.summed(counted), rows)
         left = (targets["user"] >= 0) & (targets["item"] >= 0)
@@ -545,8 +548,8 @@ def _write_window(database, folder:Path, features:Features, since:str, until:str
 def _window(folder:Path, features:Features, since:str, until:str)->Features:
     "A window that was written, opened."
     shape = features.train.counts.shape
-    matrices = {name: load_csr(folder, "train_confidence", shape) for name in ("confidence", "counts", "age_days")}
-    for name in ("counts", "age_days"):
+    matrices = {name: load_csr(folder, "train_confidence", shape) for name in PAIR_VALUES}
+    for name in PAIR_VALUES[1:]:
         matrices[name].data = np.load(folder/f"train_{name}.npy", mmap_mode="r" if matrices[name].nnz else None)
     return replace(features, train=replace(features.train, until=since, **matrices),
                    validation=load_csr(folder, "validation", shape),

@@ -33,7 +33,7 @@ from .evaluation.metrics import Comparison, compared, paired_bootstrap, says_wor
 from .features import WINDOWS, earlier_windows, ensure_features
 from .ingest import SAMPLES, open_ledger
 from .models.all import all_models, fit_sharing, named, names_of
-from .models.als import ALS, check_als, chosen, completed, fit_als
+from .models.als import ALS, check_als, completed, fit_als, without_defaults
 from .models.blend import HabitBlend
 from .models.blend_weights import learn_weights
 from .models.factors import FactorModel
@@ -66,7 +66,7 @@ def with_parameters(
         raise TrainError(f"{label}: {model.name} has no parameter {unknown[0]!r}; there are "
                          f"{', '.join(known) or 'none'}")
     values = {name: typed(f"{label}[{name!r}]", value, known[name]) for name, value in given.items()}
-    own = chosen(model.parameters) if isinstance(model, ALS) else model.parameters
+    own = without_defaults(model.parameters) if isinstance(model, ALS) else model.parameters
     try: return type(model)(**own | values)
     except (ValueError, TypeError) as error: raise TrainError(f"{label} of {model.name}: {error}") from None
 

@@ -477,7 +477,9 @@ def random_log(users: int, items: int, seed: int) -> Snapshot:
     values = (weights, counts.data, ages)
     matrices = (read_only(csr_of(counts.shape, counts.indptr.copy(), counts.indices.copy(), v)) for v in values)
     columns = {"item_columns": described_items(items, seed), "user_columns": described_users(users, seed)}
-    return Snapshot(None, *matrices, **columns)
+    spans = np.where(counts.data > 1, rng.integers(0, 300, counts.nnz), 0).astype(np.float32)
+    spans = read_only(csr_of(counts.shape, counts.indptr.copy(), counts.indices.copy(), spans))
+    return Snapshot(None, *matrices, **columns, span_days=spans)
 
 
 def described_items(items: int, seed: int) -> dict:
@@ -517,7 +519,7 @@ def described_users(users: int, seed: int) -> dict:
 
 def weights(task: str) -> BlendWeights:
     "What a training might have found; what the user had is of no use for a discovery."
-    learned = [0.9, 0.4, 0.3, 0.5, 0.7, 1.1, 0.2, 0.6]
+    learned = [0.9, 0.4, 0.3, 0.5, 0.7, 1.1, 0.2, 0.6, 0.3, -0.1, -0.4]
     of_signal = {
         name: 0.0 if task == DISCOVERY and name in OWN else value for name, value in zip(SIGNALS, learned, strict=True)
     }

@@ -198,7 +198,7 @@ def test_a_discovery_with_popularity_is_served_like_any_other(features, blend, t
 def test_damage_is_named(bundle, tmp_path):
     import shutil
 
-    for name in ("seen_counts.npy", "seen_age_days.npy"):
+    for name in ("seen_counts.npy", "seen_age_days.npy", "seen_span_days.npy"):
         copy = tmp_path / name
         shutil.copytree(bundle.path, copy / bundle.version)
         (copy / bundle.version / name).unlink()

@@ -26,7 +26,7 @@ N = 60  # users, and items 101 to 160; the even ones are tea, the odd ones coffe
 TRAINED, LEFT_OUT, COLD = range(1, N + 1), 501, 700
 EVERYBODY = [*range(1, N + 1, 19), 2, 3, 4, 5, 6, LEFT_OUT, COLD, 999, "nobody", "guest"]
 ITEMS = [101, 102, 900, 905]  # the last two are in the products file only
-WEIGHTS = dict(zip(SIGNALS, (0.5, -0.2, 0.3, 1.0, 0.7, 0.9, -0.4, 0.2)))
+WEIGHTS = dict(zip(SIGNALS, (0.5, -0.2, 0.3, 1.0, 0.7, 0.9, -0.4, 0.2, 0.3, -0.1, 0.2)))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def shop(tmp_path_factory):
         habits=BlendWeights(WEIGHTS, -2.0, 30.0, 30.0, {}),
         cold_items=cold_items,
         cold_users=cold_users,
-        left_out=LeftOut(N, IdTable([LEFT_OUT]), IdTable([905]), pairs, pairs.copy(), pairs * 0),
+        left_out=LeftOut(N, IdTable([LEFT_OUT]), IdTable([905]), pairs, pairs.copy(), pairs * 0, pairs * 0),
     )
     with Server(folder, folder / "models") as server:
         yield folder, server

@@ -131,7 +131,7 @@ def test_what_is_given_stays_as_it_is_and_shared_parts_are_fitted_once(features,
 def test_the_test_period_has_no_say_in_a_competition(features):
     "Noise in place of the test period, and of everything that ends after it: the same figures and the same winner."
     noise = random_sparse(*features.test.shape, density=0.2, format="csr", dtype=np.float32, random_state=1)
-    elsewhere = replace(features.all, confidence=noise, counts=noise, age_days=noise)
+    elsewhere = replace(features.all, confidence=noise, counts=noise, age_days=noise, span_days=noise)
     poisoned = replace(features, test=noise, all=elsewhere, train_validation=elsewhere)
     settings = {"progress": False, "bootstrap": 50}
     candidates = [*baselines(), ALS(factors=8, num_threads=1)]

@@ -190,7 +190,7 @@ def test_somebody_of_whom_only_attributes_are_known(today, tmp_path):
 def test_what_the_training_left_out_is_seen_all_the_same(plain):
     "User 1 has bought 900, which too few have to be in the training."
     pair = csr_matrix(([1.0], ([0], [N])), (1, N + 1), dtype=np.float32)
-    left_out = LeftOut(N, IdTable([1]), IdTable([900]), pair, pair, pair * 0)
+    left_out = LeftOut(N, IdTable([1]), IdTable([900]), pair, pair, pair * 0, pair * 0)
     model = extended(placing(plain, left_out=left_out), POSTED)
     assert ask(model, 1).items == [101, 1000, 102] and 901 in ask(model, 2).items
     recommender = Recommender(model)

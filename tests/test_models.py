@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support import described_models, every_model, ordered_models, random_log
 
-from product_recs.data.snapshots import NOBODY, Histories
+from product_recs.data.snapshots import NOBODY, PAIR_VALUES, Histories
 from product_recs.models.all import from_recipe
 from product_recs.models.blend import HabitBlend
 from product_recs.models.hybrid import Hybrid
@@ -68,13 +68,14 @@ def strangers(model, m: int = 25) -> Histories:
         np.concatenate([[0], np.cumsum([len(own) for own in histories])]),
         items,
         *(value.astype(np.float32) for value in values),
+        span_days=rng.integers(0, 200, len(items)).astype(np.float32),
     )
 
 
 def one_of(histories: Histories, place: int) -> Histories:
     part = slice(histories.indptr[place], histories.indptr[place + 1])
-    values = (getattr(histories, name)[part] for name in ("items", "confidence", "counts", "age_days"))
-    return Histories(np.array([0, part.stop - part.start]), *values)
+    values = (getattr(histories, name)[part] for name in ("items", *PAIR_VALUES))
+    return Histories(np.array([0, part.stop - part.start]), **dict(zip(("items", *PAIR_VALUES), values)))
 
 
 def told_of(model, representations) -> np.ndarray | bool:

@@ -488,7 +488,7 @@ def test_a_request_looks_its_user_up_once_and_folds_in_once(tmp_path, monkeypatc
         more = {
             "cold_users": tmp_path / "people.parquet",
             "cold_items": tmp_path / "things.parquet",
-            "left_out": LeftOut(12, IdTable([77]), IdTable([901]), matrix, matrix, matrix * 0),
+            "left_out": LeftOut(12, IdTable([77]), IdTable([901]), matrix, matrix, matrix * 0, matrix * 0),
             "counts": lambda seen: seen,
             "age_days": lambda seen: seen * 0,
         }

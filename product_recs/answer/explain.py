@@ -15,7 +15,7 @@ from .person import Person, habit_of, score_person
 from ..bundle.ready import ReadyModel
 from ..core.errors import ProductRecsError
 from ..models.content import folded_text
-from ..models.signals import OWN
+from ..models.signals import DUE, OWN
 
 # %% ../../nbs/answer/explain.ipynb #d441045e
 @dataclass(frozen=True)
@@ -41,6 +41,13 @@ class Explanation:
         return sum(self.signals.get(name, 0.0) for name in OWN)
 
 # %% ../../nbs/answer/explain.ipynb #ba286ed7
+def _is_about_time(signals:Mapping[str, float])->bool:
+    "Are those of what is due among the two strongest signals?"
+    if not set(DUE) <= set(signals): return False
+    due = abs(sum(signals[name] for name in DUE))
+    stronger = sum(abs(value) > due for name, value in signals.items() if name not in (*DUE, "intercept"))
+    return due > 0 and stronger < 2
+
 def why(
     model:ReadyModel,
     person:Person,
@@ -59,7 +66,8 @@ def why(
         # a score that is nothing but the sum of the past needs no name for it
         if contributions.signals: signals = {"taste": affinity} | signals
     return Explanation(contributions.score + rounding, affinity, contributions.items[order],
-                       contributions.parts[order], affinity - total, signals, habit_of(model, person, item))
+                       contributions.parts[order], affinity - total, signals,
+                       habit_of(model, person, item, _is_about_time(signals)))
 
 # %% ../../nbs/answer/explain.ipynb #2d294b59
 def common_words(

@@ -134,15 +134,17 @@ def _with_news(bundle:Bundle, row:int|None, history:Histories, news:Sequence[Eve
     "A history with what came since, or what was left out of the training; what is new happened today."
     before = extra if row is None else history
     merged, confidence = confidence_with(bundle, row, news, extra)
-    counts, age_days = (_placed(merged, before.items, values) for values in (before.counts, before.age_days))
+    counts, age_days, span_days = (_placed(merged, before.items, getattr(before, name))
+                                   for name in ("counts", "age_days", "span_days"))
     places = np.searchsorted(merged, [bundle.items.row(event.item_id) for event in news])
     np.add.at(counts, places, 1)
+    span_days[places] += age_days[places] # once, also where an item comes twice
     age_days[places] = 0
     positions = np.zeros(len(merged), np.int32)
     np.maximum.at(positions, places, _positions(news)) # of what came twice, the later one
     return Histories(np.array([0, len(merged)]), merged, confidence, counts, age_days,
                      np.array([-1 if row is None else row]), (dict(attributes),) if attributes else None,
-                     positions if len(news) else None)
+                     positions if len(news) else None, span_days=span_days)
 
 def _positions(news:Sequence[Event])->np.ndarray: # (n,) int32
     "The order of events, from 1: by their times, those of one moment together; what has no time is of now, and last."
@@ -190,12 +192,15 @@ def habit_of(
     model:ReadyModel,
     person:Person,
     item:int,     # row
+    every:bool=False, # also say how often it comes round, where that is known
 )->str|None:      # None: they never had it
     "How often the person had an item, and when last."
     place = int(np.searchsorted(person.items, item))
     if place == len(person.items) or person.items[place] != item: return None
     times = round(float(person.history.counts[place]))
     often = {1: "once", 2: "twice"}.get(times, f"{times:,} times")
+    days = round(float(person.history.span_days[place])/max(times - 1, 1))
+    if every and times >= 3 and days >= 1: often += f", about every {f'{days:,} days' if days > 1 else 'day'}"
     when = _last(model, person, item, person.history.age_days[place])
     if when is None: return often
     ends = model.bundle.manifest["data"].get("ends")

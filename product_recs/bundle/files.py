@@ -30,7 +30,7 @@ from ..core.files import atomic_folder, atomic_write
 from ..core.ids import IdTable
 from ..data.arrays import matrix_values, save_array, save_csr, save_table
 from ..data.left_out import NO_LEFT_OUT, LeftOut, save_left_out
-from ..data.snapshots import Snapshot
+from ..data.snapshots import PAIR_VALUES, Snapshot
 from ..models.interface import Model, recipe
 
 # %% ../../nbs/bundle/files.ipynb #29b1c0b0
@@ -167,11 +167,11 @@ def write_bundle(
 
 # %% ../../nbs/bundle/files.ipynb #0df563ec
 def _save_snapshot(folder:Path, snapshot:Snapshot)->None:
-    "The three matrices, their structure once."
+    "The matrices, their structure once."
     seen = snapshot.confidence
     save_csr(folder, "seen", seen.astype(np.float32, copy=False))
-    for name, matrix in {"seen_counts": snapshot.counts, "seen_age_days": snapshot.age_days}.items():
-        save_array(folder/f"{name}.npy", matrix_values(matrix, seen, name))
+    for name in PAIR_VALUES[1:]:
+        save_array(folder/f"seen_{name}.npy", matrix_values(getattr(snapshot, name), seen, f"seen_{name}"))
 
 # %% ../../nbs/bundle/files.ipynb #500f0056
 _SECTIONS = {**dict.fromkeys(("version", "created_at"), str),

@@ -19,7 +19,7 @@ from ..core.errors import BundleError, ProductRecsError
 from ..core.ids import IdTable
 from ..data.arrays import load_array, load_csr, load_table, on_structure
 from ..data.left_out import NO_LEFT_OUT, load_left_out
-from ..data.snapshots import Snapshot, csr_of
+from ..data.snapshots import PAIR_VALUES, Snapshot, csr_of
 from ..models.all import from_recipe
 from ..models.interface import Model
 
@@ -57,10 +57,11 @@ def _snapshot(path:Path, users:Mapping, items:Mapping, shape:tuple[int, int])->S
     seen, popularity = load_csr(path, "seen", shape), items.get("popularity")
     if popularity is None or popularity.dtype.kind not in "iu":
         raise BundleError(f"{path/'items.parquet'}: the column `popularity` does not hold whole numbers; {_AGAIN}")
-    others = (on_structure(path/f"seen_{name}.npy", seen) for name in ("counts", "age_days"))
+    others = (on_structure(path/f"seen_{name}.npy", seen) for name in PAIR_VALUES[1:])
     plain = (csr_of(matrix.shape, *map(np.asarray, (matrix.indptr, matrix.indices, matrix.data)))
              for matrix in (seen, *others))
-    return Snapshot(None, *plain, popularity, told_columns(items), told_columns(users))
+    return Snapshot(None, **dict(zip(PAIR_VALUES, plain)), buyers=popularity, item_columns=told_columns(items),
+                    user_columns=told_columns(users))
 
 # %% ../../nbs/bundle/opening.ipynb #97d82141
 def open_bundle(

@@ -21,7 +21,7 @@ from ..core.paths import resolve_path
 from ..core.vectors import one_dimensional
 from .arrays import load_csr, load_table
 from .left_out import NO_LEFT_OUT, LeftOut, load_left_out
-from .snapshots import Snapshot
+from .snapshots import PAIR_VALUES, Snapshot
 
 # %% ../../nbs/data/artifact.ipynb #3cd479b3
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ def open_features(
     for name, moment in SNAPSHOTS.items():
         confidence = load_csr(path, f"{name}_confidence", shape)
         others = {}
-        for value in ("counts", "age_days"):
-            others[value] = load_csr(path, f"{name}_confidence", shape)
-            others[value].data = np.load(path/f"{name}_{value}.npy", mmap_mode="r" if confidence.nnz else None)
+        for value in PAIR_VALUES[1:]:
+            others[value], file = load_csr(path, f"{name}_confidence", shape), path/f"{name}_{value}.npy"
+            if not file.exists(): raise FeatureError(f"{file}: the file is missing; run 02_features again")
+            others[value].data = np.load(file, mmap_mode="r" if confidence.nnz else None)
         snapshots[name] = Snapshot(facts["split"].get(moment) if moment else None, confidence, **others, **columns)
     cold = {name: path/f"{name}.parquet" for name in ("cold_items", "cold_users", "excluded_items")}
     given = {name: facts[name] for name in ("split", "parameters", "fingerprint")}

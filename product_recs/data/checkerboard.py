@@ -20,13 +20,16 @@ def snapshot_of(
     counts:np.ndarray,             # (n_users, n_items), 0 where there was nothing
     age_days:np.ndarray|None=None, # (n_users, n_items), days since the last interaction; None: all of today
     until:str|None=None,           # ISO time of the end; None: everything is known
+    span_days:np.ndarray|None=None, # (n_users, n_items), days from the first interaction to the last; None: 0
 )->Snapshot:                       # whose confidences are the counts
     "A snapshot from dense tables."
     matrix = csr_matrix(np.asarray(counts, np.float32))
-    ages = matrix.copy()
-    ages.data = np.zeros(matrix.nnz, np.float32)
-    if age_days is not None: ages.data = np.asarray(age_days, np.float32)[matrix.toarray() > 0]
-    return Snapshot(until=until, confidence=matrix, counts=matrix, age_days=ages)
+    days = {}
+    for name, values in {"age_days": age_days, "span_days": span_days}.items():
+        days[name] = matrix.copy()
+        days[name].data = np.zeros(matrix.nnz, np.float32)
+        if values is not None: days[name].data = np.asarray(values, np.float32)[matrix.toarray() > 0]
+    return Snapshot(until=until, confidence=matrix, counts=matrix, **days)
 
 # %% ../../nbs/data/checkerboard.ipynb #75863a6a
 def checkerboard(

@@ -16,6 +16,7 @@ from scipy.sparse import csr_matrix
 from ..core.ids import IdTable
 from .arrays import (load_csr, load_table, matrix_values, on_structure, save_array, save_csr,
                                       save_table)
+from .snapshots import PAIR_VALUES
 
 # %% ../../nbs/data/left_out.ipynb #163fbfd9
 @dataclass(frozen=True)
@@ -28,9 +29,10 @@ class LeftOutHistory:
     others: list         # external ids of items that it does not know
     other_counts: np.ndarray
     other_age_days: np.ndarray
+    span_days: np.ndarray # (k,) float32
 
 _NONE = np.empty(0, np.float32)
-NO_HISTORY = LeftOutHistory(np.empty(0, np.int64), _NONE, _NONE, _NONE, [], _NONE, _NONE)
+NO_HISTORY = LeftOutHistory(np.empty(0, np.int64), _NONE, _NONE, _NONE, [], _NONE, _NONE, _NONE)
 
 @dataclass(frozen=True)
 class LeftOut:
@@ -41,6 +43,7 @@ class LeftOut:
     sums: csr_matrix|None = None     # (users, known + items) float32; None: there are no pairs
     counts: csr_matrix|None = None   # of the same structure
     age_days: csr_matrix|None = None # of the same structure
+    span_days: csr_matrix|None = None # of the same structure
 
     def __len__(self): return 0 if self.sums is None else self.sums.nnz
 
@@ -52,10 +55,11 @@ class LeftOut:
         part = slice(*self.sums.indptr[row:row + 2])
         items = np.asarray(self.sums.indices[part])
         middle = int(np.searchsorted(items, self.known))
-        sums, counts, age = (np.asarray(matrix.data[part]) for matrix in (self.sums, self.counts, self.age_days))
+        sums, counts, age, span = (np.asarray(matrix.data[part])
+                                   for matrix in (self.sums, self.counts, self.age_days, self.span_days))
         others = self.items.take(items[middle:] - self.known)
         return LeftOutHistory(items[:middle].astype(np.int64), sums[:middle], counts[:middle], age[:middle], others,
-                   counts[middle:], age[middle:])
+                   counts[middle:], age[middle:], span[:middle])
 
 NO_LEFT_OUT = LeftOut(0, IdTable([]), IdTable([]))
 
@@ -69,7 +73,7 @@ def save_left_out(
     save_table(folder/"left_out_users.parquet", {"user_id": left_out.users.ids})
     save_table(folder/"left_out_items.parquet", {"item_id": left_out.items.ids})
     save_csr(folder, "left_out", left_out.sums)
-    for name in ("counts", "age_days"):
+    for name in PAIR_VALUES[1:]:
         values = matrix_values(getattr(left_out, name), left_out.sums, name)
         save_array(folder/f"left_out_{name}.npy", values)
 
@@ -83,5 +87,5 @@ def load_left_out(
     users, items = (IdTable(load_table(folder/f"left_out_{name}s.parquet")[f"{name}_id"], folds)
                     for name in ("user", "item"))
     sums = load_csr(folder, "left_out", (len(users), known + len(items)))
-    others = (on_structure(folder/f"left_out_{name}.npy", sums) for name in ("counts", "age_days"))
+    others = (on_structure(folder/f"left_out_{name}.npy", sums) for name in PAIR_VALUES[1:])
     return LeftOut(known, users, items, sums, *others)

@@ -26,7 +26,7 @@ from ..core.sql import parquet
 from ..core.text import counted
 from ..data.arrays import load_table
 from ..data.artifact import Features
-from ..data.snapshots import Histories, Snapshot, csr_of
+from ..data.snapshots import PAIR_VALUES, Histories, Snapshot, csr_of
 from ..data.tasks import BY_USER, Task, make_task, past_and_future
 from .metrics import (METRIC_NAMES, Comparison, Hits, bootstrap_means, compared, find_hits,
                                              interval, paired_bootstrap)
@@ -291,7 +291,7 @@ def without_users(
     sizes[rows] = 0
     indptr = np.append(0, np.cumsum(sizes)).astype(own.dtype)
     matrices = {name: csr_of(getattr(past, name).shape, indptr, getattr(past, name).indices[rest],
-                             getattr(past, name).data[rest]) for name in ("confidence", "counts", "age_days")}
+                             getattr(past, name).data[rest]) for name in PAIR_VALUES}
     return replace(past, buyers=None, **matrices)
 
 def _later(features:Features, since:str, until:str|None)->tuple[duckdb.DuckDBPyConnection, str]:
@@ -366,7 +366,7 @@ def _some(histories:Histories, part:slice)->Histories:
     "The histories of some neighbours."
     ends = histories.indptr[part.start:part.stop + 1]
     pairs = slice(int(ends[0]), int(ends[-1]))
-    values = {name: getattr(histories, name)[pairs] for name in ("items", "confidence", "counts", "age_days")}
+    values = {name: getattr(histories, name)[pairs] for name in ("items", *PAIR_VALUES)}
     about = None if histories.about is None else histories.about[part]
     return Histories(ends - ends[0], **values, rows=histories.rows[part], about=about)
 

@@ -24,7 +24,7 @@ from ..core.columns import NEXT_PURCHASE
 from ..core.errors import NothingToJudge, ProductRecsError, TrainError
 from ..core.parameters import number
 from ..data.artifact import Features
-from ..data.snapshots import Snapshot, csr_of
+from ..data.snapshots import PAIR_VALUES, Snapshot, csr_of
 from ..data.tasks import PERIODS, Task, make_task, past_and_future
 from ..evaluate import judged_bundle
 from ..evaluation.competition import USUAL_BLEND, Competition, Fits, compete, refusal, user_figures
@@ -34,7 +34,7 @@ from ..features import WINDOWS, earlier_windows
 from .halving import Contender, Look, Search, best_look, search, widened_space
 from .weights import FEATURE_NAMES, PLAIN, Lab, distinct, weigh, weightings
 from ..models.all import all_models, fit_sharing, named, names_of
-from ..models.als import ALS, chosen
+from ..models.als import ALS, without_defaults
 from ..models.baselines import BuyAgain, Popularity
 from ..models.interface import Model, recipe, with_parts
 from ..models.spaces import Options, model_at, point_of, reads_confidence, space_of
@@ -95,7 +95,7 @@ def _of_users(snapshot:Snapshot, chosen:np.ndarray)->Snapshot:
     "A snapshot in which the other users have nothing."
     lengths = np.diff(snapshot.counts.indptr)
     pairs, indptr = np.repeat(chosen, lengths), np.append(0, np.cumsum(lengths*chosen))
-    matrices = {name: getattr(snapshot, name) for name in ("confidence", "counts", "age_days")}
+    matrices = {name: getattr(snapshot, name) for name in PAIR_VALUES}
     indptr = indptr.astype(snapshot.counts.indptr.dtype)
     return replace(snapshot, **{name: csr_of(matrix.shape, indptr, matrix.indices[pairs], matrix.data[pairs])
                                 for name, matrix in matrices.items()})
@@ -200,7 +200,7 @@ def _entrant(problem:Problem, model:Model, default:Model, lab:Lab|None, limits:M
     if lab and problem.task in lab.rows and reads_confidence(model):
         best = lab.best(problem.task)
         weighting = candidate_of(problem.windows[0].features, problem.candidates, lab.candidates[best["name"]])
-        winner = ALS(**chosen(default.parameters) | {"alpha": best["alpha"]}) if type(model) is ALS else default
+        winner = ALS(**without_defaults(default.parameters) | {"alpha": best["alpha"]}) if type(model) is ALS else default
         if weighting != problem.own or type(model) is ALS: starts["the lab's winner"] = (winner, weighting)
     space = {name: where._replace(high=min(where.high, limits.get(name, where.high)),
                                   limits=(where.limits[0], min(where.limits[1], limits.get(name, where.limits[1]))))

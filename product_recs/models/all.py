@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from ..core.columns import NEXT_PURCHASE
 from ..core.errors import ProductRecsError
 from ..data.snapshots import Snapshot
-from .als import ALS, ScaledALS, WeightedALS, chosen
+from .als import ALS, ScaledALS, WeightedALS, without_defaults
 from .baselines import BuyAgain, Popularity, RecentPopularity
 from .blend import HabitBlend, ScoreBlend
 from .bpr import BPR
@@ -37,7 +37,7 @@ def all_models(
     seed:int=0,              # of low-pass, ChebyCF and BPR
 )->list[Model]:              # not fitted yet
     "Every model that learns from a snapshot alone, the baselines first and ALS last."
-    als = chosen(als or {})
+    als = without_defaults(als or {})
     return [Popularity(), RecentPopularity(half_life_days), BuyAgain(), ItemCosine(), ItemBM25(), ItemGraph(),
             Transitions(), LowPass(seed=seed), ChebyCF(seed=seed), EASE(), BPR(seed=seed), ScaledALS.like(als),
             WeightedALS(**als), ALS(**als)]

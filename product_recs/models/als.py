@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN_OBJECTIVE', 'NO_POWERS', 'PLAIN_DEFAULTS', 'ALS_DEFAULTS', 'activity_weighted', 'mean_kept', 'AlsModel',
-           'completed', 'chosen', 'chosen_solver', 'fit_als', 'check_als', 'ALS', 'WeightedALS', 'ScaledALS',
+           'completed', 'without_defaults', 'chosen_solver', 'fit_als', 'check_als', 'ALS', 'WeightedALS', 'ScaledALS',
            'drawn_to']
 
 # %% ../../nbs/models/als.ipynb #5efd7d68
@@ -61,7 +61,7 @@ NO_POWERS = {"user_power": 0.0, "item_power": 0.0}      # every pair has its own
 # the six numbers that belong together, where one of them is named and the others are not
 PLAIN_DEFAULTS = {"regularization": 20.0, "alpha": 1.0, **PLAIN_OBJECTIVE, **NO_POWERS}
 ALS_DEFAULTS = {"factors": 64, "iterations": 15, "seed": 0, "solver": "auto",
-                "regularization": 0.01, "alpha": 1.0, "unobserved_weight": 0.1, "nu": 1.0, **NO_POWERS}
+                **PLAIN_DEFAULTS, "regularization": 25.0, "alpha": 5.0, "user_power": 0.25}
 
 @dataclass(frozen=True)
 class AlsModel:
@@ -79,11 +79,11 @@ def completed(
 )->dict:                 # the same, and the defaults of those that are missing
     "Defaults of what is not given: of the objective all six, or the plain ones beside those that are."
     given = {name: value for name, value in given.items() if value is not None or name not in PLAIN_DEFAULTS}
-    named = PLAIN_DEFAULTS.keys() & given.keys() or given.get("solver") in ("implicit", "by hand") # that have no other
+    named = PLAIN_DEFAULTS.keys() & given.keys() or given.get("solver") == "by hand" # nobody chose its objective
     plain = PLAIN_DEFAULTS if named else {}
     return ALS_DEFAULTS | plain | dict(preset or {}) | given
 
-def chosen(
+def without_defaults(
     parameters:Mapping, # of an ALS, completed
 )->dict:                # from which `completed` makes the same again
     "What is left without the default objective, so that a part of it can be named, or a preset can bring its own."

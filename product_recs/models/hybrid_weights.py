@@ -52,9 +52,7 @@ def first_items(
     order = np.lexsort((histories.items, -histories.age_days, histories.places))
     place = np.arange(len(order)) - histories.indptr[histories.places[order]]
     pairs = np.sort(order[place < k])
-    sizes = np.minimum(np.diff(histories.indptr), k)
-    return Histories(np.concatenate([[0], np.cumsum(sizes)]), histories.items[pairs], histories.confidence[pairs],
-                     histories.counts[pairs], histories.age_days[pairs], histories.rows)
+    return histories.chosen(pairs)
 
 # %% ../../nbs/models/hybrid_weights.ipynb #b4c39655
 class _Ground:

@@ -26,6 +26,7 @@ const RULES = {
 const SIGNALS = {
   taste: "Taste", popularity: "Popular over the years", recent_popularity: "Popular lately", own: "Had it before", count: "How often",
   recency: "How recently", count_recency: "Often and recently", repeat: "Something people buy again",
+  lateness: "Due again", lateness_squared: "How far from due", interval: "How often it comes round",
   people_alike: "Popular with people alike", average_taste: "Against the average item, by taste", average_content: "Against the average item, by description",
 };
 const STATUS = {401: "A key is needed", 403: "Not allowed", 404: "Not found", 413: "Too large", 422: "Not understood", 429: "Too many requests", 500: "A fault in the service", 503: "Not ready"};
