@@ -200,7 +200,8 @@ def _entrant(problem:Problem, model:Model, default:Model, lab:Lab|None, limits:M
     if lab and problem.task in lab.rows and reads_confidence(model):
         best = lab.best(problem.task)
         weighting = candidate_of(problem.windows[0].features, problem.candidates, lab.candidates[best["name"]])
-        winner = ALS(**without_defaults(default.parameters) | {"alpha": best["alpha"]}) if type(model) is ALS else default
+        winner = default
+        if type(model) is ALS: winner = ALS(**without_defaults(default.parameters) | {"alpha": best["alpha"]})
         if weighting != problem.own or type(model) is ALS: starts["the lab's winner"] = (winner, weighting)
     space = {name: where._replace(high=min(where.high, limits.get(name, where.high)),
                                   limits=(where.limits[0], min(where.limits[1], limits.get(name, where.limits[1]))))
