@@ -311,7 +311,7 @@ def _tidy(work:_Work)->dict:
 # %% ../../nbs/jobs/daily.ipynb #fed8834d
 _STEPS:Mapping[str, Callable] = MappingProxyType({
     "01_ingest": _take_in, "input": _look, "02_features": _make_features, "03_train": _train, "04_evaluate": _evaluate,
-    "05_inference": _recommend, "gate": _judge, "outcome": _watch, "diff": _compare, "batch": _write_lists,
+    "05_inference": _recommend, "gate": _judge, "diff": _compare, "batch": _write_lists, "outcome": _watch,
     "clean": _tidy})
 _NOTEBOOKS = (*STEPS, *_JOBS)
 

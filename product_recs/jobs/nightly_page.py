@@ -23,7 +23,7 @@ from .reports import CONTENT_POLICY, STYLE
 # step -> how a person calls it
 NIGHT_STEPS = {name: STEP_NAMES[name] for name in ("01_ingest",)} | {"input": "Input checks"} | {
     name: STEP_NAMES[name] for name in ("02_features", "03_train", "04_evaluate", "05_inference")} | {
-    "gate": "Gate", "outcome": "Outcome", "diff": "What changes for customers", "batch": "Lists for campaigns",
+    "gate": "Gate", "diff": "What changes for customers", "batch": "Lists for campaigns", "outcome": "Outcome",
     "clean": "Cleaning"}
 
 def _look_at(night:Night)->str:
