@@ -273,7 +273,7 @@ def test_what_else_lies_in_the_folder_hides_no_model_and_stops_no_way_back(model
     publish(models, "v2")
     assert until(lambda: live.version == "v2")
     for name, content in {
-        "tool": '{"format": 2}',
+        "tool": '{"format": 3}',
         "older": '{"format": 1}',
         "list": "[1]",
         "text": "no json",

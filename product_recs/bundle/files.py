@@ -34,7 +34,7 @@ from ..data.snapshots import PAIR_VALUES, Snapshot
 from ..models.interface import Model, recipe
 
 # %% ../../nbs/bundle/files.ipynb #29b1c0b0
-FORMAT = 2 # of the bundle; a reader refuses any other
+FORMAT = 3 # of the bundle; a reader refuses any other
 
 def _is_version(name:str)->bool:
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) is not None and name not in ("current", "previous")
