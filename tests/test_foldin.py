@@ -19,7 +19,7 @@ from product_recs.bundle.ready import ReadyModel
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE, TASKS
 from product_recs.core.events import Event, UserState
 from product_recs.core.paths import project_root
-from product_recs.models.als import fit_als
+from product_recs.models.als import PLAIN_DEFAULTS, fit_als
 from product_recs.models.foldin import Solver, fold_in
 from product_recs.models.weighting import bm25
 from product_recs.train import train_bundle
@@ -37,7 +37,8 @@ def log():
 
 def model_of(log, folder, next_model="none", **parameters):
     features = features_of_log(log, folder, **parameters)
-    version, _ = train_bundle(features, folder / "models", publish_it=True, next_model=next_model, **QUICK)
+    als = QUICK | PLAIN_DEFAULTS
+    version, _ = train_bundle(features, folder / "models", publish_it=True, next_model=next_model, **als)
     return features, ReadyModel(open_bundle(folder / "models", version, verify=True))
 
 
@@ -110,7 +111,8 @@ def test_new_events_weigh_what_they_would_have_weighed_in_training(log, tmp_path
         np.testing.assert_allclose(confidence, wanted.data, rtol=2e-4)
         now = person_now(model, int(user), UserState(events))
         assert now.history.counts.tolist() == later.all.counts[later.users.row(int(user))].data.tolist()
-        solved = fold_in(model.model().item_factors, wanted, 20.0, 1.0)
+        plain = PLAIN_DEFAULTS["regularization"], PLAIN_DEFAULTS["alpha"]
+        solved = fold_in(model.model().item_factors, wanted, *plain)
         np.testing.assert_allclose(now.representation, solved, rtol=1e-3, atol=1e-5)
 
 
@@ -234,7 +236,7 @@ def test_explanations_add_up(model):
 def test_the_exact_pass_changes_with_nothing_but_seed_and_data(trained):
     features, model = trained
     for threads in (1, 2, 3):
-        again = fit_als(features.all.confidence, **QUICK | {"num_threads": threads})
+        again = fit_als(features.all.confidence, **QUICK | PLAIN_DEFAULTS | {"num_threads": threads})
         assert np.array_equal(again.user_factors, model.model().user_factors)
         assert np.array_equal(again.item_factors, model.model().item_factors)
 
