@@ -314,7 +314,8 @@ class WeightedALS(ALS):
 # %% ../../nbs/models/als.ipynb #18fcef1b
 class ScaledALS(ALS):
     "ALS whose regularization grows with the number of a row's items, and whose untaken cells weigh little."
-    name, preset = "scaled ALS", PLAIN_DEFAULTS | {"regularization": 0.01, "unobserved_weight": 0.1, "nu": 1.0}
+    name = "scaled ALS"
+    preset = PLAIN_DEFAULTS | {"regularization": 5e-4, "unobserved_weight": 0.05, "nu": 1.0, "item_power": 0.3}
 
     @classmethod
     def like(cls, als:Mapping)->"ScaledALS":
