@@ -84,7 +84,7 @@ class Terminal:
 
     def wait(self, process: subprocess.Popen) -> None:
         "Until the service answers."
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300  # a machine may have much else to do
         while time.monotonic() < until and process.poll() is None:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health/ready", timeout=2).close()
@@ -105,7 +105,7 @@ class Terminal:
     def close(self) -> None:
         for process in self.background:
             process.send_signal(signal.SIGINT)
-            process.wait(30)
+            process.wait(120)
 
 
 def with_output(terminal: Terminal, match: re.Match) -> str:
