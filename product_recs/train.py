@@ -64,8 +64,8 @@ def with_parameters(
         raise TrainError(f"model_parameters: {model.name} has no parameter {unknown[0]!r}; there are "
                          f"{', '.join(known) or 'none'}")
     values = {name: typed(f"model_parameters[{name!r}]", value, known[name]) for name, value in given.items()}
-    kept = chosen(model.parameters) if isinstance(model, ALS) else model.parameters
-    try: return type(model)(**kept | values)
+    parameters = chosen(model.parameters) if isinstance(model, ALS) else model.parameters
+    try: return type(model)(**parameters | values)
     except (ValueError, TypeError) as error: raise TrainError(f"model_parameters of {model.name}: {error}") from None
 
 # %% ../nbs/03_train.ipynb #88303b94

@@ -235,8 +235,33 @@ def _fit_implicit(confidence:csr_matrix, takes_loss, after, *, factors:int, regu
                                                          num_threads=num_threads)
         return user_factors, item_factors, float(loss)
 
+# %% ../../nbs/models/als.ipynb #2157952f
+class _WeighedFactors(FactorModel):
+    "Factors, and the weighting of the histories by the powers of the training."
+    @property
+    def powers(self)->list[float]: # of the user's number of items, and of the item's number of users
+        return [self.parameters.get(name, usual) for name, usual in NO_POWERS.items()]
+
+    def to_arrays(self)->dict[str, np.ndarray]:
+        "The factors, and with powers the scale of the confidences."
+        return super().to_arrays() | ({"scale": np.array([self.scale])} if any(self.powers) else {})
+
+    def _take(self, arrays):
+        if any(self.powers):
+            scale = arrays.get("scale", np.empty(0))
+            if scale.shape != (1,): raise ValueError(f"scale has shape {scale.shape}, not (1,)")
+            self.scale = float(scale[0])
+        super()._take({name: arrays[name] for name in self.array_names})
+
+    def weighed(self, indptr:np.ndarray, items:np.ndarray, confidence:np.ndarray)->np.ndarray: # (p,) float32
+        "Confidences as the objective has them, of users whose items these are, as in `Histories`."
+        if not any(self.powers): return confidence
+        divided = activity_weighted(indptr, items, confidence, self.popularity, *self.powers)
+        return (divided*self.scale).astype(np.float32)
+
+
 # %% ../../nbs/models/als.ipynb #ff379b68
-class ALS(FactorModel):
+class ALS(_WeighedFactors):
     "Alternating least squares; takes the parameters of `fit_als`."
     name, drawable = "ALS", True
     preset = {} # parameters in which a preset differs from the defaults
@@ -255,30 +280,9 @@ class ALS(FactorModel):
         self.scale = self.model.scale
         self.set_arrays(user_factors=self.model.user_factors, item_factors=self.model.item_factors)
 
-    @property
-    def powers(self)->list[float]: # of the user's number of items, and of the item's number of users
-        return [self.parameters.get(name, usual) for name, usual in NO_POWERS.items()]
-
-    def to_arrays(self)->dict[str, np.ndarray]:
-        "The factors, and with powers the scale of the confidences."
-        return super().to_arrays() | ({"scale": np.array([self.scale])} if any(self.powers) else {})
-
-    def _take(self, arrays):
-        if any(self.powers):
-            scale = arrays.get("scale", np.empty(0))
-            if scale.shape != (1,): raise ValueError(f"scale has shape {scale.shape}, not (1,)")
-            self.scale = float(scale[0])
-        super()._take({name: arrays[name] for name in self.array_names})
-
     def drawn(self, prior:np.ndarray)->"ALS": # (n_items, f) float32
         "The items that have buyers solved again, pulled to these factors in place of zero, and then the users."
         return drawn_to(self, prior)
-
-    def weighed(self, indptr:np.ndarray, items:np.ndarray, confidence:np.ndarray)->np.ndarray: # (p,) float32
-        "Confidences as the objective has them, of users whose items these are, as in `Histories`."
-        if not any(self.powers): return confidence
-        divided = activity_weighted(indptr, items, confidence, self.popularity, *self.powers)
-        return (divided*self.scale).astype(np.float32)
 
     @cached_property
     def solver(self)->Solver:
