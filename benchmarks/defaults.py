@@ -303,17 +303,17 @@ class Search:
 
     def table(self, family: str) -> tuple[list[str], list[dict], np.ndarray]:
         "Names of the logs, points that were judged on all of them, and their figures (logs, points)."
-        found = {}
+        by_point = {}
         for key, figures in self.judged.items():
             log, kind, point = json.loads(key)
             if kind == family:
-                found.setdefault(json.dumps(point, sort_keys=True), {})[log] = figures["ndcg"]
+                by_point.setdefault(json.dumps(point, sort_keys=True), {})[log] = figures["ndcg"]
         here = {log.name for log in self.logs}
-        most = max((len(here & set(each)) for each in found.values()), default=0)
-        points = [point for point, each in found.items() if len(here & set(each)) == most > 0]
-        logs = [log.name for log in self.logs if points and log.name in found[points[0]]]
-        points = [point for point in points if set(logs) <= set(found[point])]
-        figures = np.array([[found[point][log] for point in points] for log in logs]).reshape(len(logs), len(points))
+        most = max((len(here & set(each)) for each in by_point.values()), default=0)
+        points = [point for point, each in by_point.items() if len(here & set(each)) == most > 0]
+        logs = [log.name for log in self.logs if points and log.name in by_point[points[0]]]
+        points = [point for point in points if set(logs) <= set(by_point[point])]
+        figures = np.array([[by_point[point][log] for point in points] for log in logs]).reshape(len(logs), len(points))
         return logs, [json.loads(point) for point in points], figures
 
     def best(self, family: str, nu: float | None = None) -> tuple[dict, float]:
@@ -330,22 +330,22 @@ def losses(figures: np.ndarray) -> np.ndarray:
     return 1 - figures / np.maximum(figures.max(axis=1, keepdims=True), 1e-12)
 
 
-def search(found: Search, family: str, points: int, near: int) -> None:
+def search(records: Search, family: str, points: int, near: int) -> None:
     "The points of a family, and for ALS some near the best so far (with nu 1 and 0 in turns), and it with other sizes."
     for point in tqdm(list(points_of(family, points)), desc=family):
-        found.judge(family, point)
-    if family != "als" or found.over:
+        records.judge(family, point)
+    if family != "als" or records.over:
         return
     for ridge, weight, power in BETWEEN:
         point = {"factors": 64, "regularization": ridge, "alpha": 1.0, "iterations": 10, "unobserved_weight": weight,
                  "user_power": power}  # fmt: skip
-        found.judge(family, point, give_up=found.best(family)[1])
+        records.judge(family, point, give_up=records.best(family)[1])
     draw = np.random.default_rng(8)
     for turn in tqdm(range(near), desc="near the best"):
-        point, _ = found.best(family, (1.0, 0.0)[turn % 2])
-        found.judge(family, near_als(point, draw), give_up=found.best(family)[1])
+        point, _ = records.best(family, (1.0, 0.0)[turn % 2])
+        records.judge(family, near_als(point, draw), give_up=records.best(family)[1])
     for changed in ({"factors": 32}, {"factors": 128}, {"iterations": 15}):
-        found.judge(family, found.best(family)[0] | changed)
+        records.judge(family, records.best(family)[0] | changed)
 
 
 def as_text(point: Mapping) -> str:
@@ -369,9 +369,9 @@ def team(figures: np.ndarray, size: int = 3) -> list[int]:
     return members
 
 
-def section(found: Search, family: str) -> list[str]:
+def section(records: Search, family: str) -> list[str]:
     "What a family's search says."
-    logs, points, figures = found.table(family)
+    logs, points, figures = records.table(family)
     if len(points) < 2:
         return []
     lost, named = losses(figures), {name: as_text(point) for name, point in usual(family).items()}
@@ -379,7 +379,7 @@ def section(found: Search, family: str) -> list[str]:
     columns = {name: texts.index(text) for name, text in named.items() if text in texts}
     proposed = int(lost.max(axis=0).argmin())
     chosen, alone = left_out(figures)
-    popularity = [found.judged.get(key_of(log, "popularity", {}), {}).get("ndcg", float("nan")) for log in logs]
+    popularity = [records.judged.get(key_of(log, "popularity", {}), {}).get("ndcg", float("nan")) for log in logs]
     head = ["log", "popularity", *columns, "proposed", "best known", "left out"]
     shown = [*columns.values(), proposed]
     lines = [f"## {family}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -405,9 +405,9 @@ def section(found: Search, family: str) -> list[str]:
     return [*lines, "The best of each log:", "", *best, ""]
 
 
-def page(found: Search, families: list[str], command: str) -> str:
-    logs = [f"| {log.name} | {log.shape} | {len(log.rows):,} |" for log in found.logs]
-    parts = [line for family in families for line in section(found, family)]
+def page(records: Search, families: list[str], command: str) -> str:
+    logs = [f"| {log.name} | {log.shape} | {len(log.rows):,} |" for log in records.logs]
+    parts = [line for family in families for line in section(records, family)]
     return "\n".join([
         "# Defaults", "",
         f"`{command}`. NDCG@{K} of discovery on validation; in brackets the loss to the best known point of the "
@@ -436,12 +436,12 @@ def main() -> None:
     file = ROOT / f"build/defaults-{options.users}-{options.judged}.json"  # other sizes are other logs
     if options.fresh:
         file.unlink(missing_ok=True)
-    found = Search(file, all_logs(options.folders, options.users, options.judged), options.minutes)
-    found.judge("popularity", {})
+    records = Search(file, all_logs(options.folders, options.users, options.judged), options.minutes)
+    records.judge("popularity", {})
     for family in families:
-        search(found, family, options.points, options.near)
+        search(records, family, options.points, options.near)
     more = "".join(f" --{name} {getattr(options, name)}" for name in ("points", "near", "users", "judged"))
-    text = page(found, families, f"python benchmarks/defaults.py FOLDER ...{more} --families {options.families}")
+    text = page(records, families, f"python benchmarks/defaults.py FOLDER ...{more} --families {options.families}")
     print(text)
     if options.write:
         (Path(__file__).parent / "results/defaults.md").write_text(text, encoding="utf-8")
