@@ -236,8 +236,8 @@ def _fit_implicit(confidence:csr_matrix, takes_loss, after, *, factors:int, regu
         return user_factors, item_factors, float(loss)
 
 # %% ../../nbs/models/als.ipynb #6add5480
-class _Powered(FactorModel):
-    "A factor model of confidences that powers have divided; `_fit` sets `scale`, which keeps their mean."
+class _WeighedFactors(FactorModel):
+    "Factors, and the weighting of the histories by the powers of the training."
     @property
     def powers(self)->list[float]: # of the user's number of items, and of the item's number of users
         return [self.parameters.get(name, usual) for name, usual in NO_POWERS.items()]
@@ -260,7 +260,7 @@ class _Powered(FactorModel):
         return (divided*self.scale).astype(np.float32)
 
 # %% ../../nbs/models/als.ipynb #ff379b68
-class ALS(_Powered):
+class ALS(_WeighedFactors):
     "Alternating least squares; takes the parameters of `fit_als`."
     name, drawable = "ALS", True
     preset = {} # parameters in which a preset differs from the defaults
