@@ -360,7 +360,7 @@ def at_edges(
         if not best or best.origin: continue
         for name, where in widened_space(entrant.contender, looks).items():
             if isinstance(where, Options) or not (end := where.end_of(best.point[name])): continue
-            limit = where.limits[end == "high"]
+            if (limit := where.limits[end == "high"]) == 0: continue # a power of 0 is none
             remedy = "it can be no wider"
             if name in _LIMITED and end == "high": remedy = f"allow more with -p {_LIMITED[name]} {2*limit:g}"
             edges.append({"model": entrant.model.name, "name": name, "value": best.point[name], "end": end,
