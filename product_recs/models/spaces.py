@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from .als import ALS, PLAIN_OBJECTIVE, ScaledALS, WeightedALS, fit_als
+from .als import ALS, PLAIN_OBJECTIVE, fit_als
 from .baselines import RecentPopularity
 from .bpr import BPR
 from .interface import Model
 from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
-from .spectral import LowPass
+from .spectral import ChebyCF, LowPass
+from .transitions import Transitions
 
 # %% ../../nbs/models/spaces.ipynb #725ad7fe
 class Range(NamedTuple):
@@ -74,15 +75,20 @@ SPACES = {
     ItemGraph: {"neighbours": Range(50, 1000, (5, 5000), step=1),
                 "from_power": Range(0.2, 0.9, (0, 2), log=False), "user_power": Range(0.2, 1.2, (0, 2), log=False),
                 "to_power": Range(0, 0.6, (0, 2), log=False)},
+    Transitions: {"neighbours": Range(50, 1000, (5, 5000), step=1),
+                  "from_power": Range(0, 0.9, (0, 2), log=False), "user_power": Range(0, 1.2, (0, 2), log=False),
+                  "to_power": Range(0, 0.6, (0, 2), log=False),
+                  "distance_decay": Range(0.4, 1, (0.01, 1), log=False)},
     LowPass: {"factors": Range(32, 512, (8, 2048), step=8)},
+    ChebyCF: {"factors": Range(64, 1024, (8, 2048), step=8), "flatness": Range(0.5, 3, (0.1, 20)),
+              "ideal": Range(0, 1, (0, 10), log=False), "item_power": Range(0, 0.8, (0, 2), log=False)},
     EASE: {"regularization": Range(20, 5000, (0.1, 1e6))},
     BPR: {"factors": Range(16, 128, (8, 1024), step=8), "learning_rate": Range(0.01, 0.2, (0.001, 1)),
           "regularization": Range(0.001, 0.1, (1e-6, 10)), "iterations": Range(30, 200, (5, 1000), step=1)},
     ALS: {"factors": Range(16, 256, (8, 1024), step=8), "strength": Range(0.3, 100, (1e-3, 1e5)),
           "lambda": Range(0.03, 100, (1e-6, 1e6)), "iterations": Range(6, 30, (2, 200), step=1),
-          "user_power": Range(0, 0.8, (0, 2), log=False), "item_power": Range(0, 0.4, (0, 2), log=False)},
-    WeightedALS: {},
-    ScaledALS: {"nu": Range(0.3, 1, (0, 1), log=False)},
+          "user_power": Range(0, 0.8, (0, 1), log=False), "item_power": Range(0, 0.4, (0, 1), log=False),
+          "nu": Range(0, 1, (0, 1), log=False)},
 }
 _OF_ALS = ("strength", "lambda")
 
