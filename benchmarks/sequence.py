@@ -211,10 +211,11 @@ def markdown(rows: list[dict], facts: dict) -> str:
         f"The log `{facts['folder']}`: {facts['users']:,} users, {facts['items']:,} items, {facts['pairs']:,} pairs. "
         "The last item of each user is the test, the one before it the validation; all items that the user has not "
         "had are ranked. Parameters were chosen by NDCG@10 of the validation items of "
-        f"{facts['chosen_on']:,} users, and the test judged each row once.",
+        f"{facts['chosen_on']:,} users, each model by step, and the test judged each row once. "
+        "Rows without a step have the parameters that were chosen with it.",
         "",
-        f"Made by `{facts['command']}` on {facts['date']}, two cores, one BLAS thread; the choice took "
-        f"{facts['choice_seconds']:.0f} s.",
+        f"Made by `{facts['command']}` on {facts['date']}; the choice took {facts['choice_seconds']:.0f} s. Times are "
+        "wall clock, beside whatever else the machine did.",
         "",
         "| model | HR@10 | NDCG@10 | 95 % interval of NDCG@10 | fit, s | ms a user | MB |"
         + (" over HTTP |" if served else "") + " parameters |",
@@ -237,6 +238,15 @@ def markdown(rows: list[dict], facts: dict) -> str:
             "lists of how many users, and the milliseconds of a request, its way included.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def write(out: Path, rows: list[dict], facts: dict) -> str:
+    "Page and figures, as far as they are known; the page."
+    page = markdown(rows, facts)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "sequence.md").write_text(page, encoding="utf-8")
+    (out / "sequence.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    return page
 
 
 def main() -> None:
@@ -273,6 +283,13 @@ def main() -> None:
         )  # fmt: skip
         models.append(model)
         bar.write(f"{model.name}: HR@10 {rows[-1]['hit_rate']:.4f}, NDCG@10 {rows[-1]['ndcg']:.4f}", file=sys.stderr)
+    shape = (len(everybody), snapshot.counts.shape[1], len(log))
+    given = shlex.join("FOLDER" if part == str(options.folder) else part for part in sys.argv[1:])
+    facts = {"folder": options.folder.resolve().name, "users": shape[0], "items": shape[1], "pairs": shape[2],
+             "chosen_on": len(some), "command": f"python benchmarks/sequence.py {given}",
+             "date": date.today().isoformat(), "choice_seconds": choice_seconds,
+             "published": shape == BEAUTY}  # fmt: skip
+    page = write(options.out, rows, facts)
     if options.served:
         short = everybody[np.diff(snapshot.counts.indptr) <= 200]  # the most events of a session
         asked = np.sort(rng.choice(short, min(500, len(short)), replace=False))
@@ -285,16 +302,7 @@ def main() -> None:
             row = rows[models.index(model)]
             row |= {"served": f"{same} of {len(asked)}, {ms:.1f} ms", "different": len(asked) - same}
             print(f"{model.name}: {same} of {len(asked)} lists are equal over HTTP", file=sys.stderr)
-    shape = (len(everybody), snapshot.counts.shape[1], len(log))
-    given = shlex.join("FOLDER" if part == str(options.folder) else part for part in sys.argv[1:])
-    facts = {"folder": options.folder.resolve().name, "users": shape[0], "items": shape[1], "pairs": shape[2],
-             "chosen_on": len(some), "command": f"python benchmarks/sequence.py {given}",
-             "date": date.today().isoformat(), "choice_seconds": choice_seconds,
-             "published": shape == BEAUTY}  # fmt: skip
-    page = markdown(rows, facts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "sequence.md").write_text(page, encoding="utf-8")
-    (options.out / "sequence.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        page = write(options.out, rows, facts)
     print(page)
     if wrong := [row["model"] for row in rows if row.get("different")]:
         sys.exit(f"over HTTP other lists than those judged: {', '.join(wrong)}")

@@ -85,7 +85,7 @@ def start(command: list[str], folder: Path, **settings) -> tuple[subprocess.Pope
         stdout=open(folder / f"{port}.log", "w", encoding="utf-8"),
         stderr=subprocess.STDOUT,
     )
-    for _ in range(300):
+    for _ in range(1200):  # a busy machine takes its time
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{port}/openapi.json").read()
             return process, port
