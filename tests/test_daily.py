@@ -254,6 +254,7 @@ def test_step_that_fails_outside_of_a_notebook_fails_the_night(copy):
     "The monitor says what nobody understands."
     write_log(copy, log_until("2026-06-24"))
     declared = 'run = ""\nmodels_dir = ""\nreport_dir = ""\nparts = ""\naccepted = []\nscheduled = False'
+    declared += "\nmax_data_days = 7.0"
     plant(copy, "monitor", declared, "1/0")
     done = run_night(copy)
     assert (
