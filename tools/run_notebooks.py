@@ -29,7 +29,8 @@ def fresh_copy(folder: Path) -> Path:
     for name in ("settings.ini", "data/interactions.csv", "data/products.csv"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(root / name, folder / name)
-    shutil.copytree(root / "nbs", folder / "nbs")
+    for name in ("nbs", "examples"):
+        shutil.copytree(root / name, folder / name)
     return folder
 
 
