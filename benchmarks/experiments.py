@@ -108,8 +108,8 @@ def main():
     facts = {"runs": given.runs, "looks": [*looks(given.runs)], "plans": plans,
              "mismatches": [*mismatches(given.runs)], "choices": [*choices(math.ceil(given.runs / 4))]}
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "experiments.json").write_text(json.dumps(facts, indent=2) + "\n")
-    (given.out / "experiments.md").write_text(page(facts))
+    (given.out / "experiments.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (given.out / "experiments.md").write_text(page(facts), encoding="utf-8")
     print(page(facts))
 
 

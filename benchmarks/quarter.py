@@ -84,8 +84,9 @@ class Shop:
         own |= {"diversity": [], "min_item_users": 3, "model": "recent popularity", "habits": False, "k": [10, 20]}
         beside = {"monitor": {"max_data_days": 1000}}  # its days are over; they pass in minutes
         for file, parameters in (("shop.yaml", own), ("night.yaml", beside)):
-            (self.root / file).write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in parameters.items()))
-        (self.root / "gate.yaml").write_text("bootstrap: 300\nsample: 100\nmin_users: 50\n")
+            lines = "".join(f"{name}: {json.dumps(value)}\n" for name, value in parameters.items())
+            (self.root / file).write_text(lines, encoding="utf-8")
+        (self.root / "gate.yaml").write_text("bootstrap: 300\nsample: 100\nmin_users: 50\n", encoding="utf-8")
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.environment = bare_environment(
@@ -95,7 +96,7 @@ class Shop:
         self.users, self.stop = log.user_id.unique(), threading.Event()
 
     def serve(self) -> None:
-        log = (self.root / "service.log").open("w")
+        log = (self.root / "service.log").open("w", encoding="utf-8")
         self.service = subprocess.Popen([PROGRAM, "serve"], cwd=self.root, env=self.environment, stdout=log, stderr=log)
         for _ in range(600):
             try:
@@ -350,7 +351,7 @@ def write(quarter: Quarter, options: argparse.Namespace, seconds: float, folder:
         "statuses": dict(counts),
         "nights": [{k: v for k, v in night.items() if k != "said"} for night in nights],
     }
-    (folder / "quarter.json").write_text(json.dumps(facts, indent=1, default=str) + "\n")
+    (folder / "quarter.json").write_text(json.dumps(facts, indent=1, default=str) + "\n", encoding="utf-8")
     picture(nights, folder / "quarter.png")
     each = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     median = float(np.median([night["seconds"] for night in nights]))
@@ -365,7 +366,7 @@ minutes in all. Customers asked {sum(answers.values()):,} times meanwhile; {othe
 {table(nights)}
 
 ![Each night by what became of it](quarter.png)
-""")
+""", encoding="utf-8")
 
 
 def main() -> None:
@@ -402,7 +403,7 @@ def main() -> None:
             shop.close()
             if quarter.nights:
                 write(quarter, options, time.monotonic() - started, options.write)
-    print((options.write / "quarter.md").read_text())
+    print((options.write / "quarter.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

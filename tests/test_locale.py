@@ -228,7 +228,8 @@ def locale_dependent(tree):
             if isinstance(word, ast.Constant) and isinstance(word.value, str)
         ]
         mode = next((word for word in words if word and set(word) <= set("rwaxbt+")), None)
-        if name in ("read_text", "write_text", "TextIOWrapper"):
+        of_package = method and getattr(getattr(node.func.value, "func", None), "id", "") == "distribution"
+        if name in ("read_text", "write_text", "TextIOWrapper") and not of_package:  # that one knows its encoding
             yield node
         elif name in ("open", "fdopen") and "b" not in (mode or "") and owner != "gzip" and (mode or not method):
             yield node

@@ -91,7 +91,7 @@ class Terminal:
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
-        raise SystemExit("the service did not start:\n" + (self.folder / "background.log").read_text())
+        raise SystemExit("the service did not start:\n" + (self.folder / "background.log").read_text(encoding="utf-8"))
 
     def shown(self, text: str) -> str:
         "What differs from run to run and from machine to machine, under one name."

@@ -50,20 +50,22 @@ def built(source: Path, target: Path) -> Path:
 def next_release(source: Path) -> None:
     "Make the sources those of a newer release, with a change in a notebook, in the README and in the Dockerfile."
     settings = source / "settings.ini"
-    settings.write_text(re.sub(r"(?m)^version = .*", "version = 0.2.0", settings.read_text()))
+    newer = re.sub(r"(?m)^version = .*", "version = 0.2.0", settings.read_text(encoding="utf-8"))
+    settings.write_text(newer, encoding="utf-8")
     init = source / "product_recs" / "__init__.py"
-    init.write_text(re.sub(r'__version__ = ".*?"', '__version__ = "0.2.0"', init.read_text()))
+    newer = re.sub(r'__version__ = ".*?"', '__version__ = "0.2.0"', init.read_text(encoding="utf-8"))
+    init.write_text(newer, encoding="utf-8")
     path = source / "nbs" / "01_ingest.ipynb"
-    notebook = json.loads(path.read_text())
+    notebook = json.loads(path.read_text(encoding="utf-8"))
     notebook["cells"][0]["source"].append("\n\nA sentence that the newer release has.")
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, before, after in (
         ("README.md", "Made by `product-recs init`; everything", "`product-recs init` has made it; everything"),
         ("compose.yaml", "stop_grace_period: 20s", "stop_grace_period: 30s"),
     ):
         file = source / "product_recs" / "jobs" / "workspace" / name
-        assert before in file.read_text(), name
-        file.write_text(file.read_text().replace(before, after))
+        assert before in file.read_text(encoding="utf-8"), name
+        file.write_text(file.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
 
 
 def export(path: Path) -> None:

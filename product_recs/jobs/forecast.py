@@ -244,8 +244,9 @@ _MODEL_NAMES = (("03_train", "model", ("auto",)), ("03_train", "next_model", ("a
 def parameter_checks(
     parameters:Mapping, # of a run
 )->list[Check]:
-    "Would a run take these parameters, and is there a model of each name?"
+    "Would a run take these parameters, and is there a model of each name? Without notebooks nobody can say."
     group = "a run on these data"
+    if not (project_root()/"nbs").is_dir(): return []
     try:
         # late: papermill and nbconvert take a second
         from product_recs.jobs.pipeline import assign, declared_parameters
@@ -266,7 +267,7 @@ def data_checks(
 )->tuple[list[Check], float]: # MB of disk that a run takes
     "Look at the parameters of a run, measure its data and foretell what it takes."
     checks = parameter_checks(parameters)
-    if worst(checks) == STOP: return checks, 0.0
+    if checks and worst(checks) == STOP: return checks, 0.0
     factors = int(parameters.get("factors", ALS_DEFAULTS["factors"]))
     try: size = measure_data(parameters)
     except ProductRecsError as error:

@@ -91,7 +91,8 @@ def _write_plan(root:Path, facts:dict, changes:Sequence[Change], release:dict[st
             path = folder/"originals"/name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        (folder/"plan.json").write_text(json.dumps(facts | {"changes": [asdict(change) for change in changes]}))
+        text = json.dumps(facts | {"changes": [asdict(change) for change in changes]})
+        (folder/"plan.json").write_text(text, encoding="utf-8")
 
 def _put(root:Path, name:str, content:bytes)->None:
     "Write a file of a workspace; what a kill leaves lies in the folder of the plan, which goes in the end."
