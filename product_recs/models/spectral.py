@@ -41,7 +41,9 @@ def right_singular(
     image = matrix @ basis
     values, vectors = np.linalg.eigh((image.T @ image).astype(np.float64))
     largest = np.flatnonzero(values > 1e-6*max(values.max(initial=0), 1e-30))[::-1][:factors]
-    return (basis @ vectors[:, largest].astype(np.float32)), values[largest]
+    # by the pairs, not by the basis: items with the same users get the same numbers to the last bit
+    turned = image @ vectors[:, largest].astype(np.float32)
+    return np.asarray(matrix.T.tocsr() @ turned)/values[largest].astype(np.float32), values[largest]
 
 def _krylov(matrix:csr_matrix, block:int, passes:int, seed:int)->np.ndarray: # (n, block*passes) float32, orthonormal
     "What RRᵀ makes of random vectors in so many products, turned into items."
