@@ -48,7 +48,8 @@ def test_from_an_export_to_a_served_list(name, project, capsys):
         assert words in said, said
     features = ensure_features("shop")
     assert features.split, "the times were understood, so the log has a later part to judge by"
-    version, _ = train_bundle(features, models_dir=project / "models", progress=False)
+    bundle = project / "models"
+    version, _ = train_bundle(features, bundle, model="weighted ALS", progress=False)  # the log is dense
     with TestClient(
         create_app(Settings(models_dir=project / "models", database_url="", log_level="ERROR", auth="off")),
         base_url="http://localhost",
