@@ -26,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from quality import hold_out, read_pairs
+from quality import read_pairs
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from product_recs.data.snapshots import Snapshot
-from product_recs.data.tasks import make_task, past_and_future
+from product_recs.data.tasks import hold_out, make_task, past_and_future
 from product_recs.core.columns import DISCOVERY
 from product_recs.core.errors import ProductRecsError
 from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval

@@ -1,25 +1,26 @@
 """How good are this project's models on a public train/test pair, beside the published figures?
 
-    python benchmarks/quality.py FOLDER [--models weighted-als,blend] [--factors 512] [--validate] [--served]
+    python benchmarks/quality.py FOLDER [--models als,chebycf,graph,blend] [--served] [--users 4000]
     [--out benchmarks/results]
 
 FOLDER holds train.parquet and test.parquet with the columns user_id and item_id, no times. Protocol of the LightGCN
-papers: learn
-from all of train, rank all items minus the user's train items, mean over the users with test items; Recall@20 divides
-by the number
-of test items, NDCG@20 is binary with its ideal cut at 20. Items that only the test knows count as missed.
+papers: learn from all of train, rank all items minus the user's train items, mean over the users with test items;
+Recall@20 divides by the number of test items, NDCG@20 is binary with its ideal cut at 20. Items that only the test
+knows count as missed.
 
---validate judges on a tenth of each user's train items (seeded, rounded) instead of the test: choose
-parameters there, and only there. Where popularity is published to do better on the test than on a tenth drawn at
-random, the test
-holds more of the popular items; --tilt draws an item with a chance proportional to its popularity to that power, until
-popularity does as well.
+Parameters, and members and weights of the blend, are chosen on a tenth of each user's train items, held out, by NDCG@20
+of --users of the users: one parameter after the other takes the best of a few values, until none gets better. Where
+new pairs go to popular items more than old ones did, a draw at random is the wrong validation, so it is tilted: an
+item's chance is its popularity to the power --tilt. Without --tilt it is the one of five with which popularity does
+as well on what is held out as on the test; for the public splits that figure is published. Then each model learns from
+all of train, and the test judges it, once. A model that starts at random is fitted again with another seed and judged
+on --users of the users.
 
---served writes each fitted model as a bundle into a temporary folder, opens it, and judges the lists that the service
-makes of it: those of all users in blocks, and those of 500 users one at a time, which must be the same and whose
-milliseconds it takes with one BLAS thread. Figures that differ from those before by more than 0.00005 end the run with
-an error. The table goes to standard output and to a Markdown file in --out, the figures to a JSON file
-beside it. Rows of models that a run leaves out stay as an earlier run found them, and each row says when that was.
+--served writes each fitted model as a bundle into a temporary folder, opens it, and asks for the lists of 2,000 users
+in blocks, which must be those that were judged, and of 500 users one at a time, which must be the same and whose
+milliseconds it takes with one BLAS thread; another list ends the run with an error. The table goes to standard output
+and to a Markdown file in --out, the figures to a JSON file beside it. Rows of models that a run leaves out stay as an
+earlier run found them, and each row says when that was.
 """
 
 import argparse
@@ -28,12 +29,13 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from public import Choosing, metrics_of, read_log
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
@@ -46,15 +48,16 @@ from product_recs.core.errors import ProductRecsError
 from product_recs.core.ids import IdTable
 from product_recs.core.kernels import one_blas_thread
 from product_recs.data.snapshots import Snapshot
-from product_recs.data.tasks import hold_out
+from product_recs.data.tasks import Task, hold_out
+from product_recs.evaluation.competition import Fits
 from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval
+from product_recs.evaluation.mixing import choose_mix, pool_of
 from product_recs.inference import recommend_many
-from product_recs.models.all import fit_sharing
-from product_recs.models.als import ALS, WeightedALS
+from product_recs.models.all import from_recipe
+from product_recs.models.als import ALS
 from product_recs.models.baselines import Popularity
 from product_recs.models.blend import ScoreBlend
-from product_recs.models.bpr import BPR
-from product_recs.models.interface import Model, size_of, top_lists, with_parts
+from product_recs.models.interface import Model, recipe, size_of, top_lists, with_parts
 from product_recs.models.item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from product_recs.models.spectral import ChebyCF, LowPass
 
@@ -82,18 +85,8 @@ GOWALLA = (29_858, 40_981, 810_128, 217_242)
 
 
 def read_pairs(path: Path) -> pd.DataFrame:
-    if not path.exists():
-        sys.exit(
-            f"{path}: the file is missing; name a folder with train.parquet and test.parquet (make bench-quality "
-            f"DATA=folder)"
-        )
-    pairs = pd.read_parquet(path)
-    if missing := {"user_id", "item_id"} - set(pairs.columns):
-        sys.exit(f"{path}: no column {', '.join(sorted(missing))}; it has {', '.join(map(str, pairs.columns))}")
-    pairs = pairs[["user_id", "item_id"]].drop_duplicates()
-    if pairs.empty or pairs.isna().any(axis=None):
-        sys.exit(f"{path}: {'no rows' if pairs.empty else 'ids are missing in some rows'}")
-    return pairs
+    remedy = "name a folder with train.parquet and test.parquet (make bench-quality DATA=folder)"
+    return read_log(path, ["user_id", "item_id"], remedy)[["user_id", "item_id"]].drop_duplicates()
 
 
 def read(folder: Path) -> tuple[csr_matrix, csr_matrix]:
@@ -114,83 +107,145 @@ def snapshot_of(train: csr_matrix) -> Snapshot:
     return Snapshot(until=None, confidence=train, counts=train, age_days=ages)
 
 
-def all_models(options: argparse.Namespace) -> dict:
-    "Key of the command line -> (model, its parameters as the table prints them)."
-    als = dict(
-        factors=options.factors,
-        alpha=options.alpha,
-        regularization=options.regularization,
-        iterations=options.iterations,
-        seed=options.seed,
-    )
-    bm25, bpr = (
-        dict(neighbours=100, k1=1.2, b=0.75),
-        dict(factors=128, learning_rate=0.05, regularization=0.01, iterations=200, num_threads=0),
-    )
-    own = dict(
-        user_power=options.user_power,
-        item_power=options.item_power,
-        alpha=options.weighted_alpha,
-        regularization=options.weighted_regularization,
-        unobserved_weight=options.unobserved_weight,
-        nu=options.nu,
-    )
-    graph = dict(zip(("from_power", "user_power", "to_power"), options.graph), neighbours=options.neighbours)
-    weighted, walks = WeightedALS(**als | own), ItemGraph(**graph)
-    low = dict(factors=options.patterns, seed=options.seed)
-    spectrum = dict(zip(("flatness", "ideal", "item_power"), options.chebycf)) | dict(
-        factors=options.chebycf_patterns, seed=options.seed
-    )
-    whole, smooth, ease = ChebyCF(**spectrum), LowPass(**low), EASE(options.ease_regularization, options.ease_max_size)
-    return {
-        "popularity": (Popularity(), {}),
-        "cosine": (ItemCosine(100), {"neighbours": 100}),
-        "bm25": (ItemBM25(**bm25), bm25),
-        "bpr": (BPR(**bpr), bpr),
-        "graph": (walks, graph),
-        "als": (ALS(**als), als),
-        "weighted-als": (weighted, als | own),
-        "low-pass": (smooth, low),
-        "chebycf": (whole, spectrum),
-        "ease": (ease, {"regularization": options.ease_regularization}),
-        "blend": (ScoreBlend([weighted, walks, smooth], options.blend), {"weights": list(options.blend)}),
-        "blend-chebycf": (
-            ScoreBlend([weighted, whole, walks], options.blend_chebycf),
-            {"weights": list(options.blend_chebycf)},
-        ),
-        "blend-ease": (
-            ScoreBlend([weighted, walks, smooth, ease], options.blend_ease),
-            {"weights": list(options.blend_ease)},
-        ),
-    }
+class Family(NamedTuple):
+    "A model and the values among which its parameters are chosen; the first are where the choice begins."
+
+    kind: type[Model]
+    grid: dict[str, tuple]
 
 
-def judge(model: Model, train: Snapshot, targets: csr_matrix, fitted: dict, served: bool) -> dict:
+ALS_GRID = {
+    "regularization": (100.0, 50.0, 150.0, 250.0),
+    "user_power": (0.5, 0.25, 0.75),
+    "item_power": (0.5, 0.25, 0.75),
+    "alpha": (33.0, 10.0),
+    "iterations": (8, 12),
+    "unobserved_weight": (1.0,),
+    "nu": (0.0,),
+}
+FAMILIES = {
+    "popularity": Family(Popularity, {}),
+    "cosine": Family(ItemCosine, {"neighbours": (100, 30, 300)}),
+    "bm25": Family(ItemBM25, {"k1": (1.2, 10.0, 100.0), "b": (0.75, 0.25), "neighbours": (100, 30, 300)}),
+    "graph": Family(
+        ItemGraph,
+        {
+            "from_power": (0.5, 0.4, 0.6),
+            "user_power": (0.75, 0.5, 1.0),
+            "to_power": (0.2, 0.1, 0.3),
+            "neighbours": (300,),
+        },
+    ),
+    "als": Family(ALS, {"factors": (512,)} | ALS_GRID),
+    "als-1024": Family(ALS, {"factors": (1024,)}),  # and the other parameters as chosen for 512
+    "low-pass": Family(LowPass, {"factors": (512, 256, 1024)}),
+    "chebycf": Family(
+        ChebyCF,
+        {"flatness": (1.5, 1.0, 2.0), "ideal": (0.2, 0.0, 0.5), "item_power": (0.4, 0.3, 0.5), "factors": (512,)},
+    ),
+    "ease": Family(EASE, {"regularization": (300.0, 1000.0, 100.0)}),
+}
+USUAL = ("popularity", "cosine", "bm25", "graph", "als", "als-1024", "chebycf", "blend")
+MEMBERS = ("als-1024", "als", "chebycf", "graph", "low-pass", "ease")  # of the blend, those that are named
+TILTS = (0.0, 0.1, 0.2, 0.3, 0.4)
+
+
+def some(targets: csr_matrix, most: int, seed: int) -> np.ndarray:
+    "Users with targets, ascending; a sample where there are more."
+    rows = np.flatnonzero(np.diff(targets.indptr))
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
+
+
+def validation(train: csr_matrix, test: csr_matrix, tilt: float | None, seed: int) -> tuple[Snapshot, csr_matrix, str]:
+    "What parameters are chosen on: the past, what is held out, and how that was drawn."
+
+    def popularity(past: csr_matrix, targets: csr_matrix) -> float:
+        model = Popularity().fit(snapshot_of(past))
+        return float(metrics_of(model, targets, some(targets, 5000, seed), K, ("recall",)).mean())
+
+    wanted, words = popularity(train, test) if tilt is None else 0.0, ""
+    if tilt is None:
+        off = {each: popularity(*hold_out(train, tilt=each, seed=seed)) - wanted for each in TILTS}
+        tilt = min(off, key=lambda each: abs(off[each]))
+        tried = ", ".join(f"{difference + wanted:.4f} with {each:g}" for each, difference in off.items())
+        words = f": popularity has a Recall@20 of {tried}, and {wanted:.4f} on the test"
+    past, held = hold_out(train, tilt=tilt, seed=seed)
+    return snapshot_of(past), held, f"tilt {tilt:g}{words}"
+
+
+def chosen_models(names: list[str], choosing: Choosing, options: argparse.Namespace) -> dict[str, Model | str]:
+    "The models of a table, not fitted; a text says why there is none."
+    models = {}
+    for name in (bar := tqdm([name for name in names if name != "blend"], unit="model", desc="choosing")):
+        bar.set_postfix_str(name)
+        family = FAMILIES[name]
+        grid = dict(family.grid)
+        if name == "als-1024" and "als" in models:
+            grid = {key: (value,) for key, value in models["als"].parameters.items()} | grid
+        elif name == "als-1024":
+            grid |= {key: values[:1] for key, values in ALS_GRID.items()}
+        if "factors" in grid and options.factors:
+            grid["factors"] = (options.factors,)
+        if name == "ease" and options.ease_max_size:
+            grid["max_size"] = (options.ease_max_size,)
+        try:
+            models[name] = family.kind(**choosing.best(name, family.kind, grid))
+        except ProductRecsError as error:
+            models[name] = str(error)
+    if "blend" in names:
+        members = [models[name] for name in MEMBERS if isinstance(models.get(name), Model)]
+        models["blend"] = mixed(members, choosing) if len(members) > 1 else "a blend needs two of its members"
+    return models
+
+
+def mixed(members: list[Model], choosing: Choosing) -> Model:
+    "At most three of the members, by what they bring together on the validation items."
+    fits = Fits(choosing.snapshot)
+    fitted = [fits.fit(model) for model in tqdm(members, unit="model", desc="members of the blend")]
+    task = Task(DISCOVERY, choosing.users, choosing.targets[choosing.users], True, {})
+    mix = choose_mix([pool_of(fitted, task, 3 * K)], k=K, most=3)
+    blend = mix.blend(members)
+    choosing.values["blend"] = choosing.judged(fits.fit(blend))
+    print(f"{blend.name}: NDCG@{K} {choosing.values['blend']:.4f} on validation", file=sys.stderr)
+    return blend
+
+
+def with_seed(model: Model, seed: int) -> Model | None:
+    "The same model, not fitted, with another start; None: it has none."
+    parts = [with_seed(part, seed) or part for part in model.parts]
+    given = recipe(model)
+    if "seed" in given["parameters"]:
+        given = given | {"parameters": given["parameters"] | {"seed": seed}}
+    elif all(new is part for new, part in zip(parts, model.parts)):
+        return None
+    return from_recipe(given, parts)
+
+
+def judge(model: Model, fits: Fits, targets: csr_matrix, options: argparse.Namespace) -> dict:
     "Fit, rank and measure one model; its parts are fitted once for all rows of the table."
     started = time.perf_counter()
-    model = fit_sharing(model, train, fitted)
-    seconds = time.perf_counter() - started
-    rows = np.flatnonzero(np.diff(targets.indptr))
+    fitted, rows = fits.fit(model), some(targets, targets.shape[0], 0)
     with tqdm(total=len(rows), desc=model.name, unit=" lists", mininterval=1, leave=False) as bar:
-        hits = find_hits(top_lists(model, rows, K, advance=bar.update)[0], targets[rows])
+        lists = top_lists(fitted, rows, K, advance=bar.update)[0]
+    hits = find_hits(lists, targets[rows])
     values = np.column_stack([hits.metric(name, K) for name in ("recall", "ndcg")])
     low, high = interval(bootstrap_means(values, 1000, 0))
-    return {
-        "model": model.name,
-        "recall": values[:, 0].mean(),
-        "ndcg": values[:, 1].mean(),
-        "low": low.tolist(),
-        "high": high.tolist(),
-        "train_seconds": seconds,
-        "total_seconds": time.perf_counter() - started,
-        "users": len(rows),
-        "served": serve(model, targets) if served else None,
-    }
+    seconds, again = time.perf_counter() - started, with_seed(model, options.seed + 1)
+    result = {
+        "model": model.name, "recall": values[:, 0].mean(), "ndcg": values[:, 1].mean(), "low": low.tolist(),
+        "high": high.tolist(), "train_seconds": fits.spent(model), "total_seconds": seconds, "users": len(rows),
+        "served": serve(fitted, targets, rows, lists) if options.served else None,
+    }  # fmt: skip
+    if again is not None:
+        asked = some(targets, options.users, options.seed)
+        other = metrics_of(Fits(fits.snapshot).fit(again), targets, asked, K, ("recall", "ndcg")).mean(axis=0)
+        result["other_seed"] = (other - values[np.isin(rows, asked)].mean(axis=0)).tolist()
+    return result
 
 
-def serve(model: Model, targets: csr_matrix) -> dict:
-    "Recall and NDCG of the lists that a bundle of the model gives, and milliseconds of one answer."
-    rows, ids = np.flatnonzero(np.diff(targets.indptr)), [IdTable(np.arange(size)) for size in targets.shape]
+def serve(model: Model, targets: csr_matrix, rows: np.ndarray, judged: np.ndarray) -> dict:
+    "How many lists of a bundle of the model are others than those judged, and milliseconds of one answer."
+    ids, places = [IdTable(np.arange(size)) for size in targets.shape], np.random.default_rng(0).permutation(len(rows))
     with tempfile.TemporaryDirectory() as folder:
         tasks = {DISCOVERY: model, NEXT_PURCHASE: "a pair of files without times has none"}
         path = write_bundle(
@@ -198,100 +253,86 @@ def serve(model: Model, targets: csr_matrix) -> dict:
             item_columns={}, parameters={}, data={}, metrics={},
         )  # fmt: skip
         recommender = Recommender(ReadyModel(open_bundle(Path(folder), path.name)).prepare())
-        answers = recommend_many(recommender, rows.tolist(), K)
-        lists = np.array([answer.rows + [-1] * (K - len(answer)) for answer in answers], np.int32)
-        hits, times, other = find_hits(lists, targets[rows]), [], 0
+        blocks, alone = places[:2000], places[:510]
+        answers = recommend_many(recommender, rows[blocks].tolist(), K)
+        different = sum(
+            answer.rows != [row for row in judged[place] if row >= 0] for answer, place in zip(answers, blocks)
+        )
+        times = []
         with one_blas_thread():
-            for place in np.random.default_rng(0).permutation(len(rows))[:510].tolist():
+            for answer, place in zip(answers, alone):
                 since = time.perf_counter()
-                answer = recommender.recommend(int(rows[place]), K)
+                single = recommender.recommend(int(rows[place]), K)
                 times.append(1e3 * (time.perf_counter() - since))
-                other += answer.items != answers[place].items
+                different += single.items != answer.items
     times = times[10:]  # the first are not counted
     return {
-        "recall": hits.metric("recall", K).mean(), "ndcg": hits.metric("ndcg", K).mean(), "other lists": other,
-        "p50": float(np.median(times)), "p99": float(np.quantile(times, 0.99)),
-        "megabytes": size_of(model) / 1e6, "user_bytes": sum(
+        "blocks": len(blocks), "alone": len(alone), "other_lists": different, "p50": float(np.median(times)),
+        "p99": float(np.quantile(times, 0.99)), "megabytes": size_of(model) / 1e6, "user_bytes": sum(
             part.user_factors[:1].nbytes for part in with_parts(model) if hasattr(part, "user_factors")
         ),
     }  # fmt: skip
 
 
-def numbers(count: int) -> Callable:
-    "A parser of so many numbers by commas."
-
-    def parse(text: str) -> tuple[float, ...]:
-        figures = tuple(float(part) for part in text.split(","))
-        if len(figures) != count:
-            raise argparse.ArgumentTypeError(f"{count} numbers by commas, not {text!r}")
-        return figures
-
-    return parse
+def parameters_of(model: Model) -> str:
+    "As the table prints them; a blend has its weights in its name."
+    if isinstance(model, ScoreBlend):
+        return "of the rows above"
+    return ", ".join(f"{name} {value}" for name, value in model.parameters.items()) or "none"
 
 
-def difference(result: dict) -> str:
-    "What a bundle of the model answers otherwise than the model; empty: nothing."
-    served = result["served"]
-    if served["other lists"]:
-        return f"{served['other lists']} of 510 lists are others one at a time than in a block"
-    if max(abs(result[name] - served[name]) for name in ("recall", "ndcg")) > 5e-5:
-        return f"served it has Recall@20 {served['recall']:.5f} and NDCG@20 {served['ndcg']:.5f}"
-    return ""
+def name_of(model: Model) -> str:
+    "As the table prints it: ALS stands there with two numbers of factors."
+    return f"ALS, {model.parameters['factors']} factors" if isinstance(model, ALS) else model.name
 
 
-def as_text(parameters: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in parameters.items()) or "none"
-
-
-def markdown(results: list[dict], shape: tuple, judged_by: str, with_published: bool) -> str:
+def markdown(results: list[dict], facts: dict) -> str:
     "Ours and, where they are of the same split, the published ones, by ascending NDCG."
     rows = [
         (
-            r["recall"],
-            r["ndcg"],
-            f"**{r['model']}**",
-            f"{r['train_seconds']:.1f}",
-            as_text(r["parameters"]),
-            r["measured"],
+            r["recall"], r["ndcg"], f"**{r['model']}**", f"{r['validation']:.4f}",
+            f"{(r['high'][1] - r['low'][1]) / 2:.4f}",
+            f"{r['other_seed'][1]:+.4f}" if "other_seed" in r else "", f"{r['train_seconds']:.1f}",
+            r["parameters"], r["measured"],
         )
         for r in results
-    ]
-    if with_published:
-        rows += [(recall, ndcg, name, "", source, "") for name, recall, ndcg, source in PUBLISHED]
+    ]  # fmt: skip
+    if facts["published"]:
+        rows += [(recall, ndcg, name, "", "", "", "", source, "") for name, recall, ndcg, source in PUBLISHED]
     lines = [
-        f"{shape[0]:,} users, {shape[1]:,} items, {shape[2]:,} pairs in train, {shape[3]:,} judged by ({judged_by}); "
-        f"{results[0]['users']:,} users.",
-        "Models of this project are bold.",
+        f"{facts['users']:,} users, {facts['items']:,} items, {facts['pairs']:,} pairs in train, {facts['judged']:,} "
+        "judged by (test). Models of this project are bold.",
         "",
-        "| model | Recall@20 | NDCG@20 | training, seconds | parameters, or source | measured |",
-        "|---|---|---|---|---|---|",
+        f"Parameters were chosen on a tenth of train, by {facts['chosen_on']:,} users; {facts['drawn']}.",
+        "",
+        "| model | Recall@20 | NDCG@20 | NDCG on validation | ± of NDCG | NDCG with another seed | training, s "
+        "| parameters, or source | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {name} | {recall:.4f} | {ndcg:.4f} | {seconds} | {note} | {measured} |"
-        for recall, ndcg, name, seconds, note, measured in sorted(rows, key=lambda row: row[:2])
+        f"| {name} | {recall:.4f} | {ndcg:.4f} | {' | '.join(rest)} |"
+        for recall, ndcg, name, *rest in sorted(rows, key=lambda row: row[1::-1])
     ]
-    lines += ["", *(f"- {command}" for command in dict.fromkeys(f"{r['measured']}: {r['command']}" for r in results))]
-    answered = [
-        f"| {r['model']} | {r['served']['recall']:.4f} | {r['served']['ndcg']:.4f} | {r['served']['p50']:.2f} | "
-        f"{r['served']['p99']:.2f} | {r['served'].get('megabytes', float('nan')):.0f} | "
-        f"{r['served'].get('user_bytes', '')} |".replace("nan", "")
-        for r in results
-        if r.get("served")
-    ]
-    if answered:
+    lines += ["", *dict.fromkeys(f"- {r['measured']}: {r['command']}" for r in results)]
+    if answered := [r for r in results if r.get("served")]:
+        served = answered[-1]["served"]
         lines += [
             "",
-            "Served: the same models written as bundles, opened, and asked by `recommend_many` for all users, and by "
-            "`Recommender.recommend` for 500 of them, one at a time with one BLAS thread. The lists are the same.",
+            "Served: the same models written as bundles, opened, and asked by `recommend_many` for "
+            f"{served['blocks']:,} users, and by `Recommender.recommend` for {served['alone']:,} of them, one at a "
+            "time with one BLAS thread. All lists are those that were judged.",
             "",
-            "| bundle of | Recall@20 | NDCG@20 | p50 of an answer, ms | p99, ms | model, MB | of it a user, bytes |",
-            "|---|---|---|---|---|---|---|",
-            *answered,
+            "| bundle of | p50 of an answer, ms | p99, ms | model, MB | of it a user, bytes |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {name} | {served['p50']:.2f} | {served['p99']:.2f} | {served['megabytes']:.0f} "
+                f"| {served['user_bytes']} |"
+                for name, served in ((r["model"], r["served"]) for r in answered)
+            ),
         ]
-    half = max((high - low) / 2 for r in results for low, high in zip(r["low"], r["high"]))
-    return (
-        "\n".join(lines) + f"\n\nBootstrap over users, 95 %: each of our figures is within {half:.4f} or less. "
-        "Training seconds are of one run and hold for the machine and its load.\n"
+    return "\n".join(lines) + (
+        "\n\n± is half the interval of a bootstrap over users, 95 %. With another seed: the difference on a sample of "
+        "users. Training seconds are of one run, parts of a blend included, and hold for the machine and its load.\n"
     )
 
 
@@ -300,105 +341,65 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument(
         "--models",
-        default="popularity,cosine,bm25,graph,als,weighted-als,low-pass,chebycf,blend,blend-chebycf",
-        help="by commas; also bpr, ease and blend-ease (default: %(default)s)",
+        default=",".join(USUAL),
+        help="by commas; also low-pass and ease, which takes memory and minutes (default: %(default)s)",
     )
+    parser.add_argument("--users", type=int, default=4000, help="that parameters are chosen on (default: %(default)s)")
     parser.add_argument(
-        "--validate", action="store_true", help="judge on a held-out tenth of train, to choose parameters"
+        "--tilt", type=float, help="of what is held out: 0 draws at random, more prefers popular items; else chosen"
     )
-    parser.add_argument(
-        "--tilt", type=float, default=0.0, help="of --validate: 0 draws at random, more prefers popular items"
-    )
-    parser.add_argument("--served", action="store_true", help="also judge the lists of a bundle of each model")
-    parser.add_argument("--factors", type=int, default=512)
-    parser.add_argument("--alpha", type=float, default=33.0)
-    parser.add_argument("--regularization", type=float, default=30.0)
-    parser.add_argument("--iterations", type=int, default=8)
-    for name, usual in (("user-power", 0.0), ("item-power", 0.1), ("weighted-alpha", 1.0), ("nu", 1.0)):
-        parser.add_argument(f"--{name}", type=float, default=usual, help="of weighted ALS")
-    for name, usual in (("weighted-regularization", 0.003), ("unobserved-weight", 0.03)):
-        parser.add_argument(f"--{name}", type=float, default=usual, help="of weighted ALS")
-    parser.add_argument(
-        "--graph",
-        type=numbers(3),
-        default=(0.5, 0.75, 0.2),
-        help="from_power,user_power,to_power of the item graph (default: 0.5,0.75,0.2)",
-    )
-    parser.add_argument("--neighbours", type=int, default=300, help="of the item graph")
-    parser.add_argument("--patterns", type=int, default=1024, help="of low-pass")
-    parser.add_argument(
-        "--blend", type=numbers(3), default=(0.45, 0.40, 0.15), help="weights of weighted ALS, item graph and low-pass"
-    )
-    parser.add_argument(
-        "--chebycf",
-        type=numbers(3),
-        default=(1.5, 0.2, 0.4),
-        help="flatness,ideal,item_power of ChebyCF (default: 1.5,0.2,0.4)",
-    )
-    parser.add_argument("--chebycf-patterns", type=int, default=512, help="of ChebyCF")
-    parser.add_argument(
-        "--blend-chebycf",
-        type=numbers(3),
-        default=(0.5, 0.3, 0.2),
-        help="weights of weighted ALS, ChebyCF and item graph",
-    )
-    parser.add_argument(
-        "--blend-ease", type=numbers(4), default=(0.40, 0.11, 0.17, 0.32), help="the same, with EASE as the fourth"
-    )
-    parser.add_argument("--ease-regularization", type=float, default=300.0)
+    parser.add_argument("--served", action="store_true", help="also ask a bundle of each model")
+    parser.add_argument("--factors", type=int, default=0, help="of every model that has some; 0: as the models have it")
     parser.add_argument(
         "--ease-max-size", type=int, default=30_000, help="of the fewer of users and items; 29,858 take 3.6 GB"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    models, names = all_models(options), options.models.split(",")
-    if unknown := [name for name in names if name not in models]:
-        parser.error(f"--models: unknown {', '.join(unknown)}; there are {', '.join(models)}")
+    names = [name for name in [*FAMILIES, "blend"] if name in options.models.split(",")]
+    if unknown := set(options.models.split(",")) - set(names):
+        parser.error(f"--models: unknown {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}, blend")
     train, targets = read(options.folder)
     shape = (*train.shape, train.nnz, targets.nnz)
-    if options.validate:
-        train, targets = hold_out(train, tilt=options.tilt)
-    judged_by = (
-        f"a tenth of train, held out{f', tilt {options.tilt}' if options.tilt else ''}" if options.validate else "test"
-    )
-    sizes, published = (*train.shape, train.nnz, targets.nnz), shape == GOWALLA and not options.validate
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"quality-{options.folder.resolve().name}{'-validation' if options.validate else ''}"
+    stem = options.out / f"quality-{options.folder.resolve().name}"
     given = shlex.join("FOLDER" if part == str(options.folder) else part for part in sys.argv[1:])
     file, command = stem.with_suffix(".json"), f"`python benchmarks/quality.py {given}`"
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    snapshot, results, left_out, fit_alone, fitted = snapshot_of(train), [], [], {}, {}
-    for name in (bar := tqdm(names, unit="model")):
+    past, held, drawn = validation(train, targets, options.tilt, options.seed)
+    print(drawn, file=sys.stderr)
+    choosing = Choosing(past, held, some(held, options.users, options.seed), K)
+    models = chosen_models(names, choosing, options)
+    facts = dict(zip(("users", "items", "pairs", "judged"), shape)) | {
+        "published": shape == GOWALLA, "chosen_on": len(choosing.users), "drawn": drawn,
+    }  # fmt: skip
+    left_out = [f"{name} is left out: {why}" for name, why in models.items() if isinstance(why, str)]
+    fits, results, table = Fits(snapshot_of(train)), [], ""
+    for name in (bar := tqdm([name for name in names if isinstance(models[name], Model)], unit="model")):
         bar.set_postfix_str(name)
-        model, parameters = models[name]
-        try:
-            result = judge(model, snapshot, targets, fitted, options.served)
-        except ProductRecsError as error:
-            left_out.append(f"{name} is left out: {error}")
-            bar.write(left_out[-1], file=sys.stderr)
-            continue
-        fit_alone[model.name] = result["train_seconds"]
-        result["train_seconds"] += sum(fit_alone.get(part.name, 0.0) for part in model.parts)  # fitted for a row above
-        results.append({**result, "parameters": parameters, "measured": date.today().isoformat(), "command": command})
-        if options.served and (wrong := difference(result)):
-            sys.exit(f"{name}: {wrong}")
+        model = models[name]
+        result = judge(model, fits, targets, options) | {
+            "parameters": parameters_of(model), "validation": choosing.values[name], "command": command,
+            "measured": date.today().isoformat(), "model": name_of(model),
+        }  # fmt: skip
+        results.append(result)
+        if options.served and result["served"]["other_lists"]:
+            sys.exit(f"{name}: {result['served']['other_lists']} lists of a bundle are others than those judged")
         bar.write(
             f"{name:14s} Recall@20 {result['recall']:.4f}  NDCG@20 {result['ndcg']:.4f}  "
             f"{result['train_seconds']:.0f} s",
             file=sys.stderr,
         )
         rows = results + [row for row in earlier if row["model"] not in {result["model"] for result in results}]
-        table = markdown(rows, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
-        stem.with_suffix(".md").write_text(
-            table, encoding="utf-8"
-        )  # after each model: a run that is stopped leaves what it found
+        table = markdown(rows, facts) + "".join(f"\n{line}\n" for line in left_out)
+        # after each model: a run that is stopped leaves what it found
+        stem.with_suffix(".md").write_text(table, encoding="utf-8")
         file.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    for line in left_out:
+        print(line, file=sys.stderr)
     if not results:
         sys.exit("no model could be fitted")
-    table = markdown(rows, sizes, judged_by, published) + "".join(f"\n{line}\n" for line in left_out)
-    stem.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(f"\n{table}\nWritten to {stem}.md and {stem.name}.json")
+    print(table)
 
 
 if __name__ == "__main__":

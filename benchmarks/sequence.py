@@ -21,12 +21,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
+from public import Choosing, metrics_of, read_log
 from scipy.sparse import csr_matrix
 from serving import SERVE, start, stop
 from tqdm import tqdm
@@ -35,9 +36,8 @@ from product_recs.bundle.files import publish, write_bundle
 from product_recs.core.columns import DISCOVERY, NEXT_PURCHASE
 from product_recs.core.ids import IdTable
 from product_recs.data.snapshots import Snapshot
-from product_recs.evaluation.competition import answer_ms
-from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval
-from product_recs.models.all import fit_sharing
+from product_recs.evaluation.competition import Fits, answer_ms
+from product_recs.evaluation.metrics import bootstrap_means, interval
 from product_recs.models.als import ALS
 from product_recs.models.baselines import Popularity
 from product_recs.models.blend import ScoreBlend
@@ -64,12 +64,10 @@ BEAUTY = (22_363, 12_101, 198_502)
 def read(folder: Path) -> pd.DataFrame:
     "The log with users and items as rows, and how many items of its user come after each; sequences in order."
     path = folder / "interactions.parquet"
-    if not path.exists():
-        sys.exit(f"{path}: the file is missing; name a folder with interactions.parquet (make bench-sequence DATA=...)")
-    log = pd.read_parquet(path)
-    order = next((column for column in ("position", "timestamp") if column in log), None)
-    if missing := [*({"user_id", "item_id"} - set(log)), *["position"] * (order is None)]:
-        sys.exit(f"{path}: no column {', '.join(missing)}; it has {', '.join(log)}")
+    remedy = "name a folder with interactions.parquet (make bench-sequence DATA=...)"
+    columns = pq.read_schema(path).names if path.exists() else []
+    order = "timestamp" if "timestamp" in columns and "position" not in columns else "position"
+    log = read_log(path, ["user_id", "item_id", order], remedy)
     log = log.sort_values(["user_id", order], kind="stable").drop_duplicates(["user_id", "item_id"], keep="last")
     log = log[log.groupby("user_id").item_id.transform("size") >= 3]
     users, items = (pd.factorize(log[column], sort=True)[0] for column in ("user_id", "item_id"))
@@ -89,44 +87,6 @@ def split(log: pd.DataFrame, held: int) -> tuple[Snapshot, csr_matrix]:
 
     ones, ages = matrix(past, np.ones(len(past))), matrix(past, past.after.to_numpy() - held)
     return Snapshot(None, ones, ones, ages), matrix(target, np.ones(len(target)))
-
-
-def figures(model: Model, targets: csr_matrix, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Hit and NDCG of the list of each user."
-    hits = find_hits(top_lists(model, users, K)[0], targets[users])
-    return hits.metric("hit_rate", K), hits.metric("ndcg", K)
-
-
-class Choosing:
-    "Parameters by what they are worth on the validation items."
-
-    def __init__(self, snapshot: Snapshot, targets: csr_matrix, users: np.ndarray):
-        self.snapshot, self.targets, self.users, self.fitted, self.tried = snapshot, targets, users, {}, {}
-
-    def value(self, model: Model) -> float:
-        "Mean NDCG@10."
-        fitted = fit_sharing(model, self.snapshot, self.fitted)
-        return float(figures(fitted, self.targets, self.users)[1].mean())
-
-    def best(self, name: str, make: Callable[..., Model], grid: dict[str, tuple]) -> dict:
-        "One parameter after the other takes the best of its values, until none gets better."
-        chosen, seen = {key: values[0] for key, values in grid.items()}, {}
-
-        def worth(parameters: dict) -> float:
-            key = json.dumps(parameters)
-            if key not in seen:
-                seen[key] = self.value(make(**parameters))
-            return seen[key]
-
-        for _ in range(4):
-            before = dict(chosen)
-            for key, values in grid.items():
-                chosen[key] = max(values, key=lambda value: worth(chosen | {key: value}))
-            if chosen == before:
-                break
-        self.tried[name] = len(seen)
-        print(f"{name}: {chosen}, NDCG@10 {worth(chosen):.4f} on validation, best of {len(seen)}", file=sys.stderr)
-        return chosen
 
 
 STEPS = {"step_decay": (0.7, 0.5, 0.85)}
@@ -262,23 +222,17 @@ def main() -> None:
     everybody, rng = np.arange(before.counts.shape[0]), np.random.default_rng(options.seed)
     some = everybody if not options.users else np.sort(rng.permutation(everybody)[: options.users])
     started = time.perf_counter()
-    recipes = chosen_models(Choosing(before, validation, some))
+    recipes = chosen_models(Choosing(before, validation, some, K))
     choice_seconds = time.perf_counter() - started
     snapshot, targets = split(log, 1)
-    rows, fitted, alone = [], {}, {}
-    models = []
+    rows, models, fits = [], [], Fits(snapshot)
     for recipe, parameters in (bar := tqdm(recipes, unit="model")):
-        started = time.perf_counter()
-        model = fit_sharing(recipe, snapshot, fitted)
-        seconds = time.perf_counter() - started + sum(alone.get(id(part), 0.0) for part in model.parts)
-        alone.setdefault(id(model), seconds)
-        for part in model.parts:
-            alone.setdefault(id(part), seconds)
-        hits, ndcg = figures(model, targets, everybody)
+        model = fits.fit(recipe)
+        hits, ndcg = metrics_of(model, targets, everybody, K, ("hit_rate", "ndcg")).T
         low, high = interval(bootstrap_means(ndcg, 1000, options.seed))
         rows.append(
             {"model": model.name, "hit_rate": float(hits.mean()), "ndcg": float(ndcg.mean()), "low": float(low),
-             "high": float(high), "seconds": seconds, "ms": answer_ms(model, everybody),
+             "high": float(high), "seconds": fits.spent(recipe), "ms": answer_ms(model, everybody),
              "megabytes": size_of(model) / 1e6, "parameters": parameters}
         )  # fmt: skip
         models.append(model)

@@ -35,36 +35,15 @@ def folder(tmp_path_factory):
 
 
 def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
-    done = run(
-        folder,
-        "--models",
-        "popularity,cosine,graph,weighted-als,low-pass,chebycf,blend,blend-chebycf,ease,blend-ease",
-        "--factors",
-        "4",
-        "--patterns",
-        "2",
-        "--chebycf-patterns",
-        "2",
-        "--regularization",
-        "1",
-    )
+    names = "popularity,cosine,bm25,graph,als,als-1024,low-pass,chebycf,ease,blend"
+    done = run(folder, "--models", names, "--factors", "2")
     assert done.returncode == 0, done.stderr
     results = {
         result["model"]: result for result in json.loads((folder / "out" / f"quality-{folder.name}.json").read_text())
     }
     best = (39 + 1 / 2) / 40  # the one user with an unknown item finds one of two
-    for name in (
-        "item-item cosine",
-        "item graph",
-        "weighted ALS",
-        "low-pass",
-        "ChebyCF",
-        "0.5 weighted ALS + 0.3 ChebyCF + 0.2 item graph",
-        "EASE",
-        "0.45 weighted ALS + 0.4 item graph + 0.15 low-pass",
-        "0.4 weighted ALS + 0.11 item graph + 0.17 low-pass + 0.32 EASE",
-    ):
-        assert results[name]["recall"] == pytest.approx(best), name
+    assert set(results) >= {"item-item cosine", "item graph", "ALS, 2 factors", "low-pass", "ChebyCF", "EASE"}
+    assert all(result["recall"] == pytest.approx(best) for name, result in results.items() if name != "popularity")
     assert results["popularity"]["ndcg"] < results["EASE"]["ndcg"]
     assert all(result["users"] == 40 for result in results.values())
     table = (folder / "out" / f"quality-{folder.name}.md").read_text()
@@ -72,15 +51,20 @@ def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
     assert "SimpleX" not in table  # the published figures are of another split
 
 
-def test_validation_takes_nothing_from_the_test(folder):
-    done = run(folder, "--models", "popularity,ease", "--validate", "--ease-max-size", "30")
-    assert done.returncode == 0, done.stderr
-    assert (
-        "40 users and 40 items have a past, and the limit max_size is 30" in done.stderr
-        and "ease is left out" in done.stderr
-    )
-    table = (folder / "out" / f"quality-{folder.name}-validation.md").read_text()
-    assert "a tenth of train, held out" in table and "680 pairs in train, 80 judged" in table
+def test_parameters_are_chosen_without_the_test(folder, tmp_path):
+    "What is chosen on the validation is the same when the test is another one."
+    chosen = {}
+    for name, keep in (("all", 41), ("half", 20)):
+        other = tmp_path / name
+        other.mkdir()
+        pd.read_parquet(folder / "train.parquet").to_parquet(other / "train.parquet")
+        pd.read_parquet(folder / "test.parquet").head(keep).to_parquet(other / "test.parquet")
+        done = run(other, "--models", "graph,ease", "--tilt", "0.2", "--ease-max-size", "30")
+        assert done.returncode == 0, done.stderr
+        chosen[name] = [line for line in done.stderr.splitlines() if "on validation, best of" in line]
+        assert "40 users and 40 items have a past, and the limit max_size is 30" in done.stdout
+        assert "ease is left out" in done.stdout and "tilt 0.2" in done.stdout
+    assert chosen["all"] == chosen["half"] and len(chosen["all"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -94,16 +78,15 @@ def test_mistakes_are_named(tmp_path, options, message):
 
 def test_a_bundle_of_a_model_answers_the_same_lists(folder):
     out = folder / "served"
-    models = ["--models", "graph,weighted-als,chebycf", "--factors", "4", "--chebycf-patterns", "2"]
-    done = run(folder, *models, "--served", "--out", out)
+    done = run(folder, "--models", "graph,als,chebycf", "--factors", "4", "--served", "--out", out)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / f"quality-{folder.name}.json").read_text())
     assert len(results) == 3
     for result in results:
         served = result["served"]
         assert served["megabytes"] > 0 and (served["user_bytes"] > 0) == ("ALS" in result["model"])
-        assert served["other lists"] == 0 and 0 < served["p50"] <= served["p99"]
-        assert abs(served["recall"] - result["recall"]) < 1e-9 and abs(served["ndcg"] - result["ndcg"]) < 1e-9
+        assert served["other_lists"] == 0 and served["blocks"] == 40 and 0 < served["p50"] <= served["p99"]
+        assert ("other_seed" in result) == (result["model"] != "item graph")
     assert "Served:" in done.stdout
 
 

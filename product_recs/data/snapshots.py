@@ -100,6 +100,11 @@ class Snapshot:
         object.__setattr__(self, "span_days", csr_of(self.counts.shape, self.counts.indptr, self.counts.indices, zeros))
 
     @cached_property
+    def between_fits(self)->dict: # name -> anything
+        "What one fit on this snapshot leaves for the next, and nobody else needs."
+        return {}
+
+    @cached_property
     def popularity(self)->np.ndarray: # (n_items,) whole numbers
         "Users of each item."
         if self.buyers is not None: return self.buyers
