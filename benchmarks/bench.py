@@ -234,6 +234,8 @@ MORE = {
     "training-scale": "seconds and memory of training by size, to 50 million pairs",
     "index": "one user of a million items: exact search and approximate indexes",
     "quality-gowalla": "quality on Gowalla beside published figures",
+    "sequence-amazon-beauty": "what comes next on Amazon Beauty beside published figures",
+    "defaults": "defaults of ALS on eleven logs of different shapes",
     "cold-citeulike": "articles that nobody has, beside published figures",
     "cold-groceries": "groceries with few or no buyers, and new households",
     "cold-cost": "what placing new products costs: training, lists, requests",

@@ -411,7 +411,8 @@ def page(records: Search, families: list[str], command: str) -> str:
     return "\n".join([
         "# Defaults", "",
         f"`{command}`. NDCG@{K} of discovery on validation; in brackets the loss to the best known point of the "
-        "family on that log. *left out*: the loss of the point that is chosen by the other logs alone.", "",
+        "family on that log. *left out*: the loss of the point that is chosen by the other logs alone; the points "
+        "near the best were drawn, and bad ones given up, with all logs in view, so it is a lower bound.", "",
         "| log | shape | users judged |", "|---|---|---|", *logs, "", *parts,
     ])  # fmt: skip
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
+from tqdm import tqdm
 
 from product_recs.data.snapshots import Snapshot
 from product_recs.evaluation.metrics import find_hits
@@ -60,14 +61,16 @@ class Choosing:
             key = json.dumps(parameters)
             if key not in seen:
                 seen[key] = self.value(make(**parameters))
+                bar.update()
             return seen[key]
 
-        for _ in range(4):
-            before = dict(chosen)
-            for key, values in grid.items():
-                chosen[key] = max(values, key=lambda value: worth(chosen | {key: value}))
-            if chosen == before:
-                break
+        with tqdm(desc=name, unit=" fits", leave=False) as bar:
+            for _ in range(4):
+                before = dict(chosen)
+                for key, values in grid.items():
+                    chosen[key] = max(values, key=lambda value: worth(chosen | {key: value}))
+                if chosen == before:
+                    break
         self.tried[name], self.values[name] = len(seen), worth(chosen)
         best = f"NDCG@{self.k} {worth(chosen):.4f}"
         print(f"{name}: {chosen}, {best} on validation, best of {len(seen)}", file=sys.stderr)

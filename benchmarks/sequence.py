@@ -11,7 +11,7 @@ Parameters are chosen on the validation items of --users of the users, with ever
 after the other takes the best of a few values, until none gets better. Then each model learns from all that comes
 before the last items, and these judge it, once. --served writes the models into a bundle, starts the service, and asks
 POST /recommend for guests whose history is the session of the request: the lists of 500 users must be those that were
-judged. The table goes to standard output and to sequence.md in --out, the figures to a JSON file beside it.
+judged. The table goes to standard output and to sequence-FOLDER.md in --out, the figures to a JSON file beside it.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def served_lists(models: list[Model], snapshot: Snapshot, item_ids: np.ndarray, 
             process, port = start(SERVE, folder, models_dir=folder / "models", database_url=database, max_batch=1000)
             try:
                 lists, times = [], []
-                for user in users:
+                for user in tqdm(users, desc=f"{model.name} over HTTP", unit=" lists", leave=False):
                     session = [{"item_id": int(item), "event": "purchase"} for item in log.loc[[user], "item_id"]]
                     body = json.dumps({"events": session, "n": K}).encode()
                     request = urllib.request.Request(
@@ -204,8 +204,9 @@ def write(out: Path, rows: list[dict], facts: dict) -> str:
     "Page and figures, as far as they are known; the page."
     page = markdown(rows, facts)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sequence.md").write_text(page, encoding="utf-8")
-    (out / "sequence.json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    stem = out / f"sequence-{facts['folder']}"
+    stem.with_suffix(".md").write_text(page, encoding="utf-8")
+    stem.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     return page
 
 

@@ -30,13 +30,13 @@ def test_who_goes_round_a_circle_goes_on(tmp_path):
     log.to_parquet(tmp_path / "interactions.parquet")
     done = run(tmp_path, "--users", "60", "--served")
     assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "out/sequence.json").read_text())
+    result = json.loads((tmp_path / f"out/sequence-{tmp_path.name}.json").read_text())
     figures = {row["model"]: row["ndcg"] for row in result["rows"]}
     best = max(value for name, value in figures.items() if name.startswith("transitions (step"))
     assert best > 0.95 > 0.5 > figures["popularity"] and result["chosen_on"] == 60 and not result["published"]
     served = [row["served"] for row in result["rows"] if "served" in row]
     assert len(served) == 4 and all(words.startswith("150 of 150") for words in served)
-    page = (tmp_path / "out/sequence.md").read_text()
+    page = (tmp_path / f"out/sequence-{tmp_path.name}.md").read_text()
     assert "| transitions (step" in page and "S3-Rec" not in page and page.strip() in done.stdout
 
 
