@@ -73,5 +73,5 @@ class Choosing:
                     break
         self.tried[name], self.values[name] = len(seen), worth(chosen)
         best = f"NDCG@{self.k} {worth(chosen):.4f}"
-        print(f"{name}: {chosen}, {best} on validation, best of {len(seen)}", file=sys.stderr)
+        tqdm.write(f"{name}: {chosen}, {best} on validation, best of {len(seen)}", file=sys.stderr)
         return chosen

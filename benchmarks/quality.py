@@ -3,19 +3,19 @@
     python benchmarks/quality.py FOLDER [--models als,chebycf,graph,blend] [--served] [--users 4000]
     [--out benchmarks/results]
 
-FOLDER holds train.parquet and test.parquet with the columns user_id and item_id, no times. Protocol of the LightGCN
+FOLDER holds train.parquet and test.parquet with the columns user_id and item_id, no times; or warm_test.parquet and
+warm_validation.parquet in place of test.parquet, as the splits of cold items have them. Protocol of the LightGCN
 papers: learn from all of train, rank all items minus the user's train items, mean over the users with test items;
 Recall@20 divides by the number of test items, NDCG@20 is binary with its ideal cut at 20. Items that only the test
 knows count as missed.
 
-Parameters, and members and weights of the blend, are chosen on a tenth of each user's train items, held out, by NDCG@20
-of --users of the users: one parameter after the other takes the best of a few values, until none gets better. Where
-new pairs go to popular items more than old ones did, a draw at random is the wrong validation, so it can be tilted: an
-item's chance is its popularity to the power --tilt. Where the Recall@20 of popularity is published for the test, as it
-is for Gowalla, the tilt is the one of five with which popularity does as well on what is held out; else it is 0.
-Then each model learns from
-all of train, and the test judges it, once. A model that starts at random is fitted again with another seed and judged
-on --users of the users.
+Parameters, and members and weights of the blend, are chosen on a tenth of each user's train items, held out (or on the
+validation of the folder), by NDCG@20 of --users of the users: one parameter after the other takes the best of a few
+values, until none gets better. Where new pairs go to popular items more than old ones did, a draw at random is the
+wrong validation, so it can be tilted: an item's chance is its popularity to the power --tilt. Where the Recall@20 of
+popularity is published for the test, as it is for Gowalla, the tilt is the one of five with which popularity does as
+well on what is held out; else it is 0. Then each model learns from all of train, and the test judges it, once. A model
+that starts at random is fitted again with another seed and judged on --users of the users.
 
 --served writes each fitted model as a bundle into a temporary folder, opens it, and asks for the lists of 2,000 users
 in blocks, which must be those that were judged, and of 500 users one at a time, which must be the same and whose
@@ -51,7 +51,7 @@ from product_recs.core.kernels import one_blas_thread
 from product_recs.data.snapshots import Snapshot
 from product_recs.data.tasks import Task, hold_out
 from product_recs.evaluation.competition import Fits
-from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval
+from product_recs.evaluation.metrics import bootstrap_means, find_hits, interval, paired_bootstrap
 from product_recs.evaluation.mixing import choose_mix, pool_of
 from product_recs.inference import recommend_many
 from product_recs.models.all import from_recipe
@@ -90,16 +90,19 @@ def read_pairs(path: Path) -> pd.DataFrame:
     return read_log(path, ["user_id", "item_id"], remedy)[["user_id", "item_id"]].drop_duplicates()
 
 
-def read(folder: Path) -> tuple[csr_matrix, csr_matrix]:
-    "Train and test as matrices over the ids of both, in ascending order of id."
-    train, test = (read_pairs(folder / f"{name}.parquet") for name in ("train", "test"))
-    users, items = (np.unique(np.concatenate([train[column], test[column]])) for column in ("user_id", "item_id"))
+def read(folder: Path) -> tuple[csr_matrix, csr_matrix, csr_matrix | None]:
+    "Train, test and, where the folder has one, validation as matrices over the ids of all, in ascending order of id."
+    warm = (folder / "warm_test.parquet").exists()
+    names = ("train", "warm_test", "warm_validation") if warm else ("train", "test")
+    parts = [read_pairs(folder / f"{name}.parquet") for name in names]
+    users, items = (np.unique(np.concatenate([part[column] for part in parts])) for column in ("user_id", "item_id"))
 
     def matrix(pairs: pd.DataFrame) -> csr_matrix:
         places = np.searchsorted(users, pairs.user_id), np.searchsorted(items, pairs.item_id)
         return csr_matrix((np.ones(len(pairs), np.float32), places), shape=(len(users), len(items)))
 
-    return matrix(train), matrix(test)
+    train, test, *rest = map(matrix, parts)
+    return train, test, rest[0] if rest else None
 
 
 def snapshot_of(train: csr_matrix) -> Snapshot:
@@ -137,7 +140,17 @@ FAMILIES = {
             "neighbours": (300,),
         },
     ),
-    "als": Family(ALS, {"factors": (512,)} | ALS_GRID),
+    "implicit": Family(
+        ALS,
+        {
+            "regularization": (10.0, 1.0, 100.0),
+            "alpha": (10.0, 1.0, 33.0),
+            "factors": (128, 256),
+            "iterations": (15,),
+            "solver": ("implicit",),
+        },
+    ),
+    "als": Family(ALS, {"factors": (512, 256)} | ALS_GRID),
     "als-1024": Family(ALS, {"factors": (1024,)}),  # and the other parameters as chosen for 512
     "low-pass": Family(LowPass, {"factors": (512, 256, 1024)}),
     "chebycf": Family(
@@ -146,7 +159,7 @@ FAMILIES = {
     ),
     "ease": Family(EASE, {"regularization": (300.0, 1000.0, 100.0)}),
 }
-USUAL = ("popularity", "cosine", "bm25", "graph", "als", "als-1024", "chebycf", "blend")
+USUAL = ("popularity", "cosine", "bm25", "graph", "implicit", "als", "als-1024", "chebycf", "blend")
 MEMBERS = ("als-1024", "als", "chebycf", "graph", "low-pass", "ease")  # of the blend, those that are named
 TILTS = (0.0, 0.1, 0.2, 0.3, 0.4)
 
@@ -172,7 +185,7 @@ def validation(train: csr_matrix, tilt: float | None, published: float, seed: in
         tried = ", ".join(f"{recall:.4f} with {each:g}" for each, recall in recalls.items())
         words = f": popularity has a Recall@20 of {tried}, and {published:.4f} is published for the test"
     past, held = hold_out(train, tilt=tilt or 0.0, seed=seed)
-    return snapshot_of(past), held, f"tilt {tilt or 0:g}{words}"
+    return snapshot_of(past), held, f"a tenth of train, tilt {tilt or 0:g}{words}"
 
 
 def chosen_models(names: list[str], choosing: Choosing, options: argparse.Namespace) -> dict[str, Model | str]:
@@ -236,7 +249,7 @@ def judge(model: Model, fits: Fits, targets: csr_matrix, options: argparse.Names
     result = {
         "model": model.name, "recall": values[:, 0].mean(), "ndcg": values[:, 1].mean(), "low": low.tolist(),
         "high": high.tolist(), "train_seconds": fits.spent(model), "total_seconds": seconds, "users": len(rows),
-        "served": serve(fitted, targets, rows, lists) if options.served else None,
+        "served": serve(fitted, targets, rows, lists) if options.served else None, "by_user": values[:, 1],
     }  # fmt: skip
     if again is not None:
         asked = some(targets, options.users, options.seed)
@@ -276,6 +289,19 @@ def serve(model: Model, targets: csr_matrix, rows: np.ndarray, judged: np.ndarra
     }  # fmt: skip
 
 
+def compared(result: dict, earlier: list[dict], by_user: dict) -> str:
+    "A blend, or ALS, against whom it has to beat, by a paired bootstrap over the users."
+    if result["model"].startswith("ALS,"):
+        rivals = [each for each in earlier if each["model"].startswith("ALS of implicit")]
+    else:
+        rivals = sorted(earlier, key=lambda each: each["validation"])[-1:] if "+" in result["model"] else []
+    if not rivals:
+        return ""
+    rival = rivals[0]["model"]
+    pair = paired_bootstrap(by_user[result["model"]], by_user[rival])
+    return f"{result['model']} minus {rival}: {pair.difference:+.4f} ({pair.low:+.4f} to {pair.high:+.4f})"
+
+
 def parameters_of(model: Model) -> str:
     "As the table prints them; a blend has its weights in its name."
     if isinstance(model, ScoreBlend):
@@ -284,8 +310,10 @@ def parameters_of(model: Model) -> str:
 
 
 def name_of(model: Model) -> str:
-    "As the table prints it: ALS stands there with two numbers of factors."
-    return f"ALS, {model.parameters['factors']} factors" if isinstance(model, ALS) else model.name
+    "As the table prints it: ALS stands there with two numbers of factors, and by two solvers."
+    if not isinstance(model, ALS):
+        return model.name
+    return f"ALS{' of implicit' * (model.parameters['solver'] == 'implicit')}, {model.parameters['factors']} factors"
 
 
 def markdown(results: list[dict], facts: dict) -> str:
@@ -305,7 +333,7 @@ def markdown(results: list[dict], facts: dict) -> str:
         f"{facts['users']:,} users, {facts['items']:,} items, {facts['pairs']:,} pairs in train, {facts['judged']:,} "
         "judged by (test). Models of this project are bold.",
         "",
-        f"Parameters were chosen on a tenth of train, by {facts['chosen_on']:,} users; {facts['drawn']}.",
+        f"Parameters were chosen by {facts['chosen_on']:,} users on {facts['drawn']}.",
         "",
         "| model | Recall@20 | NDCG@20 | NDCG on validation | ± of NDCG | NDCG with another seed | training, s "
         "| parameters, or source | measured |",
@@ -316,6 +344,9 @@ def markdown(results: list[dict], facts: dict) -> str:
         for recall, ndcg, name, *rest in sorted(rows, key=lambda row: row[1::-1])
     ]
     lines += ["", *dict.fromkeys(f"- {r['measured']}: {r['command']}" for r in results)]
+    if pairs := [r["better_than"] for r in results if r.get("better_than")]:
+        lines += ["", "Differences of NDCG@20 on the test, users paired, with the interval of a bootstrap, 95 %:", ""]
+        lines += [f"- {pair}" for pair in pairs]
     if answered := [r for r in results if r.get("served")]:
         served = answered[-1]["served"]
         lines += [
@@ -363,7 +394,7 @@ def main() -> None:
     names = [name for name in [*FAMILIES, "blend"] if name in options.models.split(",")]
     if unknown := set(options.models.split(",")) - set(names):
         parser.error(f"--models: unknown {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}, blend")
-    train, targets = read(options.folder)
+    train, targets, given_validation = read(options.folder)
     shape = (*train.shape, train.nnz, targets.nnz)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"quality-{options.folder.resolve().name}"
@@ -372,7 +403,10 @@ def main() -> None:
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     earlier = [row for row in earlier if "validation" in row]  # chosen as it is today
     published = PUBLISHED[0][1] if shape == GOWALLA else 0.0
-    past, held, drawn = validation(train, options.tilt, published, options.seed)
+    if given_validation is None:
+        past, held, drawn = validation(train, options.tilt, published, options.seed)
+    else:
+        past, held, drawn = snapshot_of(train), given_validation, "the validation of the folder"
     print(drawn, file=sys.stderr)
     choosing = Choosing(past, held, some(held, options.users, options.seed), K)
     models = chosen_models(names, choosing, options)
@@ -380,7 +414,7 @@ def main() -> None:
         "published": bool(published), "chosen_on": len(choosing.users), "drawn": drawn,
     }  # fmt: skip
     left_out = [f"{name} is left out: {why}" for name, why in models.items() if isinstance(why, str)]
-    fits, results, table = Fits(snapshot_of(train)), [], ""
+    fits, results, table, by_user = Fits(snapshot_of(train)), [], "", {}
     for name in (bar := tqdm([name for name in names if isinstance(models[name], Model)], unit="model")):
         bar.set_postfix_str(name)
         model = models[name]
@@ -388,6 +422,8 @@ def main() -> None:
             "parameters": parameters_of(model), "validation": choosing.values[name], "command": command,
             "measured": date.today().isoformat(), "model": name_of(model),
         }  # fmt: skip
+        by_user[result["model"]] = result.pop("by_user")
+        result["better_than"] = compared(result, results, by_user)
         results.append(result)
         if options.served and result["served"]["other_lists"]:
             sys.exit(f"{name}: {result['served']['other_lists']} lists of a bundle are others than those judged")

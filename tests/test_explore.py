@@ -171,7 +171,7 @@ def test_the_draws_are_as_often_as_the_log_says_and_an_estimate_from_it_is_right
     ]
     estimates = np.array([click / len(candidates) / chance for click, chance in clicks])
     truth, error = np.mean(list(appeal.values())), estimates.std() / np.sqrt(len(estimates))
-    assert abs(estimates.mean() - truth) < 3.5 * error < 0.06
+    assert abs(estimates.mean() - truth) < 3.5 * error < 0.1
     assert np.mean([click for click, _ in clicks]) > truth + 3 * error, "without the propensities it is wrong"
 
 

@@ -1,6 +1,7 @@
 """benchmarks/quality.py as a user starts it: a folder of two Parquet files in, a table out."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,19 +36,20 @@ def folder(tmp_path_factory):
 
 
 def test_models_solve_the_board_and_popularity_counts_by_definition(folder):
-    names = "popularity,cosine,bm25,graph,als,als-1024,low-pass,chebycf,ease,blend"
+    names = "popularity,cosine,bm25,graph,implicit,als,als-1024,low-pass,chebycf,ease,blend"
     done = run(folder, "--models", names, "--factors", "2")
     assert done.returncode == 0, done.stderr
     results = {
         result["model"]: result for result in json.loads((folder / "out" / f"quality-{folder.name}.json").read_text())
     }
     best = (39 + 1 / 2) / 40  # the one user with an unknown item finds one of two
-    assert set(results) >= {"item-item cosine", "item graph", "ALS, 2 factors", "low-pass", "ChebyCF", "EASE"}
+    assert set(results) >= {"item graph", "ALS, 2 factors", "ALS of implicit, 2 factors", "low-pass", "ChebyCF", "EASE"}
     assert all(result["recall"] == pytest.approx(best) for name, result in results.items() if name != "popularity")
     assert results["popularity"]["ndcg"] < results["EASE"]["ndcg"]
     assert all(result["users"] == 40 for result in results.values())
     table = (folder / "out" / f"quality-{folder.name}.md").read_text()
     assert "| **item graph** |" in table and table.strip() in done.stdout
+    assert "ALS, 2 factors minus ALS of implicit, 2 factors: +0.0000" in table
     assert "SimpleX" not in table  # the published figures are of another split
 
 
@@ -61,7 +63,7 @@ def test_parameters_are_chosen_without_the_test(folder, tmp_path):
         pd.read_parquet(folder / "test.parquet").head(keep).to_parquet(other / "test.parquet")
         done = run(other, "--models", "graph,ease", "--tilt", "0.2", "--ease-max-size", "30")
         assert done.returncode == 0, done.stderr
-        chosen[name] = [line for line in done.stderr.splitlines() if "on validation, best of" in line]
+        chosen[name] = re.findall("graph: .* on validation, best of .*", done.stderr)
         assert "40 users and 40 items have a past, and the limit max_size is 30" in done.stdout
         assert "ease is left out" in done.stdout and "tilt 0.2" in done.stdout
     assert chosen["all"] == chosen["half"] and len(chosen["all"]) == 1
