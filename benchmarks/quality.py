@@ -119,10 +119,10 @@ class Family(NamedTuple):
 
 
 ALS_GRID = {
-    "regularization": (100.0, 50.0, 150.0, 250.0),
-    "user_power": (0.5, 0.25, 0.75),
-    "item_power": (0.5, 0.25, 0.75),
-    "alpha": (33.0, 10.0),
+    "regularization": (100.0, 50.0, 150.0),
+    "user_power": (0.25, 0.0, 0.5),
+    "item_power": (0.25, 0.0, 0.5),
+    "alpha": (33.0, 15.0, 70.0),
     "iterations": (8, 12),
     "unobserved_weight": (1.0,),
     "nu": (0.0,),
