@@ -246,7 +246,8 @@ class Search:
         why = {"trials": f"The search ended with trial {self.max_trials:,}, the last that max_trials allows",
                "space": "The search ended because nothing is left to try",
                "time": "The search ended because its time was over"}[self.ended]
-        few = {"trials": "No trial was left", "space": "Nothing could be judged", "time": "No time was left"}[self.ended]
+        few = {"trials": "No trial was left", "space": "Nothing could be judged",
+               "time": "No time was left"}[self.ended]
         kept = f" {few} for {', '.join(self.untried)}: what is in use is kept there." if self.untried else ""
         return f"{why}: {made}.{kept}"
 
