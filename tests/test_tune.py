@@ -139,7 +139,7 @@ class Clock:
 @pytest.fixture(scope="module")
 def problem_of():
     def make(features, **options):
-        candidates = choose_candidates(features, "discovery", top=1)
+        candidates = choose_candidates(features, ["discovery"], top=1)
         problem = pose(features, "discovery", candidates, max_users=100, windows=1, **options)
         entrants = entrants_of(problem, candidates="EASE, item graph, ALS", max_factors=16, max_iterations=10)
         return {"discovery": problem}, {"discovery": entrants}
@@ -167,7 +167,7 @@ import sys
 from product_recs.data.artifact import open_features
 from product_recs.jobs.tune import *
 features = open_features(sys.argv[1])
-candidates = choose_candidates(features, "discovery", top=1)
+candidates = choose_candidates(features, ["discovery"], top=1)
 problem = pose(features, "discovery", candidates, max_users=100, windows=1)
 entrants = entrants_of(problem, candidates="EASE, item graph, ALS", max_factors=16, max_iterations=10)
 search_tasks(sys.argv[2], {"discovery": problem}, {"discovery": entrants}, max_trials=1000, progress=False)
