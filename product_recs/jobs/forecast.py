@@ -162,15 +162,16 @@ _PROCESS, _WORKER = 310, 170 # MB of a kernel with the libraries, and of a worke
 # an item, once
 _ENTRANTS, _CELL = 13 + 4*5 + 2 + 3, 40e-9
 
-def _kept_and_worked(model:Model, size:DataSize)->tuple[float, float]: # MB that stay, MB more while it is fitted
+def _arrays_and_room(model:Model, size:DataSize)->tuple[float, float]: # MB that stay, MB more while it is fitted
     "What a single model takes."
     given, users, items = model.parameters, size.users, size.items
     rows, least = users + items, min(users, items)
     if isinstance(model, (LowPass, ChebyCF)):
         columns = min((given["factors"]//8 + 8)*given["passes"], least) # of the Krylov iteration
-        kept = 4e-6*items*min(given["factors"], least)
-        kept = 3*kept if isinstance(model, LowPass) else kept + 16e-6*size.pairs # two tables and the patterns; a graph
-        return kept, 4e-6*columns*(users + 6*items) # NumPy makes the basis of the items orthonormal in float64
+        arrays = 4e-6*items*min(given["factors"], least)
+        # two tables and the patterns; a graph
+        arrays = 3*arrays if isinstance(model, LowPass) else arrays + 16e-6*size.pairs
+        return arrays, 4e-6*columns*(users + 6*items) # NumPy makes the basis of the items orthonormal in float64
     if "factors" in given: return 4e-6*given["factors"]*rows, 4e-6*given["factors"]*rows
     if "max_size" in given: # EASE; the product of the pairs, before it is dense, is as large as can be
         return (4e-6*least**2, 16e-6*least**2) if least <= given["max_size"] else (0.0, 0.0)
@@ -179,8 +180,8 @@ def _kept_and_worked(model:Model, size:DataSize)->tuple[float, float]: # MB that
 
 def _models_megabytes(models:Sequence[Model], size:DataSize, windows:int)->float:
     "The arrays of what is fitted, kept for each window, and the room for the largest fit."
-    kept, worked = zip(*(_kept_and_worked(model, size) for model in models))
-    return 1.25*(windows*sum(kept) + max(worked))
+    arrays, room = zip(*(_arrays_and_room(model, size) for model in models))
+    return 1.25*(windows*sum(arrays) + max(room))
 
 def _taking_part(parameters:Mapping, factors:int)->list[Model]: # not fitted
     "The single models of a run."

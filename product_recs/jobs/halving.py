@@ -248,8 +248,8 @@ class Search:
                "time": "The search ended because its time was over"}[self.ended]
         few = {"trials": "No trial was left", "space": "Nothing could be judged",
                "time": "No time was left"}[self.ended]
-        kept = f" {few} for {', '.join(self.untried)}: what is in use is kept there." if self.untried else ""
-        return f"{why}: {made}.{kept}"
+        rest = f" {few} for {', '.join(self.untried)}: what is in use is kept there." if self.untried else ""
+        return f"{why}: {made}.{rest}"
 
 _BAR = "{desc} {n_fmt} trials |{bar:12}| [{elapsed}{postfix}]"
 

@@ -434,12 +434,12 @@ def _headline(result:RunResult, seconds:float, what:str)->str:
         said += f" It replaced the model of {whose}; `product-recs rollback` goes back to that."
     return f"{said} Model {result.version} is live; services take it up in a second."
 
-def _found_words(result:RunResult, found:dict[str, dict])->list[str]:
+def _answer_words(result:RunResult, tasks:dict[str, dict])->list[str]:
     "The words of a run that trains what tuning has found for each task."
-    answers = {name for task in found.values() for name in task.get("best", {})}
+    answers = {name for task in tasks.values() for name in task.get("best", {})}
     pairs = [(mark, text) for mark, text in zip(result.given[::2], result.given[1::2])
              if mark == "-f" or text.partition("=")[0] not in answers]
-    files = [("-f", _from_root(resolve_path("data/processed")/result.name/f"best_{task}.yaml")) for task in found]
+    files = [("-f", _from_root(resolve_path("data/processed")/result.name/f"best_{task}.yaml")) for task in tasks]
     return ["product-recs", "run", "--name", result.name, *result.folder_option,
             *(word for pair in [*pairs, *files] for word in pair)]
 
@@ -451,9 +451,9 @@ def _next_steps(result:RunResult, what:str)->list[tuple[str, str]]:
         return [("read the report of the step", str(result.reports/page))] if page else []
     if result.held_back: return [*result.remedies, *report]
     if what == "Tuning":
-        found = result.metrics.get("tune", {}).get("tasks", {})
-        train = [("train with what was found", typed_command(_found_words(result, found)))]
-        return [*report, *(train if found else [])]
+        tasks = result.metrics.get("tune", {}).get("tasks", {})
+        train = [("train with what was found", typed_command(_answer_words(result, tasks)))]
+        return [*report, *(train if tasks else [])]
     if not result.published: return report
     user = result.metrics.get("05_inference", {}).get("parameters", {}).get("user", "")
     asked = [] if user == "" else [("ask for one user", user_command(user, result.folder_option))]
