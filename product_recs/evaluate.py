@@ -17,7 +17,7 @@ from .core.paths import resolve_path
 from .data.tasks import Task
 from .evaluation.metrics import category_diversity, find_hits, paired_bootstrap
 from .models.all import from_recipe
-from .models.als import ALS_DEFAULTS, completed
+from .models.als import sized
 from .models.interface import Model, top_lists
 
 # %% ../nbs/04_evaluate.ipynb #939406a4
@@ -34,13 +34,13 @@ def judged_bundle(
     models_dir:str="models",   # folder of the bundles
     version:str="",            # "": the live one, or the newest, of these interactions
     fingerprint:str|None=None, # of the interactions; None: whatever is live
-)->tuple[dict[str, Model], dict, str]: # `served_models`, parameters of ALS, and the version ("": there is no bundle)
+)->tuple[dict[str, Model], dict, str]: # `served_models`, `sized` parameters of ALS, and the version ("": there is none)
     "What is judged of a bundle; raises `BundleError` where the version does not exist."
     folder = resolve_path(models_dir)
     version = version or (version_of(folder, fingerprint) if fingerprint else current_version(folder)) or ""
-    if not version: return {}, dict(ALS_DEFAULTS), ""
+    if not version: return {}, sized({}), ""
     manifest = read_manifest(folder/version)
-    return served_models(manifest), completed(manifest["parameters"].get("als", {})), version
+    return served_models(manifest), sized(manifest["parameters"].get("als", {})), version
 
 # %% ../nbs/04_evaluate.ipynb #f1ea817a
 def _unlike(items:np.ndarray, likeness:Likeness)->float:

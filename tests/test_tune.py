@@ -18,7 +18,7 @@ from product_recs.bundle.opening import open_bundle
 from product_recs.features import build_features, ensure_features
 from product_recs.ingest import ingest
 from product_recs.jobs.halving import Record, past_searches
-from product_recs.jobs.tune import choose_candidates, entrants_of, pose, search_tasks
+from product_recs.jobs.tune import Judge, choose_candidates, entrants_of, pose, search_tasks, tuned_models
 from product_recs.jobs.weights import FEATURE_NAMES
 from product_recs.models.interface import with_parts
 
@@ -139,7 +139,7 @@ class Clock:
 @pytest.fixture(scope="module")
 def problem_of():
     def make(features, **options):
-        candidates = choose_candidates(features, "discovery", top=1)
+        candidates = choose_candidates(features, ["discovery"], top=1)
         problem = pose(features, "discovery", candidates, max_users=100, windows=1, **options)
         entrants = entrants_of(problem, candidates="EASE, item graph, ALS", max_factors=16, max_iterations=10)
         return {"discovery": problem}, {"discovery": entrants}
@@ -162,12 +162,42 @@ def test_the_minutes_are_used(tmp_path, problem_of):
     assert 1.5 * made[2] < made[4] < 3 * made[2]
 
 
+def test_a_look_of_an_earlier_search_is_the_model_that_was_judged(tmp_path):
+    "What is in use, the lab's order and a limit of memory may change between two searches in one file."
+    features = ensure_features("sample")
+    names = choose_candidates(features, ["discovery"])
+
+    def searched(candidates, parameters, most, asked="EASE, ALS"):
+        problem = pose(features, "discovery", candidates, max_users=100, windows=1)
+        given = {"EASE": parameters} if parameters else {}
+        entrants = entrants_of(problem, model_parameters=given, candidates=asked, max_factors=16, max_iterations=5)
+        done = search_tasks(
+            tmp_path / "tune.db", {"discovery": problem}, {"discovery": entrants}, max_trials=most, progress=False
+        )["discovery"]
+        return problem, entrants, done
+
+    _, _, first = searched(names, {"regularization": 9}, 8)
+    for parameters in ({"regularization": 700}, {}):
+        problem, entrants, done = searched(dict(reversed(names.items())), parameters, 4)
+        assert done.earlier >= 8 and done.looks[: len(first.looks)] == first.looks
+        yours = next(look for look in done.looks if look.point == {"regularization": 9} and look.contender == "EASE")
+        assert yours.origin == "yours"
+        [alone] = [entrant for entrant in entrants if entrant.model.name == "EASE"]
+        model, look = tuned_models(problem, [alone], [yours], problem.own)["EASE"]
+        assert model.parameters["regularization"] == 9 and look is yours
+        assert Judge(problem, entrants)("EASE", yours.point, 0, "yours") == pytest.approx(yours.value, abs=1e-9)
+    _, _, refused = searched(names, {"max_size": 5}, 2, "EASE")
+    assert refused.earlier == 0 and not any(look.fits for look in refused.looks)
+    _, _, raised = searched(names, {"max_size": 30_000}, 2, "EASE")
+    assert raised.earlier == 0 and all(look.fits for look in raised.looks)
+
+
 SCRIPT = """
 import sys
 from product_recs.data.artifact import open_features
 from product_recs.jobs.tune import *
 features = open_features(sys.argv[1])
-candidates = choose_candidates(features, "discovery", top=1)
+candidates = choose_candidates(features, ["discovery"], top=1)
 problem = pose(features, "discovery", candidates, max_users=100, windows=1)
 entrants = entrants_of(problem, candidates="EASE, item graph, ALS", max_factors=16, max_iterations=10)
 search_tasks(sys.argv[2], {"discovery": problem}, {"discovery": entrants}, max_trials=1000, progress=False)

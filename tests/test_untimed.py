@@ -19,6 +19,7 @@ from product_recs.evaluation.judge import evaluate
 from product_recs.evaluation.segments import by_segment
 from product_recs.features import JUDGED_ITEMS, build_features, split_warnings
 from product_recs.jobs.weights import weigh, weightings
+from product_recs.models.all import all_models
 from product_recs.models.als import ALS
 from product_recs.models.baselines import Popularity
 from product_recs.models.blend_weights import learn_weights
@@ -152,7 +153,7 @@ def test_the_checkerboard_is_solved(tmp_path):
     board = features_of_log(log_of(list(zip((user + 1).tolist(), (item + 1).tolist()))), tmp_path, split_share=0)
     assert np.diff(board.test.indptr).tolist() == [1] * 30
     als = ALS(factors=2, regularization=0.1, num_threads=1)
-    models = [*(model for model in usual_candidates() if model.name not in ("ALS", "weighted ALS")), als]
+    models = [*(model for model in usual_candidates(all_models()) if model.name not in ("ALS", "weighted ALS")), als]
     result = evaluate(board, models, k=[1], progress=False, bootstrap=50)
     assert set(result.tasks) == {"discovery"} and result.facts["users"] == {"discovery": 30}
     for name in ("ALS", "item-item cosine", "item-item BM25", "item graph", "EASE"):
@@ -175,7 +176,8 @@ def test_every_model_learns_without_times(features, name):
 
 
 def test_recent_popularity_is_popularity_and_habits_learn_for_discovery(features):
-    result = evaluate(features, usual_candidates({"factors": 8, "iterations": 3}), k=[10], progress=False, bootstrap=10)
+    candidates = usual_candidates(all_models({"factors": 8, "iterations": 3}))
+    result = evaluate(features, candidates, k=[10], progress=False, bootstrap=10)
     with_interval = result.table[~result.table.metric.isin(["coverage", "gini"])]
     assert np.isfinite(with_interval[["value", "low", "high"]]).all().all()
     recent, all_time = (result.value("discovery", name, "ndcg", 10) for name in ("recent popularity", "popularity"))

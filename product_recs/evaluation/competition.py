@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['STEP_DECAYS', 'USUAL_BLEND', 'Fits', 'some_users', 'user_figures', 'crossed_figures', 'order_forms',
-           'usual_candidates', 'refusal', 'answer_ms', 'Competition', 'compete', 'worse_than_popularity']
+           'usual_candidates', 'refusal', 'answer_ms', 'Competition', 'compete', 'judged_windows',
+           'worse_than_popularity']
 
 # %% ../../nbs/evaluation/competition.ipynb #4adc8798
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from ..data.snapshots import Snapshot
 from ..data.tasks import BY_USER, Task, make_task, past_and_future
 from .metrics import (METRIC_NAMES, Comparison, find_hits, interval, paired_bootstrap,
                                              paired_over_windows, window_means)
-from ..models.all import all_models, fit_sharing
+from ..models.all import fit_sharing
 from ..models.baselines import BuyAgain, Popularity
 from ..models.blend import HabitBlend, ScoreBlend
 from ..models.blend_weights import learn_weights, weights_of_task
@@ -112,12 +113,10 @@ def order_forms(
 USUAL_BLEND = ("weighted ALS", "item graph", "low-pass")
 
 def usual_candidates(
-    als:Mapping|None=None,   # parameters of `fit_als`, for ALS and its kin; None: the defaults
-    half_life_days:float=30, # of recent popularity
-    seed:int=0,              # of low-pass
-)->list[Model]:              # not fitted
-    "The single models that compete unless others are named."
-    return [model for model in all_models(als, half_life_days, seed) if model.name != "BPR"]
+    singles:Sequence[Model], # of `all_models`
+)->list[Model]:
+    "Those that compete unless others are named: all but BPR."
+    return [model for model in singles if model.name != "BPR"]
 
 class _Entry(NamedTuple):
     "A candidate that was judged."
@@ -167,7 +166,7 @@ class _Ground:
     "What all candidates of a competition share."
     def __init__(self, features:Features, task:str, metric:str, k:int, max_users:int, seed:int, fits:Fits|None):
         past, future, self.split = past_and_future(features, "validation", [task])
-        self.features, self.metric, self.k, self.seed, self.max_users = features, metric, k, seed, max_users
+        self.features, self.metric, self.k, self.seed = features, metric, k, seed
         self.fits, self.task = fits or Fits(past), make_task(past, future, task, max_users, seed)
 
     def judge(self, model:Model)->_Entry:
@@ -178,8 +177,8 @@ class _Ground:
             part = self.fits.fit(model.parts[0])
             figures = crossed_figures(part, self.task, self.metric, self.k, self.seed)
             started = perf_counter()
-            fitted = learn_weights(self.features, part, self.task.name, max_users=self.max_users,
-                                   seed=self.seed).fit(part.snapshot)
+            # by the usual sample of users, however many judge: so the same habits are served
+            fitted = learn_weights(self.features, part, self.task.name, seed=self.seed).fit(part.snapshot)
             model = HabitBlend(model.parts[0], self.task.name, fitted.weights)
             self.fits.seconds[_key(model)] = perf_counter() - started
             return _Entry(model, fitted, [figures])
@@ -221,6 +220,7 @@ class Competition:
     # first
     table: pd.DataFrame
     winner: Model             # not fitted; a blend with habits has its weights
+    models: dict[str, Model]  # name -> likewise, of all in the table
     left_out: dict[str, str]  # name -> why it could not compete
     # split, users, seed, metric, k, give_up, seconds, windows: from, until, users, best, lead of the best where the
     # winner is significantly worse
@@ -261,7 +261,8 @@ def compete(
     """Fit the candidates before the validation period, judge them by it and choose one; raises `EvaluateError` where
     there is no such period, or no candidate can be fitted."""
     started, settings = perf_counter(), (task, metric, k, max_users, seed)
-    ground, earlier = _Ground(features, *settings, fits), _earlier_grounds(windows, window_fits, settings)
+    ground, pairs = _Ground(features, *settings, fits), [*zip(windows, window_fits or [None]*len(windows))]
+    earlier = judged_windows(pairs, lambda pair: _Ground(pair[0], *settings, pair[1]))
     candidates = [model for model in candidates if model.tasks is None or task in model.tasks]
     names = [model.name for model in candidates]
     if len(set(names)) < len(names): raise EvaluateError(f"candidates need names of their own: {', '.join(names)}")
@@ -292,16 +293,20 @@ def compete(
     facts = {"split": ground.split, "users": len(ground.task.rows), "seed": seed, "metric": metric, "k": k,
              "give_up": give_up, "windows": _by_window(judged, winner, [ground, *earlier], bootstrap),
              "seconds": round(perf_counter() - started, 1)}
-    return Competition(task, table, winner.model, left_out, facts)
+    models = {name: judged[name].model for name in table.model}
+    return Competition(task, table, winner.model, models, left_out, facts)
 
 # %% ../../nbs/evaluation/competition.ipynb #7aed92dd
 _IN_REACH, _WINDOW_USERS = 0.8, 100
 
-def _earlier_grounds(windows:Sequence[Features], window_fits:Sequence[Fits], settings:tuple)->list[_Ground]:
-    "The earlier windows in which enough users can be judged."
+def judged_windows(
+    windows:Iterable,   # before the validation period
+    ground_of:Callable, # a window -> what it is judged by, with its `task`; may raise `NothingToJudge`
+)->list:                # what `ground_of` gives
+    "The windows in which enough users can be judged."
     grounds = []
-    for place, window in enumerate(windows):
-        try: ground = _Ground(window, *settings, window_fits[place] if window_fits else None)
+    for window in windows:
+        try: ground = ground_of(window)
         except NothingToJudge: continue
         if len(ground.task.rows) >= _WINDOW_USERS: grounds.append(ground)
     return grounds

@@ -30,12 +30,16 @@ from ..core.sql import parquet
 from ..data.csvfiles import staged_query
 from ..data.database import fetch_query, is_database
 from ..data.sources import file_format, find_files
+from ..evaluation.competition import usual_candidates
+from ..features import WINDOWS
 from ..ingest import DEFAULT_SOURCE, ingest
 from .checks import FINE, LOOK, STOP, Check, worst
 from .init import own_names, sampled
 from .machine import Machine
 from ..models.all import all_models, named, names_of
 from ..models.als import ALS_DEFAULTS, fit_als
+from ..models.interface import Model, with_parts
+from ..models.spectral import ChebyCF, LowPass
 
 # %% ../../nbs/jobs/forecast.ipynb #95d33178
 LINES = 200_000 # of each text file that are read
@@ -154,15 +158,42 @@ class StepForecast:
     seconds: float   # a guess: half to twice as much
 
 _PROCESS, _WORKER = 310, 170 # MB of a kernel with the libraries, and of a worker of the service
-_ENTRANTS, _CELL = 16, 40e-9 # models in a competition; seconds to score and judge a user and an item, once
+# of one competition: single models, forms by the order, blends, and with habits; seconds to score and judge a user and
+# an item, once
+_ENTRANTS, _CELL = 13 + 4*5 + 2 + 3, 40e-9
 
-def _model_megabytes(size:DataSize, factors:int, everybody:bool)->float:
-    "The arrays of what is fitted."
-    rows, least = size.users + size.items, min(size.users, size.items)
-    factor_models = 4e-6*rows*(3*factors + 256) if everybody else 8e-6*rows*factors # ALS and its kin, and low-pass
-    ease = 3*8e-6*least**2 if everybody and least <= 20_000 else 0 # a matrix, its inverse, and room to work
-    return 1.25*(factor_models + ease)
+def _arrays_and_room(model:Model, size:DataSize)->tuple[float, float]: # MB that stay, MB more while it is fitted
+    "What a single model takes."
+    given, users, items = model.parameters, size.users, size.items
+    rows, least = users + items, min(users, items)
+    if isinstance(model, (LowPass, ChebyCF)):
+        columns = min((given["factors"]//8 + 8)*given["passes"], least) # of the Krylov iteration
+        arrays = 4e-6*items*min(given["factors"], least)
+        # two tables and the patterns; a graph
+        arrays = 3*arrays if isinstance(model, LowPass) else arrays + 16e-6*size.pairs
+        return arrays, 4e-6*columns*(users + 6*items) # NumPy makes the basis of the items orthonormal in float64
+    if "factors" in given: return 4e-6*given["factors"]*rows, 4e-6*given["factors"]*rows
+    if "max_size" in given: # EASE; the product of the pairs, before it is dense, is as large as can be
+        return (4e-6*least**2, 16e-6*least**2) if least <= given["max_size"] else (0.0, 0.0)
+    block = 32e-6*min(given.get("window", 0)*size.pairs, 1 << 22) # of transitions
+    return 8e-6*items*min(given.get("neighbours", 1), items), block
 
+def _models_megabytes(models:Sequence[Model], size:DataSize, windows:int)->float:
+    "The arrays of what is fitted, kept for each window, and the room for the largest fit."
+    arrays, room = zip(*(_arrays_and_room(model, size) for model in models))
+    return 1.25*(windows*sum(arrays) + max(room))
+
+def _taking_part(parameters:Mapping, factors:int)->list[Model]: # not fitted
+    "The single models of a run."
+    singles = all_models({"factors": factors})
+    names = [str(parameters.get(name, "auto")) for name in ("model", "next_model")]
+    if names[0] == "auto":
+        if (only := parameters.get("candidates", "all")) in ("all", ["all"]): return usual_candidates(singles)
+        names = [*names_of(only), *names[1:]]
+    parts = [part for name in names if name not in ("auto", "none") for part in with_parts(named(name, singles))]
+    return list({part.name: part for part in parts if not part.parts}.values())
+
+# %% ../../nbs/jobs/forecast.ipynb #3d90c55c
 def forecast_steps(
     size:DataSize,
     parameters:Mapping,  # of a run
@@ -170,19 +201,25 @@ def forecast_steps(
 )->list[StepForecast]:
     "What each step of a run will need."
     factors, turns = (int(parameters.get(name, ALS_DEFAULTS[name])) for name in ("factors", "iterations"))
-    everybody = str(parameters.get("model", "auto")) == "auto"
+    competing = str(parameters.get("model", "auto")) == "auto"
+    windows = max(int(parameters.get("windows", WINDOWS)), 1) if competing else 1
     limit = _megabytes(str(parameters.get("memory_limit", "2GB")))
-    snapshots, models = 3*20e-6*size.pairs, _model_megabytes(size, factors, everybody)
+    models, judges = _taking_part(parameters, factors), all_models({"factors": factors})
+    snapshot, graph = 20e-6*size.pairs, 16e-6*size.pairs*any(isinstance(model, ChebyCF) for model in models)
     fit, judged = iteration*turns, 2*min(size.users, 2000)*size.items*_CELL # of both tasks, one model
     judge_all = 2*size.users*min(size.items, 5000)*_CELL # the search looks at a part of the items only
     rows = min(160e-6*size.rows, 100 + 90e-6*size.rows, limit)
+    chosen = competing*windows*(_ENTRANTS*judged + 12*fit)
     return [
         StepForecast("01_ingest", _PROCESS + rows, 4 + size.ingest_seconds),
-        StepForecast("02_features", _PROCESS + rows + snapshots, 4 + size.ingest_seconds),
-        StepForecast("03_train", _PROCESS + snapshots + models, 6 + fit + everybody*(_ENTRANTS*judged + 12*fit)),
-        StepForecast("04_evaluate", _PROCESS + snapshots + models, 6 + 12*judge_all + 8*fit),
-        StepForecast("service", _WORKER + bundle_megabytes(size, factors), 3)]
+        StepForecast("02_features", _PROCESS + rows + 3*snapshot, 4 + size.ingest_seconds),
+        StepForecast("03_train", _PROCESS + (2 + windows)*snapshot + _models_megabytes(models, size, windows),
+                     6 + fit + chosen),
+        StepForecast("04_evaluate", _PROCESS + 3*snapshot + _models_megabytes(judges, size, 1),
+                     6 + 12*judge_all + 8*fit),
+        StepForecast("service", _WORKER + bundle_megabytes(size, factors) + graph, 3)]
 
+# %% ../../nbs/jobs/forecast.ipynb #0a5d3168
 def bundle_megabytes(
     size:DataSize,
     factors:int=ALS_DEFAULTS["factors"],

@@ -26,6 +26,7 @@ import nbformat
 from ..bundle.files import list_versions, live_version, publish, read_manifest, remove_bundle
 from ..bundle.versions import OtherLive, hold_back, live_of_another_run
 from ..core.credentials import STARS, by_reference, is_reference, masked, masked_parameters, password_note
+from ..core.documents import read_yaml
 from ..core.errors import ProductRecsError
 from ..core.files import atomic_write, metrics_of, run_folder, write_metrics
 from ..core.parameters import ParameterError, typed
@@ -333,12 +334,21 @@ def _keep(result:RunResult, kind:str, steps:Sequence[str], models:Path)->list[st
     return keep_run(record, models/result.version if result.version else None, result.published)
 
 # %% ../../nbs/jobs/pipeline.ipynb #2b039eca
+def _words_of_run(given:Sequence[str], shown:dict, declared:dict[str, dict[str, str]])->list[str]:
+    "The -f and -p words without what a run does not take; where a file has such a parameter, -p words alone."
+    taken = {name for step in STEPS for name in declared[step]}
+    pairs = list(zip(given[::2], given[1::2]))
+    if not {name for word in (text for mark, text in pairs if mark == "-f")
+            for name in read_yaml(resolve_path(word).read_text(encoding="utf-8"), word)} <= taken:
+        return parameter_words({name: value for name, value in shown.items() if name in taken})
+    return [word for mark, text in pairs if mark == "-f" or text.partition("=")[0] in taken for word in (mark, text)]
+
 def tune(
     parameters:dict|None=None, # name -> value; each reaches the notebooks that declare it
     name:str="sample",         # of the run: data/processed/<name>, where the study lies, and reports/<name>
     models_dir:str|Path="models", # where the bundle lies that the tuned model is compared with
     progress:bool=True,
-    given:Sequence[str]=(),    # -f and -p words that a run would need, masked
+    given:Sequence[str]=(),    # -f and -p words that stand for the parameters, masked
 )->RunResult:
     "Compare weightings and search parameters, going on with an earlier search; raises `ProductRecsError` like `run`."
     tracking_of()
@@ -352,7 +362,7 @@ def tune(
         _clear(reports, TUNE_STEPS)
         per_step = assign(references, declared)
         result = RunResult(name, reports, [Step(step) for step in TUNE_STEPS], None, {}, _notes(parameters), [],
-                           given=list(given))
+                           given=_words_of_run(given, shown, declared), folder_option=folder_words(models_dir))
         try:
             for number, step in enumerate(TUNE_STEPS):
                 own = {"run": name, "report_dir": _from_root(reports),
@@ -424,6 +434,15 @@ def _headline(result:RunResult, seconds:float, what:str)->str:
         said += f" It replaced the model of {whose}; `product-recs rollback` goes back to that."
     return f"{said} Model {result.version} is live; services take it up in a second."
 
+def _answer_words(result:RunResult, tasks:dict[str, dict])->list[str]:
+    "The words of a run that trains what tuning has found for each task."
+    answers = {name for task in tasks.values() for name in task.get("best", {})}
+    pairs = [(mark, text) for mark, text in zip(result.given[::2], result.given[1::2])
+             if mark == "-f" or text.partition("=")[0] not in answers]
+    files = [("-f", _from_root(resolve_path("data/processed")/result.name/f"best_{task}.yaml")) for task in tasks]
+    return ["product-recs", "run", "--name", result.name, *result.folder_option,
+            *(word for pair in [*pairs, *files] for word in pair)]
+
 def _next_steps(result:RunResult, what:str)->list[tuple[str, str]]:
     "What to do after a run: what for, command."
     report = [("read the report", str(result.reports/"index.html"))]
@@ -432,10 +451,9 @@ def _next_steps(result:RunResult, what:str)->list[tuple[str, str]]:
         return [("read the report of the step", str(result.reports/page))] if page else []
     if result.held_back: return [*result.remedies, *report]
     if what == "Tuning":
-        best = [_from_root(resolve_path("data/processed")/result.name/f"best_{task}.yaml")
-                for task in result.metrics.get("tune", {}).get("tasks", {})]
-        run = ["product-recs", "run", "--name", result.name, *result.folder_option, *result.given, "-f"]
-        return [*report, *(("train with what was found", typed_command([*run, file])) for file in best)]
+        tasks = result.metrics.get("tune", {}).get("tasks", {})
+        train = [("train with what was found", typed_command(_answer_words(result, tasks)))]
+        return [*report, *(train if tasks else [])]
     if not result.published: return report
     user = result.metrics.get("05_inference", {}).get("parameters", {}).get("user", "")
     asked = [] if user == "" else [("ask for one user", user_command(user, result.folder_option))]

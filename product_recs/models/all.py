@@ -32,7 +32,7 @@ KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain
                                           ContentNeighbours, Hybrid, OrderWeighted, HabitBlend, ScoreBlend)}
 
 def all_models(
-    als:Mapping|None=None,   # parameters of `fit_als`, for ALS and its kin; None: the defaults
+    als:Mapping|None=None,   # parameters of `fit_als` that somebody named, for ALS and its kin; each completes them
     half_life_days:float=30, # of recent popularity
     seed:int=0,              # of low-pass, ChebyCF and BPR
 )->list[Model]:              # not fitted yet

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN_OBJECTIVE', 'NO_POWERS', 'PLAIN_DEFAULTS', 'ALS_DEFAULTS', 'activity_weighted', 'mean_kept', 'AlsModel',
-           'completed', 'without_defaults', 'chosen_solver', 'fit_als', 'check_als', 'ALS', 'WeightedALS', 'ScaledALS',
-           'drawn_to']
+           'completed', 'sized', 'without_defaults', 'chosen_solver', 'fit_als', 'check_als', 'ALS', 'WeightedALS',
+           'ScaledALS', 'drawn_to']
 
 # %% ../../nbs/models/als.ipynb #5efd7d68
 import sys
@@ -82,6 +82,13 @@ def completed(
     named = PLAIN_DEFAULTS.keys() & given.keys() or given.get("solver") == "by hand" # nobody chose its objective
     plain = PLAIN_DEFAULTS if named else {}
     return ALS_DEFAULTS | plain | dict(preset or {}) | given
+
+def sized(
+    given:Mapping, # as of `completed`
+)->dict:           # the same, and the defaults of those that are missing and are not of the objective
+    "What a preset can still complete by its own objective: of the six numbers those alone that somebody named."
+    sizes = {name: value for name, value in ALS_DEFAULTS.items() if name not in PLAIN_DEFAULTS}
+    return sizes | {name: value for name, value in given.items() if value is not None or name not in PLAIN_DEFAULTS}
 
 def without_defaults(
     parameters:Mapping, # of an ALS, completed

@@ -80,7 +80,7 @@ SPACES = {
                   "to_power": Range(0, 0.6, (0, 2), log=False),
                   "distance_decay": Range(0.4, 1, (0.01, 1), log=False)},
     LowPass: {"factors": Range(32, 512, (8, 2048), step=8)},
-    ChebyCF: {"factors": Range(64, 1024, (8, 2048), step=8), "flatness": Range(0.5, 3, (0.1, 20)),
+    ChebyCF: {"factors": Range(64, 1024, (64, 2048), step=64), "flatness": Range(0.5, 3, (0.1, 20)),
               "ideal": Range(0, 1, (0, 10), log=False), "item_power": Range(0, 0.8, (0, 2), log=False)},
     EASE: {"regularization": Range(20, 5000, (0.1, 1e6))},
     BPR: {"factors": Range(16, 128, (8, 1024), step=8), "learning_rate": Range(0.01, 0.2, (0.001, 1)),
@@ -105,7 +105,7 @@ def reads_confidence(
     model:Model,
 )->bool:
     "Does it learn from the confidences? The others see only who has what, and no weighting changes them."
-    return isinstance(model, (ALS, ItemCosine, ItemBM25, BPR))
+    return isinstance(model, (ALS, ItemCosine, ItemBM25))
 
 # %% ../../nbs/models/spaces.ipynb #0b66fac9
 def _pull(confidence:csr_matrix, parameters:Mapping)->float:
