@@ -104,7 +104,7 @@ def score_contributions(
     users = model.fold_in(history) if users is None else users
     for part, weight, own in zip(model.parts, model.parameters["weights"], users):
         reasons = part.contributions(history, item, own)
-        mean, spread = (float(value[0]) for value in part.moments(own, part.scores(own)))
+        mean, spread = (float(value[0]) for value in part.user_moments(own))
         average += weight*(sum(reasons.signals.values()) - mean)/spread
         items.append(reasons.items); parts.append(weight*reasons.parts/spread)
     rows, place = np.unique(np.concatenate(items), return_inverse=True)
@@ -188,7 +188,7 @@ def habit_contributions(
     part, weights = model.parts[0], model.weights
     representation = part.fold_in(history) if users is None else users.taste
     taste = part.contributions(history, item, representation)
-    mean, spread = (float(value[0]) for value in part.moments(representation, part.scores(representation)))
+    mean, spread = (float(value[0]) for value in part.user_moments(representation))
     scale = weights.weights["taste"]/spread
     table = pair_signals(model.signals, np.zeros(1), np.zeros(1, np.int64), np.array([item]), history)[0]
     signals = {"intercept": weights.intercept, "average_taste": (sum(taste.signals.values()) - mean)*scale}

@@ -166,9 +166,9 @@ def beginning(
             for value in about.indices[start:end]: scores[place, :rows.own] += scale*model.learned.lifts.of(value)
     return scores
 
-def _inner(representations:Any, path:tuple[int, ...])->np.ndarray: # (m, f)
+def _inner(representations:Any, place:tuple[int, ...])->np.ndarray: # (m, f)
     "The representation of a factor model inside of that of a blend."
-    for number in path: representations = representations[number]
+    for number in place: representations = representations[number]
     return representations
 
 # %% ../../nbs/models/hybrid.ipynb #62b4f727
@@ -190,8 +190,8 @@ def score_parts(
     bought = (bought - column(mean))/column(spread)
     placed = np.zeros((len(users.histories), len(rows.thin)), np.float32)
     for part, factors in zip(model.learned.factors, rows.factors):
-        inner = _inner(users.users, part.path)
-        own_mean, own_spread = part.model.moments(inner, None) if part.path else (mean, spread)
+        inner = _inner(users.users, part.place)
+        own_mean, own_spread = part.model.user_moments(inner) if part.place else (mean, spread)
         placed += column(part.share/own_spread)*(inner @ factors.T - column(own_mean))
     profiles, middle, width = _profiles(model, users.histories)
     profile = (rows.described.times(profiles).T - column(middle))/column(width)
@@ -252,7 +252,7 @@ def _contributions_of(
     place = rows.place(item)
     own, share = (1.0, 0.0) if place is None else (float(rows.evidence[item]), float(rows.share[place]))
     known, short = history.items < rows.own, _of_part(history, rows.own)
-    mean, spread = (float(value[0]) for value in part.moments(users.users, part.scores(users.users)))
+    mean, spread = (float(value[0]) for value in part.user_moments(users.users))
     if item < rows.own and own*evidence*(1 - new):
         scale, reasons = own*evidence*(1 - new)/spread, part.contributions(short, item, users.users)
         spot = np.searchsorted(short.items, reasons.items)
@@ -276,11 +276,11 @@ def _add_placed(model:Hybrid, users:HybridUsers, history:Histories, place:int, s
                 moments:tuple[float, float], added:np.ndarray, known:np.ndarray, add)->None:
     "What each past item adds through the factors that the description suggests."
     for part, factors in zip(model.learned.factors, model.rows.factors):
-        parts, signals = part.model.pulls(history, factors[place])
+        parts, signals = part.pulls(history, factors[place])
         mean, spread = moments
-        if part.path:
-            inner = _inner(users.users, part.path)
-            mean, spread = (float(value[0]) for value in part.model.moments(inner, None))
+        if part.place:
+            inner = _inner(users.users, part.place)
+            mean, spread = (float(value[0]) for value in part.model.user_moments(inner))
         added[known] += share*part.share*parts/spread
         add("average_taste", share*part.share*(sum(signals.values()) - mean)/spread)
 

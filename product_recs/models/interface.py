@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -117,11 +118,14 @@ def moments_of(
 
 
 # %% ../../nbs/models/interface.ipynb #7bdcd903
+_SCALES = WeakKeyDictionary() # model -> representations and their moments: the items of one answer are explained in turn
+
 class Model(Learner):
     "A model; a new one overrides `fold_in` where it folds anything, `scores` and `contributions`."
     personal, dense = True, True # has it something of its own to say to each user; does `top` score all items?
     places_items = False # does it score an item that nobody has, by its attributes?
     placeable = False # has each item a vector, so that another can be placed among them?
+    reweighs = False # are its representations those of its one part, of histories that it has `weighted`?
 
     def fold_in(self, histories:Histories)->Any: # of m users
         "Representations of users given by their histories; of an unchanged user what training found."
@@ -151,6 +155,14 @@ class Model(Learner):
     def moments(self, representations:Any, scores:np.ndarray)->tuple[np.ndarray, np.ndarray]: # (m,) float64 each
         "Mean and standard deviation of each user's scores over the candidates; 1 where all are equal."
         return moments_of(scores, self.candidates)
+
+    def user_moments(self, representations:Any)->tuple[np.ndarray, np.ndarray]: # (m,) float64 each
+        "The moments where nobody has scores at hand; those of the representations asked for last are kept."
+        asked, moments = _SCALES.get(self, (None, None))
+        if asked is not representations:
+            moments = self.moments(representations, self.scores(representations))
+            _SCALES[self] = representations, moments
+        return moments
 
     def contributions(self,
         history:Histories, # of one user
