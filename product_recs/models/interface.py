@@ -118,7 +118,7 @@ def moments_of(
 
 
 # %% ../../nbs/models/interface.ipynb #7bdcd903
-_SCALES = WeakKeyDictionary() # model -> representations and their moments: the items of one answer are explained in turn
+_MOMENTS = WeakKeyDictionary() # model -> representations and their moments: one answer explains item after item
 
 class Model(Learner):
     "A model; a new one overrides `fold_in` where it folds anything, `scores` and `contributions`."
@@ -158,10 +158,10 @@ class Model(Learner):
 
     def user_moments(self, representations:Any)->tuple[np.ndarray, np.ndarray]: # (m,) float64 each
         "The moments where nobody has scores at hand; those of the representations asked for last are kept."
-        asked, moments = _SCALES.get(self, (None, None))
+        asked, moments = _MOMENTS.get(self, (None, None))
         if asked is not representations:
             moments = self.moments(representations, self.scores(representations))
-            _SCALES[self] = representations, moments
+            _MOMENTS[self] = representations, moments
         return moments
 
     def contributions(self,

@@ -95,7 +95,8 @@ class OrderWeighted(Model):
     def shares(self)->list[float]: return [1.0]
     def moments(self, representations:Any, scores:np.ndarray)->tuple[np.ndarray, np.ndarray]:
         return self.parts[0].moments(representations, scores)
-    def user_moments(self, representations:Any)->tuple[np.ndarray, np.ndarray]: return self.parts[0].user_moments(representations)
+    def user_moments(self, representations:Any)->tuple[np.ndarray, np.ndarray]:
+        return self.parts[0].user_moments(representations)
     def top(self, representations, n, forbidden=None, closed=None, threads=1):
         return self.parts[0].top(representations, n, forbidden, closed, threads)
 
