@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core.columns import NEXT_PURCHASE, TASKS
 from ..data.snapshots import Histories, Snapshot
-from .interface import Contributions, Model, knows_items
+from .interface import Contributions, Model, Widened, knows_items
 from .signals import (SIGNALS, BlendError, BlendWeights, Signals, add_signals, pair_signals,
                                          read_weights)
 
@@ -71,6 +71,7 @@ class ScoreBlend(Model):
             mean, spread = part.moments(users, scores)
             scores -= mean[:, None].astype(np.float32)
             scores *= (weight/spread)[:, None].astype(np.float32)
+            if isinstance(part, Widened): scores[:, part.own:] = 0 # it has nothing to say of the items after its own
             total += scores
         return total
 
@@ -79,6 +80,15 @@ class ScoreBlend(Model):
         return score_contributions(self, history, item, users)
 
     def shares(self)->list[float]: return self.parameters["weights"]
+    def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]:
+        "What the parts say, each thing once."
+        return list(dict.fromkeys(said for part in self.parts for said in part.in_common(item, items)))
+
+    places_items = property(lambda self: any(part.places_items for part in self.parts), doc="Does a part?")
+    def widened(self, snapshot:Snapshot)->Model:
+        "Each part widened, where one places items; for a part that does not, a new item is an average one."
+        if not self.places_items: return super().widened(snapshot)
+        return self.from_arrays({}, snapshot, [part.widened(snapshot) for part in self.parts])
 
     def similarities(self, item:int)->np.ndarray:
         "Those of the part that weighs most."
@@ -103,6 +113,7 @@ def score_contributions(
     items, parts, average = [], [], 0.0
     users = model.fold_in(history) if users is None else users
     for part, weight, own in zip(model.parts, model.parameters["weights"], users):
+        if isinstance(part, Widened) and item >= part.own: continue
         reasons = part.contributions(history, item, own)
         mean, spread = (float(value[0]) for value in part.user_moments(own))
         average += weight*(sum(reasons.signals.values()) - mean)/spread
@@ -197,12 +208,17 @@ def habit_contributions(
     return Contributions(float(parts.sum()) + sum(signals.values()), taste.items, parts, signals)
 
 # %% ../../nbs/models/blend.ipynb #1b354dc5
+def _weight_name(part:Model)->str:
+    "How the weight of a part is called: a part that is called like a signal is told from it."
+    return f"part {part.name}" if part.name in SIGNALS else part.name
+
 def weight_names(
     model:Model, # of any kind
-)->list[str]:    # none where the model is no blend
+)->list[str]:    # none where neither the model nor what it is made around is a blend
     "Names of the weights of a blend."
-    if isinstance(model, ScoreBlend): return [part.name for part in model.parts]
-    return [*SIGNALS, *weight_names(model.parts[0])] if isinstance(model, HabitBlend) else []
+    if isinstance(model, ScoreBlend): return [_weight_name(part) for part in model.parts]
+    own = [*SIGNALS] if isinstance(model, HabitBlend) else []
+    return own + (weight_names(model.parts[0]) if len(model.parts) == 1 else [])
 
 def reweighed(
     model:Model,               # fitted
@@ -211,8 +227,11 @@ def reweighed(
     "The same fitted parts with other weights."
     if not {*weights} & {*weight_names(model)}: return model
     if isinstance(model, ScoreBlend):
-        own = [float(weights.get(part.name, old)) for part, old in zip(model.parts, model.parameters["weights"])]
+        before = zip(model.parts, model.parameters["weights"])
+        own = [float(weights.get(_weight_name(part), old)) for part, old in before]
         return ScoreBlend(model.parts, own).from_arrays({}, model.snapshot, model.parts)
-    part, signals = reweighed(model.parts[0], weights), model.weights.to_json()
+    part = reweighed(model.parts[0], weights)
+    if not isinstance(model, HabitBlend): return model.around(part)
+    signals = model.weights.to_json()
     signals["weights"] |= {name: float(weight) for name, weight in weights.items() if name in SIGNALS}
     return HabitBlend(part, model.parameters["task"], signals).from_arrays({}, model.snapshot, [part])

@@ -14,11 +14,10 @@ from scipy.sparse import csr_matrix, vstack
 
 from ..data.snapshots import Histories, Snapshot, csr_of
 from .blend import fitted_parts
-from .content import BAND, LIST, VALUE, WORD
-from .content_neighbours import content_of
+from .content_neighbours import content_of, words_in_common
 from .interface import Contributions, Model, moments_of
-from .placement import (ItemRows, Learned, drawn_to_content, evidence_of, learned_arrays,
-                                           wider_rows)
+from .placement import (ItemRows, Learned, drawn_to_content, evidence_of, factor_parts,
+                                           learned_arrays, wider_rows)
 
 # %% ../../nbs/models/hybrid.ipynb #8dc46f50
 HYBRID_DEFAULTS = {"joint": 0.0, "ridge": 1.0, "interaction_power": 0.0, "profile": 0.5, "level": 1.0,
@@ -99,6 +98,14 @@ class Hybrid(Model):
         "With the new and the changed items described by the vocabulary of the training."
         if self._wider is None or self._wider.snapshot is not snapshot: self._wider = _wider_hybrid(self, snapshot)
         return self._wider # once for the tasks that share it
+
+    def around(self, part:Model)->"Hybrid":
+        "Where each factor model places the items stays as it was learned; what it counts is that of the new part."
+        other, shares = super().around(part), {inner.path: inner.share for inner in factor_parts(part)}
+        other.learned, other.rows, other._wider = copy(self.learned), copy(self.rows), None
+        other.learned.factors = [inner._replace(share=shares.get(inner.path, 0.0)) for inner in self.learned.factors]
+        other.rows.learned, other.rows.part = other.learned, part
+        return other
 
     work = property(lambda self: self.parts[0].work + 4*len(self.candidates) + self.rows.work)
     def reseeded(self, seed:int)->"Hybrid|None":
@@ -292,15 +299,7 @@ def shared(
     most:int=8,       # features
 )->list[tuple[str, str]]: # column and value, the heaviest first
     "What an item has in common with some others."
-    content, own, others = model.learned.content, model.rows.of(np.array([item])), model.rows.of(items)
-    if not len(items): return []
-    theirs = np.asarray(others.sparse.sum(axis=0)).ravel()
-    weights = own.sparse.data*theirs[own.sparse.indices]
-    order = np.argsort(-weights, kind="stable")
-    features = [int(own.sparse.indices[place]) for place in order if weights[place] > 0]
-    traits = [(content.block_of(feature), content.name(feature)) for feature in features]
-    return [(block.column, name[len(block.column):].lstrip("=: ")) for block, name in traits
-            if block.kind in (VALUE, LIST, WORD, BAND)][:most]
+    return words_in_common(model.learned.content, model.rows.of(np.array([item])), model.rows.of(items), most)
 
 def _similarities_of(
     model:Hybrid,

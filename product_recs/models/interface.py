@@ -180,6 +180,14 @@ class Model(Learner):
     def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return []
     def shares(self)->list[float]: return []
 
+    def around(self,
+        part:"Model", # fitted on the same snapshot
+    )->"Model":       # another object
+        "The same fitted model with another one in place of its only part."
+        other, (before,) = copy(self), self.parts
+        other.parts, other.name = [part], self.name.replace(before.name, part.name)
+        return other
+
     def widened(self,
         snapshot:Snapshot, # of the fit, `widened`: with new items at the end, and attributes that changed
     )->"Model":            # another object; it shares its arrays with this one
