@@ -321,14 +321,14 @@ class _Pairs:
                 self.room[name][first:size] = column
         return {name: self.room[name][:size] for name in pairs}
 
-    def known(self, end:int, moment:int, half_life:float)->dict[str, np.ndarray]:
-        "What a snapshot has of each pair, of the periods before `end`; see `_snapshot`."
-        pairs = self.summed(lambda *part: _snapshot(*part, end, moment, half_life, self.oldest))
-        last = pairs.pop("last")
-        if self.by_seconds: pairs["age_days"] = _told_apart(pairs["user"], last, pairs["age_days"])
-        return pairs
-
 # %% ../nbs/02_features.ipynb #53fcac87
+def _known_pairs(pairs:_Pairs, end:int, moment:int, half_life:float)->dict[str, np.ndarray]:
+    "What a snapshot has of each pair, of the periods before `end`; see `_snapshot`."
+    known = pairs.summed(lambda *part: _snapshot(*part, end, moment, half_life, pairs.oldest))
+    last = known.pop("last")
+    if pairs.by_seconds: known["age_days"] = _told_apart(known["user"], last, known["age_days"])
+    return known
+
 def _enough(user:np.ndarray, item:np.ndarray, parameters:dict)->np.ndarray|slice:
     "Which pairs are left: items with enough users first, then users with enough of these items."
     left = slice(None)
@@ -476,7 +476,7 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
             split = {}
         for end, name in reversed([*enumerate(SNAPSHOTS, VALIDATION)]): # all, train_validation, train
             moment = _micros(split[SNAPSHOTS[name]]) if SNAPSHOTS[name] in split else ends
-            every = pairs.known(end, moment, half_life)
+            every = _known_pairs(pairs, end, moment, half_life)
             enough = _enough(every["user"], every["item"], parameters)
             known = {value: column[enough] for value, column in every.items()}
             if name == "all":
@@ -485,7 +485,7 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
                 few = np.empty(0, np.int64) if isinstance(enough, slice) else np.flatnonzero(~enough)
                 gone = [{value: column[few] for value, column in every.items()}]
                 if len(excluded.user):
-                    gone.append(_Pairs(pool, excluded).known(TEST + 1, ends, half_life))
+                    gone.append(_known_pairs(_Pairs(pool, excluded), TEST + 1, ends, half_life))
                 gone = {value: np.concatenate([pairs[value] for pairs in gone]) for value in every}
                 save_left_out(folder, _left_out(database, gone, rows, shape[1]))
             sums = _csr(_numbered(known, rows), "confidence", shape)
@@ -567,7 +567,7 @@ def _write_window(database, folder:Path, features:Features, since:str, until:str
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pairs = _Pairs(pool, log)
         pairs.divide({"validation_from": since, "test_from": until})
-        every = pairs.known(VALIDATION, _micros(since), parameters["half_life_days"])
+        every = _known_pairs(pairs, VALIDATION, _micros(since), parameters["half_life_days"])
         enough = _enough(every["user"], every["item"], parameters)
         known = _numbered({value: column[enough] for value, column in every.items()}, rows)
         sums = _csr(known, "confidence", shape)

@@ -43,6 +43,15 @@ def _wider_hybrid(model:"Hybrid", snapshot:Snapshot)->"Hybrid":
     wider.candidates = wider.rows.candidates
     return wider
 
+def _around_part(other:"Hybrid", part:Model)->"Hybrid":
+    "Where a factor model places the items stays as it was learned; what it counts is what it does in the new part."
+    shares = {inner.path: inner.share for inner in factor_parts(part)}
+    other.learned, other.rows, other._wider = copy(other.learned), copy(other.rows), None
+    other.learned.factors = [inner._replace(share=shares.get(inner.path, 0.0)) for inner in other.learned.factors]
+    other.rows.learned, other.rows.part = other.learned, part
+    return other
+
+
 # %% ../../nbs/models/hybrid.ipynb #f1629f37
 class Hybrid(Model):
     "A model, and the description of items and users where nobody has bought yet."
@@ -91,7 +100,6 @@ class Hybrid(Model):
         return moments_of(scores[:, :len(self.own)], self.own)
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
-        "What each past item adds, through the part and through what it has in common, and the rest by name."
         return _contributions_of(self, history, item, users)
 
     def widened(self, snapshot:Snapshot)->"Hybrid":
@@ -99,14 +107,7 @@ class Hybrid(Model):
         if self._wider is None or self._wider.snapshot is not snapshot: self._wider = _wider_hybrid(self, snapshot)
         return self._wider # once for the tasks that share it
 
-    def around(self, part:Model)->"Hybrid":
-        "Where each factor model places the items stays as it was learned; what it counts is that of the new part."
-        other, shares = super().around(part), {inner.path: inner.share for inner in factor_parts(part)}
-        other.learned, other.rows, other._wider = copy(self.learned), copy(self.rows), None
-        other.learned.factors = [inner._replace(share=shares.get(inner.path, 0.0)) for inner in self.learned.factors]
-        other.rows.learned, other.rows.part = other.learned, part
-        return other
-
+    def around(self, part:Model)->"Hybrid": return _around_part(super().around(part), part)
     work = property(lambda self: self.parts[0].work + 4*len(self.candidates) + self.rows.work)
     def reseeded(self, seed:int)->"Hybrid|None":
         "With another seed of the part."

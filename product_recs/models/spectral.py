@@ -204,9 +204,8 @@ class _Filtering(Model):
         self.patterns, self.gains, self.tail = patterns, gains, tail
         self._balance = np.maximum(self.popularity, 1).astype(np.float32)**np.float32(self.parameters["item_power"])
 
-    @property
-    def degree(self)->int: # of the polynomial, as far as it has coefficients
-        return max(len(np.trim_zeros(self.tail, "b")), 1)
+    # of the polynomial, as far as it has coefficients
+    degree = property(lambda self: max(len(np.trim_zeros(self.tail, "b")), 1))
 
     @cached_property
     def _graph(self)->tuple[csr_matrix, csr_matrix]: # (n_users, n_items), (n_items, n_users)
@@ -237,6 +236,12 @@ class _Filtering(Model):
         return self.walked(signals) + self.strengths(signals) @ self.patterns.T
 
 # %% ../../nbs/models/spectral.ipynb #8f433074
+def _mean_walk(snapshot:Snapshot)->int:
+    "Pairs of those who share an item with a mean user."
+    counts, sizes = snapshot.counts, np.diff(snapshot.counts.indptr)
+    reached = np.bincount(counts.indices, np.repeat(sizes, sizes).astype(np.float64), counts.shape[1])
+    return int(min(reached[counts.indices].sum()/max((sizes > 0).sum(), 1), counts.nnz))
+
 def _listed(
     scores:np.ndarray, # (m, n_items) float32, rounded; overwritten
     exact:Callable,    # place of the user, rows of items -> their scores, float64
@@ -269,17 +274,14 @@ class ChebyCF(_Filtering):
         passes:int=16,          # products that look for the patterns
         seed:int=0,             # of their start
     ):
-        least = {"factors": 0, "order": 1, "passes": 1, "seed": 0}
-        given = {"factors": factors, "order": order, "passes": passes, "seed": seed}
-        super().__init__(**{name: number(name, value, least[name], whole=True, error=ValueError)
-                            for name, value in given.items()},
+        given = {"factors": (factors, 0), "order": (order, 1), "passes": (passes, 1), "seed": (seed, 0)} # and the least
+        super().__init__(**{name: number(name, *value, whole=True, error=ValueError) for name, value in given.items()},
                          flatness=number("flatness", flatness, 1e-6, 1e3, error=ValueError),
                          ideal=number("ideal", ideal, 0, 1e6, error=ValueError),
                          item_power=number("item_power", item_power, -10, 10, error=ValueError))
 
-    def refusal(self, snapshot)->str:
-        "More users and items than its patterns can be found of; see `too_large`. Without patterns there is no limit."
-        factors, passes = self.parameters["factors"], self.parameters["passes"]
+    def refusal(self, snapshot)->str: # without patterns there is no limit
+        factors, passes = (self.parameters[name] for name in ("factors", "passes"))
         return too_large(self.name, snapshot, factors, passes) if factors else ""
 
     def fold_in(self, histories:Histories)->csr_matrix: # (m, n_items) float32
@@ -289,9 +291,7 @@ class ChebyCF(_Filtering):
 
     def scores(self, representations:csr_matrix)->np.ndarray:
         "The filtered items, with the power of their users again."
-        scores = self.filtered(representations)
-        scores *= self._balance
-        return scores
+        return self.filtered(representations)*self._balance
 
     def top(self, representations, n, forbidden=None, closed=None, threads=1):
         "From all scores; those close to the last place are computed again."
@@ -309,7 +309,6 @@ class ChebyCF(_Filtering):
         return Contributions(float(parts.sum()), history.items, parts, {})
 
     def similarities(self, item:int)->np.ndarray:
-        "What the filter lets through from the item to all others."
         alike = self._towards(item)
         return np.where(alike > 0, alike, np.float32(-np.inf))
 
@@ -317,13 +316,7 @@ class ChebyCF(_Filtering):
         return self.filtered(csr_matrix((np.ones(1, np.float32), ([0], [item])), (1, len(self.candidates))))[0]
 
     @cached_property
-    def _walk(self)->int: # pairs of the users who share an item with a mean user
-        counts, sizes = self.snapshot.counts, np.diff(self.snapshot.counts.indptr)
-        reached = np.bincount(counts.indices, np.repeat(sizes, sizes).astype(np.float64), counts.shape[1])
-        return int(min(reached[counts.indices].sum()/max((sizes > 0).sum(), 1), counts.nnz))
-
-    @property
     def work(self)->int:
         "The patterns, the first walk of a mean user, and all pairs there and back for each degree after it."
         more = 2*(self.degree - 1)*self.snapshot.counts.nnz
-        return self.patterns.size + self._walk + more + len(self.candidates)
+        return self.patterns.size + _mean_walk(self.snapshot) + more + len(self.candidates)

@@ -64,9 +64,9 @@ def leading(
 )->csr_matrix:            # (n_items, n_items) float32: row i, what item i leads to
     "How much each item leads to each later one, of each the strongest leaders only."
     later, earlier = moments.T.tocsr(), moments.multiply(weights[:, None]).multiply(from_weights).tocsr()
-    had = np.append(0, np.cumsum(np.diff(moments.indptr))) # items of all moments before each
+    items = np.append(0, np.cumsum(np.diff(moments.indptr))) # items of all moments before each
     reach = np.minimum(before, window) + 1 # a moment itself, and those before it
-    led_from = had[np.arange(len(reach)) + reach] - had[:-1] # items of all these
+    led_from = items[np.arange(len(reach)) + reach] - items[:-1] # items of all these
     pairs, led = (later.astype(np.float64) @ sizes for sizes in (reach, led_from)) # of each item
     ends, blocks, start = np.cumsum(np.maximum(pairs, np.minimum(led, later.shape[0]))), [], 0
     while start < later.shape[0]:
