@@ -257,9 +257,10 @@ def _told_apart(user:np.ndarray, last:np.ndarray, age_days:np.ndarray)->np.ndarr
     steps = np.append(0, np.cumsum(later | other))
     # as whole numbers the bits of ages keep their order; each step is one more than the one before, at least
     bits, people = age_days[order].view(np.int32).astype(np.int64), np.append(0, np.cumsum(other))
+    bits = np.where(bits < 0, -(bits & 0x7FFF_FFFF), bits) # after the end, as an excluded row may be
     ahead = np.maximum.accumulate(bits - steps + (people << 34)) - (people << 34) + steps
     apart = np.empty(len(order), np.float32)
-    apart[order] = ahead.astype(np.int32).view(np.float32)
+    apart[order] = np.copysign(np.abs(ahead).astype(np.int32).view(np.float32), ahead)
     return apart
 
 # %% ../nbs/02_features.ipynb #a6ee8874

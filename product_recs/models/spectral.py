@@ -87,8 +87,8 @@ def patterns_of(
 )->tuple[np.ndarray, np.ndarray]: # vectors (n_items, f) float32, squared singular values (f,) float64
     "The patterns of a snapshot; those asked for last are kept, for the next fit that wants the same."
     key = (factors, passes, seed)
-    kept, patterns = snapshot.between_fits.get("patterns", (None, None))
-    if kept != key:
+    asked, patterns = snapshot.between_fits.get("patterns", (None, None))
+    if asked != key:
         patterns = right_singular(scaled_pairs(snapshot), *key)
         snapshot.between_fits["patterns"] = key, patterns # at once: a thread beside this one may ask for others
     return patterns
