@@ -218,20 +218,50 @@ def _counts(chosen:np.ndarray|None, starts:np.ndarray, rows:int)->np.ndarray:
     if chosen is not None: borders = np.append(np.int32(0), np.cumsum(chosen, dtype=np.int32))[borders]
     return np.diff(borders).astype(np.float32)
 
-def _snapshot(log:_Log, starts:np.ndarray, end:int, moment:int, half_life:float)->dict[str, np.ndarray]:
-    "Sum of the worth, number of rows, age and span in days at `moment` of each pair, of the periods before `end`."
+def _oldest(log:_Log)->int: # microseconds since 1970; UNTIMED: no row has a time
+    "When a row without a time counts as old: a day before all that have one."
+    never = np.iinfo(np.int64).max
+    first = int(log.time.min(initial=never, where=log.time != UNTIMED))
+    return UNTIMED if first == never else first - 86_400_000_000
+
+def _by_seconds(log:_Log)->bool:
+    "Are there times finer than a minute, which float32 does not keep apart over years?"
+    times = (log.time[first:first + BLOCK] for first in range(0, len(log.time), BLOCK))
+    return any((part[part != UNTIMED] % 60_000_000).any() for part in times)
+
+def _snapshot(log:_Log, starts:np.ndarray, end:int, moment:int, half_life:float,
+              oldest:int=UNTIMED)->dict[str, np.ndarray]:
+    """Sum of the worth, number of rows, age and span in days at `moment` of each pair, of the periods before `end`, and
+    when the last of these rows was."""
     worth, time = log.worth, log.time
-    known = log.period < end if end <= TEST else None
-    when = np.where(time == UNTIMED, moment, time) if (time == UNTIMED).any() else time # a row without a time has age 0
+    known, timeless = log.period < end if end <= TEST else None, time == UNTIMED
+    first = last = time
+    if timeless.any(): # such a row is worth what it is, and neither the newest of its pair nor the start of its span
+        first = np.where(timeless, moment, time)
+        last = first if oldest == UNTIMED else np.where(timeless, oldest, time)
     # what is not known yet is taken out below
-    if half_life: worth = worth * np.exp2(np.minimum(when - moment, 0) / (half_life * 86_400e6))
-    first = when if known is None else np.where(known, when, moment)
-    if known is not None: worth, when = worth * known, np.where(known, when, UNTIMED)
-    last = np.maximum.reduceat(when, starts)
-    span = (last - np.minimum.reduceat(first, starts)) / 86_400e6 # below zero where no row is known: none is written
+    if half_life: worth = worth * np.exp2(np.minimum(first - moment, 0) / (half_life * 86_400e6))
+    if known is not None:
+        worth, first, last = worth * known, np.where(known, first, moment), np.where(known, last, UNTIMED)
+    last = np.maximum.reduceat(last, starts)
+    span = np.maximum(last - np.minimum.reduceat(first, starts), 0) / 86_400e6
     return {"confidence": np.maximum(np.add.reduceat(worth, starts), LEAST).astype(np.float32),
-            "counts": _counts(known, starts, len(time)),
+            "counts": _counts(known, starts, len(time)), "last": last,
             "age_days": ((moment - last) / 86_400e6).astype(np.float32), "span_days": span.astype(np.float32)}
+
+def _told_apart(user:np.ndarray, last:np.ndarray, age_days:np.ndarray)->np.ndarray: # (p,) float32
+    "Ages in which each user's moments stay as many as they are: of two that float32 rounds to one, the older is older."
+    order = np.lexsort((-last, user)) # the newest of each user first
+    user, last = user[order], last[order]
+    other, later = user[1:] != user[:-1], last[1:] != last[:-1]
+    steps = np.append(0, np.cumsum(later | other))
+    # as whole numbers the bits of ages keep their order; each step is one more than the one before, at least
+    bits, people = age_days[order].view(np.int32).astype(np.int64), np.append(0, np.cumsum(other))
+    bits = np.where(bits < 0, -(bits & 0x7FFF_FFFF), bits) # after the end, as an excluded row may be
+    ahead = np.maximum.accumulate(bits - steps + (people << 34)) - (people << 34) + steps
+    apart = np.empty(len(order), np.float32)
+    apart[order] = np.copysign(np.abs(ahead).astype(np.int32).view(np.float32), ahead)
+    return apart
 
 # %% ../nbs/02_features.ipynb #a6ee8874
 def _pair_end(user:np.ndarray, item:np.ndarray, row:int, step:int=1024)->int:
@@ -259,6 +289,7 @@ class _Pairs:
         borders = _borders(log.user, log.item)
         starts = pool.map(lambda first, end: _starts(log, first, end), borders, borders[1:])
         self.log, self.pool, self.blocks, self.room = log, pool, list(zip(borders, borders[1:], starts)), {}
+        self.oldest, self.by_seconds = _oldest(log), _by_seconds(log)
 
     def divide(self, split:dict)->None:
         "Give each row its period: by its time, or by the draw of its pair."
@@ -292,6 +323,13 @@ class _Pairs:
         return {name: self.room[name][:size] for name in pairs}
 
 # %% ../nbs/02_features.ipynb #53fcac87
+def _known_pairs(pairs:_Pairs, end:int, moment:int, half_life:float)->dict[str, np.ndarray]:
+    "What a snapshot has of each pair, of the periods before `end`; see `_snapshot`."
+    known = pairs.summed(lambda *part: _snapshot(*part, end, moment, half_life, pairs.oldest))
+    last = known.pop("last")
+    if pairs.by_seconds: known["age_days"] = _told_apart(known["user"], last, known["age_days"])
+    return known
+
 def _enough(user:np.ndarray, item:np.ndarray, parameters:dict)->np.ndarray|slice:
     "Which pairs are left: items with enough users first, then users with enough of these items."
     left = slice(None)
@@ -439,8 +477,7 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
             split = {}
         for end, name in reversed([*enumerate(SNAPSHOTS, VALIDATION)]): # all, train_validation, train
             moment = _micros(split[SNAPSHOTS[name]]) if SNAPSHOTS[name] in split else ends
-            every = pairs.summed(lambda part, starts, end=end, moment=moment: _snapshot(part, starts, end, moment,
-                                                                                        half_life))
+            every = _known_pairs(pairs, end, moment, half_life)
             enough = _enough(every["user"], every["item"], parameters)
             known = {value: column[enough] for value, column in every.items()}
             if name == "all":
@@ -449,8 +486,7 @@ def _write_matrices(database, folder:Path, interactions:Path, split:dict,
                 few = np.empty(0, np.int64) if isinstance(enough, slice) else np.flatnonzero(~enough)
                 gone = [{value: column[few] for value, column in every.items()}]
                 if len(excluded.user):
-                    whole = lambda *part: _snapshot(*part, TEST + 1, ends, half_life)
-                    gone.append(_Pairs(pool, excluded).summed(whole))
+                    gone.append(_known_pairs(_Pairs(pool, excluded), TEST + 1, ends, half_life))
                 gone = {value: np.concatenate([pairs[value] for pairs in gone]) for value in every}
                 save_left_out(folder, _left_out(database, gone, rows, shape[1]))
             sums = _csr(_numbered(known, rows), "confidence", shape)
@@ -532,7 +568,7 @@ def _write_window(database, folder:Path, features:Features, since:str, until:str
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         pairs = _Pairs(pool, log)
         pairs.divide({"validation_from": since, "test_from": until})
-        every = pairs.summed(lambda *part: _snapshot(*part, VALIDATION, _micros(since), parameters["half_life_days"]))
+        every = _known_pairs(pairs, VALIDATION, _micros(since), parameters["half_life_days"])
         enough = _enough(every["user"], every["item"], parameters)
         known = _numbered({value: column[enough] for value, column in every.items()}, rows)
         sums = _csr(known, "confidence", shape)

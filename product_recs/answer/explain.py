@@ -110,7 +110,7 @@ def why_not(
     person:Person,                              # whom the list is for
     item:int,                                   # row
     ruled_out:Sequence[tuple[str, np.ndarray]], # rules and the rows that they remove, in the order of application
-    scores:np.ndarray|None=None,                # (n_items,) before anything is ruled out; None: those of discovery
+    scores:np.ndarray|None=None,                # (n_items,) before anything is ruled out; None: of the person's task
 )->Place:
     "Place and score of an item, and the rule that removed it."
     if scores is None: scores = score_person(model, person)

@@ -87,7 +87,7 @@ class Snapshot:
     until: str|None        # ISO time; None: no moment ends it
     confidence: csr_matrix # (n_users, n_items) float32, what a model trains on
     counts: csr_matrix     # float32, interactions of the pair
-    age_days: csr_matrix   # float32, days from the pair's last interaction to `until`, or to the log's end; 0: no times
+    age_days: csr_matrix   # float32, days from the pair's last interaction to `until` or the log's end; 0: no times
     buyers: np.ndarray|None=None # (n_items,) users of each item, where that is known; None: they are counted
     item_columns: Mapping|None=None # attribute -> (n_items,) values, (n_items, d) float32 of a dense one; None: none
     user_columns: Mapping|None=None # attribute -> (n_users,) values, likewise

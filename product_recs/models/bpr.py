@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.errors import TrainError
 from ..core.kernels import implicit_module, one_blas_thread
+from ..core.parameters import number
 from ..data.snapshots import Histories, csr_of
 from .factors import FactorModel
 from .solver import int32_matrix
@@ -46,10 +47,11 @@ class BPR(FactorModel):
         num_threads:int=1,      # 0: all cores, faster and no longer the same twice
         progress:bool=False,    # show a progress bar
     ):
-        super().__init__(factors=factors, learning_rate=learning_rate, regularization=regularization,
-                         iterations=iterations, seed=seed, num_threads=num_threads)
-        for name in ("factors", "learning_rate", "regularization", "iterations"):
-            if not self.parameters[name] > 0: raise ValueError(f"{name} must be above 0, not {self.parameters[name]}")
+        least = {"factors": 1, "iterations": 1, "seed": 0, "num_threads": 0}
+        given = {"factors": factors, "learning_rate": learning_rate, "regularization": regularization,
+                 "iterations": iterations, "seed": seed, "num_threads": num_threads}
+        super().__init__(**{name: number(name, value, least.get(name, 1e-12), whole=name in least, error=ValueError)
+                            for name, value in given.items()})
         self.progress = progress
 
     def _fit(self, snapshot):

@@ -85,6 +85,9 @@ class FactorModel(_FactorArrays):
         spread = np.sqrt(np.maximum(((factors @ covariance)*factors).sum(axis=1), 0))
         return factors @ mean, np.where(spread > 1e-12, spread, 1)
 
+    def user_moments(self, representations:np.ndarray)->tuple[np.ndarray, np.ndarray]:
+        return self.moments(representations)
+
     @cached_property
     def _lengths(self)->np.ndarray: # (n_items,) float32
         "Length of each item's factors; 1 where it is 0, so that it can be divided by."

@@ -14,11 +14,10 @@ from scipy.sparse import csr_matrix, vstack
 
 from ..data.snapshots import Histories, Snapshot, csr_of
 from .blend import fitted_parts
-from .content import BAND, LIST, VALUE, WORD
-from .content_neighbours import content_of
+from .content_neighbours import content_of, words_in_common
 from .interface import Contributions, Model, moments_of
-from .placement import (ItemRows, Learned, drawn_to_content, evidence_of, learned_arrays,
-                                           wider_rows)
+from .placement import (ItemRows, Learned, drawn_to_content, evidence_of, factor_parts,
+                                           learned_arrays, wider_rows)
 
 # %% ../../nbs/models/hybrid.ipynb #8dc46f50
 HYBRID_DEFAULTS = {"joint": 0.0, "ridge": 1.0, "interaction_power": 0.0, "profile": 0.5, "level": 1.0,
@@ -43,6 +42,15 @@ def _wider_hybrid(model:"Hybrid", snapshot:Snapshot)->"Hybrid":
     wider.rows = wider_rows(model.rows, snapshot)
     wider.candidates = wider.rows.candidates
     return wider
+
+def _around_part(other:"Hybrid", part:Model)->"Hybrid":
+    "Where a factor model places the items stays as it was learned; what it counts is what it does in the new part."
+    shares = {inner.path: inner.share for inner in factor_parts(part)}
+    other.learned, other.rows, other._wider = copy(other.learned), copy(other.rows), None
+    other.learned.factors = [inner._replace(share=shares.get(inner.path, 0.0)) for inner in other.learned.factors]
+    other.rows.learned, other.rows.part = other.learned, part
+    return other
+
 
 # %% ../../nbs/models/hybrid.ipynb #f1629f37
 class Hybrid(Model):
@@ -92,7 +100,6 @@ class Hybrid(Model):
         return moments_of(scores[:, :len(self.own)], self.own)
 
     def contributions(self, history:Histories, item:int, users=None)->Contributions:
-        "What each past item adds, through the part and through what it has in common, and the rest by name."
         return _contributions_of(self, history, item, users)
 
     def widened(self, snapshot:Snapshot)->"Hybrid":
@@ -100,6 +107,7 @@ class Hybrid(Model):
         if self._wider is None or self._wider.snapshot is not snapshot: self._wider = _wider_hybrid(self, snapshot)
         return self._wider # once for the tasks that share it
 
+    def around(self, part:Model)->"Hybrid": return _around_part(super().around(part), part)
     work = property(lambda self: self.parts[0].work + 4*len(self.candidates) + self.rows.work)
     def reseeded(self, seed:int)->"Hybrid|None":
         "With another seed of the part."
@@ -166,9 +174,9 @@ def beginning(
             for value in about.indices[start:end]: scores[place, :rows.own] += scale*model.learned.lifts.of(value)
     return scores
 
-def _inner(representations:Any, path:tuple[int, ...])->np.ndarray: # (m, f)
+def _inner(representations:Any, place:tuple[int, ...])->np.ndarray: # (m, f)
     "The representation of a factor model inside of that of a blend."
-    for number in path: representations = representations[number]
+    for number in place: representations = representations[number]
     return representations
 
 # %% ../../nbs/models/hybrid.ipynb #62b4f727
@@ -190,8 +198,8 @@ def score_parts(
     bought = (bought - column(mean))/column(spread)
     placed = np.zeros((len(users.histories), len(rows.thin)), np.float32)
     for part, factors in zip(model.learned.factors, rows.factors):
-        inner = _inner(users.users, part.path)
-        own_mean, own_spread = part.model.moments(inner, None) if part.path else (mean, spread)
+        inner = _inner(users.users, part.place)
+        own_mean, own_spread = part.model.user_moments(inner) if part.place else (mean, spread)
         placed += column(part.share/own_spread)*(inner @ factors.T - column(own_mean))
     profiles, middle, width = _profiles(model, users.histories)
     profile = (rows.described.times(profiles).T - column(middle))/column(width)
@@ -252,7 +260,7 @@ def _contributions_of(
     place = rows.place(item)
     own, share = (1.0, 0.0) if place is None else (float(rows.evidence[item]), float(rows.share[place]))
     known, short = history.items < rows.own, _of_part(history, rows.own)
-    mean, spread = (float(value[0]) for value in part.moments(users.users, part.scores(users.users)))
+    mean, spread = (float(value[0]) for value in part.user_moments(users.users))
     if item < rows.own and own*evidence*(1 - new):
         scale, reasons = own*evidence*(1 - new)/spread, part.contributions(short, item, users.users)
         spot = np.searchsorted(short.items, reasons.items)
@@ -276,11 +284,11 @@ def _add_placed(model:Hybrid, users:HybridUsers, history:Histories, place:int, s
                 moments:tuple[float, float], added:np.ndarray, known:np.ndarray, add)->None:
     "What each past item adds through the factors that the description suggests."
     for part, factors in zip(model.learned.factors, model.rows.factors):
-        parts, signals = part.model.pulls(history, factors[place])
+        parts, signals = part.pulls(history, factors[place])
         mean, spread = moments
-        if part.path:
-            inner = _inner(users.users, part.path)
-            mean, spread = (float(value[0]) for value in part.model.moments(inner, None))
+        if part.place:
+            inner = _inner(users.users, part.place)
+            mean, spread = (float(value[0]) for value in part.model.user_moments(inner))
         added[known] += share*part.share*parts/spread
         add("average_taste", share*part.share*(sum(signals.values()) - mean)/spread)
 
@@ -292,15 +300,7 @@ def shared(
     most:int=8,       # features
 )->list[tuple[str, str]]: # column and value, the heaviest first
     "What an item has in common with some others."
-    content, own, others = model.learned.content, model.rows.of(np.array([item])), model.rows.of(items)
-    if not len(items): return []
-    theirs = np.asarray(others.sparse.sum(axis=0)).ravel()
-    weights = own.sparse.data*theirs[own.sparse.indices]
-    order = np.argsort(-weights, kind="stable")
-    features = [int(own.sparse.indices[place]) for place in order if weights[place] > 0]
-    traits = [(content.block_of(feature), content.name(feature)) for feature in features]
-    return [(block.column, name[len(block.column):].lstrip("=: ")) for block, name in traits
-            if block.kind in (VALUE, LIST, WORD, BAND)][:most]
+    return words_in_common(model.learned.content, model.rows.of(np.array([item])), model.rows.of(items), most)
 
 def _similarities_of(
     model:Hybrid,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -121,19 +122,17 @@ class Model(Learner):
     "A model; a new one overrides `fold_in` where it folds anything, `scores` and `contributions`."
     personal, dense = True, True # has it something of its own to say to each user; does `top` score all items?
     places_items = False # does it score an item that nobody has, by its attributes?
-    placeable = False # has each item a vector, so that another can be placed among them?
+    # has each item a vector, to place others among; are representations those of the part, of `weighted` histories?
+    placeable, reweighs = False, False
 
     def fold_in(self, histories:Histories)->Any: # of m users
         "Representations of users given by their histories; of an unchanged user what training found."
         return histories
 
-    def users(self, rows:np.ndarray)->Any: # (m,) rows of users
-        "Representations of users as the training knew them."
+    def users(self, rows:np.ndarray)->Any: # representations of rows (m,), as the training knew them
         return self.fold_in(self.snapshot.histories(rows))
-
     def knows(self, representations:Any)->np.ndarray: # (m,) bool: has it anything to say to them?
         return knows_items(representations, self.candidates)
-
     def scores(self, representations:Any)->np.ndarray: # (m, n_items) float32, a fresh array
         "Scores of all items, comparable inside one row."
         raise NotImplementedError
@@ -151,6 +150,8 @@ class Model(Learner):
     def moments(self, representations:Any, scores:np.ndarray)->tuple[np.ndarray, np.ndarray]: # (m,) float64 each
         "Mean and standard deviation of each user's scores over the candidates; 1 where all are equal."
         return moments_of(scores, self.candidates)
+    def user_moments(self, representations:Any)->tuple[np.ndarray, np.ndarray]: # where nobody has scores at hand
+        return _last_moments(self, representations)
 
     def contributions(self,
         history:Histories, # of one user
@@ -160,22 +161,39 @@ class Model(Learner):
         "What each past item, or named signal, adds to the score of an item."
         raise NotImplementedError
 
-    def similarities(self, item:int)->np.ndarray: # row; (n_items,) float32, minus infinity: nothing in common
-        "How alike all items are to one; here the cosine of who has them."
+    def similarities(self, item:int)->np.ndarray: # how alike a row is to all, -inf: not at all
         return shared_users(self.snapshot, item)
 
-    # columns and values that a row has in common with others; what each part of a weighted sum counts
+    # what a row has in common with others, as column and value; what each part of a weighted sum counts
     def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return []
     def shares(self)->list[float]: return []
+    # the same fitted model with another one in place of its only part
+    def around(self, part:"Model")->"Model": return _with_part(self, part)
 
     def widened(self,
         snapshot:Snapshot, # of the fit, `widened`: with new items at the end, and attributes that changed
     )->"Model":            # another object; it shares its arrays with this one
         "The same model over a longer catalogue; here it has nothing to say of the new items."
         return Widened(self, snapshot)
-
     # numbers that one answer touches, about: what it costs to serve, the same on every machine
     work = property(lambda self: len(self.candidates))
+
+# %% ../../nbs/models/interface.ipynb #9f9b16d5
+_MOMENTS = WeakKeyDictionary() # model -> representations and their moments: one answer explains item after item
+
+def _last_moments(model:Model, representations:Any)->tuple[np.ndarray, np.ndarray]:
+    "The moments of representations; those asked for last are kept."
+    asked, moments = _MOMENTS.get(model, (None, None))
+    if asked is not representations:
+        moments = model.moments(representations, model.scores(representations))
+        _MOMENTS[model] = representations, moments
+    return moments
+
+def _with_part(model:Model, part:Model)->Model:
+    other, (before,) = copy(model), model.parts
+    other.parts, other.name = [part], model.name.replace(before.name, part.name)
+    return other
+
 
 # %% ../../nbs/models/interface.ipynb #c6d6b093
 def shared_users(

@@ -63,7 +63,7 @@ def order_weights(
 # %% ../../nbs/models/order.ipynb #16cac9d2
 class OrderWeighted(Model):
     "Another model whose users count by the order and the age of what they had."
-    name = "order weighted" # of the class; a model of it is named after its part
+    name, reweighs = "order weighted", True # of the class; a model of it is named after its part
 
     def __init__(self,
         part:Model,               # fitted or not
@@ -92,8 +92,11 @@ class OrderWeighted(Model):
     def scores(self, representations:Any)->np.ndarray: return self.parts[0].scores(representations)
     def similarities(self, item:int)->np.ndarray: return self.parts[0].similarities(item)
     def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return self.parts[0].in_common(item, items)
+    def shares(self)->list[float]: return [1.0]
     def moments(self, representations:Any, scores:np.ndarray)->tuple[np.ndarray, np.ndarray]:
         return self.parts[0].moments(representations, scores)
+    def user_moments(self, representations:Any)->tuple[np.ndarray, np.ndarray]:
+        return self.parts[0].user_moments(representations)
     def top(self, representations, n, forbidden=None, closed=None, threads=1):
         return self.parts[0].top(representations, n, forbidden, closed, threads)
 

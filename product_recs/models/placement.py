@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix
 
-from ..data.snapshots import Snapshot, csr_of
+from ..data.snapshots import Histories, Snapshot, csr_of
 from .content import (BAND, LIST, VALUE, Content, ContentMatrix, content_arrays, learn_content,
                                          matrix_arrays, matrix_of, opened_content, vocabulary_bytes, vocabulary_of)
 from .interface import Model
@@ -49,18 +49,31 @@ class FactorPart(NamedTuple):
     path: tuple[int, ...] # its place among the parts
     model: Model          # a `placeable` one
     share: float          # of the score; those of all add up to 1
+    place: tuple[int, ...] = () # of its representation in that of the whole model
+    around: tuple[Model, ...] = () # models on the way that weigh histories, the outer ones first
+
+    def pulls(self,
+        history:Histories,  # of one user
+        factors:np.ndarray, # (f,) of an item
+    )->tuple[np.ndarray, dict[str, float]]: # as of `FactorModel.pulls`
+        "The score of an item with these factors, taken apart, of the history as the whole model weighs it."
+        for outer in self.around: history = outer.weighted(history)
+        return self.model.pulls(history, factors)
 
 def factor_parts(
     model:Model, # fitted or not
 )->list[FactorPart]:
     "The factor models that a model is made of, itself included."
-    def parts_of(whole, path, share):
-        if whole.placeable: return [FactorPart(path, whole, share)]
+    def parts_of(whole, path, share, place, around):
+        if whole.placeable: return [FactorPart(path, whole, share, place, around)]
+        if whole.reweighs: around = (*around, whole)
         return [part for number, (inner, weight) in enumerate(zip(whole.parts, whole.shares()))
-                for part in parts_of(inner, (*path, number), share*weight)]
-    parts = [part for part in parts_of(model, (), 1.0) if part.share > 0]
+                for part in parts_of(inner, (*path, number), share*weight,
+                                     place if whole.reweighs else (*place, number), around)]
+    parts = [part for part in parts_of(model, (), 1.0, (), ()) if part.share > 0]
     total = sum(part.share for part in parts)
     return [part._replace(share=part.share/total) for part in parts]
+
 
 # %% ../../nbs/models/placement.ipynb #21bd6e44
 _PSEUDO, _MOST_VALUES, _FEWEST_USERS = 5.0, 200, 20

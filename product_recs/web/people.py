@@ -18,6 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from ..answer.ladder import segment
+from ..answer.person import moment_of
 from ..bundle.live import LiveModel
 from ..bundle.ready import ReadyModel
 from ..core.columns import Columns
@@ -64,7 +65,7 @@ def _learned(model:ReadyModel, row:int|None, left_out:LeftOutHistory)->Callable[
 
 def _trained(model:ReadyModel, row:int|None, left_out:LeftOutHistory, limit:int)->list[dict]:
     "What the bundle has of a user, learned from or left out: the most recent first, then the most frequent."
-    bundle, ends = model.bundle, model.bundle.manifest["data"].get("ends")
+    bundle = model.bundle
     if row is None: items, counts, age_days = left_out.items, left_out.counts, left_out.age_days
     else:
         past = bundle.history(row)
@@ -74,8 +75,7 @@ def _trained(model:ReadyModel, row:int|None, left_out:LeftOutHistory, limit:int)
 
     def last(days:float)->str|None:
         "Time of the last interaction, where the bundle knows it."
-        if not ends: return None
-        return str(np.datetime64(ends, "s") - np.timedelta64(round(float(days)*86400), "s"))
+        return None if (moment := moment_of(model, days)) is None else str(moment)
     return [{"item_id": ids[place], **item_words(model, ids[place]), "event": None,
              "interactions": float(counts[place]), "last": last(age_days[place]), "origin": "model"}
             for place in np.lexsort((-counts, age_days))[:limit]]
