@@ -99,10 +99,7 @@ class Snapshot:
         zeros = np.zeros(len(self.counts.data), np.float32)
         object.__setattr__(self, "span_days", csr_of(self.counts.shape, self.counts.indptr, self.counts.indices, zeros))
 
-    @cached_property
-    def between_fits(self)->dict: # name -> anything
-        "What one fit on this snapshot leaves for the next, and nobody else needs."
-        return {}
+    between_fits = cached_property(lambda self: {}) # name -> what one fit leaves for the next, and nobody else needs
 
     @cached_property
     def popularity(self)->np.ndarray: # (n_items,) whole numbers

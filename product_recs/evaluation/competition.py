@@ -28,7 +28,7 @@ from ..data.tasks import BY_USER, Task, make_task, past_and_future
 from .metrics import (METRIC_NAMES, Comparison, find_hits, interval, paired_bootstrap,
                                              paired_over_windows, window_means)
 from ..models.all import fit_sharing
-from ..models.baselines import BuyAgain, Popularity
+from ..models.baselines import Popularity
 from ..models.blend import HabitBlend, ScoreBlend
 from ..models.blend_weights import learn_weights, weights_of_task
 from ..models.interface import Model, recipe, size_of, top_lists
@@ -148,7 +148,7 @@ def _entrants(candidates:Sequence[Model], combine:bool, judged:dict[str, _Entry]
     def ranked(fits): # recipes, best first
         entries = [entry for entry in judged.values() if fits(entry.model)]
         return [entry.model for entry in sorted(entries, key=lambda entry: -entry.value)]
-    plain = lambda model: model.personal and not model.parts and not isinstance(model, BuyAgain)
+    plain = lambda model: model.personal and model.is_taste and not model.parts
     singles = ranked(plain)
     tried = singles[:3] + [model for model in singles[3:] if isinstance(model, Transitions)] # it is made for the order
     for single in tried: yield from _best_form(single, snapshot, judged)

@@ -424,7 +424,7 @@ def compete_tuned(
     periods = [replace(window.features, train=window.snapshots[weighting]) for window in problem.windows]
     fits = [Fits(period.train) for period in periods]
     entrants = [model for model, _ in models.values()]
-    able = [model for model in entrants if model.personal and not isinstance(model, BuyAgain)
+    able = [model for model in entrants if model.personal and model.is_taste
             and not any(refusal(model, snapshot) for snapshot in (fits[0].snapshot, periods[0].all))]
     with tqdm(total=len(able) + min(len(able), _MEMBERS)*(len(fits) - 1), unit=" fits", disable=not progress,
               desc=f"blend of the best, {problem.task.replace('_', ' ')}", file=sys.stdout) as bar:

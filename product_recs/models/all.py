@@ -25,11 +25,13 @@ from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from .order import OrderWeighted
 from .spectral import ChebyCF, LowPass
 from .transitions import Transitions
+from .user_neighbours import UserNeighbours
 
 # %% ../../nbs/models/all.ipynb #1a872c2b
-KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, ItemCosine, ItemBM25, ItemGraph,
-                                          Transitions, LowPass, ChebyCF, EASE, BPR, WeightedALS, ScaledALS, ALS,
-                                          ContentNeighbours, Hybrid, OrderWeighted, HabitBlend, ScoreBlend)}
+KINDS = {kind.__name__: kind for kind in (Popularity, RecentPopularity, BuyAgain, UserNeighbours, ItemCosine,
+                                          ItemBM25, ItemGraph, Transitions, LowPass, ChebyCF, EASE, BPR, WeightedALS,
+                                          ScaledALS, ALS, ContentNeighbours, Hybrid, OrderWeighted, HabitBlend,
+                                          ScoreBlend)}
 
 def all_models(
     als:Mapping|None=None,   # parameters of `fit_als` that somebody named, for ALS and its kin; each completes them
@@ -38,9 +40,9 @@ def all_models(
 )->list[Model]:              # not fitted yet
     "Every model that learns from a snapshot alone, the baselines first and ALS last."
     als = without_defaults(als or {})
-    return [Popularity(), RecentPopularity(half_life_days), BuyAgain(), ItemCosine(), ItemBM25(), ItemGraph(),
-            Transitions(), LowPass(seed=seed), ChebyCF(seed=seed), EASE(), BPR(seed=seed), ScaledALS.like(als),
-            WeightedALS(**als), ALS(**als)]
+    return [Popularity(), RecentPopularity(half_life_days), BuyAgain(), UserNeighbours(), ItemCosine(), ItemBM25(),
+            ItemGraph(), Transitions(), LowPass(seed=seed), ChebyCF(seed=seed), EASE(), BPR(seed=seed),
+            ScaledALS.like(als), WeightedALS(**als), ALS(**als)]
 
 def from_recipe(
     given:Mapping, # of `recipe`

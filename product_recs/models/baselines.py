@@ -90,7 +90,7 @@ class RecentPopularity(SameForAll):
 # %% ../../nbs/models/baselines.ipynb #e7221a93
 class BuyAgain(Model):
     "The user's own items by count, then by recency, then by popularity; below them all others by popularity."
-    name = "buy again"
+    name, is_taste = "buy again", False
 
     @cached_property
     def below(self)->np.ndarray: # (n_items,) float32, less than 1

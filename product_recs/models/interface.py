@@ -121,7 +121,8 @@ def moments_of(
 class Model(Learner):
     "A model; a new one overrides `fold_in` where it folds anything, `scores` and `contributions`."
     personal, dense = True, True # has it something of its own to say to each user; does `top` score all items?
-    places_items = False # does it score an item that nobody has, by its attributes?
+    # does it score an item that nobody has, by its attributes; does it say what a user likes, not what they take again?
+    places_items, is_taste = False, True
     # has each item a vector, to place others among; are representations those of the part, of `weighted` histories?
     placeable, reweighs = False, False
 

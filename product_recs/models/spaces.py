@@ -20,6 +20,7 @@ from .interface import Model
 from .item_item import EASE, ItemBM25, ItemCosine, ItemGraph
 from .spectral import ChebyCF, LowPass
 from .transitions import Transitions
+from .user_neighbours import UserNeighbours
 
 # %% ../../nbs/models/spaces.ipynb #725ad7fe
 class Range(NamedTuple):
@@ -69,6 +70,8 @@ _FACTOR = 3    # by which a range on a log scale grows at an end
 # %% ../../nbs/models/spaces.ipynb #504d7547
 SPACES = {
     RecentPopularity: {"half_life_days": Range(2, 200, (0.1, 1e4))},
+    UserNeighbours: {"neighbours": Range(50, 1000, (1, 1e5), step=1), "half_life_days": Range(7, 365, (0.1, 1e4)),
+                     "own": Range(0, 1, (0, 1), log=False)},
     ItemCosine: {"neighbours": Range(20, 500, (5, 5000), step=1)},
     ItemBM25: {"neighbours": Range(20, 500, (5, 5000), step=1), "k1": Range(0.1, 20, (0.001, 1e4)),
                "b": Range(0, 1, (0, 1), log=False)},
