@@ -168,8 +168,7 @@ class Model(Learner):
     # what a row has in common with others, as column and value; what each part of a weighted sum counts
     def in_common(self, item:int, items:np.ndarray)->list[tuple[str, str]]: return []
     def shares(self)->list[float]: return []
-    # the same fitted model with another one in place of its only part
-    def around(self, part:"Model")->"Model": return _with_part(self, part)
+    def around(self, part:"Model")->"Model": return _with_part(self, part) # the same, fitted, with another part
 
     def widened(self,
         snapshot:Snapshot, # of the fit, `widened`: with new items at the end, and attributes that changed
