@@ -9,13 +9,14 @@ papers: learn from all of train, rank all items minus the user's train items, me
 Recall@20 divides by the number of test items, NDCG@20 is binary with its ideal cut at 20. Items that only the test
 knows count as missed.
 
-Parameters, and members and weights of the blend, are chosen on a tenth of each user's train items, held out (or on the
-validation of the folder), by NDCG@20 of --users of the users: one parameter after the other takes the best of a few
-values, until none gets better. Where new pairs go to popular items more than old ones did, a draw at random is the
-wrong validation, so it can be tilted: an item's chance is its popularity to the power --tilt. Where the Recall@20 of
-popularity is published for the test, as it is for Gowalla, the tilt is the one of five with which popularity does as
-well on what is held out; else it is 0. Then each model learns from all of train, and the test judges it, once. A model
-that starts at random is fitted again with another seed and judged on --users of the users.
+Parameters, and members and weights of the blend, are chosen on a fifth of each user's train items, held out as the test
+of the papers was (or on the validation of the folder), by NDCG@20 of --users of the users: one parameter after the
+other takes the best of a few values, until none gets better. Where new pairs go to popular items more than old ones
+did, a draw at random is the wrong validation, so it can be tilted: an item's chance is its popularity to the power
+--tilt. Where the Recall@20 of popularity is published for the test, as it is for Gowalla, the tilt is the one of five
+with which popularity does as well on what is held out; else it is 0. Then each model learns from all of train, and the
+test judges it, once. A model that starts at random is fitted again with another seed and judged on --users of the
+users.
 
 --served writes each fitted model as a bundle into a temporary folder, opens it, and asks for the lists of 2,000 users
 in blocks, which must be those that were judged, and of 500 users one at a time, which must be the same and whose
@@ -161,7 +162,7 @@ FAMILIES = {
 }
 USUAL = ("popularity", "cosine", "bm25", "graph", "implicit", "als", "als-1024", "chebycf", "blend")
 MEMBERS = ("als-1024", "als", "chebycf", "graph", "low-pass", "ease")  # of the blend, those that are named
-TILTS = (0.0, 0.1, 0.2, 0.3, 0.4)
+TILTS, SHARE = (0.0, 0.1, 0.2, 0.3, 0.4), 0.2
 
 
 def some(targets: csr_matrix, most: int, seed: int) -> np.ndarray:
@@ -174,7 +175,7 @@ def validation(train: csr_matrix, tilt: float | None, published: float, seed: in
     "What parameters are chosen on: the past, what is held out, and how that was drawn."
 
     def popularity(tilt: float) -> float:
-        past, targets = hold_out(train, tilt=tilt, seed=seed)
+        past, targets = hold_out(train, SHARE, tilt, seed)
         model = Popularity().fit(snapshot_of(past))
         return float(metrics_of(model, targets, some(targets, 5000, seed), K, ("recall",)).mean())
 
@@ -184,8 +185,8 @@ def validation(train: csr_matrix, tilt: float | None, published: float, seed: in
         tilt = min(recalls, key=lambda each: abs(recalls[each] - published))
         tried = ", ".join(f"{recall:.4f} with {each:g}" for each, recall in recalls.items())
         words = f": popularity has a Recall@20 of {tried}, and {published:.4f} is published for the test"
-    past, held = hold_out(train, tilt=tilt or 0.0, seed=seed)
-    return snapshot_of(past), held, f"a tenth of train, tilt {tilt or 0:g}{words}"
+    past, held = hold_out(train, SHARE, tilt or 0.0, seed)
+    return snapshot_of(past), held, f"a fifth of train, tilt {tilt or 0:g}{words}"
 
 
 def chosen_models(names: list[str], choosing: Choosing, options: argparse.Namespace) -> dict[str, Model | str]:
