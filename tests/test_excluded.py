@@ -82,7 +82,7 @@ def shop(tmp_path_factory):
 
 def bundle_of(models_dir, features, model):
     "A model for discovery, and with habits of made-up weights for the next purchase; its version."
-    weights = next(blend.weights for blend in MODELS.values() if blend.tasks == (NEXT_PURCHASE,))
+    weights = next(blend.weights for blend in MODELS.values() if isinstance(blend, HabitBlend))
     fitted = model.fit(features.all)
     return write_bundle(
         models_dir,

@@ -16,13 +16,15 @@ from product_recs.models.blend import HabitBlend
 
 USERS, ITEMS, N = 220, 150, 10
 MODELS = every_model() | described_models()
-NAMES = [name for name, model in MODELS.items() if model.tasks is None]
+WEIGHTS = next(model.weights for model in MODELS.values() if isinstance(model, HabitBlend))
+NAMES = [name for name, model in MODELS.items() if not isinstance(model, HabitBlend)]
 
 
 def both_tasks(model, snapshot):
-    "The model for discovery, and with habits (of made-up weights) for the next purchase."
-    weights = next(blend.weights for blend in MODELS.values() if blend.tasks == (NEXT_PURCHASE,))
-    return {DISCOVERY: model, NEXT_PURCHASE: HabitBlend(model, NEXT_PURCHASE, weights).fit(snapshot)}
+    "The model for discovery, and with habits (of made-up weights) for the next purchase; or for this one alone."
+    if model.tasks == (NEXT_PURCHASE,):
+        return {DISCOVERY: MODELS["ALS"].fit(snapshot), NEXT_PURCHASE: model}
+    return {DISCOVERY: model, NEXT_PURCHASE: HabitBlend(model, NEXT_PURCHASE, WEIGHTS).fit(snapshot)}
 
 
 def write_models(folder, models, snapshot):
