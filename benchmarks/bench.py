@@ -234,6 +234,7 @@ MORE = {
     "training-scale": "seconds and memory of training by size, to 50 million pairs",
     "index": "one user of a million items: exact search and approximate indexes",
     "quality-gowalla": "quality on Gowalla beside published figures",
+    "quality-citeulike-cold": "quality on the warm articles of CiteULike, beside ALS by implicit",
     "sequence-amazon-beauty": "what comes next on Amazon Beauty beside published figures",
     "defaults": "defaults of ALS on eleven logs of different shapes",
     "cold-citeulike": "articles that nobody has, beside published figures",
