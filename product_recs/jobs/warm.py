@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint
+from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -40,9 +41,17 @@ def can_warm()->bool:
 KERNEL_LOCK = "PRODUCT_RECS_KERNEL_LOCK" # environment: the file that a kernel locks while it lives
 _DEATH_SIGNAL = 1 # PR_SET_PDEATHSIG of Linux
 
+def _let_go_of_parent()->None:
+    """Close what keeps the warm process alive: it ends with the program that started it, unless a copy, which could
+    start processes too, holds this end of a pipe."""
+    server = forkserver._forkserver
+    if server._forkserver_alive_fd is not None: os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
+
 def _become_kernel(arguments:Sequence[str], environment:dict[str, str], folder:str)->None:
     "Turn a copy of the warm process into an IPython kernel."
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    _let_go_of_parent()
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
