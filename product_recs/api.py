@@ -7,7 +7,7 @@ __all__ = ['PAGE', 'respond', 'create_app']
 
 # %% ../nbs/06_api.ipynb #9d6fe9b3
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -38,6 +38,7 @@ from .core.settings import Settings
 from .core.text import counted
 from .web.arms import Served, arm_facts, tried
 from .web.details import explained, ranked, ranked_new
+from .web.direct import DirectRoute
 from .web.events import add_feedback
 from .web.headers import Header
 from .web.items import add_items
@@ -112,22 +113,17 @@ def _asked(service:Service, served:Served, user:int|str|None, scope:dict, task:T
     explores = exploration_of(settings, explore, user, scope, arm)
     return {"task": task, "diversity": diversity, "explore": explores}
 
-def _add_recommend(app:FastAPI, service:Service)->None:
-    "GET /recommend, for one user."
-    (N, Detail, TaskName, ShopPlace, Variety), n_default = _parameters(service.settings), _default_n(service.settings)
-    Explore = _explore_parameter(service.settings)
+def _list_of(service:Service)->Callable[..., Awaitable[Response]]:
+    "What answers `GET /recommend`, asked by the framework or directly."
+    n_default = _default_n(service.settings)
 
-    @app.get("/recommend/{user_id}", response_model=RecommendationList | DetailedRecommendationList,
-             tags=["recommendations"], summary="The best items for a user",
-             responses=documented("Best first; an unknown user gets what is popular.", 422, 503))
-    async def recommend_user(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
-                             n:N=n_default, detail:Detail=False, task:TaskName=None, place:ShopPlace=None,
-                             diversity:Variety=None, explore:Explore=None):
-        scope, shelf, answers = http_request.scope, service.desk.view.shelf, service.answers
+    async def list_of(scope:dict, n:int=n_default, detail:bool=False, task:Task|None=None, place:str|None=None,
+                      diversity:float|None=None, explore:float|None=None)->Response:
+        shelf, answers, given = service.desk.view.shelf, service.answers, path_id(scope, -1)
 
         async def make(answered:Sequence[Served])->Response:
             served, = answered
-            recommender, user = _recommender(service, served), as_id(served.model.bundle.users, path_id(scope, -1))
+            recommender, user = _recommender(service, served), as_id(served.model.bundle.users, given)
             state, = await served.view.states([user])
             request = recommender.request(user, n, state=state, shelf=shelf, place=place,
                                           **_asked(service, served, user, scope, task, diversity, explore))
@@ -138,7 +134,23 @@ def _add_recommend(app:FastAPI, service:Service)->None:
             response = respond(served.model, listed, body, detail, served.arm)
             answers.keep(scope, served, request, shelf, listed, response)
             return response
-        return await tried(service.arms, [answers.served(path_id(scope, -1))], make)
+        return await tried(service.arms, [answers.served(given)], make)
+    return list_of
+
+_ONE_USER = "/recommend/{user_id}"
+
+def _add_recommend(app:FastAPI, service:Service)->None:
+    "GET /recommend, for one user."
+    (N, Detail, TaskName, ShopPlace, Variety), n_default = _parameters(service.settings), _default_n(service.settings)
+    Explore, list_of = _explore_parameter(service.settings), _list_of(service)
+
+    @app.get(_ONE_USER, response_model=RecommendationList | DetailedRecommendationList,
+             tags=["recommendations"], summary="The best items for a user",
+             responses=documented("Best first; an unknown user gets what is popular.", 422, 503))
+    async def recommend_user(http_request:Request, user_id:id_in_path("1", "an unknown user is answered too"),
+                             n:N=n_default, detail:Detail=False, task:TaskName=None, place:ShopPlace=None,
+                             diversity:Variety=None, explore:Explore=None):
+        return await list_of(http_request.scope, n, detail, task, place, diversity, explore)
 
 
 # %% ../nbs/06_api.ipynb #02c15e33
@@ -370,9 +382,10 @@ def _add_routes(app:FastAPI, service:Service)->None:
     _add_page(app)
 
 def _add_layers(app:FastAPI, service:Service)->None:
-    "Fast path, guard and request log; the last one added is the outermost."
+    "Direct way, fast path, guard and request log; the last one added is the outermost."
     def observe(line:dict, seconds:float):
         service.metrics.observe(line["route"], line["method"], line["status"] or 499, seconds)
+    app.add_middleware(DirectRoute, route=_ONE_USER, answer=_list_of(service), most=service.settings.max_n)
     app.add_middleware(FastPath, service=service)
     app.add_middleware(Guard, settings=service.settings, shared_folder=workers_folder())
     app.add_middleware(RequestLog, observe=observe, root_path=service.settings.root_path)

@@ -30,10 +30,10 @@ from .metrics import (METRIC_NAMES, Comparison, find_hits, interval, paired_boot
 from ..models.all import fit_sharing
 from ..models.baselines import Popularity
 from ..models.blend import HabitBlend, ScoreBlend
-from ..models.blend_weights import learn_weights, weights_of_task
+from ..models.blend_weights import WEIGHT_USERS, TaskPairs, learn_weights, weights_of_pairs
 from ..models.interface import Model, recipe, size_of, top_lists
 from ..models.order import OrderWeighted, history_spans
-from ..models.signals import BlendError
+from ..models.signals import BlendError, BlendWeights
 from ..models.transitions import Transitions
 
 # %% ../../nbs/evaluation/competition.ipynb #aaa47b8f
@@ -83,14 +83,17 @@ def crossed_figures(
     metric:str="ndcg",
     k:int=10,
     seed:int=0, # of the halves
+    pairs:TaskPairs|None=None, # of the part and the task, where they are known
+    start:BlendWeights|None=None, # that the halves begin with; it saves time
 )->np.ndarray:  # (n,) float64
     "Figures of a blend with habits, each user judged by weights of the other half; raises `BlendError`."
     n = len(task.rows)
     if n < 2: raise BlendError("habits: one user is not enough to learn from one half and judge by the other")
     order, figures = np.random.default_rng(seed).permutation(n), np.empty(n)
     halves = np.sort(order[:n//2]), np.sort(order[n//2:])
+    pairs = TaskPairs.of(part, task) if pairs is None else pairs
     for learn, judge in (halves, halves[::-1]):
-        weights = weights_of_task(part, some_users(task, learn))
+        weights = weights_of_pairs(pairs.of_users(learn), start=start)
         blend = HabitBlend(part, task.name, weights).fit(part.snapshot)
         figures[judge] = user_figures(blend, some_users(task, judge), metric, k)
     return figures
@@ -166,7 +169,7 @@ class _Ground:
     "What all candidates of a competition share."
     def __init__(self, features:Features, task:str, metric:str, k:int, max_users:int, seed:int, fits:Fits|None):
         past, future, self.split = past_and_future(features, "validation", [task])
-        self.features, self.metric, self.k, self.seed = features, metric, k, seed
+        self.features, self.metric, self.k, self.max_users, self.seed = features, metric, k, max_users, seed
         self.fits, self.task = fits or Fits(past), make_task(past, future, task, max_users, seed)
 
     def judge(self, model:Model)->_Entry:
@@ -174,16 +177,26 @@ class _Ground:
         for snapshot in (self.fits.snapshot, self.features.all): # the winner is fitted on everything, too
             if why := refusal(model, snapshot): raise EvaluateError(why)
         if isinstance(model, HabitBlend):
-            part = self.fits.fit(model.parts[0])
-            figures = crossed_figures(part, self.task, self.metric, self.k, self.seed)
-            started = perf_counter()
+            part, started = self.fits.fit(model.parts[0]), perf_counter()
+            pairs = TaskPairs.of(part, self.task)
             # by the usual sample of users, however many judge: so the same habits are served
-            fitted = learn_weights(self.features, part, self.task.name, seed=self.seed).fit(part.snapshot)
+            usual = pairs if self.max_users == WEIGHT_USERS else None
+            fitted = learn_weights(self.features, part, self.task.name, seed=self.seed, pairs=usual).fit(part.snapshot)
             model = HabitBlend(model.parts[0], self.task.name, fitted.weights)
             self.fits.seconds[_key(model)] = perf_counter() - started
-            return _Entry(model, fitted, [figures])
+            return _Entry(model, fitted, [self._crossed(part, pairs, fitted.weights)])
         fitted = self.fits.fit(model)
         return _Entry(model, fitted, [user_figures(fitted, self.task, self.metric, self.k)])
+
+    def figures(self, model:Model)->np.ndarray: # (n,) float64
+        "The figures of a candidate that another window judged already; raises the errors of its model."
+        if not isinstance(model, HabitBlend):
+            return user_figures(self.fits.fit(model), self.task, self.metric, self.k)
+        part = self.fits.fit(model.parts[0])
+        return self._crossed(part, TaskPairs.of(part, self.task), model.weights)
+
+    def _crossed(self, part:Model, pairs:TaskPairs, weights:BlendWeights)->np.ndarray: # (n,) float64
+        return crossed_figures(part, self.task, self.metric, self.k, self.seed, pairs, weights)
 
 def refusal(
     model:Model,
@@ -276,13 +289,13 @@ def compete(
                 left_out[model.name] = str(error) or type(error).__name__
             bar.update()
         bar.total = bar.n # fewer forms and blends where fewer models were found
-        best = max((entry.value for entry in judged.values()), default=0)
-        for name in [name for name, entry in judged.items() if earlier and entry.value >= _IN_REACH*best]:
-            bar.set_postfix_str(f"{name}, {len(earlier)} earlier windows")
-            try: judged[name].figures.extend(window.judge(judged[name].model).figures[0] for window in earlier)
-            except (ProductRecsError, ValueError, MemoryError) as error:
-                left_out[name] = str(error) or type(error).__name__
-                del judged[name]
+        for place, window in enumerate(earlier, start=1):
+            for name in _in_reach(judged):
+                bar.set_postfix_str(f"{name}, earlier window {place} of {len(earlier)}")
+                try: judged[name].figures.append(window.figures(judged[name].model))
+                except (ProductRecsError, ValueError, MemoryError) as error:
+                    left_out[name] = str(error) or type(error).__name__
+                    del judged[name]
         bar.set_postfix_str("")
     if not judged:
         raise EvaluateError(f"{task}: no candidate could be fitted: "
@@ -297,7 +310,13 @@ def compete(
     return Competition(task, table, winner.model, models, left_out, facts)
 
 # %% ../../nbs/evaluation/competition.ipynb #7aed92dd
-_IN_REACH, _WINDOW_USERS = 0.8, 100
+_WINDOW_USERS, _MOST_BEHIND = 100, 0.2 # the second by one window; the more windows, the less a season explains
+
+def _in_reach(judged:dict[str, _Entry])->list[str]:
+    "Names of the models that all windows so far have judged, and that can still win."
+    windows = max((len(entry.figures) for entry in judged.values()), default=0)
+    left = {name: entry.value for name, entry in judged.items() if len(entry.figures) == windows}
+    return [name for name, value in left.items() if value >= (1 - _MOST_BEHIND/windows)*max(left.values())]
 
 def judged_windows(
     windows:Iterable,   # before the validation period

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from ..core.kernels import in_threads
 from ..data.snapshots import Histories, Snapshot
 from ..search.top_n import top_n
 
@@ -316,9 +317,13 @@ def top_lists(
     rows = np.asarray(rows)
     items, scores = np.full((len(rows), k), -1, np.int32), np.full((len(rows), k), -np.inf, np.float32)
     if model.dense: block = max(1, min(block, 8_000_000//max(1, len(model.candidates))))
-    for start in range(0, len(rows), block):
-        part = slice(start, start + block)
+    parts = [slice(start, start + block) for start in range(0, len(rows), block)]
+    threads = 1 if model.dense and len(parts) > 1 else 0 # other models look for the best with all cores
+
+    def best(part:slice)->int:
         seen = model.snapshot.counts[rows[part]] if exclude_seen else None
-        items[part], scores[part] = model.top(model.users(rows[part]), k, seen, threads=0)
-        if advance: advance(len(rows[part]))
+        items[part], scores[part] = model.top(model.users(rows[part]), k, seen, threads=threads)
+        return len(rows[part])
+    for done in (in_threads if threads else map)(best, parts):
+        if advance: advance(done)
     return items, scores

@@ -46,10 +46,14 @@ def _strongest(matrix:csr_matrix, most:int)->csr_matrix:
     "The largest values of each row."
     chosen = matrix.data > 0
     for row in np.flatnonzero(np.diff(matrix.indptr) > most):
-        part = slice(matrix.indptr[row], matrix.indptr[row + 1])
+        start, end = matrix.indptr[row:row + 2]
+        values = matrix.data[start:end]
+        least = np.partition(values, len(values) - most)[len(values) - most]
+        equal = np.flatnonzero(values == least)
         # of equal values the lower column, however the product ordered them
-        order = np.lexsort((matrix.indices[part], -matrix.data[part]))
-        chosen[part.start + order[most:]] = False
+        weak = equal[np.argsort(matrix.indices[start + equal], kind="stable")][most - np.count_nonzero(values > least):]
+        chosen[start + np.flatnonzero(values < least)] = False
+        chosen[start + weak] = False
     indptr = np.append(0, np.cumsum(chosen))[matrix.indptr]
     return csr_matrix((matrix.data[chosen], matrix.indices[chosen], indptr), shape=matrix.shape)
 
