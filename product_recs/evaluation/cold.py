@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..core.columns import DISCOVERY, Columns, told_columns
 from ..core.errors import EvaluateError, NothingToJudge
+from ..core.kernels import in_threads
 from ..core.parameters import number
 from ..core.sql import parquet
 from ..core.text import counted
@@ -188,7 +189,8 @@ def lists_among(
     lists = [np.full((len(rows), k), -1, np.int32) for rows, _ in asked]
     columns = [np.flatnonzero(items & model.candidates) for _, items in asked]
     block = max(1, min(1024, 8_000_000//max(1, len(model.candidates))))
-    for start in range(0, len(everybody), block):
+
+    def answer(start:int)->int:
         part = everybody[start:start + block]
         scores, own = known_scores(model, model.users(part)), forbidden[part]
         scores[np.repeat(np.arange(len(part)), np.diff(own.indptr)), own.indices] = -np.inf
@@ -198,7 +200,9 @@ def lists_among(
             places = np.searchsorted(part, rows[first:end])
             best, _ = top_n(scores[places][:, among], k)
             listed[first:end] = np.where(best >= 0, among[best], -1)
-        if advance: advance(len(part))
+        return len(part)
+    for done in in_threads(answer, range(0, len(everybody), block)):
+        if advance: advance(done)
     return lists
 
 # %% ../../nbs/evaluation/cold.ipynb #b07f7be2
@@ -374,13 +378,15 @@ def _guest_lists(model:Model, popular:Model, histories:Histories, forbidden:csr_
     "The lists of people without a row; of those whom the model does not know, the popular items."
     lists = np.full((len(histories), LIST), -1, np.int32)
     block = max(1, min(1024, 8_000_000//max(1, len(model.candidates))))
-    for start in range(0, len(histories), block):
+
+    def answer(start:int)->None:
         part = slice(start, min(start + block, len(histories)))
         some = _some(histories, part)
         users, own = model.fold_in(some), forbidden[part]
-        best, known = model.top(users, LIST, own, threads=0)[0], model.knows(users)
+        best, known = model.top(users, LIST, own)[0], model.knows(users)
         if not known.all(): best[~known] = popular.top(some, LIST, own)[0][~known]
         lists[part] = best
+    for _ in in_threads(answer, range(0, len(histories), block)): pass
     return lists
 
 
