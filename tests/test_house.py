@@ -54,6 +54,16 @@ def test_each_module_has_the_notebook_of_its_name():
     assert notebooks == {path.relative_to(PACKAGE).with_suffix("") for path in MODULES if path.parent != PACKAGE}
 
 
+def test_a_class_has_a_name_of_its_own():
+    "Two classes of one name are two meanings of one word, and the reference cannot tell which one a signature means."
+    homes = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(name_of(path))
+    assert len(homes) > 100 and not {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
 EMPTY_NAMES = {"who", "told", "had", "there", "kept", "found", "at", "one"}
 WRITTEN = [path for folder in ("tests", "tools", "benchmarks") for path in (ROOT / folder).glob("*.py")]
 

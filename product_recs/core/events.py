@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN_EVENTS', 'INSTRUCTIONS', 'RETURN', 'UNRETURNED', 'SKIP', 'SKIPPED', 'EARLIEST', 'LEEWAY', 'DEFAULT_RULES',
-           'UNCHANGED', 'Event', 'Rule', 'EventRules', 'refusal', 'UserState']
+           'UNCHANGED', 'Event', 'RowRule', 'EventRules', 'refusal', 'UserState']
 
 # %% ../../nbs/core/events.ipynb #36e900a1
 import math
@@ -38,7 +38,7 @@ SKIP, SKIPPED = "skip", "left out by skip_rows" # in a file: nobody wants the ro
 EARLIEST = datetime(1970, 1, 1, tzinfo=timezone.utc)
 LEEWAY = timedelta(days=1)        # that a clock may be fast, or a time zone forgotten
 
-class Rule(NamedTuple):
+class RowRule(NamedTuple):
     "One thing that an interaction must not be."
     column: str                   # of the data contract
     reason: str                   # as the list of rejects has it
@@ -54,25 +54,26 @@ def _no_number(event:Any)->bool: return not _is_number(event.quantity)
 def _not_above_zero(event:Any)->bool: return event.quantity <= 0
 def _too_early(event:Any)->bool: return event.timestamp is not None and event.timestamp < EARLIEST
 
-_BLANK_EVENT = Rule(Columns.Event, "blank event", "coalesce(event, '') = ''", _blank_event)
-_NO_NUMBER = Rule(Columns.Quantity, "quantity is not a number", "q IS NULL OR isnan(q) OR isinf(q)", _no_number)
-_NOT_ABOVE_ZERO = Rule(Columns.Quantity, "quantity is not above 0", "q <= 0", _not_above_zero)
-_TOO_EARLY = Rule(Columns.Timestamp, "timestamp before 1970", f"t < {timestamp(EARLIEST)}", _too_early)
+_BLANK_EVENT = RowRule(Columns.Event, "blank event", "coalesce(event, '') = ''", _blank_event)
+_NO_NUMBER = RowRule(Columns.Quantity, "quantity is not a number", "q IS NULL OR isnan(q) OR isinf(q)", _no_number)
+_NOT_ABOVE_ZERO = RowRule(Columns.Quantity, "quantity is not above 0", "q <= 0", _not_above_zero)
+_TOO_EARLY = RowRule(Columns.Timestamp, "timestamp before 1970", f"t < {timestamp(EARLIEST)}", _too_early)
 
-def _future(latest:datetime)->Rule:
+def _future(latest:datetime)->RowRule:
     late = lambda event: event.timestamp is not None and event.timestamp > latest
-    return Rule(Columns.Timestamp, "timestamp in the future", f"t > {timestamp(latest)}", late)
+    return RowRule(Columns.Timestamp, "timestamp in the future", f"t > {timestamp(latest)}", late)
 
 # %% ../../nbs/core/events.ipynb #cc7d9445
-def _rules_of(events:tuple[str, ...]|None, max_quantity:float, numbers:tuple[str, ...])->tuple[Rule, ...]:
+def _rules_of(events:tuple[str, ...]|None, max_quantity:float, numbers:tuple[str, ...])->tuple[RowRule, ...]:
     "All rules but the one that looks at the clock, in the order in which a row is judged."
     listed = ", ".join(quoted(name) for name in events or ())
-    unknown = Rule(Columns.Event, "unknown event", f"event NOT IN ({listed})", lambda event: event.event not in events)
-    large = Rule(Columns.Quantity, f"quantity above {max_quantity:g}", f"q > {double(max_quantity)}",
-                 lambda event: event.quantity > max_quantity)
+    unknown = RowRule(Columns.Event, "unknown event", f"event NOT IN ({listed})",
+                      lambda event: event.event not in events)
+    large = RowRule(Columns.Quantity, f"quantity above {max_quantity:g}", f"q > {double(max_quantity)}",
+                    lambda event: event.quantity > max_quantity)
     # an event that travels without its user has no user to be judged
     is_text = lambda column: lambda event: isinstance(number_or_text(getattr(event, column, "0")), str)
-    text = [Rule(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL",
+    text = [RowRule(column, "id is text, but those of the source are numbers", f"{whole_number(column)} IS NULL",
                  is_text(column)) for column in numbers]
     known = () if events is None else (unknown,)
     return (_BLANK_EVENT, *known, _NO_NUMBER, _NOT_ABOVE_ZERO, large, _TOO_EARLY, *text)

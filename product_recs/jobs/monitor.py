@@ -36,7 +36,7 @@ from ..feedback.connection import store_url
 from ..feedback.records import count_events
 from ..feedback.store import Store
 from .checks import FINE, LOOK, STOP, Check, as_records, by_urgency, headline, worst
-from .drift import (DayFigures, Finding, NoTimes, attribute_checks, day_figures, input_checks,
+from .drift import (DayFigures, DayFinding, NoTimes, attribute_checks, day_figures, input_checks,
                                      judge_days)
 from ..web.monitor import VERDICTS, read_verdicts, verdict_text
 
@@ -84,7 +84,7 @@ class InputReport:
     "What is known of the new days."
     checks: list[Check]
     figures: DayFigures|None = None # None: no event has a time
-    judged: dict[date, list[Finding]] = field(default_factory=dict)
+    judged: dict[date, list[DayFinding]] = field(default_factory=dict)
     since: date|None = None
 
 def look_at_input(
@@ -267,7 +267,7 @@ def _dated(ax)->None:
     ax.yaxis.set_major_formatter(FuncFormatter(compact))
 
 def day_levels(
-    judged:Mapping[date, Sequence[Finding]],
+    judged:Mapping[date, Sequence[DayFinding]],
 )->dict[date, str]:
     "The worst level of each day."
     checks = lambda findings: [Check(finding.name, finding.level, finding.says) for finding in findings]
