@@ -1,7 +1,7 @@
 # make run     set up, write the real sample, run the pipeline on it, recommend for one household
 # make run TUNE=1   the same, with parameters that are searched first, for MINUTES=5
 # make serve   set up, train on the small sample if no model is live, serve on http://127.0.0.1:8000
-# make test    set up, run every check
+# make test    set up, run the checks; make test-slow runs whole jobs, kills and builds as well
 # make lab     JupyterLab on the notebooks
 # make docs    the documentation site, with search, in build/site/; make docs-serve shows it on http://127.0.0.1:8080
 # make data    write the real sample to data/complete_journey
@@ -16,7 +16,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index bench-experiments daily-kills quarter bench-defaults bench-sequence clean
+.PHONY: help run serve test test-slow lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index bench-experiments daily-kills quarter bench-defaults bench-sequence clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -93,7 +93,11 @@ test: .venv/.kernels
 	@$(BIN)/ruff check product_recs nbs tools tests benchmarks setup.py
 	@$(BIN)/lint-imports --no-cache > /dev/null 2>&1 || $(BIN)/lint-imports --no-cache
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
-	@$(BIN)/pytest -q -n 2 --dist loadfile tests
+	@$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" tests
+
+# whole jobs, kills and builds: what `make test` leaves out for its time (a quarter of an hour; OPTIONS="tests/test_daily.py")
+test-slow: .venv/.kernels
+	@$(BIN)/pytest -q -n 2 --dist loadfile -m slow $(or $(OPTIONS),tests)
 
 # exports of a generated shop, from `init` to a list by the command alone: examples/exports/README.md (some minutes)
 exports: .venv/.kernels

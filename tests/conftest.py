@@ -13,6 +13,10 @@ for name in [name for name in os.environ if name.startswith(("PRODUCT_RECS_", "M
         del os.environ[name]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a whole job, a kill or a build; `make test-slow` runs these alone")
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     "A wheel of this package; compiling its kernels takes half a minute, so it is built once."

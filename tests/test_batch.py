@@ -204,6 +204,7 @@ def rows_of_file(folder):
 KILLED = [("lists", "folder"), ("lists", "csv"), ("lists", "table"), ("audience", "folder"), ("similar", "folder")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, goal", KILLED)
 def test_killed_at_random_moments_it_ends_as_if_nobody_had(shop, tmp_path, kind, goal, monkeypatch):
     monkeypatch.setenv("PRODUCT_RECS_ROOT", str(tmp_path))  # where the work of a table lies

@@ -236,6 +236,7 @@ def test_models_need_names_of_their_own(tmp_path):
     assert described(catalogue_past(features)[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", [True, False])
 def test_the_job_judges_the_cold_where_there_are_attributes(tmp_path, products):
     root = fresh_project(tmp_path / "project")

@@ -347,6 +347,7 @@ def to_json(path, table):
     return path.with_suffix(".jsonl")
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40,
     deadline=None,

@@ -87,6 +87,7 @@ def test_any_values(values):
     whole({"any": column, "text": np.array([str(value) for value in values], object)}, len(values))
 
 
+@pytest.mark.slow
 def test_many_columns_of_many_words_stay_within_bounds():
     rng, n = np.random.default_rng(0), 700
     letters = np.array([*"abcdefghijklmnopqrstuvwxyz"])
@@ -102,6 +103,7 @@ def test_many_columns_of_many_words_stay_within_bounds():
     assert matrix.known.all() and peak < 500_000_000 and seconds < 120
 
 
+@pytest.mark.slow
 def test_a_table_of_long_descriptions_is_cut_by_its_size():
     rng, n = np.random.default_rng(1), 1000
     text = np.array([" ".join(f"w{k}" for k in row) for row in rng.integers(0, 3000, (n, 4000))], object)

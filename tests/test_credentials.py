@@ -138,6 +138,7 @@ def speak(root, *command, **environment):
     return done, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_on_a_database_leaves_the_password_nowhere(project, postgres):
     url = database_url(postgres)
     done, said = speak(
@@ -156,6 +157,7 @@ def test_a_run_on_a_database_leaves_the_password_nowhere(project, postgres):
     assert f"env:{MADE}1" in (reports / "01_ingest.ipynb").read_text()  # what papermill was given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["env", "file"])
 def test_a_reference_is_what_is_kept(project, postgres, kind):
     url, secret = database_url(postgres), project.parent / "shop_db"

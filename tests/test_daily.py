@@ -88,6 +88,7 @@ def test_a_second_start_finds_nothing_new(copy):
     assert [*night.steps] == ["01_ingest", "outcome", "clean"]  # what customers see, and what is too old
 
 
+@pytest.mark.slow
 def test_a_feed_that_has_stopped_is_told(copy):
     "Its days are long over, and nothing new comes: each night says so, by its exit code, too."
     done = run_night(copy, "-p", "monitor", "{max_data_days: 7}")
@@ -100,6 +101,7 @@ def test_a_feed_that_has_stopped_is_told(copy):
     assert 'class="outcome tone-wait"' in page
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_would_be_and_touches_nothing(copy):
     half = copy / "models" / ".daily-shop"
     half.mkdir()
@@ -119,6 +121,7 @@ def test_dry_run_says_what_would_be_and_touches_nothing(copy):
     assert files_of(copy) == before
 
 
+@pytest.mark.slow
 def test_bad_day_stops_until_a_person_decides(copy, monkeypatch):
     "The rows of a day are of another system's users."
     monkeypatch.setenv("PRODUCT_RECS_ROOT", str(copy))
@@ -157,6 +160,7 @@ def test_bad_day_stops_until_a_person_decides(copy, monkeypatch):
     assert latest(copy).steps["input"]["state"] == "done"
 
 
+@pytest.mark.slow
 def test_gate_holds_a_worse_model(tmp_path):
     "The model before knows the shop; tonight's is the best sellers alone."
     root = shop(tmp_path / "shop", model="item-item cosine")
@@ -175,6 +179,7 @@ def test_gate_holds_a_worse_model(tmp_path):
     assert again.returncode == 0 and "Nothing new" in flat(again)
 
 
+@pytest.mark.slow
 def test_events_of_the_service_are_trained_on_the_next_night(first, copy, tmp_path):
     "What a real service was told between two nights."
     store = f"sqlite:///{tmp_path}/feedback.db"
@@ -206,6 +211,7 @@ def test_events_of_the_service_are_trained_on_the_next_night(first, copy, tmp_pa
             time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_two_nights_at_once_and_a_lock_that_is_left(copy):
     write_log(copy, log_until("2026-06-24"))
     lock = copy / "reports/daily/shop/lock.json"
@@ -223,6 +229,7 @@ def test_two_nights_at_once_and_a_lock_that_is_left(copy):
     assert who_works(lock) is None and lock.read_text() == ""
 
 
+@pytest.mark.slow
 @linux
 def test_killed_trainer_fails_in_words_and_the_next_start_goes_on(copy):
     live = live_version(copy / "models")
@@ -263,6 +270,7 @@ def test_step_that_fails_outside_of_a_notebook_fails_the_night(copy):
     assert "03_train" not in latest(copy).steps and live_version(copy / "models")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="a small disk of its own needs root")
 def test_full_disk_leaves_the_live_model(copy, tmp_path):
     disk = tmp_path / "disk"
@@ -286,6 +294,7 @@ def test_full_disk_leaves_the_live_model(copy, tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_registry_that_is_down_is_said_and_changes_nothing(copy):
     pytest.importorskip("mlflow")
     write_log(copy, log_until("2026-06-24"))
@@ -296,6 +305,7 @@ def test_registry_that_is_down_is_said_and_changes_nothing(copy):
     assert live_version(copy / "models") == latest(copy).facts["version"]
 
 
+@pytest.mark.slow
 def test_killed_at_three_moments_ends_as_if_nothing_had_been(copy, tmp_path):
     write_log(copy, log_until("2026-06-24"))
     undisturbed, started = shutil.copytree(copy, tmp_path / "undisturbed"), time.monotonic()

@@ -382,6 +382,7 @@ def test_explored_places_come_back_with_chance_and_outcome(url):
     assert "effective sample size is 3" in value_of_choice(places, {"0": ["2"], "3": ["2"], "6": ["2"]}).refused
 
 
+@pytest.mark.slow
 def test_the_report_runs_as_a_job_and_its_exit_code_says_what_it_found(tmp_path):
     url = f"sqlite:///{tmp_path}/feedback.db"
     with Store(url).open() as store:

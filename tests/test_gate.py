@@ -414,6 +414,7 @@ def child(shop, when="never"):
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=shop.root)
 
 
+@pytest.mark.slow
 def test_a_gate_that_is_killed_changes_nothing_and_finishes_the_next_time(shop):
     moments = random.Random(5)
     for _ in range(4):

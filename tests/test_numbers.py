@@ -302,6 +302,7 @@ def pairs(**parameters):
     return [part for name, value in parameters.items() for part in ("-p", name, value)]
 
 
+@pytest.mark.slow
 def test_papermill_s_own_forms_of_values_work(project):
     rows = [
         f"{user},{10 + (user * step) % 7},{datetime(2026, 1, 1) + timedelta(days=step)}"

@@ -749,6 +749,7 @@ def test_the_policy_allows_nothing_from_elsewhere_and_nothing_inline(service):
         assert service.get(path)[0] == 404
 
 
+@pytest.mark.slow
 def test_a_built_wheel_holds_the_page(wheel):
     assert {f"product_recs/web/page/{name}" for name in ("index.html", "app.js", "style.css", "icon.svg")} <= set(
         zipfile.ZipFile(wheel).namelist()

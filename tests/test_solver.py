@@ -189,6 +189,7 @@ print(native_kernels(), model.loss() > 0)"""
     assert run.stdout.split() == ["None", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("gcc") and not shutil.which("cc"), reason="there is no compiler here")
 def test_a_wheel_with_kernels_serves_every_python(wheel, tmp_path):
     assert "cp310-abi3" in wheel.name

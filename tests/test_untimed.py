@@ -246,6 +246,7 @@ def finished(tmp_path_factory):
     return root, run, tuned, after_run
 
 
+@pytest.mark.slow
 def test_a_log_without_times_is_judged_and_tuned_end_to_end(finished):
     root, run, tuned, after_run = finished
     assert run.returncode == 0 and "is live" in run.stdout, run.stderr + run.stdout
