@@ -444,7 +444,7 @@ def start_postgres(server):
     for last in (False, False, True):
         try:
             return server.start()
-        except subprocess.SubprocessError:
+        except (subprocess.SubprocessError, AssertionError):  # the second: it is there, and not ready yet
             if last:
                 raise
 

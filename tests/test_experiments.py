@@ -10,7 +10,9 @@ from datetime import datetime, timedelta, timezone
 import duckdb
 import numpy as np
 import pytest
-from support import BIN, ROOT, Server, both, bundle_by_hand, call, new_database, once_today, publish_board, until
+from support import (
+    BIN, ROOT, Server, both, bundle_by_hand, call, new_database, once_today, publish_board, start_postgres, until,
+)  # fmt: skip
 
 from product_recs.answer import explore
 from product_recs.answer.experiments import experiments_of, read_experiments, versions_in_use
@@ -292,7 +294,7 @@ def test_an_arm_answers_nobody_before_it_knows_who_is_forgotten(tmp_path, postgr
             assert {serving.model.bundle.version for serving in served.values()} == {live}
             assert all(serving.view.look(user).forgotten for user, serving in served.items())
         finally:
-            postgres.start()
+            start_postgres(postgres)
         until(lambda: {service.answers.served(user).model.bundle.version for user in USERS} == {live, other})
         assert all(service.answers.served(user).view.look(user).forgotten for user in USERS)
     finally:
