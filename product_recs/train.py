@@ -33,9 +33,10 @@ from .evaluation.metrics import Comparison, compared, paired_bootstrap, says_wor
 from .features import WINDOWS, earlier_windows, ensure_features
 from .ingest import SAMPLES, open_ledger
 from .models.all import all_models, fit_sharing, named, names_of
-from .models.als import ALS, check_als, fit_als, sized, training_on, without_defaults
+from .models.als import ALS, check_als, fit_als, sized, without_defaults
 from .models.blend import HabitBlend
 from .models.blend_weights import learn_weights
+from .models.devices import training_on
 from .models.factors import FactorModel
 from .models.hybrid import Hybrid
 from .models.hybrid_weights import learn_content_weights

@@ -58,6 +58,7 @@ _REMEDY = ("look at `nvidia-smi`, and install the libraries of CUDA where they a
 
 def _card(cupy:ModuleType, asked:str)->Device:
     "The card that CuPy works on, after a product and a kernel have run there."
+    cupy.get_default_memory_pool().free_all_blocks() # what CuPy holds for later is free, too
     free, _ = cupy.cuda.runtime.memGetInfo()
     values = cupy.ones((2, 2), cupy.float32)
     if float((values @ values + 1).sum()) != 12: raise RuntimeError("a product of ones came out wrong")

@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['PLAIN_OBJECTIVE', 'NO_POWERS', 'PLAIN_DEFAULTS', 'ALS_DEFAULTS', 'activity_weighted', 'mean_kept', 'AlsModel',
            'completed', 'sized', 'without_defaults', 'chosen_solver', 'fit_als', 'check_als', 'ALS', 'WeightedALS',
-           'ScaledALS', 'drawn_to', 'training_on']
+           'ScaledALS', 'drawn_to']
 
 # %% ../../nbs/models/als.ipynb #5efd7d68
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from ..core.device import Device, DeviceError, checked_device, open_device
+from ..core.device import Device, DeviceError, open_device
 from ..core.errors import TrainError
 from ..core.kernels import implicit_module, one_blas_thread
 from ..core.parameters import number
@@ -25,7 +25,6 @@ from ..data.snapshots import Histories, csr_of
 from .array_solver import ArrayALS, memory_plan
 from .factors import FactorModel
 from .foldin import Solver, apply_inverse, apply_inverses, fold_in
-from .interface import Model, with_parts
 from .solver import RotatedALS, int32_matrix, native_kernels
 
 # %% ../../nbs/models/als.ipynb #8cd53cbf
@@ -383,13 +382,3 @@ def drawn_to(
 def _all_solved(solver:Solver, confidence:csr_matrix)->np.ndarray: # (m, f) float32
     return fold_in(solver.item_factors, confidence, solver.regularization, solver.alpha, solver.gram/solver.unobserved,
                    0, unobserved_weight=solver.unobserved, nu=solver.nu)
-
-# %% ../../nbs/models/als.ipynb #2230f08b
-def training_on(
-    models:Iterable[Model], # not fitted
-    device:str,             # of `fit_als`
-)->None:
-    "Tell ALS and its kin, among models and their parts, where to train; raises `DeviceError` for a wrong name."
-    checked_device(device)
-    for part in (part for model in models for part in with_parts(model)):
-        if isinstance(part, ALS): part.device = device

@@ -7,9 +7,9 @@ __all__ = ['PADDING', 'PIECE', 'KERNEL', 'Chunk', 'chunks_of', 'PaddedCells', 'w
            'cells_of', 'exact_chunk', 'conjugate_chunk', 'Plan', 'memory_plan', 'gram_on', 'on_host', 'SideCells',
            'solve_side', 'renumbered', 'ArrayALS']
 
-# %% ../../nbs/models/array_solver.ipynb #8c1f51b2
+# %% ../../nbs/models/array_solver.ipynb #c32b5628
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -18,7 +18,7 @@ from ..core.device import Device, DeviceError
 from .solver import (HEAVY, LARGE, LOST, SHORTEST, Side, eigenbasis, exact_up_to,
                                         hard_solution, row_regularization)
 
-# %% ../../nbs/models/array_solver.ipynb #fe865e83
+# %% ../../nbs/models/array_solver.ipynb #3debcf02
 PADDING = 1.25 # longest row of a chunk, at most, beside its shortest
 
 class Chunk(NamedTuple):
@@ -39,12 +39,13 @@ def chunks_of(
         least = int(counts[start])
         most = least if least <= shortest else int(least*PADDING)
         stop = int(np.searchsorted(counts, most, side="right"))
-        stop = min(stop, start + max(1, numbers//(most*width)))
+        # a short row has a system of its length, too
+        stop = min(stop, start + max(1, numbers//(most*max(width, most if least <= shortest else 0))))
         chunks.append(Chunk(start, stop, int(counts[stop - 1])))
         start = stop
     return chunks
 
-# %% ../../nbs/models/array_solver.ipynb #52700771
+# %% ../../nbs/models/array_solver.ipynb #22c423be
 class PaddedCells:
     "The cells of a chunk, padded to the longest row; their vectors are gathered with the operations of the module."
     def __init__(self,
@@ -101,7 +102,7 @@ class PaddedCells:
             total += self.xp.matmul(weight[:, None, :], vectors)[:, 0]
         return total
 
-# %% ../../nbs/models/array_solver.ipynb #0cd2ac41
+# %% ../../nbs/models/array_solver.ipynb #b4e9f35a
 PIECE = 512 # cells of a row for a block of threads
 
 KERNEL = r"""
@@ -162,7 +163,7 @@ def kernel_options(
     sizes = {"COLUMNS": factors, "SLOTS": -(-factors//32), "PIECE": PIECE, "WARPS": warps_of(factors)}
     return tuple(f"-D{name}={size}" for name, size in sizes.items())
 
-# %% ../../nbs/models/array_solver.ipynb #5f8b5008
+# %% ../../nbs/models/array_solver.ipynb #1c1eb39f
 class FusedCells(PaddedCells):
     "The cells of a chunk on a card: the pass is the kernel, nothing is gathered."
     def sums(self, x, scale, first:float, second:float): # (rows, f)
@@ -183,7 +184,9 @@ def cells_of(
     "How a pass over the cells is made on a device."
     return FusedCells if device.name == "cuda" else PaddedCells
 
-# %% ../../nbs/models/array_solver.ipynb #daf7529a
+# %% ../../nbs/models/array_solver.ipynb #d948293b
+_DIGITS = 1e-8 # what has to be left of a number of float64 after a subtraction
+
 def exact_chunk(
     xp,         # array module
     vectors,    # (rows, m, f) float32 of the cells, in the eigenbasis
@@ -192,9 +195,9 @@ def exact_chunk(
     unobserved:float, # weight of an untaken cell
 )->tuple:       # (rows, f) float32, and (rows,) bool: not enough digits were left
     "The exact solutions of rows of one length."
-    root = 1/xp.sqrt(shared)
-    own, d = vectors*root[:, None, :], c - np.float32(unobserved)
-    d = xp.where(xp.abs(d) < 1e-6, xp.where(d < 0, np.float32(-1e-6), np.float32(1e-6)), d)
+    root = 1/xp.sqrt(shared.astype(np.float64))
+    own, d = vectors*root[:, None, :], c.astype(np.float64) - unobserved
+    d = xp.where(xp.abs(d) < 1e-6, xp.where(d < 0, -1e-6, 1e-6), d)
     system, m = xp.matmul(own, own.transpose(0, 2, 1)), c.shape[1]
     pivots = xp.arange(m)
     diagonal = system[:, pivots, pivots]
@@ -203,7 +206,7 @@ def exact_chunk(
     hard = xp.zeros(len(c), bool)
     for k in range(m):
         pivot = system[:, k, k]
-        hard |= ~((xp.abs(pivot) > LOST*size[:, k]) & (size[:, k] < np.inf))
+        hard |= ~((xp.abs(pivot) > _DIGITS*size[:, k]) & (size[:, k] < np.inf))
         factor = system[:, :, k]/pivot[:, None]
         factor[:, k] = 0
         right = right - factor*right[:, k:k + 1]
@@ -211,10 +214,10 @@ def exact_chunk(
     t = right/system[:, pivots, pivots]
     x = xp.matmul(t[:, None, :], own)[:, 0]
     mass = (xp.abs(t)*norm).sum(axis=1) # the length if nothing cancelled
-    hard |= ~(xp.sqrt((x*x).sum(axis=1)) > LOST*mass) & (mass > 0)
-    return x*root, hard
+    hard |= ~(xp.sqrt((x*x).sum(axis=1)) > _DIGITS*mass) & (mass > 0)
+    return (x*root).astype(np.float32), hard
 
-# %% ../../nbs/models/array_solver.ipynb #267039fe
+# %% ../../nbs/models/array_solver.ipynb #f4392d2f
 def conjugate_chunk(
     cells:PaddedCells,
     x,          # (rows, f) float32, where each row starts
@@ -251,10 +254,10 @@ def conjugate_chunk(
     lost = (hard | ~xp.isfinite(rz) | (shortest < LOST*longest))[:, 0]
     return x, lost | (most > HEAVY*cells.unobserved) if to_the_end else lost
 
-# %% ../../nbs/models/array_solver.ipynb #7f243b6d
+# %% ../../nbs/models/array_solver.ipynb #f6acd489
 _SHARE = 0.9       # of the free memory that is counted on
-_LEAST, _MOST = 1 << 20, 1 << 27 # numbers of the gathered vectors of a chunk on a card
-_WORK = 24         # bytes of work for each of these numbers, about: six arrays of float32
+_LEAST, _MOST = 1 << 18, 1 << 27 # numbers of the gathered vectors of a chunk on a card
+_WORK = 40         # bytes of work for each of these numbers, at most: ten arrays of float32
 
 class Plan(NamedTuple):
     "How a training uses the memory of a device."
@@ -271,7 +274,7 @@ def memory_plan(
     "What a training needs and how it fits; raises `DeviceError` where it does not."
     if not device.free: return Plan(False, 1 << 22, 0)
     room, rows = int(_SHARE*device.free), n_users + n_items
-    sides = rows*(4*factors + 25) # factors; of a row also its begin, its count, its regularization, and whether it is hard
+    sides = rows*(4*factors + 25) # of a row its factors, begin, count, regularization, and whether it is hard
     cells = 2*8*pairs
     numbers = int(min(_MOST, max(_LEAST, (room - sides - cells)//_WORK)))
     resident = sides + cells + _WORK*numbers
@@ -280,10 +283,11 @@ def memory_plan(
     longest = 8*max(n_users, n_items) # a row with all cells
     streamed = sides + longest + _WORK*numbers + 8*numbers//max(1, factors)
     if streamed <= room: return Plan(True, numbers, streamed)
-    raise DeviceError(f"{n_users:,} users and {n_items:,} items with {factors} factors need {streamed/1e9:.2f} GB on the "
-                      f"card, and {device.free/1e9:.2f} GB are free there; take fewer factors, or device: cpu")
+    raise DeviceError(f"{n_users:,} users and {n_items:,} items with {factors} factors need {streamed/1e9:.3g} GB on "
+                      f"the card, and of {device.free/1e9:.3g} GB that are free there {_SHARE:.0%} are counted on; "
+                      "take fewer factors, or device: cpu")
 
-# %% ../../nbs/models/array_solver.ipynb #0debed0a
+# %% ../../nbs/models/array_solver.ipynb #f3a45fdd
 _BLOCK, _TOGETHER = 4096, 256 # rows of a product of the Gram matrix; products at a time
 
 def gram_on(
@@ -311,7 +315,7 @@ def _turn(factors, basis)->None:
     for start in range(0, len(factors), _BLOCK*_TOGETHER):
         factors[start:start + _BLOCK*_TOGETHER] = factors[start:start + _BLOCK*_TOGETHER] @ basis
 
-# %% ../../nbs/models/array_solver.ipynb #ce1481d3
+# %% ../../nbs/models/array_solver.ipynb #469b715d
 class SideCells:
     "The cells of one side, on the device or streamed to it; its rows ascend in length."
     def __init__(self,
@@ -332,7 +336,7 @@ class SideCells:
         return self.kind(self.xp, fixed, *own, self.starts[rows] - first, self.counts[rows], chunk.longest, alpha,
                          unobserved, self.plan.numbers)
 
-# %% ../../nbs/models/array_solver.ipynb #34d2641b
+# %% ../../nbs/models/array_solver.ipynb #56893a06
 def solve_side(
     cells:SideCells,
     fixed,      # (other, f) float32 in the eigenbasis
@@ -363,7 +367,7 @@ def solve_side(
         solved[row] = xp.asarray(solution.astype(np.float32))
     return len(again)
 
-# %% ../../nbs/models/array_solver.ipynb #4888daf5
+# %% ../../nbs/models/array_solver.ipynb #8feccc4a
 def renumbered(
     confidence:csr_matrix,
 )->tuple[csr_matrix, np.ndarray, np.ndarray]: # the matrix, and which user and which item each row and column was
@@ -375,6 +379,7 @@ def renumbered(
     matrix = csr_matrix((confidence.data, place[confidence.indices], confidence.indptr), shape=confidence.shape)
     return matrix[users], users, items
 
+# %% ../../nbs/models/array_solver.ipynb #4e03d532
 class ArrayALS:
     "`RotatedALS` on a device; raises `DeviceError` where it does not fit there."
     def __init__(self,
@@ -401,26 +406,15 @@ class ArrayALS:
                     for cells in (self.users, self.items)}
         y = np.random.default_rng(seed).standard_normal((matrix.shape[1], factors), dtype=np.float32)
         self.x, self.y = self.xp.zeros((matrix.shape[0], factors), np.float32), self.xp.asarray(y[self.orders[1]])
-        self._walk()
-
-    def _walk(self)->None:
-        "From the items to the users and back, as `RotatedALS` begins."
-        most = float(self.users.side.data.max(initial=1e-30))
-        alpha = self.alpha if 1e-4 < self.alpha*most < 1e4 else 1/most
-        base = self.xp.zeros(self.factors, np.float32)
-        for cells, fixed, solved in ((self.users, self.y, self.x), (self.items, self.x, self.y)):
-            solved[:] = 0
-            pull = self.xp.asarray(np.float32(1e6*np.sqrt(np.maximum(cells.side.counts, 1))))
-            solve_side(cells, fixed, solved, base, pull, alpha, self.unobserved, 1, 0)
-        self.y /= np.float32(max(np.sqrt(float((self.y*self.y).sum(axis=1).mean(dtype=np.float64))), 1e-30))
-        self.x[:] = 0
+        _walk(self)
 
     def _half(self, cells:SideCells, fixed, solved, steps:int, shortest:int)->None:
         "Solve one side against the other."
         values, vectors = eigenbasis(gram_on(self.xp, fixed))
         basis, base = (self.xp.asarray(part.astype(np.float32)) for part in (vectors, self.unobserved*values))
         _turn(fixed, basis)
-        _turn(solved[int(np.searchsorted(cells.side.counts, shortest, side="right")):], basis) # the others need no start
+        first = int(np.searchsorted(cells.side.counts, shortest, side="right")) # the others need no start
+        _turn(solved[first:], basis)
         solve_side(cells, fixed, solved, base, self.reg[cells], self.alpha, self.unobserved, steps, shortest)
 
     def step(self)->None:
@@ -446,7 +440,19 @@ class ArrayALS:
         "The objective at the factors as they are."
         return _mean_loss(self)
 
-# %% ../../nbs/models/array_solver.ipynb #f6aa9fb9
+# %% ../../nbs/models/array_solver.ipynb #8dc4ae62
+def _walk(model:ArrayALS)->None:
+    "From the items to the users and back, as `RotatedALS` begins."
+    xp, most = model.xp, float(model.users.side.data.max(initial=1e-30))
+    alpha = model.alpha if 1e-4 < model.alpha*most < 1e4 else 1/most
+    base = xp.zeros(model.factors, np.float32)
+    for cells, fixed, solved in ((model.users, model.y, model.x), (model.items, model.x, model.y)):
+        solved[:] = 0
+        pull = xp.asarray(np.float32(1e6*np.sqrt(np.maximum(cells.side.counts, 1))))
+        solve_side(cells, fixed, solved, base, pull, alpha, model.unobserved, 1, 0)
+    model.y /= np.float32(max(np.sqrt(float((model.y*model.y).sum(axis=1).mean(dtype=np.float64))), 1e-30))
+    model.x[:] = 0
+
 def _in_order(factors, order:np.ndarray)->np.ndarray:
     result = np.empty(factors.shape, np.float32)
     result[order] = on_host(factors)
