@@ -4,7 +4,10 @@ emulated (`card.py`). What no test here can say is whether a real card does the 
 import ast
 import ctypes
 import importlib
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -257,3 +260,15 @@ def test_nvidia_s_compiler_takes_the_kernel():
             log = ctypes.create_string_buffer(size.value)
             library.nvrtcGetProgramLog(program, log)
             assert not failed and not log.value, (generation, factors, log.value)
+
+
+def test_the_script_for_a_machine_with_a_card_runs_to_its_end_without_one(tmp_path):
+    command = ["benchmarks/gpu.sh", "--module", "numpy", "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    figures = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert len(figures["checks"]) == 5 and all(check["passed"] for check in figures["checks"])
+    assert len(figures["training"]) == 4 and len(figures["lists"]) == 2 and figures["left_out"] == []
+    assert "**Without a card**" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
