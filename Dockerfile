@@ -1,5 +1,8 @@
-# Two stages: the first one trains a model from the committed sample, the second one serves it.
-# Training code, notebooks and build tools stay in the first.
+# Three stages: `build` trains a model from the committed sample, `jobs` runs the notebooks, and the last one serves.
+# Training code, notebooks and build tools stay out of the last.
+#
+#   docker build -t product-recs .
+#   docker build --target jobs -t product-recs-jobs .
 
 FROM python:3.11-slim AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -33,6 +36,25 @@ RUN /opt/train/bin/product-recs run --name sample
 RUN pip --python /opt/venv/bin/python install --no-deps /tmp/wheels/*.whl \
  && rm -rf /opt/venv/lib/python*/site-packages/product_recs/jobs/workspace \
  && find /opt/venv/lib -type d -path '*/site-packages/*' \( -name tests -o -name include \) -prune -exec rm -rf {} +
+
+
+# every job of the command line: a parameter file, data, models and reports are mounted into /app
+FROM python:3.11-slim AS jobs
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --user-group --no-create-home --home-dir /app --shell /usr/sbin/nologin app
+WORKDIR /app
+COPY --from=build /opt/train /opt/train
+COPY --from=build /src/nbs nbs
+COPY --from=build /src/examples examples
+RUN install --directory --owner=10001 --group=10001 data models reports
+# Jupyter's kernel writes its connection file into the home
+ENV PATH=/opt/train/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PRODUCT_RECS_ROOT=/app \
+    HOME=/tmp
+USER 10001:10001
+CMD ["product-recs", "--help"]
 
 
 FROM python:3.11-slim
