@@ -38,6 +38,8 @@ WORKDIR /app
 COPY --from=train /opt/train /opt/train
 COPY --from=train /src/nbs nbs
 COPY --from=train /src/examples examples
+# the examples in the notebooks read it from data/, where a volume lies: copy it there (deploy/kustomize/base/jobs.yaml does)
+COPY --from=train /src/data /opt/sample
 RUN install --directory --owner=10001 --group=10001 data models reports
 # Jupyter's kernel writes its connection file into the home
 ENV PATH=/opt/train/bin:$PATH \

@@ -122,7 +122,7 @@ def test_the_service_gets_requests_only_with_a_bundle_and_leaves_after_the_last(
 def test_our_pods_have_no_rights_and_every_container_has_limits(overlay):
     for name, template in pods(overlay):
         spec = template["spec"]
-        for container in spec["containers"]:
+        for container in [*spec["containers"], *spec.get("initContainers", [])]:
             assert container["resources"]["limits"]["memory"] and container["resources"]["requests"]["cpu"]
             assert not container["image"].endswith(":latest") and re.search(r":[\w.-]+$", container["image"])
         if name == "postgres":
@@ -150,6 +150,9 @@ def test_the_jobs_run_commands_that_there_are_on_what_the_image_holds(overlay):
     for spec in jobs.values():
         assert spec["concurrencyPolicy"] == "Forbid" and spec["jobTemplate"]["spec"]["backoffLimit"] == 0
         [container] = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+        [first] = spec["jobTemplate"]["spec"]["template"]["spec"]["initContainers"]
+        assert "/src/data /opt/sample" in stage and first["image"] == container["image"]
+        assert all((ROOT / "data" / Path(name).name).exists() for name in first["command"] if "/opt/sample" in name)
         assert container["command"][0] == "product-recs" and not wrong_with(container["command"][1:])
         assert container["image"].split(":")[0].endswith("-jobs")
         mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
