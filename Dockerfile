@@ -1,7 +1,10 @@
-# Two stages: the first one trains a model from the committed sample, the second one serves it.
-# Training code, notebooks and build tools stay in the first.
+# `train` has all code, `jobs` runs the notebooks, `build` trains a model from the committed sample, the last stage serves.
+# Training code, notebooks and build tools stay out of the last.
+#
+#   docker build -t product-recs .
+#   docker build --target jobs -t product-recs-jobs .
 
-FROM python:3.11-slim AS build
+FROM python:3.11-slim AS train
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 
@@ -24,8 +27,32 @@ COPY examples examples
 COPY product_recs product_recs
 RUN pip wheel --no-deps --wheel-dir /tmp/wheels . && rm -rf product_recs build
 
-# the whole pipeline, from the committed log to a published bundle
 RUN python -m venv /opt/train && /opt/train/bin/pip install "$(echo /tmp/wheels/*.whl)[jobs]"
+
+
+# every job of the command line: a parameter file, data, models and reports are mounted into /app
+FROM python:3.11-slim AS jobs
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --user-group --no-create-home --home-dir /app --shell /usr/sbin/nologin app
+WORKDIR /app
+COPY --from=train /opt/train /opt/train
+COPY --from=train /src/nbs nbs
+COPY --from=train /src/examples examples
+# the examples in the notebooks read it from data/, where a volume lies: copy it there (deploy/kustomize/base/jobs.yaml does)
+COPY --from=train /src/data /opt/sample
+RUN install --directory --owner=10001 --group=10001 data models reports
+# Jupyter's kernel writes its connection file into the home
+ENV PATH=/opt/train/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PRODUCT_RECS_ROOT=/app \
+    HOME=/tmp
+USER 10001:10001
+CMD ["product-recs", "--help"]
+
+
+FROM train AS build
+# the whole pipeline, from the committed log to a published bundle
 RUN /opt/train/bin/product-recs run --name sample
 
 # last, so that a change of the code keeps the layers of the requirements; what `init` lays into a workspace and tests of

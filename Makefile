@@ -16,7 +16,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-slow lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-training bench-quality bench-cold bench-ingest bench-index bench-experiments daily-kills quarter bench-defaults bench-sequence clean
+.PHONY: help run serve test test-slow lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-gpu bench-training bench-quality bench-cold bench-ingest bench-index bench-experiments daily-kills quarter bench-defaults bench-sequence clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -138,6 +138,10 @@ bench-experiments: .venv/.kernels
 # lists for a million users beside the bare search (some minutes); OPTIONS="--users 100000 1000000 --items 50000"
 bench-batch: .venv/.kernels
 	@$(BIN)/python benchmarks/batch.py $(OPTIONS)
+
+# training and lists on a card of NVIDIA beside our C, with checks first (8 minutes; without a card OPTIONS="--module numpy --quick")
+bench-gpu: .venv/.kernels
+	@benchmarks/gpu.sh $(OPTIONS)
 
 # the libraries that are compared have an environment of their own; one that cannot be installed is left out
 .venv-bench/.ready:

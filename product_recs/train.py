@@ -36,6 +36,7 @@ from .models.all import all_models, fit_sharing, named, names_of
 from .models.als import ALS, check_als, fit_als, sized, without_defaults
 from .models.blend import HabitBlend
 from .models.blend_weights import learn_weights
+from .models.devices import training_on
 from .models.factors import FactorModel
 from .models.hybrid import Hybrid
 from .models.hybrid_weights import learn_content_weights
@@ -52,7 +53,7 @@ def parameters_of(
     names = {parameter.name: parameter.default for parameter in taken
              if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.name != "self"}
     if isinstance(model, ALS): names |= fit_als.__kwdefaults__
-    names.pop("progress", None)
+    for name in ("progress", "device"): names.pop(name, None) # of the job
     return names | model.parameters
 
 def with_parameters(
@@ -266,8 +267,7 @@ class Trained:
     @property
     def als(self)->list[ALS]:
         "ALS and its kin among what was fitted."
-        models = [part for model in self.models.values() if not isinstance(model, str) for part in with_parts(model)]
-        return [model for model in {id(model): model for model in models}.values() if isinstance(model, ALS)]
+        return _als_of(self.models)
 
 def _index_of(features:Features, model:Model, index:str, seed:int, num_threads:int,
               progress:bool)->tuple[np.ndarray|None, dict]:
@@ -313,9 +313,11 @@ def train_bundle(
 )->tuple[str, Trained]:           # version, and what it holds
     "Choose the models, fit them to everything known and write a bundle; raises `TrainError` where that cannot be."
     als = _checked(publish_it, index, model, next_model, content, features, als)
+    device = als.pop("device", "cpu")
     seed, models_dir = als["seed"], resolve_path(models_dir)
     singles, next_singles = singles_by_task(all_models(als, seed=seed), model, next_model, model_parameters or {},
                                             next_model_parameters or {}).values()
+    training_on([*singles, *next_singles], device)
     choice = Choice(features, singles, candidates, seed, progress, next_singles, windows)
     recipes = choose_models(choice, model, next_model, content)
     for single in (*singles, *next_singles):
@@ -324,6 +326,7 @@ def train_bundle(
     models = {task: recipe if isinstance(recipe, str) else fit_sharing(recipe, features.all, fitted)
               for task, recipe in recipes.items()}
     seconds = time.perf_counter() - started
+    choice.notes.extend(_without_card(models))
     data, asked = _data_of(features), publish_it == "auto"
     trained = Trained(models, choice.competitions, choice.notes, _worse(features, recipes, choice) if asked else [],
                       seconds, live_of_another_run(models_dir, data) if asked else None)
@@ -360,6 +363,16 @@ def _worse(features:Features, recipes:dict, choice:Choice)->list[str]:
         if against: sentences.append(says_worse(model.name, task, against))
     return sentences
 
+def _als_of(models:Mapping[str, Model|str])->list[ALS]:
+    "ALS and its kin among what was fitted, each once."
+    parts = [part for model in models.values() if not isinstance(model, str) for part in with_parts(model)]
+    return [part for part in {id(part): part for part in parts}.values() if isinstance(part, ALS)]
+
+def _without_card(models:Mapping[str, Model|str])->list[str]:
+    "A sentence for each reason why a card was asked for and not taken."
+    reasons = dict.fromkeys(part.model.device.reason for part in _als_of(models))
+    return [f"ALS was trained on the processor and not on a card: {reason}." for reason in reasons if reason]
+
 def _write(features:Features, models_dir:Path, trained:Trained, als:dict, data:dict, index:dict,
            index_data:np.ndarray|None)->Path:
     "Write the bundle."
@@ -377,6 +390,7 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, data:d
         data=data,
         metrics={"judged": how_judged(features.split), "loss": losses[0] if losses else None,
                  "fit_seconds": round(trained.seconds, 3),
+                 "devices": {part.name: part.model.device.facts() for part in trained.als},
                  "competition": {task: competition.to_json() for task, competition in trained.competitions.items()}},
         cold_items=features.cold_items,
         cold_users=features.cold_users,

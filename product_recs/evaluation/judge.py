@@ -17,6 +17,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
+from ..core.device import open_device
 from ..core.errors import EvaluateError
 from ..core.parameters import number
 from ..data.artifact import Features
@@ -26,6 +27,7 @@ from .metrics import (METRIC_NAMES, METRICS, Comparison, Hits, bootstrap_means,
                                              category_diversity, compared, cosine_diversity, coverage, exposure,
                                              find_hits, gini, interval, novelty, paired_bootstrap)
 from ..models.all import KINDS, fit_sharing
+from ..models.devices import searching_on
 from ..models.interface import Model, top_lists
 
 # %% ../../nbs/evaluation/judge.ipynb #963a2ca7
@@ -125,10 +127,11 @@ def evaluate(
     max_users:int=0,                     # 0: all
     bootstrap:int=1000,                  # resamples
     seed:int=0,                          # of the sample of users and of the bootstrap
+    device:str="cpu",                    # where lists of factor models are made, as of `open_device`
     progress:bool=True,
 )->Evaluation:
     """Fit each model on the past, rank the whole catalogue for each user, compare with the future; raises
-    `EvaluateError` where the data or the parameters do not allow it."""
+    `EvaluateError` where the data or the parameters do not allow it, `DeviceError` where the device does not."""
     past, future, split = past_and_future(features, period, tasks or ())
     how = how_judged(features.split)
     if tasks is None: tasks = how["tasks"]
@@ -138,18 +141,19 @@ def evaluate(
         number(name, value, *ends, whole=True, error=EvaluateError)
     _check_names(models, tasks)
     work = {name: make_task(past, future, name, max_users, seed) for name in tasks}
-    judged, fitted = _Judged([], {}, {}, {}, []), {}
+    judged, fitted = _Judged([], {}, {}, {}, [], {}), {}
+    open_device(device) # refused before anything is fitted
     lists = sum(len(task.rows) for model in models for task in _tasks_of(model, work).values())
     with tqdm(total=lists, unit=" lists", disable=not progress, delay=2, mininterval=2, file=sys.stdout) as bar:
         for model in models:
             bar.set_description(model.name, refresh=False)
-            _judge(model, past, fitted, work, k, categories, block, bootstrap, seed, bar.update, judged)
+            _judge(model, past, fitted, work, k, categories, block, bootstrap, seed, bar.update, judged, device)
     columns = ["task", "model", "metric", "k", "value", "low", "high", "users"]
     table = pd.DataFrame(judged.rows)[columns].assign(seed=seed, split=split)
     facts = {"seed": seed, "split": split, "judged": how, "period": period, "bootstrap": bootstrap,
              "catalogue": future.shape[1], "candidates": int((past.popularity > 0).sum()), **cold_shares(past, future),
              "users": {name: len(task.rows) for name, task in work.items()},
-             "left_out": {name: task.left_out for name, task in work.items()}}
+             "left_out": {name: task.left_out for name, task in work.items()}, "devices": judged.devices}
     return Evaluation(table, work, judged.hits, judged.hit_items, judged.shown, pd.DataFrame(judged.seconds), facts)
 
 # %% ../../nbs/evaluation/judge.ipynb #c1c17a9d
@@ -177,17 +181,20 @@ class _Judged(NamedTuple):
     hit_items: dict
     shown: dict
     seconds: list
+    devices: dict # model -> where its lists were made, as of `Device.facts`
 
 def _fit(model:Model, past:Snapshot, fitted:dict)->Model:
     "Fitted; parts that several models of this project share are fitted once."
     return fit_sharing(model, past, fitted) if KINDS.get(type(model).__name__) is type(model) else model.fit(past)
 
 def _judge(given:Model, past:Snapshot, fitted:dict, work:dict, k:list[int], categories:np.ndarray|None, block:int,
-           bootstrap:int, seed:int, advance:Callable, judged:_Judged)->None:
+           bootstrap:int, seed:int, advance:Callable, judged:_Judged, device:str)->None:
     "Fit one model, rank for each of its tasks, and add what comes out."
     start = perf_counter()
     model = _fit(given, past, fitted)
     spent = {"model": given.name, "fit": perf_counter() - start}
+    model, used = searching_on(model, open_device(device)) # what is free there changes from model to model
+    judged.devices[given.name] = used.facts()
     for name, task in _tasks_of(given, work).items():
         start = perf_counter()
         items, _ = top_lists(model, task.rows, k[-1], task.exclude_seen, block, advance)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USUAL', 'BatchError', 'Question', 'read_filters', 'Roll', 'stage_roll', 'list_table', 'ArmLists', 'armed_table',
            'similar_table', 'audience_table', 'item_row', 'Batch', 'write_batch', 'experiments_file', 'open_for_batch',
-           'open_arms', 'batch_sentences']
+           'open_arms', 'lists_on', 'batch_sentences']
 
 # %% ../../nbs/jobs/batch.ipynb #318aa7b2
 import csv
@@ -39,6 +39,7 @@ from ..answer.rules import NO_FILTERS, Filters
 from ..bundle.catalogue import SEEN
 from ..core.columns import DISCOVERY, TASKS
 from ..core.credentials import masked, parse_url, resolve, shown_url, without_secrets
+from ..core.device import open_device
 from ..core.documents import read_yaml
 from ..core.errors import ProductRecsError, UnknownItem
 from ..core.files import atomic_folder, atomic_write, locked
@@ -50,6 +51,7 @@ from ..core.text import counted
 from ..data.database import exact_id, fetch_query, is_database
 from ..data.stored import feedback_url
 from ..inference import BLOCK, ListBlock
+from ..models.devices import searching_on
 from ..models.interface import known_scores
 
 
@@ -969,6 +971,19 @@ def open_arms(
             except BatchError: raise # of the feedback
             except ProductRecsError as error: fallen[arm] = str(error)
         yield ArmLists(book, moment, live.users.folds, recommenders, fallen, frozenset(named))
+
+# %% ../../nbs/jobs/batch.ipynb #de92e8ef
+def lists_on(
+    recommender:Recommender, # of `open_for_batch`; its models are those that search there from now on
+    device:str,              # of `open_device`
+)->dict[str, dict]:          # task -> where its lists are made, as of `Device.facts`
+    "Make the lists of many users on a device; raises `DeviceError` where it has to be a card and none can be used."
+    models, facts = recommender.model.bundle.models, {}
+    _ = recommender.model.answering # what answers one user keeps its own search
+    for task, model in models.items():
+        models[task], used = searching_on(model, open_device(device))
+        facts[task] = used.facts()
+    return facts
 
 # %% ../../nbs/jobs/batch.ipynb #f28c7463
 def batch_sentences(

@@ -17,10 +17,12 @@ from functools import cached_property
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from ..core.device import Device, DeviceError, open_device
 from ..core.errors import TrainError
 from ..core.kernels import implicit_module, one_blas_thread
 from ..core.parameters import number
 from ..data.snapshots import Histories, csr_of
+from .array_solver import ArrayALS, memory_plan
 from .factors import FactorModel
 from .foldin import Solver, apply_inverse, apply_inverses, fold_in
 from .solver import RotatedALS, int32_matrix, native_kernels
@@ -72,6 +74,7 @@ class AlsModel:
     seconds: float                  # of the fit
     parameters: dict
     scale: float = 1.0              # of the confidences divided by powers, as `mean_kept` gives it
+    device: Device = Device()       # where it was fitted, and why not on a card
 
 def completed(
     given:Mapping,       # parameters of `fit_als`; one of the objective that is None is not given
@@ -139,6 +142,18 @@ def _check(confidence:csr_matrix, parameters:dict)->dict:
                          "must lie from 1e-30 to 1e+15")
     return parameters
 
+def _engine_of(confidence:csr_matrix, given:dict)->tuple[dict, Device]:
+    "The parameters, checked, and the device; raises `DeviceError` where the device that has to be it cannot."
+    device, solver = open_device(given["device"]), given["solver"]
+    on_device = {"solver": "rotated"} if device.is_array and solver == "auto" else {"solver": _solver_of(given)}
+    checked = _check(confidence, given | on_device)
+    if device.is_array:
+        try:
+            if solver == "implicit": raise DeviceError("solver=implicit trains on the processor; take solver: rotated")
+            memory_plan(device, *confidence.shape, confidence.nnz, checked["factors"])
+        except DeviceError as error: device = device.instead(str(error))
+    return (checked if device.is_array else checked | {"solver": _solver_of(given)}), device
+
 # %% ../../nbs/models/als.ipynb #6b89ee0d
 def fit_als(
     confidence:csr_matrix,      # (n_users, n_items) float32, positive
@@ -154,18 +169,20 @@ def fit_als(
     seed:int=ALS_DEFAULTS["seed"],
     solver:str=ALS_DEFAULTS["solver"], # implicit | rotated | auto
     num_threads:int=0,          # 0: all cores
+    device:str="cpu",           # cpu | cuda: a card | auto: a card where that can be | numpy: see `core/device`
     loss_every:int=5,           # take the loss at every n-th iteration; 0: never
     cg_steps:int=2,             # steps of conjugate gradients for a long row
     progress:bool=True,         # show a progress bar
 )->AlsModel:
-    "Fit implicit-feedback ALS (Hu, Koren and Volinsky 2008); raises `TrainError` where that is not possible."
+    """Fit implicit-feedback ALS (Hu, Koren and Volinsky 2008); raises `TrainError` where that is not possible, and
+    `DeviceError` where the card that was asked for cannot be used."""
     from tqdm import tqdm # late: what serves has models, and no progress bars
     started, losses = time.perf_counter(), []
     checked = completed(dict(
         factors=factors, regularization=regularization, alpha=alpha, iterations=iterations, seed=seed,
         unobserved_weight=unobserved_weight, nu=nu, cg_steps=cg_steps, user_power=user_power, item_power=item_power,
-        solver=solver, num_threads=num_threads, loss_every=loss_every))
-    checked = _check(confidence, checked | {"solver": _solver_of(checked)})
+        solver=solver, num_threads=num_threads, device=device, loss_every=loss_every))
+    checked, place = _engine_of(confidence, checked)
     plain = {name: checked[name] for name in ("factors", "regularization", "alpha", "iterations", "seed")}
     extra = {name: checked[name] for name in (*PLAIN_OBJECTIVE, "cg_steps")}
     solver, iterations, loss_every = checked["solver"], checked["iterations"], checked["loss_every"]
@@ -177,9 +194,17 @@ def fit_als(
                 bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
             bar.update()
         takes_loss = lambda iteration: loss_every > 0 and iteration % loss_every == 0 and iteration < iterations
-        fit, options = (_fit_implicit, plain) if solver == "implicit" else (_fit_rotated, plain | extra)
-        user_factors, item_factors, loss = fit(weighed, takes_loss, after, num_threads=checked["num_threads"],
-                                               last_loss=loss_every > 0, **options)
+        def fitted(place):
+            fit, options = (_fit_implicit, plain) if solver == "implicit" else (_fit_rotated, plain | extra)
+            where = {"device": place} if place.is_array else {"num_threads": checked["num_threads"]}
+            return fit(weighed, takes_loss, after, last_loss=loss_every > 0, **options, **where)
+        try: user_factors, item_factors, loss = fitted(place)
+        except MemoryError as error:
+            if place.name != "cuda": raise
+            place = place.instead(f"the memory of the card ran out ({error})")
+            losses.clear()
+            bar.reset()
+            user_factors, item_factors, loss = fitted(place)
     if loss is not None: losses.append((iterations, loss))
     for side, vectors in (("items'", item_factors), ("users'", user_factors)):
         if not np.isfinite(vectors).all():
@@ -188,7 +213,7 @@ def fit_als(
     usual = PLAIN_OBJECTIVE | NO_POWERS
     changed = {name: checked[name] for name in usual if checked[name] != usual[name]}
     return AlsModel(user_factors, item_factors, losses, time.perf_counter() - started,
-                    {**plain, "solver": solver, **changed}, scale)
+                    {**plain, "solver": solver, **changed}, scale, place)
 
 # %% ../../nbs/models/als.ipynb #a556d52e
 def check_als(
@@ -198,15 +223,14 @@ def check_als(
     "Refuse what `fit_als` would refuse; raises `TrainError`."
     if unknown := sorted(set(parameters) - set(fit_als.__kwdefaults__)):
         raise TrainError(f"ALS has no parameter {unknown[0]!r}; there are {', '.join(fit_als.__kwdefaults__)}")
-    given = completed(fit_als.__kwdefaults__ | parameters)
-    checked = _check(confidence, given | {"solver": _solver_of(given)})
+    checked, _ = _engine_of(confidence, completed(fit_als.__kwdefaults__ | parameters))
     return {name: checked[name] for name in parameters}
 
 # %% ../../nbs/models/als.ipynb #d0a95eaa
 def _fit_rotated(confidence:csr_matrix, takes_loss, after, *, iterations:int, last_loss:bool,
                  **parameters)->tuple[np.ndarray, np.ndarray, float|None]:
-    "User factors, item factors and loss by `RotatedALS`."
-    model = RotatedALS(confidence, **parameters)
+    "User factors, item factors and loss by `RotatedALS`, or on a device by `ArrayALS`."
+    model = (ArrayALS if "device" in parameters else RotatedALS)(confidence, **parameters)
     for iteration in range(1, iterations + 1):
         model.step()
         after(iteration, model.loss() if takes_loss(iteration) else None)
@@ -277,14 +301,20 @@ class ALS(_WeighedFactors):
     ):
         if unknown := sorted(set(parameters) - set(fit_als.__kwdefaults__)):
             raise TypeError(f"{self.name} has no parameter {unknown[0]!r}")
-        self.progress = parameters.pop("progress", False)
+        # neither makes another model, so neither is in the recipe
+        self.progress, self.device = parameters.pop("progress", False), parameters.pop("device", "cpu")
         super().__init__(**completed(parameters, self.preset))
 
     def _fit(self, snapshot):
-        self.model = fit_als(snapshot.confidence, progress=self.progress, **self.parameters)
+        self.model = fit_als(snapshot.confidence, progress=self.progress, device=self.device, **self.parameters)
         self.parameters = self.parameters | self.model.parameters # with the solver that was chosen
         self.scale = self.model.scale
         self.set_arrays(user_factors=self.model.user_factors, item_factors=self.model.item_factors)
+
+    def reseeded(self, seed:int)->"ALS":
+        other = super().reseeded(seed)
+        other.device = self.device
+        return other
 
     def drawn(self, prior:np.ndarray)->"ALS": # (n_items, f) float32
         "The items that have buyers solved again, pulled to these factors in place of zero, and then the users."
