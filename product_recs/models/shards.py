@@ -8,7 +8,7 @@ __all__ = ['SIDES', 'FORMAT', 'TRIES', 'PAIRS_OF_A_SHARD', 'ShardFolder', 'sizes
            'half_folder', 'gathered', 'solve_shard', 'Engine', 'OneProcess', 'ShardedFit', 'finish_half', 'run_fit',
            'fitted_factors', 'Sharding', 'sharding', 'sharding_in_use', 'fit_sharded']
 
-# %% ../../nbs/models/shards.ipynb #8254072e
+# %% ../../nbs/models/shards.ipynb #38b7b03f
 import hashlib
 import io
 import json
@@ -34,7 +34,7 @@ from ..data.snapshots import csr_of
 from .solver import (FACTOR_BLOCK, SHORTEST, Side, aligned_zeros, eigenbasis, exact_up_to, gram_of,
                                         padded_basis, rotate, row_regularization, row_solver, taken_loss, walk_side)
 
-# %% ../../nbs/models/shards.ipynb #29b3d2c3
+# %% ../../nbs/models/shards.ipynb #982e574d
 class ShardFolder:
     "Arrays and notes by name, on a local path or at a URL of fsspec."
     def __init__(self,
@@ -85,7 +85,7 @@ class ShardFolder:
         if system.exists(path): system.rm(path) # some file systems rename over no file
         system.mv(half, path)
 
-# %% ../../nbs/models/shards.ipynb #ae0a32d6
+# %% ../../nbs/models/shards.ipynb #66115661
 def sizes_in(
     folder:ShardFolder,
     name:str, # of a folder in it
@@ -111,7 +111,7 @@ def remove_from(
     system, path = folder._remote(name)
     if system.exists(path): system.rm(path, recursive=True)
 
-# %% ../../nbs/models/shards.ipynb #0d866799
+# %% ../../nbs/models/shards.ipynb #06515242
 SIDES = ("users", "items")
 
 def shard_bounds(
@@ -126,7 +126,7 @@ def shard_bounds(
     blocks = np.unique(np.concatenate([[0], np.minimum(cuts, len(starts)), [len(starts)]]))
     return np.minimum(blocks*FACTOR_BLOCK, len(counts)).astype(np.int64)
 
-# %% ../../nbs/models/shards.ipynb #58533901
+# %% ../../nbs/models/shards.ipynb #9ebef1d0
 FORMAT = 1 # of the files
 
 def write_matrix_shard(
@@ -174,7 +174,7 @@ def matrix_note(
     return {"format": FORMAT, "shape": [int(size) for size in shape], "bounds": bounds, "pairs": int(pairs),
             "total": float(total), "most": float(most)}
 
-# %% ../../nbs/models/shards.ipynb #a529d1a1
+# %% ../../nbs/models/shards.ipynb #7f9536ea
 def matrix_shard(
     folder:ShardFolder,
     side:str, # users | items
@@ -187,7 +187,7 @@ def matrix_shard(
     shape = len(arrays["indptr"]) - 1, len(touched)
     return Side(csr_of(shape, arrays["indptr"], arrays["indices"], arrays["data"])), touched
 
-# %% ../../nbs/models/shards.ipynb #38117f24
+# %% ../../nbs/models/shards.ipynb #982ff350
 @dataclass(frozen=True)
 class Plan:
     "What is fitted: the objective of `RotatedALS`, and how long."
@@ -226,7 +226,7 @@ def halves_of(
     number = len(halves)
     return [*halves, Half(number, "solve", "users", number - 1, number - 2, every > 0, True)]
 
-# %% ../../nbs/models/shards.ipynb #5e2e6d9c
+# %% ../../nbs/models/shards.ipynb #e4090ef4
 def half_folder(
     number:int, # of the half-iteration
 )->str:
@@ -283,7 +283,7 @@ def solve_shard(
     folder.write(f"{name}.npy", np.ascontiguousarray(solved[:, :plan.factors]))
     folder.write(f"{name}.report.npy", np.concatenate([[taken, norms, squares], gram.ravel()]))
 
-# %% ../../nbs/models/shards.ipynb #93e805fe
+# %% ../../nbs/models/shards.ipynb #3e8252a4
 def _walk_rows(folder, plan, half, matrix, side, fixed, start, pool, solve, native)->tuple[np.ndarray, float, float]:
     "Rows of the walk; no part of a loss."
     walk_side(side, fixed, start, plan.alpha, matrix["most"], plan.unobserved_weight, solve)
@@ -308,12 +308,13 @@ def _solve_rows(folder:ShardFolder, plan:Plan, half:Half, matrix:dict, side:Side
     taken = taken_loss(side, fixed, start, plan.alpha, plan.unobserved_weight, pool._max_workers, native)
     return start, float(taken.sum()), norms
 
-# %% ../../nbs/models/shards.ipynb #0778c381
+# %% ../../nbs/models/shards.ipynb #ec2078fc
 class Engine(Protocol):
     "Runs functions of a number, on one machine or many."
     name: str      # for the manifest
     slots: int     # how many run together
     threads: int   # that each may use
+    facts: dict    # for the manifest of what is fitted
 
     def run(self,
         task:Callable[[int], None], # can be pickled; may be called again for the same number
@@ -327,13 +328,13 @@ class OneProcess:
     def __init__(self,
         threads:int=1, # of each shard
     ):
-        self.threads, self.slots = threads, 1
+        self.threads, self.slots, self.facts = threads, 1, {"name": self.name}
 
     def run(self, task:Callable[[int], None], numbers:Sequence[int])->None:
         "One after the other."
         for number in numbers: task(number)
 
-# %% ../../nbs/models/shards.ipynb #d3973529
+# %% ../../nbs/models/shards.ipynb #b37a690a
 class _Gone(Exception): "What a shard was made from is there no more."
 
 class ShardedFit:
@@ -378,7 +379,7 @@ class ShardedFit:
         return next((number for number in numbers
                      if self.folder.note(f"{half_folder(number)}/half.json") is not None), -1)
 
-# %% ../../nbs/models/shards.ipynb #f76a640a
+# %% ../../nbs/models/shards.ipynb #ebfd542c
 TRIES = 3 # of a half-iteration whose shards failed, each with what is still missing
 
 def finish_half(
@@ -425,7 +426,7 @@ def _random_items(fit:ShardedFit, half:Half)->None:
         fit.folder.write(f"{name}.npy", draw.standard_normal((stop - start, fit.plan.factors), dtype=np.float32))
         fit.folder.write(f"{name}.report.npy", np.zeros(3))
 
-# %% ../../nbs/models/shards.ipynb #93785e47
+# %% ../../nbs/models/shards.ipynb #f51326b4
 def _sum_up(fit:ShardedFit, half:Half)->None:
     "Sum the reports, and say that the half-iteration is finished."
     folder, f, total = half_folder(half.number), fit.plan.factors, 0
@@ -450,10 +451,10 @@ def _sum_up(fit:ShardedFit, half:Half)->None:
 
 def run_fit(
     fit:ShardedFit,
-    after:Callable[[int], None]|None=None, # called with the number of each iteration, from 1, that is finished
+    after:Callable[[int, float|None], None]|None=None, # called with each iteration, from 1, and its loss if it is taken
 )->list[tuple[int, float]]: # iteration and loss, where losses are taken
     "Go on to the end; raises `TrainError` where that cannot be."
-    number, anew = max(fit.done, 0), False
+    number, anew, reported = max(fit.done, 0), False, 0
     while number < len(fit.halves):
         half = fit.halves[number]
         try:
@@ -464,10 +465,13 @@ def run_fit(
             remove_from(fit.folder, "halves")
             number, anew = 0, True
             continue
-        if after and half.kind == "solve" and half.side == "items": after((number - 3)//2)
+        losses = dict(fit.folder.note(f"{half_folder(number)}/half.json")["losses"])
+        while after and reported < (number - 3)//2: # also those that an earlier process did
+            reported += 1
+            after(reported, losses.get(reported) if reported < fit.plan.iterations else None)
         if number > 3: remove_from(fit.folder, half_folder(number - 4)) # two before each of the last two stay
         number += 1
-    return [(iteration, loss) for iteration, loss in fit.folder.note(f"{half_folder(number - 1)}/half.json")["losses"]]
+    return [*losses.items()]
 
 def fitted_factors(
     fit:ShardedFit, # at its end
@@ -480,7 +484,7 @@ def fitted_factors(
     with one_blas_thread(), ThreadPoolExecutor(max(1, fit.engine.threads)) as pool: rotate(rows[1], basis, pool)
     return tuple(np.ascontiguousarray(factors[:, :fit.plan.factors]) for factors in rows)
 
-# %% ../../nbs/models/shards.ipynb #4fad434d
+# %% ../../nbs/models/shards.ipynb #04a521a3
 @dataclass(frozen=True)
 class Sharding:
     "Who fits in shards, and where."
@@ -512,7 +516,7 @@ def fit_sharded(
     confidence:csr_matrix, # (n_users, n_items) float32, positive
     plan:Plan,
     use:Sharding,
-    after:Callable[[int], None]|None=None, # as of `run_fit`
+    after:Callable[[int, float|None], None]|None=None, # as of `run_fit`
 )->tuple[np.ndarray, np.ndarray, list[tuple[int, float]]]: # user factors, item factors, losses as of `run_fit`
     "Fit in a folder of its own, going on with what is there; raises `TrainError` where that cannot be."
     digest = hashlib.sha256(json.dumps([asdict(plan), confidence.shape], sort_keys=True).encode())
