@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OLDEST_JAVA', 'java_release', 'spark_missing', 'SparkEngine', 'spark_engine', 'engine_named']
 
-# %% ../../nbs/models/spark.ipynb #70654c7a
+# %% ../../nbs/models/spark.ipynb #323c582d
 import os
 import re
 import shutil
@@ -17,9 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core.errors import TrainError
-from .shards import sharding
+from .shards import Engine, sharding
 
-# %% ../../nbs/models/spark.ipynb #2a4af88f
+# %% ../../nbs/models/spark.ipynb #03fd1ec0
 OLDEST_JAVA = 17 # that Spark 4 runs on
 
 def java_release(
@@ -46,7 +46,7 @@ def spark_missing()->str: # empty: nothing
         return f"{program} is Java {release or 'of an unknown release'}, and Spark needs {OLDEST_JAVA}; {install}"
     return ""
 
-# %% ../../nbs/models/spark.ipynb #85ffaf98
+# %% ../../nbs/models/spark.ipynb #e3352b5e
 class SparkEngine:
     "An engine of `models/shards` over a Spark session."
     name = "spark"
@@ -87,7 +87,7 @@ def _failure(task:Callable[[int], None], number:int)->str|None:
     try: task(number)
     except Exception as error: return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-# %% ../../nbs/models/spark.ipynb #0adfbd56
+# %% ../../nbs/models/spark.ipynb #43afa742
 _MASTERS = r"local(\[.+\])?|spark://.+|yarn|k8s://.+"
 
 def _settings(master:str, options:Mapping)->dict[str, str]:
@@ -134,10 +134,10 @@ def engine_named(
     master:str="local[*]",     # of Spark
     shards_dir:str="data/shards", # a path, or a URL, that all workers see
     options:Mapping|None=None, # as of `spark_engine`
-)->Iterator[dict]:             # for the manifest
+)->Iterator[Engine|None]:      # None: local
     "Fit ALS by an engine inside the block; raises `TrainError` for a name that is none, and like `spark_engine`."
     if engine not in ("local", "spark"): raise TrainError(f"engine={engine!r}: must be local or spark")
     if engine == "local":
-        yield {"name": "local"}
+        yield None
         return
-    with spark_engine(master, options) as spark, sharding(spark, shards_dir): yield spark.facts
+    with spark_engine(master, options) as spark, sharding(spark, shards_dir): yield spark
