@@ -8,7 +8,7 @@ __all__ = ['SIDES', 'FORMAT', 'TRIES', 'PAIRS_OF_A_SHARD', 'ShardFolder', 'sizes
            'half_folder', 'gathered', 'solve_shard', 'Engine', 'OneProcess', 'ShardedFit', 'finish_half', 'run_fit',
            'fitted_factors', 'Sharding', 'sharding', 'sharding_in_use', 'fit_sharded']
 
-# %% ../../nbs/models/shards.ipynb #38b7b03f
+# %% ../../nbs/models/shards.ipynb #37acaddc
 import hashlib
 import io
 import json
@@ -34,7 +34,7 @@ from ..data.snapshots import csr_of
 from .solver import (FACTOR_BLOCK, SHORTEST, Side, aligned_zeros, eigenbasis, exact_up_to, gram_of,
                                         padded_basis, rotate, row_regularization, row_solver, taken_loss, walk_side)
 
-# %% ../../nbs/models/shards.ipynb #982e574d
+# %% ../../nbs/models/shards.ipynb #19b65d15
 class ShardFolder:
     "Arrays and notes by name, on a local path or at a URL of fsspec."
     def __init__(self,
@@ -85,7 +85,7 @@ class ShardFolder:
         if system.exists(path): system.rm(path) # some file systems rename over no file
         system.mv(half, path)
 
-# %% ../../nbs/models/shards.ipynb #66115661
+# %% ../../nbs/models/shards.ipynb #b4572bd5
 def sizes_in(
     folder:ShardFolder,
     name:str, # of a folder in it
@@ -111,7 +111,7 @@ def remove_from(
     system, path = folder._remote(name)
     if system.exists(path): system.rm(path, recursive=True)
 
-# %% ../../nbs/models/shards.ipynb #06515242
+# %% ../../nbs/models/shards.ipynb #78423f5c
 SIDES = ("users", "items")
 
 def shard_bounds(
@@ -126,7 +126,7 @@ def shard_bounds(
     blocks = np.unique(np.concatenate([[0], np.minimum(cuts, len(starts)), [len(starts)]]))
     return np.minimum(blocks*FACTOR_BLOCK, len(counts)).astype(np.int64)
 
-# %% ../../nbs/models/shards.ipynb #9ebef1d0
+# %% ../../nbs/models/shards.ipynb #369b51d9
 FORMAT = 1 # of the files
 
 def write_matrix_shard(
@@ -174,7 +174,7 @@ def matrix_note(
     return {"format": FORMAT, "shape": [int(size) for size in shape], "bounds": bounds, "pairs": int(pairs),
             "total": float(total), "most": float(most)}
 
-# %% ../../nbs/models/shards.ipynb #7f9536ea
+# %% ../../nbs/models/shards.ipynb #54ea0081
 def matrix_shard(
     folder:ShardFolder,
     side:str, # users | items
@@ -187,7 +187,7 @@ def matrix_shard(
     shape = len(arrays["indptr"]) - 1, len(touched)
     return Side(csr_of(shape, arrays["indptr"], arrays["indices"], arrays["data"])), touched
 
-# %% ../../nbs/models/shards.ipynb #982ff350
+# %% ../../nbs/models/shards.ipynb #6f48f607
 @dataclass(frozen=True)
 class Plan:
     "What is fitted: the objective of `RotatedALS`, and how long."
@@ -226,7 +226,7 @@ def halves_of(
     number = len(halves)
     return [*halves, Half(number, "solve", "users", number - 1, number - 2, every > 0, True)]
 
-# %% ../../nbs/models/shards.ipynb #e4090ef4
+# %% ../../nbs/models/shards.ipynb #78c225eb
 def half_folder(
     number:int, # of the half-iteration
 )->str:
@@ -268,7 +268,9 @@ def solve_shard(
     own = partial(gathered, folder, bounds=bounds[half.side], rows=rows, columns=plan.factors)
     taken = norms = 0.0
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
-        if half.kind == "scale": solved = own(halves[half.start])/folder.note(f"{half_folder(2)}/half.json")["scale"]
+        if half.kind == "scale":
+            solved = own(halves[half.start])
+            solved /= np.float64(folder.note(f"{half_folder(half.start)}/half.json")["scale"]) # and not rounded first
         else:
             side, touched = matrix_shard(folder, half.side, shard)
             other = halves[half.fixed]
@@ -283,7 +285,7 @@ def solve_shard(
     folder.write(f"{name}.npy", np.ascontiguousarray(solved[:, :plan.factors]))
     folder.write(f"{name}.report.npy", np.concatenate([[taken, norms, squares], gram.ravel()]))
 
-# %% ../../nbs/models/shards.ipynb #3e8252a4
+# %% ../../nbs/models/shards.ipynb #542ea51a
 def _walk_rows(folder, plan, half, matrix, side, fixed, start, pool, solve, native)->tuple[np.ndarray, float, float]:
     "Rows of the walk; no part of a loss."
     walk_side(side, fixed, start, plan.alpha, matrix["most"], plan.unobserved_weight, solve)
@@ -308,7 +310,7 @@ def _solve_rows(folder:ShardFolder, plan:Plan, half:Half, matrix:dict, side:Side
     taken = taken_loss(side, fixed, start, plan.alpha, plan.unobserved_weight, pool._max_workers, native)
     return start, float(taken.sum()), norms
 
-# %% ../../nbs/models/shards.ipynb #ec2078fc
+# %% ../../nbs/models/shards.ipynb #c403e7b2
 class Engine(Protocol):
     "Runs functions of a number, on one machine or many."
     name: str      # for the manifest
@@ -334,7 +336,7 @@ class OneProcess:
         "One after the other."
         for number in numbers: task(number)
 
-# %% ../../nbs/models/shards.ipynb #b37a690a
+# %% ../../nbs/models/shards.ipynb #d58c4ecb
 class _Gone(Exception): "What a shard was made from is there no more."
 
 class ShardedFit:
@@ -379,7 +381,7 @@ class ShardedFit:
         return next((number for number in numbers
                      if self.folder.note(f"{half_folder(number)}/half.json") is not None), -1)
 
-# %% ../../nbs/models/shards.ipynb #ebfd542c
+# %% ../../nbs/models/shards.ipynb #58a42940
 TRIES = 3 # of a half-iteration whose shards failed, each with what is still missing
 
 def finish_half(
@@ -426,7 +428,7 @@ def _random_items(fit:ShardedFit, half:Half)->None:
         fit.folder.write(f"{name}.npy", draw.standard_normal((stop - start, fit.plan.factors), dtype=np.float32))
         fit.folder.write(f"{name}.report.npy", np.zeros(3))
 
-# %% ../../nbs/models/shards.ipynb #f51326b4
+# %% ../../nbs/models/shards.ipynb #02b13281
 def _sum_up(fit:ShardedFit, half:Half)->None:
     "Sum the reports, and say that the half-iteration is finished."
     folder, f, total = half_folder(half.number), fit.plan.factors, 0
@@ -484,7 +486,7 @@ def fitted_factors(
     with one_blas_thread(), ThreadPoolExecutor(max(1, fit.engine.threads)) as pool: rotate(rows[1], basis, pool)
     return tuple(np.ascontiguousarray(factors[:, :fit.plan.factors]) for factors in rows)
 
-# %% ../../nbs/models/shards.ipynb #04a521a3
+# %% ../../nbs/models/shards.ipynb #1075cc60
 @dataclass(frozen=True)
 class Sharding:
     "Who fits in shards, and where."
