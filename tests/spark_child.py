@@ -22,7 +22,7 @@ def main(url, folder, models):
         users, items, _ = fit_sharded(load_npz(folder / "confidence.npz"), plan, Sharding(engine, str(folder)), say)
         np.savez(folder / "factors.npz", users=users, items=items)
         with open_for_batch(models, feedback="") as recommender:
-            write_batch(recommender, Question(n=5), folder / "lists", part=4, progress=False,
+            write_batch(recommender, Question(n=5), folder / "lists", part=8, progress=False,
                         helpers=Helpers(engine, models, ""))  # fmt: skip
 
 

@@ -72,7 +72,7 @@ class Cluster:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.shown}/json/", timeout=5) as answer:
                 return json.load(answer)["aliveworkers"]
-        except OSError:
+        except (OSError, ValueError):  # not up yet
             return 0
 
 

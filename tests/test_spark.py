@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, save_npz
 from spark_cluster import cluster, kill
-from support import ROOT, bare_environment, call, fresh_project, publish_board, until
+from support import ROOT, bare_environment, call, fresh_project, publish_board, train, until
 
 from product_recs.bundle.opening import open_bundle
 from product_recs.core.errors import TrainError
@@ -20,7 +20,18 @@ from product_recs.feedback.store import Store
 from product_recs.jobs.batch import BatchError, Helpers, Question, open_for_batch, write_batch
 from product_recs.models.als import fit_als
 from product_recs.models.interface import top_lists
-from product_recs.models.shards import OneProcess, Plan, Sharding, fit_sharded, sharding
+from product_recs.models.shards import (
+    OneProcess,
+    Plan,
+    ShardedFit,
+    ShardFolder,
+    Sharding,
+    fit_sharded,
+    remove_from,
+    run_fit,
+    sharding,
+    write_matrix,
+)
 from product_recs.models.solver import RotatedALS
 from product_recs.models.spark import engine_named, spark_engine, spark_missing
 
@@ -72,16 +83,11 @@ def test_the_defaults_of_als(engine, confidence, tmp_path):
 @needs_spark
 def test_a_failure_comes_back_as_a_sentence(engine, confidence, tmp_path):
     with pytest.raises(TrainError, match=r"failed 3 times: FileNotFoundError.*What is done is kept"):
-        folder = Sharding(engine, str(tmp_path))
-        tmp_path.joinpath("lost").touch()
-        broken = csr_matrix(confidence)
-        fit_sharded_without_pairs(broken, folder)
+        fit_without_pairs(confidence, Sharding(engine, str(tmp_path)))
 
 
-def fit_sharded_without_pairs(confidence, use):
+def fit_without_pairs(confidence, use):
     "The matrix of the workers is not there: the folder is not the same for all."
-    from product_recs.models.shards import ShardedFit, ShardFolder, remove_from, run_fit, write_matrix
-
     folder = ShardFolder(f"{use.place}/fit")
     write_matrix(folder, confidence, 2)
     remove_from(folder, "matrix")
@@ -112,15 +118,16 @@ def test_the_lists_are_those_of_one_process(engine, tmp_path):
 @needs_spark
 def test_the_job_takes_an_engine(tmp_path):
     project = fresh_project(tmp_path)
-    parameters = ["model=ALS", "next_model=none", "factors=8", "iterations=3", "publish_bundle=False"]
-    versions = []
-    for more in (["engine=local"], ["engine=spark", "spark_master=local[2]"]):
-        words = [word for text in (*parameters, *more) for word in ("-p", *text.split("=", 1))]
-        done = call(project, "papermill", "nbs/03_train.ipynb", "out.ipynb", *words)
-        assert done.returncode == 0, done.stderr[-3000:]
-        versions.append(json.loads((project / "reports/sample/metrics.json").read_text())["03_train"]["version"])
-    local, spark = (open_bundle(project / "models", version, verify=True) for version in versions)
+    version_of_local = train(tmp_path / "alone", next_model="none", iterations=3, loss_every=5)
+    local = open_bundle(tmp_path / "alone/models", version_of_local)
     assert local.manifest["metrics"]["engine"] == {"name": "local"}
+    parameters = ["model=ALS", "next_model=none", "factors=8", "iterations=3", "publish_bundle=False", "engine=spark",
+                  "spark_master=local[2]"]  # fmt: skip
+    words = [word for text in parameters for word in ("-p", *text.split("=", 1))]
+    done = call(project, "papermill", "nbs/03_train.ipynb", "out.ipynb", *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    version = json.loads((project / "reports/sample/metrics.json").read_text())["03_train"]["version"]
+    spark = open_bundle(project / "models", version, verify=True)
     facts = spark.manifest["metrics"]["engine"]
     assert (facts["name"], facts["master"], facts["slots"]) == ("spark", "local[2]", 2)
     assert spark.manifest["parts"].keys() == local.manifest["parts"].keys()

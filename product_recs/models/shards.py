@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'FORMAT', 'TRIES', 'PAIRS_OF_A_SHARD', 'ShardFolder', 'sizes_in', 'remove_from', 'shard_bounds',
-           'write_matrix_shard', 'write_matrix', 'matrix_note', 'matrix_shard', 'Plan', 'Half', 'halves_of',
-           'half_folder', 'gathered', 'solve_shard', 'Engine', 'OneProcess', 'ShardedFit', 'finish_half', 'run_fit',
-           'fitted_factors', 'Sharding', 'sharding', 'sharding_in_use', 'fit_sharded']
+           'bounds_of_blocks', 'write_matrix_shard', 'write_matrix', 'matrix_note', 'matrix_shard', 'Plan', 'Half',
+           'halves_of', 'half_folder', 'gathered', 'solve_shard', 'Engine', 'OneProcess', 'ShardedFit', 'finish_half',
+           'run_fit', 'fitted_factors', 'Sharding', 'sharding', 'sharding_in_use', 'fit_sharded']
 
-# %% ../../nbs/models/shards.ipynb #37acaddc
+# %% ../../nbs/models/shards.ipynb #3b6296fe
 import hashlib
 import io
 import json
@@ -34,7 +34,7 @@ from ..data.snapshots import csr_of
 from .solver import (FACTOR_BLOCK, SHORTEST, Side, aligned_zeros, eigenbasis, exact_up_to, gram_of,
                                         padded_basis, rotate, row_regularization, row_solver, taken_loss, walk_side)
 
-# %% ../../nbs/models/shards.ipynb #19b65d15
+# %% ../../nbs/models/shards.ipynb #584cdc90
 class ShardFolder:
     "Arrays and notes by name, on a local path or at a URL of fsspec."
     def __init__(self,
@@ -85,7 +85,7 @@ class ShardFolder:
         if system.exists(path): system.rm(path) # some file systems rename over no file
         system.mv(half, path)
 
-# %% ../../nbs/models/shards.ipynb #b4572bd5
+# %% ../../nbs/models/shards.ipynb #6da5492c
 def sizes_in(
     folder:ShardFolder,
     name:str, # of a folder in it
@@ -111,7 +111,7 @@ def remove_from(
     system, path = folder._remote(name)
     if system.exists(path): system.rm(path, recursive=True)
 
-# %% ../../nbs/models/shards.ipynb #78423f5c
+# %% ../../nbs/models/shards.ipynb #731cb023
 SIDES = ("users", "items")
 
 def shard_bounds(
@@ -119,14 +119,22 @@ def shard_bounds(
     shards:int,        # wanted; there may be fewer
 )->np.ndarray:         # (k + 1,) int64, first row of each shard, and n
     "Rows of the shards of a side: whole blocks, with about equally many pairs."
-    starts = np.arange(0, len(counts), FACTOR_BLOCK)
-    if not len(starts): return np.zeros(2, np.int64)
-    work = np.cumsum(np.add.reduceat(counts.astype(np.int64) + 1, starts)) # a row without pairs costs something, too
-    cuts = np.searchsorted(work, work[-1]*np.arange(1, shards)/shards) + 1
-    blocks = np.unique(np.concatenate([[0], np.minimum(cuts, len(starts)), [len(starts)]]))
-    return np.minimum(blocks*FACTOR_BLOCK, len(counts)).astype(np.int64)
+    if not len(counts): return np.zeros(2, np.int64)
+    return bounds_of_blocks(np.add.reduceat(counts.astype(np.int64), np.arange(0, len(counts), FACTOR_BLOCK)),
+                            len(counts), shards)
 
-# %% ../../nbs/models/shards.ipynb #369b51d9
+def bounds_of_blocks(
+    counts:np.ndarray, # (b,) pairs of each block of rows
+    rows:int,          # of the side
+    shards:int,        # wanted; there may be fewer
+)->np.ndarray:         # as of `shard_bounds`
+    "The same where nobody has counted single rows."
+    work = np.cumsum(counts + FACTOR_BLOCK) # a row without pairs costs something, too
+    cuts = np.searchsorted(work, work[-1]*np.arange(1, shards)/shards) + 1
+    blocks = np.unique(np.concatenate([[0], np.minimum(cuts, len(counts)), [len(counts)]]))
+    return np.minimum(blocks*FACTOR_BLOCK, rows).astype(np.int64)
+
+# %% ../../nbs/models/shards.ipynb #eda6ef94
 FORMAT = 1 # of the files
 
 def write_matrix_shard(
@@ -174,7 +182,7 @@ def matrix_note(
     return {"format": FORMAT, "shape": [int(size) for size in shape], "bounds": bounds, "pairs": int(pairs),
             "total": float(total), "most": float(most)}
 
-# %% ../../nbs/models/shards.ipynb #54ea0081
+# %% ../../nbs/models/shards.ipynb #4d69a084
 def matrix_shard(
     folder:ShardFolder,
     side:str, # users | items
@@ -187,7 +195,7 @@ def matrix_shard(
     shape = len(arrays["indptr"]) - 1, len(touched)
     return Side(csr_of(shape, arrays["indptr"], arrays["indices"], arrays["data"])), touched
 
-# %% ../../nbs/models/shards.ipynb #6f48f607
+# %% ../../nbs/models/shards.ipynb #14e07df3
 @dataclass(frozen=True)
 class Plan:
     "What is fitted: the objective of `RotatedALS`, and how long."
@@ -226,7 +234,7 @@ def halves_of(
     number = len(halves)
     return [*halves, Half(number, "solve", "users", number - 1, number - 2, every > 0, True)]
 
-# %% ../../nbs/models/shards.ipynb #78c225eb
+# %% ../../nbs/models/shards.ipynb #63b624d5
 def half_folder(
     number:int, # of the half-iteration
 )->str:
@@ -285,7 +293,7 @@ def solve_shard(
     folder.write(f"{name}.npy", np.ascontiguousarray(solved[:, :plan.factors]))
     folder.write(f"{name}.report.npy", np.concatenate([[taken, norms, squares], gram.ravel()]))
 
-# %% ../../nbs/models/shards.ipynb #542ea51a
+# %% ../../nbs/models/shards.ipynb #df58e02d
 def _walk_rows(folder, plan, half, matrix, side, fixed, start, pool, solve, native)->tuple[np.ndarray, float, float]:
     "Rows of the walk; no part of a loss."
     walk_side(side, fixed, start, plan.alpha, matrix["most"], plan.unobserved_weight, solve)
@@ -310,7 +318,7 @@ def _solve_rows(folder:ShardFolder, plan:Plan, half:Half, matrix:dict, side:Side
     taken = taken_loss(side, fixed, start, plan.alpha, plan.unobserved_weight, pool._max_workers, native)
     return start, float(taken.sum()), norms
 
-# %% ../../nbs/models/shards.ipynb #c403e7b2
+# %% ../../nbs/models/shards.ipynb #f629d62e
 class Engine(Protocol):
     "Runs functions of a number, on one machine or many."
     name: str      # for the manifest
@@ -336,7 +344,7 @@ class OneProcess:
         "One after the other."
         for number in numbers: task(number)
 
-# %% ../../nbs/models/shards.ipynb #d58c4ecb
+# %% ../../nbs/models/shards.ipynb #cbbbb74d
 class _Gone(Exception): "What a shard was made from is there no more."
 
 class ShardedFit:
@@ -381,7 +389,7 @@ class ShardedFit:
         return next((number for number in numbers
                      if self.folder.note(f"{half_folder(number)}/half.json") is not None), -1)
 
-# %% ../../nbs/models/shards.ipynb #58a42940
+# %% ../../nbs/models/shards.ipynb #1e3c4ff8
 TRIES = 3 # of a half-iteration whose shards failed, each with what is still missing
 
 def finish_half(
@@ -428,7 +436,7 @@ def _random_items(fit:ShardedFit, half:Half)->None:
         fit.folder.write(f"{name}.npy", draw.standard_normal((stop - start, fit.plan.factors), dtype=np.float32))
         fit.folder.write(f"{name}.report.npy", np.zeros(3))
 
-# %% ../../nbs/models/shards.ipynb #02b13281
+# %% ../../nbs/models/shards.ipynb #ec8f864a
 def _sum_up(fit:ShardedFit, half:Half)->None:
     "Sum the reports, and say that the half-iteration is finished."
     folder, f, total = half_folder(half.number), fit.plan.factors, 0
@@ -486,7 +494,7 @@ def fitted_factors(
     with one_blas_thread(), ThreadPoolExecutor(max(1, fit.engine.threads)) as pool: rotate(rows[1], basis, pool)
     return tuple(np.ascontiguousarray(factors[:, :fit.plan.factors]) for factors in rows)
 
-# %% ../../nbs/models/shards.ipynb #1075cc60
+# %% ../../nbs/models/shards.ipynb #e3a9fc73
 @dataclass(frozen=True)
 class Sharding:
     "Who fits in shards, and where."
