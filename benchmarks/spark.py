@@ -219,10 +219,13 @@ def page(figures):
             f"{shown(row.get('worker'))} | {shown(row['driver'])} |"
         )
     if kill := figures.get("kill"):
-        lines += ["", "**A worker killed.** A standalone master and two workers on loopback, "
-                  f"{kill['millions']} million pairs, one worker killed with -9 in the middle of the second iteration: the fit went on with the "
-                  "other, and its factors differ from those of one process by at most "
-                  f"{kill['largest_difference']:.1e}."]  # fmt: skip
+        lines += [
+            "",
+            "**A worker killed.** A standalone master and two workers on loopback, "
+            f"{kill['millions']} million pairs, one worker killed with -9 in the middle of the second iteration: the "
+            "fit went on with the other, and its factors differ from those of one process by at most "
+            f"{kill['largest_difference']:.1e}.",
+        ]
     lines += ["", "One process wins as long as the matrix fits into its memory; Spark is for what does not."]
     return "\n".join(lines) + "\n"
 
