@@ -15,8 +15,10 @@ from support import ROOT, bare_environment, call, fresh_project, publish_board, 
 
 from product_recs.bundle.opening import open_bundle
 from product_recs.core.errors import TrainError
+from product_recs.features import build_features
 from product_recs.feedback.records import NewEvent
 from product_recs.feedback.store import Store
+from product_recs.ingest import ingest
 from product_recs.jobs.batch import BatchError, Helpers, Question, open_for_batch, write_batch
 from product_recs.models.als import fit_als
 from product_recs.models.interface import top_lists
@@ -27,13 +29,15 @@ from product_recs.models.shards import (
     ShardFolder,
     Sharding,
     fit_sharded,
+    fitted_factors,
     remove_from,
     run_fit,
     sharding,
     write_matrix,
 )
 from product_recs.models.solver import RotatedALS
-from product_recs.models.spark import engine_named, spark_engine, spark_missing
+from product_recs.models.spark import engine_named, spark_engine, spark_missing, write_matrix_by
+from product_recs.models.spark_pairs import pairs_of_log
 
 needs_spark = pytest.mark.skipif(bool(spark_missing()), reason=spark_missing() or "it is there")
 
@@ -41,7 +45,7 @@ needs_spark = pytest.mark.skipif(bool(spark_missing()), reason=spark_missing() o
 @pytest.fixture(scope="module")
 def engine():
     "One session for the file: it takes seconds to start."
-    with spark_engine("local[2]") as started:
+    with spark_engine("local[2]", {"spark.sql.shuffle.partitions": 4}) as started:
         yield started
 
 
@@ -78,6 +82,36 @@ def test_the_defaults_of_als(engine, confidence, tmp_path):
     assert by_spark.parameters == alone.parameters and by_spark.scale == alone.scale
     scores = [model.user_factors[:500] @ model.item_factors.T for model in (by_spark, alone)]
     assert np.abs(scores[0] - scores[1]).max() < 1e-4 * np.abs(scores[1]).max()
+
+
+@needs_spark
+def test_a_log_by_spark_is_the_log_of_the_features(engine, tmp_path):
+    "The same ids, confidences and factors, from what the ingest wrote."
+    ingest(ROOT / "data/interactions.csv", tmp_path / "run", progress=False)
+    log = engine.session.read.parquet(str(tmp_path / "run/interactions.parquet"))
+    for given in ({}, {"half_life_days": 30, "weighting": "log1p", "quantity": "log1p", "min_item_users": 40,
+                       "min_user_items": 8}):  # fmt: skip
+        features = build_features(tmp_path / "run", tmp_path / "features", **given)
+        made = pairs_of_log(engine, log, **given)
+        expected = features.all.confidence
+        assert made.shape == expected.shape
+        rows = made.pairs.toArrow()
+        user, item, value = (rows[name].to_numpy() for name in ("user", "item", "confidence"))
+        by_spark = csr_matrix((value, (user, item)), shape=made.shape)
+        assert by_spark.nnz == expected.nnz and abs(by_spark - expected).max() < 1e-5 * expected.max()
+        for side, ids in (("user", features.users), ("item", features.items)):
+            frame = getattr(made, f"{side}s").orderBy("row").toArrow()
+            assert frame[f"{side}_id"].to_pylist() == ids.ids.tolist()
+    folder, plan = ShardFolder(tmp_path / "fit"), Plan(factors=8, iterations=3)
+    write_matrix_by(engine, made.pairs, made.shape, folder, 2)
+    fit = ShardedFit(folder, plan, engine)
+    run_fit(fit)
+    alone = RotatedALS(expected, 8, num_threads=1)
+    for _ in range(3):
+        alone.step()
+    alone.solve_users()
+    users, items = fitted_factors(fit)
+    assert np.abs(users @ items.T - alone.user_factors @ alone.item_factors.T).max() < 1e-4
 
 
 @needs_spark

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OLDEST_JAVA', 'java_release', 'spark_missing', 'SparkEngine', 'spark_engine', 'engine_named', 'write_matrix_by']
 
-# %% ../../nbs/models/spark.ipynb #f59ab1cd
+# %% ../../nbs/models/spark.ipynb #84a76498
 import math
 import os
 import re
@@ -28,7 +28,7 @@ from .shards import (SIDES, Engine, ShardFolder, bounds_of_blocks, matrix_note, 
                                         write_matrix_shard)
 from .solver import FACTOR_BLOCK
 
-# %% ../../nbs/models/spark.ipynb #8832c6e6
+# %% ../../nbs/models/spark.ipynb #6f675b7e
 OLDEST_JAVA = 17 # that Spark 4 runs on
 
 def java_release(
@@ -55,7 +55,7 @@ def spark_missing()->str: # empty: nothing
         return f"{program} is Java {release or 'of an unknown release'}, and Spark needs {OLDEST_JAVA}; {install}"
     return ""
 
-# %% ../../nbs/models/spark.ipynb #d8295def
+# %% ../../nbs/models/spark.ipynb #282830f8
 class SparkEngine:
     "An engine of `models/shards` over a Spark session."
     name = "spark"
@@ -104,13 +104,13 @@ def _failure(task:Callable[[int], None], number:int)->str|None:
     try: task(number)
     except Exception as error: return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-# %% ../../nbs/models/spark.ipynb #4d4c1663
+# %% ../../nbs/models/spark.ipynb #dce670f3
 _MASTERS = r"local(\[.+\])?|spark://.+|yarn|k8s://.+"
 
 def _settings(master:str, options:Mapping)->dict[str, str]:
     "Settings of a session; those given come last."
     usual = {"spark.master": master, "spark.app.name": "product-recs", "spark.ui.enabled": "false",
-             "spark.ui.showConsoleProgress": "false", "spark.log.level": "ERROR",
+             "spark.ui.showConsoleProgress": "false", "spark.sql.session.timeZone": "UTC", "spark.log.level": "ERROR",
              "spark.sql.adaptive.coalescePartitions.enabled": "false"}
     if master.startswith("local"): usual |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1"}
     for name, value in options.items():
@@ -160,7 +160,7 @@ def engine_named(
         return
     with spark_engine(master, options) as spark, sharding(spark, shards_dir): yield spark
 
-# %% ../../nbs/models/spark.ipynb #8658b6a9
+# %% ../../nbs/models/spark.ipynb #c1d4131f
 def _shard_writer(place:str, side:str, bounds:list[int], others:int)->Callable:
     "Writes the pairs that a task of Spark gets as one shard."
     def write(batches):
