@@ -8,7 +8,7 @@ __all__ = ['SIDES', 'FORMAT', 'TRIES', 'PAIRS_OF_A_SHARD', 'ShardFolder', 'sizes
            'halves_of', 'half_folder', 'gathered', 'solve_shard', 'Engine', 'OneProcess', 'ShardedFit', 'finish_half',
            'run_fit', 'fitted_factors', 'Sharding', 'sharding', 'sharding_in_use', 'fit_sharded']
 
-# %% ../../nbs/models/shards.ipynb #3b6296fe
+# %% ../../nbs/models/shards.ipynb #9f4cb8ae
 import hashlib
 import io
 import json
@@ -34,7 +34,7 @@ from ..data.snapshots import csr_of
 from .solver import (FACTOR_BLOCK, SHORTEST, Side, aligned_zeros, eigenbasis, exact_up_to, gram_of,
                                         padded_basis, rotate, row_regularization, row_solver, taken_loss, walk_side)
 
-# %% ../../nbs/models/shards.ipynb #584cdc90
+# %% ../../nbs/models/shards.ipynb #2437339e
 class ShardFolder:
     "Arrays and notes by name, on a local path or at a URL of fsspec."
     def __init__(self,
@@ -85,7 +85,7 @@ class ShardFolder:
         if system.exists(path): system.rm(path) # some file systems rename over no file
         system.mv(half, path)
 
-# %% ../../nbs/models/shards.ipynb #6da5492c
+# %% ../../nbs/models/shards.ipynb #9324de06
 def sizes_in(
     folder:ShardFolder,
     name:str, # of a folder in it
@@ -111,7 +111,7 @@ def remove_from(
     system, path = folder._remote(name)
     if system.exists(path): system.rm(path, recursive=True)
 
-# %% ../../nbs/models/shards.ipynb #731cb023
+# %% ../../nbs/models/shards.ipynb #3c26e062
 SIDES = ("users", "items")
 
 def shard_bounds(
@@ -134,7 +134,7 @@ def bounds_of_blocks(
     blocks = np.unique(np.concatenate([[0], np.minimum(cuts, len(counts)), [len(counts)]]))
     return np.minimum(blocks*FACTOR_BLOCK, rows).astype(np.int64)
 
-# %% ../../nbs/models/shards.ipynb #eda6ef94
+# %% ../../nbs/models/shards.ipynb #1d0a55d5
 FORMAT = 1 # of the files
 
 def write_matrix_shard(
@@ -182,7 +182,7 @@ def matrix_note(
     return {"format": FORMAT, "shape": [int(size) for size in shape], "bounds": bounds, "pairs": int(pairs),
             "total": float(total), "most": float(most)}
 
-# %% ../../nbs/models/shards.ipynb #4d69a084
+# %% ../../nbs/models/shards.ipynb #6e2fa057
 def matrix_shard(
     folder:ShardFolder,
     side:str, # users | items
@@ -195,7 +195,7 @@ def matrix_shard(
     shape = len(arrays["indptr"]) - 1, len(touched)
     return Side(csr_of(shape, arrays["indptr"], arrays["indices"], arrays["data"])), touched
 
-# %% ../../nbs/models/shards.ipynb #14e07df3
+# %% ../../nbs/models/shards.ipynb #f15466bd
 @dataclass(frozen=True)
 class Plan:
     "What is fitted: the objective of `RotatedALS`, and how long."
@@ -234,7 +234,7 @@ def halves_of(
     number = len(halves)
     return [*halves, Half(number, "solve", "users", number - 1, number - 2, every > 0, True)]
 
-# %% ../../nbs/models/shards.ipynb #63b624d5
+# %% ../../nbs/models/shards.ipynb #75105fbf
 def half_folder(
     number:int, # of the half-iteration
 )->str:
@@ -293,7 +293,7 @@ def solve_shard(
     folder.write(f"{name}.npy", np.ascontiguousarray(solved[:, :plan.factors]))
     folder.write(f"{name}.report.npy", np.concatenate([[taken, norms, squares], gram.ravel()]))
 
-# %% ../../nbs/models/shards.ipynb #df58e02d
+# %% ../../nbs/models/shards.ipynb #68a2ae1c
 def _walk_rows(folder, plan, half, matrix, side, fixed, start, pool, solve, native)->tuple[np.ndarray, float, float]:
     "Rows of the walk; no part of a loss."
     walk_side(side, fixed, start, plan.alpha, matrix["most"], plan.unobserved_weight, solve)
@@ -318,7 +318,7 @@ def _solve_rows(folder:ShardFolder, plan:Plan, half:Half, matrix:dict, side:Side
     taken = taken_loss(side, fixed, start, plan.alpha, plan.unobserved_weight, pool._max_workers, native)
     return start, float(taken.sum()), norms
 
-# %% ../../nbs/models/shards.ipynb #f629d62e
+# %% ../../nbs/models/shards.ipynb #88593605
 class Engine(Protocol):
     "Runs functions of a number, on one machine or many."
     name: str      # for the manifest
@@ -344,7 +344,7 @@ class OneProcess:
         "One after the other."
         for number in numbers: task(number)
 
-# %% ../../nbs/models/shards.ipynb #cbbbb74d
+# %% ../../nbs/models/shards.ipynb #ec4c4750
 class _Gone(Exception): "What a shard was made from is there no more."
 
 class ShardedFit:
@@ -379,8 +379,11 @@ class ShardedFit:
         return lost
 
     def is_done(self, half:Half)->bool:
-        "Is it finished, and are all its shards there?"
-        return self.folder.note(f"{half_folder(half.number)}/half.json") is not None and not self.missing(half)
+        "Is it finished, and is all of it there?"
+        folder = half_folder(half.number)
+        needed = {"random": set(), "solve": {"basis.npy", "gram.npy"}}.get(half.kind, {"gram.npy"})
+        return (self.folder.note(f"{folder}/half.json") is not None and needed <= {*sizes_in(self.folder, folder)}
+                and not self.missing(half))
 
     @property
     def done(self)->int: # -1: none
@@ -389,7 +392,7 @@ class ShardedFit:
         return next((number for number in numbers
                      if self.folder.note(f"{half_folder(number)}/half.json") is not None), -1)
 
-# %% ../../nbs/models/shards.ipynb #1e3c4ff8
+# %% ../../nbs/models/shards.ipynb #36c40e9a
 TRIES = 3 # of a half-iteration whose shards failed, each with what is still missing
 
 def finish_half(
@@ -436,7 +439,7 @@ def _random_items(fit:ShardedFit, half:Half)->None:
         fit.folder.write(f"{name}.npy", draw.standard_normal((stop - start, fit.plan.factors), dtype=np.float32))
         fit.folder.write(f"{name}.report.npy", np.zeros(3))
 
-# %% ../../nbs/models/shards.ipynb #ec8f864a
+# %% ../../nbs/models/shards.ipynb #7dda8166
 def _sum_up(fit:ShardedFit, half:Half)->None:
     "Sum the reports, and say that the half-iteration is finished."
     folder, f, total = half_folder(half.number), fit.plan.factors, 0
@@ -494,7 +497,7 @@ def fitted_factors(
     with one_blas_thread(), ThreadPoolExecutor(max(1, fit.engine.threads)) as pool: rotate(rows[1], basis, pool)
     return tuple(np.ascontiguousarray(factors[:, :fit.plan.factors]) for factors in rows)
 
-# %% ../../nbs/models/shards.ipynb #e3a9fc73
+# %% ../../nbs/models/shards.ipynb #2e583ade
 @dataclass(frozen=True)
 class Sharding:
     "Who fits in shards, and where."
