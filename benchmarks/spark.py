@@ -7,7 +7,7 @@ Generated interactions lie in Parquet: users and products as for `benchmarks/tra
 long tail, 64 factors. Each arm is a process of its own, so that its memory can be read. `ours` is Spark in local[2]:
 Spark cuts the pairs into shards of both sides, then `models/shards` fits; the JVM has at most 2 GiB, and the table
 has the largest Python worker beside it. `MLlib` reads the same pairs; its time is the difference of two fits with
-different numbers of iterations, it has another objective (its regularization grows with the row, no weight of
+one and two iterations, it has another objective (its regularization grows with the row, no weight of
 untaken cells), and it is left out above `--mllib` million pairs. `one` is `RotatedALS` on both cores, in memory.
 
 `--kill` fits the first of the sizes on a standalone cluster on loopback, a master and two workers with 2 GiB each,
@@ -90,18 +90,39 @@ def peak_of_self():
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
 
 
+class Clock:
+    "Wall and CPU seconds of each iteration, of this process and all below it."
+
+    def __init__(self):
+        self.marks = []
+        self.look()
+
+    def look(self, *_):
+        import psutil
+
+        spent = sum(psutil.Process().cpu_times()[:2])
+        for process in psutil.Process().children(recursive=True):
+            try:
+                spent += sum(process.cpu_times()[:2])
+            except psutil.Error:
+                pass
+        self.marks.append((time.perf_counter(), spent))
+
+    def medians(self, first=0):
+        wall, cpu = np.median(np.diff(self.marks[first:], axis=0), axis=0)
+        return {"seconds": float(wall), "cpu": float(cpu)}
+
+
 def one(folder, millions, iterations):
     from product_recs.models.solver import RotatedALS
 
-    matrix, seconds = read(folder, millions), []
-    began = time.perf_counter()
+    matrix, began = read(folder, millions), time.perf_counter()
     model = RotatedALS(matrix, **OBJECTIVE)
-    setup = time.perf_counter() - began
+    setup, clock = time.perf_counter() - began, Clock()
     for _ in range(iterations):
-        began = time.perf_counter()
         model.step()
-        seconds.append(time.perf_counter() - began)
-    return {"pairs": int(matrix.nnz), "setup": setup, "seconds": float(np.median(seconds)), "driver": peak_of_self()}
+        clock.look()
+    return {"pairs": int(matrix.nnz), "setup": setup, "driver": peak_of_self()} | clock.medians()
 
 
 SETTINGS = {"spark.driver.memory": "2g", "spark.sql.shuffle.partitions": "8"}
@@ -117,30 +138,30 @@ def ours(folder, millions, iterations, place):
         pairs = engine.session.read.parquet(str(folder))
         wanted = max(4, -(-int(millions * 1e6) // PAIRS_OF_A_SHARD))
         note = write_matrix_by(engine, pairs, SIZES[millions], shards, wanted)
-        setup = time.perf_counter() - began
-        fit = ShardedFit(shards, Plan(**OBJECTIVE, iterations=iterations, loss_every=0), engine)
-        run_fit(fit)
-        halves = [fit.seconds[number] for number in range(4, 4 + 2 * iterations)]
-        seconds = float(np.median(np.add(halves[::2], halves[1::2])))
+        setup, clock = time.perf_counter() - began, Clock()
+        # the first one has the walk before it
+        run_fit(ShardedFit(shards, Plan(**OBJECTIVE, iterations=iterations + 1, loss_every=0), engine), clock.look)
     peaks = {"jvm": watch.peaks["java"], "worker": watch.peaks["python"], "driver": peak_of_self()}
-    return {"pairs": note["pairs"], "setup": setup, "seconds": seconds, "shards": wanted} | peaks
+    return {"pairs": note["pairs"], "setup": setup, "shards": wanted} | clock.medians(1) | peaks
 
 
 def mllib(folder, millions, iterations):
-    from product_recs.models.spark import spark_engine
     from pyspark.ml.recommendation import ALS
 
-    watch = Watch()
+    from product_recs.models.spark import spark_engine
+
+    watch, clocks = Watch(), []
     with spark_engine("local[2]", SETTINGS | {"spark.driver.memory": "8g"}) as engine:
         pairs = engine.session.read.parquet(str(folder)).cache()
-        count, spent = pairs.count(), []
-        for number in (1, 1, 1 + iterations):  # the first one compiles
-            began = time.perf_counter()
+        count = pairs.count()
+        for number in (1, 2):  # the first one also compiles, so the difference is not too large
+            clocks.append(Clock())
             ALS(userCol="user", itemCol="item", ratingCol="confidence", rank=64, maxIter=number, implicitPrefs=True,
                 regParam=0.1, alpha=1.0, seed=0).fit(pairs)  # fmt: skip
-            spent.append(time.perf_counter() - began)
-    seconds = (spent[2] - spent[1]) / iterations
-    return {"pairs": count, "setup": None, "seconds": seconds, "jvm": watch.peaks["java"], "driver": peak_of_self()}
+            clocks[-1].look()
+    single, double = (clock.medians() for clock in clocks)
+    spent = {name: double[name] - single[name] for name in single}
+    return {"pairs": count, "setup": None, "jvm": watch.peaks["java"], "driver": peak_of_self()} | spent
 
 
 def cluster_fit(folder, millions, url, place):
@@ -202,20 +223,22 @@ def page(figures):
     lines = [
         "# ALS over Spark",
         "",
-        f"Made by `make bench-spark` on {figures['cores']} cores, which other work shared, with 64 factors and "
-        f"{figures['iterations']} iterations; the median of an iteration. `ours` and MLlib are Spark "
-        f"{figures['spark']} in local[2]; the JVM of `ours` may have 2 GiB, that of MLlib 8. Setup is what comes "
-        "before the first iteration: for `ours` Spark's cut into shards, for one process the transposed matrix. MB "
-        "are peaks of one process. MLlib has another objective, and was left out where it would take hours.",
+        f"Made by `make bench-spark` on {figures['cores']} cores, which other work shared, with 64 factors; "
+        f"medians of {figures['iterations']} iterations. CPU seconds are those of all processes of an arm. `ours` and "
+        f"MLlib are Spark {figures['spark']} in local[2]; the JVM of `ours` may have 2 GiB, that of MLlib 8. Setup is "
+        "what comes before the first iteration: for `ours` Spark's cut into shards, for one process the transposed "
+        "matrix. MB are the peak of the JVM, of the largest Python worker and of the driver. MLlib has another "
+        "objective, and was left out where it would take hours.",
         "",
-        "| million pairs | arm | s an iteration | ns a pair | setup, s | JVM, MB | largest worker, MB | driver, MB |",
-        "|---|---|---|---|---|---|---|---|",
+        "| million pairs | arm | s an iteration | CPU s | CPU ns a pair | setup, s | JVM, MB | worker, MB "
+        "| driver, MB |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     shown = lambda value, form=",.0f": "" if value is None else format(value, form)
-    for row in figures["rows"]:
+    for row in sorted(figures.get("rows", ()), key=lambda row: row["pairs"]):
         lines.append(
-            f"| {row['pairs'] / 1e6:.1f} | {row['arm']} | {row['seconds']:.2f} | "
-            f"{row['seconds'] / row['pairs'] * 1e9:.0f} | {shown(row['setup'], '.1f')} | {shown(row.get('jvm'))} | "
+            f"| {row['pairs'] / 1e6:.1f} | {row['arm']} | {row['seconds']:.2f} | {row['cpu']:.2f} | "
+            f"{row['cpu'] / row['pairs'] * 1e9:.0f} | {shown(row['setup'], '.1f')} | {shown(row.get('jvm'))} | "
             f"{shown(row.get('worker'))} | {shown(row['driver'])} |"
         )
     if kill := figures.get("kill"):
@@ -228,6 +251,15 @@ def page(figures):
         ]
     lines += ["", "One process wins as long as the matrix fits into its memory; Spark is for what does not."]
     return "\n".join(lines) + "\n"
+
+
+def keep(figures, options):
+    if not options.write:
+        return
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "spark.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (out / "spark.md").write_text(page(figures), encoding="utf-8")
 
 
 def main(options):
@@ -247,8 +279,7 @@ def main(options):
         raise SystemExit(f"Spark cannot be measured: {missing}")
     import pyspark
 
-    out = Path(options.out)
-    file = out / "spark.json"
+    file = Path(options.out) / "spark.json"
     figures = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     figures |= {"cores": os.cpu_count(), "spark": pyspark.__version__, "iterations": options.iterations}
     data = Path(options.data or ROOT / "build/bench/spark")
@@ -256,17 +287,14 @@ def main(options):
         figures["kill"] = killed(generate(data / str(sizes[0]), sizes[0]), sizes[0])
     else:
         figures["rows"] = []
-        for millions in sizes:
-            folder = generate(data / str(millions), millions)
-            for arm in ("one", "ours", *(["mllib"] if millions <= options.mllib else [])):
-                row = {"arm": {"one": "one process", "mllib": "MLlib"}.get(arm, arm)}
-                row |= measure(arm, millions, folder, options.iterations)
-                figures["rows"].append(row)
-                print(f"{millions:3} million pairs, {row['arm']:12} {row['seconds']:8.2f} s an iteration", flush=True)
-    if options.write:
-        out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        (out / "spark.md").write_text(page(figures), encoding="utf-8")
+        arms = [(millions, arm) for millions in sizes for arm in ("one", "ours")]
+        for millions, arm in [*arms, *((millions, "mllib") for millions in sizes if millions <= options.mllib)]:
+            row = {"arm": {"one": "one process", "mllib": "MLlib"}.get(arm, arm)}
+            row |= measure(arm, millions, generate(data / str(millions), millions), options.iterations)
+            figures["rows"].append(row)
+            print(f"{millions:3} million pairs, {row['arm']:12} {row['seconds']:8.2f} s an iteration", flush=True)
+            keep(figures, options)
+    keep(figures, options)
     print(page(figures))
 
 

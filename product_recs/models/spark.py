@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OLDEST_JAVA', 'java_release', 'spark_missing', 'SparkEngine', 'spark_engine', 'engine_named', 'write_matrix_by']
 
-# %% ../../nbs/models/spark.ipynb #84a76498
+# %% ../../nbs/models/spark.ipynb #e485d217
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from .shards import (SIDES, Engine, ShardFolder, bounds_of_blocks, matrix_note, 
                                         write_matrix_shard)
 from .solver import FACTOR_BLOCK
 
-# %% ../../nbs/models/spark.ipynb #6f675b7e
+# %% ../../nbs/models/spark.ipynb #178e3f2c
 OLDEST_JAVA = 17 # that Spark 4 runs on
 
 def java_release(
@@ -55,7 +56,7 @@ def spark_missing()->str: # empty: nothing
         return f"{program} is Java {release or 'of an unknown release'}, and Spark needs {OLDEST_JAVA}; {install}"
     return ""
 
-# %% ../../nbs/models/spark.ipynb #282830f8
+# %% ../../nbs/models/spark.ipynb #02d9b2d8
 class SparkEngine:
     "An engine of `models/shards` over a Spark session."
     name = "spark"
@@ -104,7 +105,7 @@ def _failure(task:Callable[[int], None], number:int)->str|None:
     try: task(number)
     except Exception as error: return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
-# %% ../../nbs/models/spark.ipynb #dce670f3
+# %% ../../nbs/models/spark.ipynb #88cced04
 _MASTERS = r"local(\[.+\])?|spark://.+|yarn|k8s://.+"
 
 def _settings(master:str, options:Mapping)->dict[str, str]:
@@ -118,6 +119,16 @@ def _settings(master:str, options:Mapping)->dict[str, str]:
             raise TrainError(f"spark_options[{name!r}]={value!r}: settings of Spark begin with 'spark.', such as "
                              "spark.executor.memory")
     return usual | {str(name): str(value) for name, value in options.items()}
+
+@contextmanager
+def _errors_to(log:Path)->Iterator[None]:
+    "Have processes that are started inside write their errors to a file, as long as they live."
+    before = os.dup(2)
+    with open(log, "ab") as file: os.dup2(file.fileno(), 2)
+    try: yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 @contextmanager
 def spark_engine(
@@ -137,11 +148,13 @@ def spark_engine(
         if master.startswith("local"): os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
         builder, own = SparkSession.builder, True
         for name, value in settings.items(): builder = builder.config(name, value)
+        log = Path(tempfile.gettempdir(), f"product-recs-spark-{os.getpid()}.log")
         try:
-            with _quiet(): session = builder.getOrCreate()
+            with _quiet(), _errors_to(log): session = builder.getOrCreate()
         except Exception as error: # Py4J's own classes, and others
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise TrainError(f"spark_master={master!r}: Spark did not start: {reason.strip()}") from None
+            raise TrainError(f"spark_master={master!r}: Spark did not start: {reason.strip()} ({log} has "
+                             "more)") from None
     try: yield SparkEngine(session)
     finally:
         if own: session.stop()
@@ -160,7 +173,7 @@ def engine_named(
         return
     with spark_engine(master, options) as spark, sharding(spark, shards_dir): yield spark
 
-# %% ../../nbs/models/spark.ipynb #c1d4131f
+# %% ../../nbs/models/spark.ipynb #0022e3bb
 def _shard_writer(place:str, side:str, bounds:list[int], others:int)->Callable:
     "Writes the pairs that a task of Spark gets as one shard."
     def write(batches):
