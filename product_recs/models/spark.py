@@ -130,6 +130,7 @@ def _errors_to(log:Path)->Iterator[None]:
         os.dup2(before, 2)
         os.close(before)
 
+# %% ../../nbs/models/spark.ipynb #6a98d3df
 @contextmanager
 def spark_engine(
     master:str="local[*]",     # local[2], spark://host:7077, yarn, k8s://https://host:6443
