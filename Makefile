@@ -11,12 +11,13 @@
 # make bench-quality DATA=folder   our models on a public train/test pair (train.parquet, test.parquet), beside published figures
 # make bench-defaults   which parameters do well on logs of many shapes, chosen on validation (DATA="folder folder" adds public logs)
 # make bench-sequence DATA=folder   what comes next, on a public log of sequences, beside published figures
+# make bench-spark   ALS over Spark beside MLlib and one process, by size, and with a killed worker (extra `spark`, Java 17)
 # make bench-cold DATA=folder   products without buyers, people without a past: the groceries, and a public log beside published figures
 
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help run serve test test-slow lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-gpu bench-training bench-quality bench-cold bench-ingest bench-index bench-experiments daily-kills quarter bench-defaults bench-sequence clean
+.PHONY: help run serve test test-slow lab data kernels export exports workspace notebooks readme docs docs-serve docs-run mutants bench bench-page bench-ranking bench-overhead bench-serving bench-models bench-endurance bench-scale bench-batch bench-gpu bench-training bench-quality bench-cold bench-spark bench-ingest bench-index bench-experiments daily-kills quarter bench-defaults bench-sequence clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -180,6 +181,12 @@ bench-models: .venv/.kernels
 # one user of a million items: exact search, and the indexes of three libraries (an hour; OPTIONS="--items 100000 --arms ours,faiss-cells-8bit")
 bench-index: .venv/.kernels .venv-bench/.ready
 	@$(BIN)/python benchmarks/index.py --write $(OPTIONS)
+
+# ALS over Spark beside MLlib and one process, and with a killed worker; it needs the extra `spark` and Java 17 (an hour);
+# OPTIONS="--sizes 1,5"
+bench-spark: .venv/.kernels
+	@$(BIN)/python benchmarks/spark.py --write $(OPTIONS)
+	@$(BIN)/python benchmarks/spark.py --kill --sizes 5 --write
 
 # OPTIONS go to the script, such as OPTIONS="--models als,blend --factors 256"
 bench-quality: .venv/.kernels

@@ -90,7 +90,8 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     python_requires=f">={cfg['min_python']}",
     install_requires=requirements("serve", "train"),
-    extras_require={job: requirements(job) for job in ("index", "jobs", "mlflow", "gpu", "sample", "docs", "dev")},
+    extras_require={job: requirements(job)
+                    for job in ("index", "jobs", "mlflow", "gpu", "spark", "sample", "docs", "dev")},
     entry_points={
         "console_scripts": [cfg["console_scripts"]],
         "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -113,6 +113,7 @@ def _asked(service:Service, served:Served, user:int|str|None, scope:dict, task:T
     explores = exploration_of(settings, explore, user, scope, arm)
     return {"task": task, "diversity": diversity, "explore": explores}
 
+# %% ../nbs/06_api.ipynb #89adc18f
 def _list_of(service:Service)->Callable[..., Awaitable[Response]]:
     "What answers `GET /recommend`, asked by the framework or directly."
     n_default = _default_n(service.settings)
@@ -151,7 +152,6 @@ def _add_recommend(app:FastAPI, service:Service)->None:
                              n:N=n_default, detail:Detail=False, task:TaskName=None, place:ShopPlace=None,
                              diversity:Variety=None, explore:Explore=None):
         return await list_of(http_request.scope, n, detail, task, place, diversity, explore)
-
 
 # %% ../nbs/06_api.ipynb #02c15e33
 class _Made(NamedTuple):

@@ -41,6 +41,7 @@ from .models.factors import FactorModel
 from .models.hybrid import Hybrid
 from .models.hybrid_weights import learn_content_weights
 from .models.interface import Model, with_parts
+from .models.shards import sharding_in_use
 from .models.signals import BlendError
 from .search.index import build_index, check_index
 
@@ -377,6 +378,7 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, data:d
            index_data:np.ndarray|None)->Path:
     "Write the bundle."
     known = features.all
+    use = sharding_in_use()
     losses = [part.model.losses[-1][1] for part in trained.als if part.model.losses]
     return write_bundle(
         models_dir,
@@ -391,6 +393,7 @@ def _write(features:Features, models_dir:Path, trained:Trained, als:dict, data:d
         metrics={"judged": how_judged(features.split), "loss": losses[0] if losses else None,
                  "fit_seconds": round(trained.seconds, 3),
                  "devices": {part.name: part.model.device.facts() for part in trained.als},
+                 "engine": use.engine.facts if use else {"name": "local"}, # of ALS and its kin
                  "competition": {task: competition.to_json() for task, competition in trained.competitions.items()}},
         cold_items=features.cold_items,
         cold_users=features.cold_users,

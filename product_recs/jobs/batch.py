@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'BatchError', 'Question', 'read_filters', 'Roll', 'stage_roll', 'list_table', 'ArmLists', 'armed_table',
-           'similar_table', 'audience_table', 'item_row', 'Batch', 'write_batch', 'experiments_file', 'open_for_batch',
-           'open_arms', 'lists_on', 'batch_sentences']
+           'similar_table', 'audience_table', 'item_row', 'Helpers', 'Batch', 'write_batch', 'experiments_file',
+           'open_for_batch', 'open_arms', 'lists_on', 'batch_sentences']
 
 # %% ../../nbs/jobs/batch.ipynb #318aa7b2
 import csv
@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
+from functools import lru_cache, partial
 from pathlib import Path
 
 import duckdb
@@ -44,7 +45,7 @@ from ..core.documents import read_yaml
 from ..core.errors import ProductRecsError, UnknownItem
 from ..core.files import atomic_folder, atomic_write, locked
 from ..core.ids import IdError, id_key
-from ..core.paths import resolve_path
+from ..core.paths import project_root, resolve_path
 from ..core.settings import Settings
 from ..core.sql import database_errors, file_name, named, parquet
 from ..core.text import counted
@@ -53,6 +54,7 @@ from ..data.stored import feedback_url
 from ..inference import BLOCK, ListBlock
 from ..models.devices import searching_on
 from ..models.interface import known_scores
+from ..models.shards import Engine
 
 
 # %% ../../nbs/jobs/batch.ipynb #f44862eb
@@ -632,6 +634,10 @@ def _digest(path:Path)->str:
         while chunk := file.read(1 << 20): digest.update(chunk)
     return digest.hexdigest()
 
+def _rules_of(recommender:Recommender)->str: # empty: there are none
+    "A digest of the shop's rules."
+    return hashlib.sha256(repr(recommender.rules.book).encode()).hexdigest() if len(recommender.rules) else ""
+
 def _asked(recommender:Recommender, question:Question, users, query:str, part:int, shown:str)->dict:
     "All that makes one question another, in what JSON can hold."
     filters = {name: sorted(map(str, value)) if name in ("deny", "allow") and value is not None else value
@@ -642,12 +648,11 @@ def _asked(recommender:Recommender, question:Question, users, query:str, part:in
     else:
         path = resolve_path(users)
         content = _digest(path) if path.is_file() else "" # which is refused when it is read
-    rules = hashlib.sha256(repr(recommender.rules.book).encode()).hexdigest() if len(recommender.rules) else ""
     asked = {"model_version": recommender.model.bundle.version, "kind": question.kind, "n": question.n,
              "task": question.task, "filters": filters, "place": question.place, "diversity": question.diversity,
              "explore": [explore.share, explore.below, explore.period], "items": list(map(str, question.items)),
-             "owners": question.owners, "users": source, "content": content, "rules": rules, "lists_a_part": part,
-             "out": shown}
+             "owners": question.owners, "users": source, "content": content, "rules": _rules_of(recommender),
+             "lists_a_part": part, "out": shown}
     if (arms := question.arms) is not None: # also their models, and on which day the lists explore
         running = arms.book.running(arms.moment)
         written = repr([(vars(experiment) | {"arms": [vars(arm) for arm in experiment.arms]})
@@ -752,6 +757,21 @@ def _check_feedback(recommender:Recommender, question:Question|None=None)->None:
                          "users have denied. What is done is kept: run this again when it can be read")
 
 # %% ../../nbs/jobs/batch.ipynb #a1f88761
+def _part_facts(recommender:Recommender, question:Question, roll:Roll, folder:Path, number:int, part:int, types:dict,
+                advance)->dict:
+    "Make one part; what there is to say of it."
+    began, span = time.perf_counter(), range(number*part, min((number + 1)*part, len(roll)), min(BLOCK, part))
+    for answerer in _answering(recommender, question):
+        answerer.changes.availability() # waits for what was said before
+    _check_feedback(recommender, question)
+    path = folder/f"part-{number:05}.parquet"
+    tables, tally, gone = _make_part(recommender, question, roll, span, advance)
+    _check_feedback(recommender, question) # it may have gone meanwhile
+    rows = _write_part(path, tables, types)
+    return {"file": path.name, "asked": len(range(span.start, span.stop)), "rows": rows,
+            "bytes": path.stat().st_size, "sha256": _digest(path), "rungs": tally, "forgotten": gone,
+            "at": _now(), "seconds": round(time.perf_counter() - began, 3), "feedback": _seq(recommender)}
+
 def _make_parts(recommender:Recommender, question:Question, roll:Roll, work:_Work, part:int, progress:bool)->None:
     "Make the parts that are missing."
     state, total = work.state, len(roll)
@@ -760,18 +780,8 @@ def _make_parts(recommender:Recommender, question:Question, roll:Roll, work:_Wor
     with tqdm(total=total, initial=min(len(state["parts"])*part, total), desc=question.kind, unit=unit,
               disable=not progress, file=sys.stdout) as bar:
         for number in range(len(state["parts"]), -(-total//part)):
-            began, span = time.perf_counter(), range(number*part, min((number + 1)*part, total), min(BLOCK, part))
-            for answerer in _answering(recommender, question):
-                answerer.changes.availability() # waits for what was said before
-            _check_feedback(recommender, question)
-            path = work.folder/f"part-{number:05}.parquet"
-            tables, tally, gone = _make_part(recommender, question, roll, span, bar.update)
-            _check_feedback(recommender, question) # it may have gone meanwhile
-            rows = _write_part(path, tables, types)
-            state["parts"].append({
-                "file": path.name, "asked": len(range(span.start, span.stop)), "rows": rows,
-                "bytes": path.stat().st_size, "sha256": _digest(path), "rungs": tally, "forgotten": gone,
-                "at": _now(), "seconds": round(time.perf_counter() - began, 3), "feedback": _seq(recommender)})
+            state["parts"].append(_part_facts(recommender, question, roll, work.folder, number, part, types,
+                                              bar.update))
             _save(work)
 
 def _answering(recommender:Recommender, question:Question)->list[Recommender]:
@@ -785,6 +795,64 @@ def _now()->str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 def _seq(recommender:Recommender)->int|None: # None: there is no feedback store
     return None if recommender.changes is NO_FEEDBACK else recommender.changes.seq
+
+
+# %% ../../nbs/jobs/batch.ipynb #5a7f367e
+@dataclass(frozen=True)
+class Helpers:
+    "An engine whose workers make the parts, and what they open."
+    engine: Engine
+    models_dir: str|Path = "models" # where the version of the recommender lies
+    feedback: str = "settings"      # as of `open_for_batch`
+
+_OPENED = ExitStack() # what a worker has open, as long as it lives
+
+@lru_cache(1)
+def _opened_by_worker(models_dir:str, version:str, feedback:str)->Recommender:
+    return _OPENED.enter_context(open_for_batch(models_dir, version, feedback))
+
+def _part_by_worker(root:str, opened:tuple[str, str, str], rules:str, has_feedback:bool, question:Question, roll:Roll,
+                    folder:Path, part:int, number:int)->None:
+    "Make one part, in whatever process; what there is to say of it lies beside it."
+    os.environ.setdefault("PRODUCT_RECS_ROOT", root) # an engine runs its workers in folders of their own
+    recommender = _opened_by_worker(*opened)
+    if _rules_of(recommender) != rules: raise BatchError("the worker has other rules of the shop than the driver")
+    if has_feedback != (recommender.changes is not NO_FEEDBACK):
+        raise BatchError("the worker sees another feedback store than the driver, or none; set "
+                         "PRODUCT_RECS_DATABASE_URL for the workers, or ask without it: -p feedback ''")
+    types = _types(question, roll, _whole_items(recommender, question))
+    facts = _part_facts(recommender, question, roll, folder, number, part, types, lambda count: None)
+    atomic_write(folder/f"part-{number:05}.json", _text(facts))
+
+def _facts_beside(folder:Path, number:int)->dict|None:
+    "What a worker said of a part that is whole; None where there is none."
+    try:
+        facts = json.loads((folder/f"part-{number:05}.json").read_text(encoding="utf-8"))
+        return facts if _digest(folder/facts["file"]) == facts["sha256"] else None
+    except (OSError, ValueError): return None
+
+
+# %% ../../nbs/jobs/batch.ipynb #9059f4e8
+def _parts_by(helpers:Helpers, recommender:Recommender, question:Question, roll:Roll, work:_Work, part:int)->None:
+    "Have the missing parts made by an engine."
+    numbers = range(len(work.state["parts"]), -(-len(roll)//part))
+    missing = [number for number in numbers if _facts_beside(work.folder, number) is None]
+    work.resumed += len(numbers) - len(missing)
+    opened = str(resolve_path(helpers.models_dir)), recommender.model.bundle.version, helpers.feedback
+    task = partial(_part_by_worker, str(project_root()), opened, _rules_of(recommender),
+                   recommender.changes is not NO_FEEDBACK, question, roll, work.folder, part)
+    try: helpers.engine.run(task, missing)
+    except BatchError: raise
+    except Exception as error: # of any engine
+        raise BatchError(f"a part could not be made by engine={helpers.engine.name!r}: {str(error)[:500]}. What is "
+                         "done is kept: run this again when that is mended") from None
+    for number in numbers:
+        facts = _facts_beside(work.folder, number)
+        if facts is None:
+            raise BatchError(f"{work.folder}: part {number} is not there, though a worker made it; workers and driver "
+                             "must see the same folder")
+        work.state["parts"].append(facts)
+    _save(work)
 
 
 # %% ../../nbs/jobs/batch.ipynb #7d8075c3
@@ -855,9 +923,12 @@ def write_batch(
     hours:float=12.0,    # older unfinished work begins anew
     fresh:bool=False,    # begin anew in any case
     progress:bool=True,  # show a bar
+    helpers:Helpers|None=None, # who makes the parts; None: this process
 )->Batch:
     """Make and deliver all lists, going on with unfinished work that has the same question; a `ProductRecsError` where
     that cannot be, and then what was at the goal before is there unchanged."""
+    if helpers is not None and question.arms is not None:
+        raise BatchError(f"experiments: lists by arms are made by engine='local', not by {helpers.engine.name!r}")
     goal = _goal(out, table)
     goal.check()
     for item in question.items: item_row(recommender, item)
@@ -867,7 +938,8 @@ def write_batch(
     work = _Work(goal.work)
     try:
         with locked(goal.work.with_suffix(".lock"), 5):
-            return _made(recommender, question, goal, work, users, query, part, hours, fresh, progress)
+            return _made(recommender, question, goal, work, users, query, part, hours, fresh, progress,
+                         helpers)
     except BlockingIOError:
         raise BatchError(f"{goal.shown}: another batch is writing there; wait for it, or name another goal") from None
     except OSError as error:
@@ -877,7 +949,7 @@ def write_batch(
 
 # %% ../../nbs/jobs/batch.ipynb #441019e2
 def _made(recommender:Recommender, question:Question, goal, work:_Work, users, query:str, part:int, hours:float,
-          fresh:bool, progress:bool)->Batch:
+          fresh:bool, progress:bool, helpers:Helpers|None)->Batch:
     "The batch, for whoever holds the lock."
     asked = _asked(recommender, question, users, query, part, goal.shown)
     recommender.changes.availability()
@@ -889,7 +961,8 @@ def _made(recommender:Recommender, question:Question, goal, work:_Work, users, q
         work.state = {"asked": asked, "moment": _now(), "first": roll.first, "users": roll.facts, "parts": []}
         _save(work)
     roll = Roll(work.state["first"], work.folder/"asked.parquet", work.state["users"])
-    _make_parts(recommender, question, roll, work, part, progress)
+    if helpers is None: _make_parts(recommender, question, roll, work, part, progress)
+    else: _parts_by(helpers, recommender, question, roll, work, part)
     types, audiences = _types(question, roll, _whole_items(recommender, question)), {}
     files = [work.folder/done["file"] for done in work.state["parts"]]
     if question.kind == "audience":

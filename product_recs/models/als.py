@@ -25,6 +25,7 @@ from ..data.snapshots import Histories, csr_of
 from .array_solver import ArrayALS, memory_plan
 from .factors import FactorModel
 from .foldin import Solver, apply_inverse, apply_inverses, fold_in
+from .shards import Plan, Sharding, fit_sharded, sharding_in_use
 from .solver import RotatedALS, int32_matrix, native_kernels
 
 # %% ../../nbs/models/als.ipynb #8cd53cbf
@@ -106,7 +107,7 @@ def chosen_solver(
 )->str:              # implicit | rotated
     "What `auto` stands for on this machine."
     if solver != "auto": return solver
-    return "rotated" if native_kernels() or not plain else "implicit"
+    return "rotated" if native_kernels() or not plain or sharding_in_use() else "implicit"
 
 # %% ../../nbs/models/als.ipynb #dfc12886
 _WHOLE = {"factors": (1, 4096), "iterations": (1, 10_000), "seed": (0, 2**32 - 1), "num_threads": (0, 4096),
@@ -131,6 +132,8 @@ def _check(confidence:csr_matrix, parameters:dict)->dict:
     if changed and parameters["solver"] == "implicit":
         raise TrainError(f"{changed[0]}={parameters[changed[0]]!r}: solver='implicit' cannot do that; "
                          "take solver='rotated'")
+    if parameters["solver"] == "implicit" and (use := sharding_in_use()):
+        raise TrainError(f"solver='implicit': cannot be fitted by engine={use.engine.name!r}; take solver='rotated'")
     if not confidence.nnz: raise TrainError("the matrix is empty: no interaction is left to train on")
     if not np.isfinite(confidence.data).all() or (confidence.data <= 0).any():
         raise TrainError("every confidence must be a positive, finite number; look at event_weights and weighting in "
@@ -149,6 +152,8 @@ def _engine_of(confidence:csr_matrix, given:dict)->tuple[dict, Device]:
     checked = _check(confidence, given | on_device)
     if device.is_array:
         try:
+            if use := sharding_in_use():
+                raise DeviceError(f"engine={use.engine.name} trains on the processors of its workers")
             if solver == "implicit": raise DeviceError("solver=implicit trains on the processor; take solver: rotated")
             memory_plan(device, *confidence.shape, confidence.nnz, checked["factors"])
         except DeviceError as error: device = device.instead(str(error))
@@ -229,13 +234,24 @@ def check_als(
 # %% ../../nbs/models/als.ipynb #d0a95eaa
 def _fit_rotated(confidence:csr_matrix, takes_loss, after, *, iterations:int, last_loss:bool,
                  **parameters)->tuple[np.ndarray, np.ndarray, float|None]:
-    "User factors, item factors and loss by `RotatedALS`, or on a device by `ArrayALS`."
+    "User factors, item factors and loss by `RotatedALS`, on a device by `ArrayALS`, or in shards by an engine in use."
+    if use := sharding_in_use():
+        return _fit_by(use, confidence, takes_loss, after, iterations=iterations, last_loss=last_loss, **parameters)
     model = (ArrayALS if "device" in parameters else RotatedALS)(confidence, **parameters)
     for iteration in range(1, iterations + 1):
         model.step()
         after(iteration, model.loss() if takes_loss(iteration) else None)
     model.solve_users()
     return model.user_factors, model.item_factors, model.loss() if last_loss else None
+
+def _fit_by(use:Sharding, confidence:csr_matrix, takes_loss, after, *, iterations:int, last_loss:bool, num_threads:int,
+            **parameters)->tuple[np.ndarray, np.ndarray, float|None]:
+    "The same by an engine, whose threads are its own affair."
+    every = next((iteration for iteration in range(1, iterations) if takes_loss(iteration)), iterations*last_loss)
+    plan = Plan(iterations=iterations, loss_every=every, **parameters)
+    users, items, losses = fit_sharded(confidence, plan, use, after)
+    return users, items, losses[-1][1] if last_loss else None
+
 
 # %% ../../nbs/models/als.ipynb #71355bca
 def _fit_implicit(confidence:csr_matrix, takes_loss, after, *, factors:int, regularization:float, alpha:float,
