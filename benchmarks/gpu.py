@@ -37,7 +37,7 @@ from product_recs.models.array_solver import (  # noqa: E402
     ArrayALS,
     FusedCells,
     PaddedCells,
-    Plan,
+    MemoryPlan,
     memory_plan,
     on_host,
 )
@@ -169,7 +169,7 @@ def check_training(run: Run) -> None:
     factors = 16 if run.options.quick else 64
     ours, again, streamed = (
         iterated(ArrayALS(matrix, factors, **ALS, device=run.device, plan=given))
-        for given in (plan, plan, Plan(True, plan.numbers, 0))
+        for given in (plan, plan, MemoryPlan(True, plan.numbers, 0))
     )
     theirs = iterated(RotatedALS(matrix, factors, **ALS))
     scores = [model.user_factors[:2000] @ model.item_factors.T for model in (ours, theirs)]

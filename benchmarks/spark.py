@@ -129,7 +129,7 @@ SETTINGS = {"spark.driver.memory": "2g", "spark.sql.shuffle.partitions": "8"}
 
 
 def ours(folder, millions, iterations, place):
-    from product_recs.models.shards import PAIRS_OF_A_SHARD, Plan, ShardedFit, ShardFolder, run_fit
+    from product_recs.models.shards import PAIRS_OF_A_SHARD, FitPlan, ShardedFit, ShardFolder, run_fit
     from product_recs.models.spark import spark_engine, write_matrix_by
 
     watch = Watch()
@@ -140,7 +140,7 @@ def ours(folder, millions, iterations, place):
         note = write_matrix_by(engine, pairs, SIZES[millions], shards, wanted)
         setup, clock = time.perf_counter() - began, Clock()
         # the first one has the walk before it
-        run_fit(ShardedFit(shards, Plan(**OBJECTIVE, iterations=iterations + 1, loss_every=0), engine), clock.look)
+        run_fit(ShardedFit(shards, FitPlan(**OBJECTIVE, iterations=iterations + 1, loss_every=0), engine), clock.look)
     peaks = {"jvm": watch.peaks["java"], "worker": watch.peaks["python"], "driver": peak_of_self()}
     return {"pairs": note["pairs"], "setup": setup, "shards": wanted} | clock.medians(1) | peaks
 
@@ -166,7 +166,7 @@ def mllib(folder, millions, iterations):
 
 def cluster_fit(folder, millions, url, place):
     "A driver of the standalone cluster."
-    from product_recs.models.shards import Plan, ShardedFit, ShardFolder, fitted_factors, run_fit
+    from product_recs.models.shards import FitPlan, ShardedFit, ShardFolder, fitted_factors, run_fit
     from product_recs.models.spark import spark_engine, write_matrix_by
 
     options = SETTINGS | {"spark.executor.memory": "1g", "spark.executor.cores": "1", "spark.driver.host": "127.0.0.1",
@@ -174,7 +174,7 @@ def cluster_fit(folder, millions, url, place):
     with spark_engine(url, options) as engine:
         shards = ShardFolder(place)
         write_matrix_by(engine, engine.session.read.parquet(str(folder)), SIZES[millions], shards, 4)
-        fit = ShardedFit(shards, Plan(**OBJECTIVE, iterations=4, loss_every=0), engine)
+        fit = ShardedFit(shards, FitPlan(**OBJECTIVE, iterations=4, loss_every=0), engine)
         run_fit(fit)
         users, items = fitted_factors(fit)
     np.savez(Path(place) / "factors.npz", users=users, items=items)

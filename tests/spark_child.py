@@ -7,7 +7,7 @@ import numpy as np
 from scipy.sparse import load_npz
 
 from product_recs.jobs.batch import Helpers, Question, open_for_batch, write_batch
-from product_recs.models.shards import Plan, Sharding, fit_sharded
+from product_recs.models.shards import FitPlan, Sharding, fit_sharded
 from product_recs.models.spark import spark_engine
 
 
@@ -18,7 +18,7 @@ def main(url, folder, models):
     with spark_engine(url, options) as engine:
         (folder / "slots").write_text(str(engine.slots))
         say = lambda iteration, loss: (folder / f"iteration-{iteration}").touch()
-        plan = Plan(factors=16, iterations=8, regularization=3.0, alpha=2.0)
+        plan = FitPlan(factors=16, iterations=8, regularization=3.0, alpha=2.0)
         users, items, _ = fit_sharded(load_npz(folder / "confidence.npz"), plan, Sharding(engine, str(folder)), say)
         np.savez(folder / "factors.npz", users=users, items=items)
         with open_for_batch(models, feedback="") as recommender:

@@ -93,6 +93,7 @@ def test_all_spellings_are_one_person(tmp_path, url, opened):
         assert len(export(server, "USER11")["events"]) == 1
 
 
+@pytest.mark.slow
 def test_a_large_export_comes_in_pieces_and_a_store_that_is_away_is_an_error(tmp_path, opened):
     publish_board(tmp_path / "models")
     url = f"sqlite:///{tmp_path}/feedback.db"

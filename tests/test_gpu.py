@@ -29,7 +29,7 @@ from product_recs.models.array_solver import (
     ArrayALS,
     FusedCells,
     PaddedCells,
-    Plan,
+    MemoryPlan,
     kernel_options,
     memory_plan,
 )
@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_streamed_and_gives_the_same_bits():
     plan = memory_plan(small, *matrix.shape, matrix.nnz, 24)
     assert plan.streamed and plan.bytes <= 0.9 * small.free < plan.bytes + 16 * matrix.nnz
     streamed, resident = (
-        trained(ArrayALS, matrix, 2, plan=given) for given in (plan, Plan(False, plan.numbers, plan.bytes))
+        trained(ArrayALS, matrix, 2, plan=given) for given in (plan, MemoryPlan(False, plan.numbers, plan.bytes))
     )
     assert streamed.users.resident is None and resident.users.resident is not None
     assert np.array_equal(streamed.user_factors, resident.user_factors)
@@ -154,7 +154,7 @@ def test_a_whole_training_on_an_emulated_card(tmp_path, streamed):
     matrix.data[matrix.indptr[5]] = 1e9  # a hard row: the user who has everything
     device = Device("cuda", card, "card for tests", 8 << 30, "cuda")
     ours, theirs = (
-        trained(ArrayALS, matrix, 1, 9, device=device, plan=Plan(streamed, 2048, 0)),
+        trained(ArrayALS, matrix, 1, 9, device=device, plan=MemoryPlan(streamed, 2048, 0)),
         trained(RotatedALS, matrix, 1, 9),
     )
     assert isinstance(ours.x, CardArray) and card.launches > 50

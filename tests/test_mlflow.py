@@ -151,6 +151,7 @@ def project(tmp_path_factory, server):
     return root, done
 
 
+@pytest.mark.slow
 def test_a_run_is_logged_whole(project, server):
     root, done = project
     version = live_version(root / "models")
@@ -240,6 +241,7 @@ def test_a_comparison_is_a_run_too(project, server, monkeypatch):
         assert artifacts(registry.client, run, "reports") == {"comparison.txt"}
 
 
+@pytest.mark.slow
 def test_without_a_server_and_back_again(tmp_path, monkeypatch):
     "The store of the project; the alias follows `run`, `publish` and `rollback`, and the gate's verdict is a tag."
     root = fresh_project(tmp_path)

@@ -73,6 +73,7 @@ def test_sound_days_are_fine(shop):
     assert 'class="found found-fine"' in page and "All is well" in page and "<script" not in page
 
 
+@pytest.mark.slow
 def test_a_broken_day_ends_the_command_with_4_and_names_the_day(shop, log):
     change(log, "SELECT * FROM log WHERE timestamp::DATE <> DATE '2026-06-25' OR hash(user_id, item_id) % 12 = 0")
     prom = shop / "textfile/shop.prom"

@@ -103,6 +103,7 @@ def serving_venv(wheel, tmp_path_factory):
     return home
 
 
+@pytest.mark.slow
 def test_the_requirements_of_serving_are_enough(serving_venv, tmp_path):
     listed = subprocess.run(
         [serving_venv / "bin/python", "-m", "pip", "list", "--format=freeze"],

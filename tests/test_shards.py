@@ -10,7 +10,7 @@ from support import until
 
 from product_recs.models.shards import (
     OneProcess,
-    Plan,
+    FitPlan,
     ShardedFit,
     ShardFolder,
     fitted_factors,
@@ -19,7 +19,7 @@ from product_recs.models.shards import (
 )
 from product_recs.models.solver import RotatedALS
 
-PLAN = Plan(factors=16, iterations=6, regularization=3.0, alpha=2.0, nu=0.2, unobserved_weight=0.4)
+PLAN = FitPlan(factors=16, iterations=6, regularization=3.0, alpha=2.0, nu=0.2, unobserved_weight=0.4)
 FORK = multiprocessing.get_context("fork")
 
 

@@ -24,7 +24,7 @@ from product_recs.models.als import fit_als
 from product_recs.models.interface import top_lists
 from product_recs.models.shards import (
     OneProcess,
-    Plan,
+    FitPlan,
     ShardedFit,
     ShardFolder,
     Sharding,
@@ -67,7 +67,7 @@ def test_the_factors_are_those_of_one_process(engine, confidence, tmp_path):
     for _ in range(3):
         alone.step()
     alone.solve_users()
-    plan = Plan(factors=16, iterations=3, regularization=3.0, alpha=2.0, nu=0.2, unobserved_weight=0.4)
+    plan = FitPlan(factors=16, iterations=3, regularization=3.0, alpha=2.0, nu=0.2, unobserved_weight=0.4)
     users, items, losses = fit_sharded(confidence, plan, Sharding(engine, str(tmp_path), 3))
     assert np.abs(users - alone.user_factors).max() < 1e-4
     assert np.abs(items - alone.item_factors).max() < 1e-4
@@ -102,7 +102,7 @@ def test_a_log_by_spark_is_the_log_of_the_features(engine, tmp_path):
         for side, ids in (("user", features.users), ("item", features.items)):
             frame = getattr(made, f"{side}s").orderBy("row").toArrow()
             assert frame[f"{side}_id"].to_pylist() == ids.ids.tolist()
-    folder, plan = ShardFolder(tmp_path / "fit"), Plan(factors=8, iterations=3)
+    folder, plan = ShardFolder(tmp_path / "fit"), FitPlan(factors=8, iterations=3)
     write_matrix_by(engine, made.pairs, made.shape, folder, 2)
     fit = ShardedFit(folder, plan, engine)
     run_fit(fit)
@@ -125,7 +125,7 @@ def fit_without_pairs(confidence, use):
     folder = ShardFolder(f"{use.place}/fit")
     write_matrix(folder, confidence, 2)
     remove_from(folder, "matrix")
-    run_fit(ShardedFit(folder, Plan(factors=8, iterations=1), use.engine))
+    run_fit(ShardedFit(folder, FitPlan(factors=8, iterations=1), use.engine))
 
 
 @needs_spark
@@ -172,6 +172,7 @@ def test_the_job_takes_an_engine(tmp_path):
     assert not [*(project / "data/shards").glob("als-*")]
 
 
+@pytest.mark.slow
 @needs_spark
 def test_workers_are_killed(confidence, tmp_path):
     "One in the middle of ALS and, with another in its place, one in the middle of a batch: all comes out the same."
@@ -196,7 +197,7 @@ def test_workers_are_killed(confidence, tmp_path):
             assert driver.wait(120) == 0, (tmp_path / "driver.log").read_text()[-3000:]
         finally:
             driver.kill()
-    plan = Plan(factors=16, iterations=8, regularization=3.0, alpha=2.0)
+    plan = FitPlan(factors=16, iterations=8, regularization=3.0, alpha=2.0)
     alone = fit_sharded(confidence, plan, Sharding(OneProcess(), str(tmp_path / "alone")))
     factors = np.load(tmp_path / "factors.npz")
     assert np.array_equal(factors["users"], alone[0]) and np.array_equal(factors["items"], alone[1])

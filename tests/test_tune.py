@@ -60,6 +60,7 @@ def tuned(tmp_path_factory):
         yield root, said
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on(tuned):
     _, ((out, first), (_, second)) = tuned
     a, b = (metrics["tune"]["tasks"]["discovery"] for metrics in (first, second))

@@ -25,7 +25,7 @@ from ..data.snapshots import Histories, csr_of
 from .array_solver import ArrayALS, memory_plan
 from .factors import FactorModel
 from .foldin import Solver, apply_inverse, apply_inverses, fold_in
-from .shards import Plan, Sharding, fit_sharded, sharding_in_use
+from .shards import FitPlan, Sharding, fit_sharded, sharding_in_use
 from .solver import RotatedALS, int32_matrix, native_kernels
 
 # %% ../../nbs/models/als.ipynb #8cd53cbf
@@ -248,7 +248,7 @@ def _fit_by(use:Sharding, confidence:csr_matrix, takes_loss, after, *, iteration
             **parameters)->tuple[np.ndarray, np.ndarray, float|None]:
     "The same by an engine, whose threads are its own affair."
     every = next((iteration for iteration in range(1, iterations) if takes_loss(iteration)), iterations*last_loss)
-    plan = Plan(iterations=iterations, loss_every=every, **parameters)
+    plan = FitPlan(iterations=iterations, loss_every=every, **parameters)
     users, items, losses = fit_sharded(confidence, plan, use, after)
     return users, items, losses[-1][1] if last_loss else None
 

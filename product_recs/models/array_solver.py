@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PADDING', 'PIECE', 'KERNEL', 'Chunk', 'chunks_of', 'PaddedCells', 'warps_of', 'kernel_options', 'FusedCells',
-           'cells_of', 'exact_chunk', 'conjugate_chunk', 'Plan', 'memory_plan', 'gram_on', 'on_host', 'SideCells',
+           'cells_of', 'exact_chunk', 'conjugate_chunk', 'MemoryPlan', 'memory_plan', 'gram_on', 'on_host', 'SideCells',
            'solve_side', 'renumbered', 'ArrayALS']
 
 # %% ../../nbs/models/array_solver.ipynb #c32b5628
@@ -259,7 +259,7 @@ _SHARE = 0.9       # of the free memory that is counted on
 _LEAST, _MOST = 1 << 18, 1 << 27 # numbers of the gathered vectors of a chunk on a card
 _WORK = 40         # bytes of work for each of these numbers, at most: ten arrays of float32
 
-class Plan(NamedTuple):
+class MemoryPlan(NamedTuple):
     "How a training uses the memory of a device."
     streamed: bool # are the cells copied chunk by chunk?
     numbers: int   # of the gathered vectors of a chunk
@@ -270,19 +270,19 @@ def memory_plan(
     n_users:int, n_items:int,
     pairs:int,    # of the matrix
     factors:int,
-)->Plan:
+)->MemoryPlan:
     "What a training needs and how it fits; raises `DeviceError` where it does not."
-    if not device.free: return Plan(False, 1 << 22, 0)
+    if not device.free: return MemoryPlan(False, 1 << 22, 0)
     room, rows = int(_SHARE*device.free), n_users + n_items
     sides = rows*(4*factors + 25) # of a row its factors, begin, count, regularization, and whether it is hard
     cells = 2*8*pairs
     numbers = int(min(_MOST, max(_LEAST, (room - sides - cells)//_WORK)))
     resident = sides + cells + _WORK*numbers
-    if resident <= room: return Plan(False, numbers, resident)
+    if resident <= room: return MemoryPlan(False, numbers, resident)
     numbers = int(min(_MOST, max(_LEAST, (room - sides)//(2*_WORK))))
     longest = 8*max(n_users, n_items) # a row with all cells
     streamed = sides + longest + _WORK*numbers + 8*numbers//max(1, factors)
-    if streamed <= room: return Plan(True, numbers, streamed)
+    if streamed <= room: return MemoryPlan(True, numbers, streamed)
     raise DeviceError(f"{n_users:,} users and {n_items:,} items with {factors} factors need {streamed/1e9:.3g} GB on "
                       f"the card, and of {device.free/1e9:.3g} GB that are free there {_SHARE:.0%} are counted on; "
                       "take fewer factors, or device: cpu")
@@ -321,7 +321,7 @@ class SideCells:
     def __init__(self,
         device:Device,
         side:Side,
-        plan:Plan, # streamed or not, and the size of a chunk
+        plan:MemoryPlan, # streamed or not, and the size of a chunk
     ):
         self.xp, self.kind, self.side, self.plan = device.module, cells_of(device), side, plan
         self.starts, self.counts = (self.xp.asarray(part) for part in (side.indptr[:-1], side.counts))
@@ -392,7 +392,7 @@ class ArrayALS:
         nu:float=0.0,             # frequency-scaled regularization, as of `row_regularization`
         cg_steps:int=2,           # of conjugate gradients for a long row
         device:Device|None=None,  # None: the code for the card, with NumPy
-        plan:Plan|None=None,      # None: of `memory_plan`
+        plan:MemoryPlan|None=None,      # None: of `memory_plan`
     ):
         device = device or Device("numpy")
         self.xp, self.factors, self.cg_steps = device.module, factors, int(cg_steps)

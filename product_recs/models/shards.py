@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'FORMAT', 'TRIES', 'PAIRS_OF_A_SHARD', 'ShardFolder', 'sizes_in', 'remove_from', 'shard_bounds',
-           'bounds_of_blocks', 'write_matrix_shard', 'write_matrix', 'matrix_note', 'matrix_shard', 'Plan', 'Half',
+           'bounds_of_blocks', 'write_matrix_shard', 'write_matrix', 'matrix_note', 'matrix_shard', 'FitPlan', 'Half',
            'halves_of', 'half_folder', 'gathered', 'solve_shard', 'Engine', 'OneProcess', 'ShardedFit', 'finish_half',
            'run_fit', 'fitted_factors', 'Sharding', 'sharding', 'sharding_in_use', 'fit_sharded']
 
@@ -197,7 +197,7 @@ def matrix_shard(
 
 # %% ../../nbs/models/shards.ipynb #f15466bd
 @dataclass(frozen=True)
-class Plan:
+class FitPlan:
     "What is fitted: the objective of `RotatedALS`, and how long."
     factors: int = 64
     regularization: float = 20.0
@@ -221,7 +221,7 @@ class Half:
     exact: bool      # are the rows solved to the end
 
 def halves_of(
-    plan:Plan,
+    plan:FitPlan,
 )->list[Half]: # their numbers are their places
     "All half-iterations of a fit."
     halves = [Half(0, "random", "items", None, None, False, False), Half(1, "walk", "users", 0, None, False, False),
@@ -270,7 +270,7 @@ def solve_shard(
 )->None:
     "Do one shard of a half-iteration: its factors and its report are in the folder then."
     folder = ShardFolder(place)
-    plan, matrix = Plan(**folder.note("plan.json")), folder.note("matrix.json")
+    plan, matrix = FitPlan(**folder.note("plan.json")), folder.note("matrix.json")
     half, halves = halves_of(plan)[number], halves_of(plan)
     bounds, rows = matrix["bounds"], np.arange(*matrix["bounds"][half.side][shard:shard + 2])
     own = partial(gathered, folder, bounds=bounds[half.side], rows=rows, columns=plan.factors)
@@ -299,7 +299,7 @@ def _walk_rows(folder, plan, half, matrix, side, fixed, start, pool, solve, nati
     walk_side(side, fixed, start, plan.alpha, matrix["most"], plan.unobserved_weight, solve)
     return start, 0.0, 0.0
 
-def _solve_rows(folder:ShardFolder, plan:Plan, half:Half, matrix:dict, side:Side, fixed:np.ndarray, start:np.ndarray,
+def _solve_rows(folder:ShardFolder, plan:FitPlan, half:Half, matrix:dict, side:Side, fixed:np.ndarray, start:np.ndarray,
                 pool:ThreadPoolExecutor, solve:Callable, native:bool|None)->tuple[np.ndarray, float, float]:
     "Rows solved, what their taken cells add to the loss, and their regularization."
     steps, shortest = (10*plan.factors, SHORTEST) if half.exact else (plan.cg_steps, exact_up_to(plan.cg_steps))
@@ -351,7 +351,7 @@ class ShardedFit:
     "A fit in a folder: the matrix is there, and what is done stays done."
     def __init__(self,
         folder:ShardFolder, # with the shards of the matrix
-        plan:Plan,
+        plan:FitPlan,
         engine:Engine,
         native:bool|None=None, # the compiled kernels; None: where they were built
     ):
@@ -527,7 +527,7 @@ PAIRS_OF_A_SHARD = 8_000_000 # at most, where nobody says how many shards there 
 
 def fit_sharded(
     confidence:csr_matrix, # (n_users, n_items) float32, positive
-    plan:Plan,
+    plan:FitPlan,
     use:Sharding,
     after:Callable[[int, float|None], None]|None=None, # as of `run_fit`
 )->tuple[np.ndarray, np.ndarray, list[tuple[int, float]]]: # user factors, item factors, losses as of `run_fit`
