@@ -94,11 +94,11 @@ test: .venv/.kernels
 	@$(BIN)/ruff check product_recs nbs tools tests benchmarks setup.py
 	@$(BIN)/lint-imports --no-cache > /dev/null 2>&1 || $(BIN)/lint-imports --no-cache
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/nbdev_test --n_workers 2
-	@$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow" tests
+	@$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 # whole jobs, kills and builds: what `make test` leaves out for its time (a quarter of an hour; OPTIONS="tests/test_daily.py")
 test-slow: .venv/.kernels
-	@$(BIN)/pytest -q -n 2 --dist loadfile -m slow $(or $(OPTIONS),tests)
+	@$(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m slow $(or $(OPTIONS),tests)
 
 # exports of a generated shop, from `init` to a list by the command alone: examples/exports/README.md (some minutes)
 exports: .venv/.kernels

@@ -17,6 +17,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a whole job, a kill or a build; `make test-slow` runs these alone")
 
 
+# tests that start whole jobs or services: begun last, they would keep one core waiting for the other
+LONGEST = (
+    "test_daily.py", "test_pipeline.py", "test_mlflow.py", "test_page.py", "test_gate.py", "test_monitor_job.py",
+    "test_batch.py", "test_prometheus.py", "test_tune.py", "test_new_items.py", "test_credentials.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
     "A wheel of this package; compiling its kernels takes half a minute, so it is built once."
