@@ -189,6 +189,7 @@ def test_a_run_is_logged_whole(project, server):
         assert champion.tags["data_fingerprint"] == fingerprint and champion.tags["model.discovery"] == served
 
 
+@pytest.mark.slow
 def test_the_bundle_holds_no_pickle(project, server):
     stored = [path for path in (server.folder / "artifacts").rglob("*") if path.is_file()]
     assert any(path.name == "manifest.json" for path in stored)
@@ -197,6 +198,7 @@ def test_the_bundle_holds_no_pickle(project, server):
     assert "mlflow.pyfunc.loaders.code_model" in model.read_text() and "python_model.pkl" not in model.read_text()
 
 
+@pytest.mark.slow
 def test_predict_is_what_the_service_answers(project, server, tmp_path, monkeypatch):
     root, _ = project
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -229,6 +231,7 @@ def test_predict_is_what_the_service_answers(project, server, tmp_path, monkeypa
         assert service.get("/recommend/1?n=10")[2] != expected[0]  # what user 1 has had is in this one
 
 
+@pytest.mark.slow
 def test_a_comparison_is_a_run_too(project, server, monkeypatch):
     root, _ = project
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -336,6 +339,7 @@ class Shoppers:
             thread.join()
 
 
+@pytest.mark.slow
 def test_two_workers_follow_an_alias(server, tmp_path, monkeypatch):
     """It moves while shoppers ask; the server is killed, and comes back; a rollback by hand stays; no request fails."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -385,6 +389,7 @@ def test_two_workers_follow_an_alias(server, tmp_path, monkeypatch):
     until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, 20)
 
 
+@pytest.mark.slow
 def test_a_service_that_dies_takes_the_follower_along(server, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     publish_board(tmp_path / "models")
@@ -397,6 +402,7 @@ def test_a_service_that_dies_takes_the_follower_along(server, tmp_path, monkeypa
         until(lambda: not follower.is_running() or follower.status() == psutil.STATUS_ZOMBIE, 20)
 
 
+@pytest.mark.slow
 def test_a_damaged_bundle_is_not_taken_up(server, tmp_path):
     trainer = tmp_path / "trainer"
     good = publish_board(trainer).name
