@@ -449,6 +449,14 @@ def start_postgres(server):
                 raise
 
 
+def pairs_of_many_blocks() -> csr_matrix:
+    "Confidences of so many users and items that both sides have several blocks of factors."
+    draw = np.random.default_rng(3)
+    pairs = np.unique(draw.integers(0, 9_000, 60_000) * 5_000 + draw.zipf(1.4, 60_000) % 5_000)
+    values = draw.integers(1, 6, len(pairs)).astype(np.float32)
+    return csr_matrix((values, divmod(pairs, 5_000)), shape=(9_000, 5_000))
+
+
 # every kind of model, on one random log
 
 SMALL = {"factors": 8, "regularization": 2.0, "iterations": 4, "num_threads": 1}

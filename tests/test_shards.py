@@ -5,8 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
-from support import until
+from support import pairs_of_many_blocks, until
 
 from product_recs.models.shards import (
     OneProcess,
@@ -25,10 +24,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(scope="module")
 def confidence():
-    draw = np.random.default_rng(3)
-    pairs = np.unique(draw.integers(0, 9_000, 60_000) * 5_000 + draw.zipf(1.4, 60_000) % 5_000)
-    values = draw.integers(1, 6, len(pairs)).astype(np.float32)
-    return csr_matrix((values, divmod(pairs, 5_000)), shape=(9_000, 5_000))
+    return pairs_of_many_blocks()
 
 
 def fit_in(place, confidence, engine=None):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix, save_npz
 from spark_cluster import cluster, kill
-from support import ROOT, bare_environment, call, fresh_project, publish_board, train, until
+from support import (
+    ROOT, bare_environment, call, fresh_project, pairs_of_many_blocks, publish_board, train, until,
+)  # fmt: skip
 
 from product_recs.bundle.opening import open_bundle
 from product_recs.core.errors import TrainError
@@ -51,10 +53,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def confidence():
-    draw = np.random.default_rng(3)
-    pairs = np.unique(draw.integers(0, 9_000, 60_000) * 5_000 + draw.zipf(1.4, 60_000) % 5_000)
-    values = draw.integers(1, 6, len(pairs)).astype(np.float32)
-    return csr_matrix((values, divmod(pairs, 5_000)), shape=(9_000, 5_000))
+    return pairs_of_many_blocks()
 
 
 def rows_of(folder):
